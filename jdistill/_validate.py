@@ -1,0 +1,179 @@
+"""Every check of user input, with one wording: "expected X, got Y; do Z".
+
+The checks read concrete values only. Under `jit` or `vmap` the values are tracers and a check
+that needs them is skipped; checks of shapes and types always run.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+_REMEDY_INPUTS = "rescale the inputs, or pass the `bounds` they really have"
+
+
+def is_traced(*values: Any) -> bool:
+    """Whether any leaf of the values is a tracer, so that there is no number to check."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+
+
+def _show(value: Any) -> str:
+    """A value as an error message prints it: short, and a plain number where it is one."""
+    array = np.asarray(value)
+    if array.ndim == 0:
+        return repr(array.item())
+    text = np.array2string(array, threshold=6, edgeitems=3, precision=6)
+    return f"{text} of shape {array.shape}"
+
+
+def _first_bad(value: Any, bad: np.ndarray) -> str:
+    """The offending entry: the value itself, or the first bad one and where it stands."""
+    array = np.asarray(value)
+    if array.ndim == 0:
+        return repr(array.item())
+    index = tuple(int(i) for i in np.argwhere(bad)[0])
+    return f"{array[index].item()!r} at index {index[0] if len(index) == 1 else index}"
+
+
+def positive(*, remedy: str = "pass a number above 0", **named: Any) -> None:
+    """Each value (scalar or array) is finite and above 0."""
+    for name, value in named.items():
+        if is_traced(value):
+            continue
+        array = np.asarray(value, dtype=np.float64)
+        bad = ~(np.isfinite(array) & (array > 0))
+        if bad.any():
+            raise ValueError(f"expected {name} > 0, got {_first_bad(value, bad)}; {remedy}")
+
+
+def non_negative(*, remedy: str = "pass 0 or a number above it", **named: Any) -> None:
+    """Each value (scalar or array) is finite and not below 0."""
+    for name, value in named.items():
+        if is_traced(value):
+            continue
+        array = np.asarray(value, dtype=np.float64)
+        bad = ~(np.isfinite(array) & (array >= 0))
+        if bad.any():
+            raise ValueError(f"expected {name} >= 0, got {_first_bad(value, bad)}; {remedy}")
+
+
+def within(low: float, high: float, **named: Any) -> None:
+    """Each value (scalar or array) lies in `[low, high]`."""
+    for name, value in named.items():
+        if is_traced(value):
+            continue
+        array = np.asarray(value, dtype=np.float64)
+        bad = ~((array >= low) & (array <= high))
+        if bad.any():
+            raise ValueError(
+                f"expected {name} in [{low:g}, {high:g}], got {_first_bad(value, bad)}; "
+                "pass a number inside that range"
+            )
+
+
+def count(*, minimum: int = 1, **named: Any) -> None:
+    """Each value is a whole Python number, at least `minimum`."""
+    for name, value in named.items():
+        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if not whole or value < minimum:
+            raise ValueError(
+                f"expected {name} to be a whole number >= {minimum}, got {value!r}; "
+                "counts are static: pass a Python int"
+            )
+
+
+def one_of(options: Iterable[Any], **named: Any) -> None:
+    """Each value is one of the options."""
+    options = tuple(options)
+    for name, value in named.items():
+        if value not in options:
+            listed = ", ".join(repr(option) for option in options)
+            raise ValueError(f"expected {name} to be one of {listed}, got {value!r}; pick one")
+
+
+def bounds(value: Any) -> tuple[float, float]:
+    """The box as two finite floats, the lower one first; returned as such."""
+    try:
+        low, high = (float(entry) for entry in value)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"expected bounds=(low, high), got {value!r}; pass the range of the data, "
+            "(0.0, 1.0) for images scaled to [0, 1]"
+        ) from None
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(
+            f"expected bounds=(low, high) finite with low < high, got ({low}, {high}); "
+            "pass the range of the data, (0.0, 1.0) for images scaled to [0, 1]"
+        )
+    return low, high
+
+
+def inputs_in_box(value: Any, box: tuple[float, float]) -> None:
+    """Inputs `[B, ...]`: floating, finite and inside the box."""
+    if np.ndim(value) < 2:
+        raise ValueError(
+            f"expected inputs of shape [B, ...] with rank >= 2, got shape {np.shape(value)}; "
+            "add the batch axis: inputs[None]"
+        )
+    dtype = np.dtype(value.dtype) if hasattr(value, "dtype") else np.asarray(value).dtype
+    if not jax.numpy.issubdtype(dtype, jax.numpy.floating):
+        raise ValueError(
+            f"expected floating-point inputs, got dtype {dtype}; "
+            "convert them, e.g. inputs.astype('float32') / 255"
+        )
+    if is_traced(value):
+        return
+    array = np.asarray(value, dtype=np.float32)
+    if not np.isfinite(array).all():
+        where = _first_bad(array, ~np.isfinite(array))
+        raise ValueError(f"expected finite inputs, got {where}; remove or repair that example")
+    low, high = np.float32(box[0]), np.float32(box[1])
+    bad = (array < low) | (array > high)
+    if bad.any():
+        raise ValueError(
+            f"expected inputs in [{box[0]:g}, {box[1]:g}], got {_first_bad(array, bad)}; "
+            f"{_REMEDY_INPUTS}"
+        )
+
+
+def class_indices(
+    value: Any, *, name: str = "labels", batch_size: int, num_classes: int | None = None
+) -> None:
+    """Class indices `[B]`: integers in `0..K-1`."""
+    shape = np.shape(value)
+    if shape != (batch_size,):
+        raise ValueError(
+            f"expected {name} of shape [B] = ({batch_size},), got shape {shape}; "
+            "pass one class index per example (argmax of one-hot rows)"
+        )
+    dtype = np.dtype(value.dtype) if hasattr(value, "dtype") else np.asarray(value).dtype
+    if not np.issubdtype(dtype, np.integer):
+        raise ValueError(
+            f"expected integer {name}, got dtype {dtype}; convert them: {name}.astype('int32')"
+        )
+    if num_classes is None or is_traced(value):
+        return
+    array = np.asarray(value)
+    bad = (array < 0) | (array >= num_classes)
+    if bad.any():
+        raise ValueError(
+            f"expected {name} in 0..{num_classes - 1} (the network has {num_classes} outputs), "
+            f"got {_first_bad(array, bad)}; check the label encoding or the network's num_classes"
+        )
+
+
+def rank(expected: int, **named: Any) -> None:
+    """Each array has the given number of axes."""
+    for name, value in named.items():
+        if np.ndim(value) != expected:
+            raise ValueError(
+                f"expected {name} of rank {expected}, got shape {np.shape(value)}; "
+                "reshape it or add the missing axis"
+            )
+
+
+def show(value: Any) -> str:
+    """A value for an error message of a caller with its own wording."""
+    return _show(value)

@@ -1,0 +1,105 @@
+"""Types and the contracts of the callables that users pass in and get back.
+
+Axis letters, used in every docstring of the library:
+
+* `B`: examples in a batch (`N`: examples in a whole set);
+* `K`: classes;
+* `R`: stacked runs (temperatures, seeds, generations);
+* `...`: the axes of one input (`H, W, C` for images).
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+Array = jax.Array
+ArrayLike = jax.typing.ArrayLike
+PyTree = Any
+Bounds = tuple[float, float]
+Metrics = dict[str, Array]
+
+
+class Batch(NamedTuple):
+    """One batch of examples; padded rows carry `mask == 0` and count for nothing.
+
+    Attributes:
+        inputs: `[B, ...]` float, inside the data's bounds.
+        labels: `[B]` int, the true classes.
+        targets: `[B, K]` float, soft labels (rows sum to 1), or None.
+        mask: `[B]` float, 1 for a real example and 0 for padding.
+    """
+
+    inputs: Any
+    labels: Any
+    targets: Any
+    mask: Any
+
+
+class LogitsFn(Protocol):
+    """`inputs [B, ...] -> logits [B, K]`; pure, and each row depends on its own input alone.
+
+    Pass a pytree that carries its weights (`jdistill.nets.logits_fn`), so that new weights
+    compile nothing. A plain callable works too: it is static, so another function object means
+    another compilation, and weights that it closes over are compiled in as constants.
+    """
+
+    def __call__(self, inputs: Array, /) -> Array: ...
+
+
+class ApplyFn(Protocol):
+    """A network as training sees it.
+
+    `key` is None or holds one PRNG key per example, `[B]`: noise such as dropout must be drawn
+    from the example's own key, so that it does not depend on how a batch is split over devices.
+    Returns the logits `[B, K]` and the new model state (batch statistics and the like; `{}`
+    where there are none).
+    """
+
+    def __call__(
+        self,
+        params: PyTree,
+        model_state: PyTree,
+        inputs: Array,
+        /,
+        *,
+        train: bool,
+        key: Array | None,
+    ) -> tuple[Array, PyTree]: ...
+
+
+class LossFn(Protocol):
+    """`(logits [B, K], batch) -> loss [B]`, one value per example, never a mean.
+
+    A pytree (`jax.tree_util.Partial`) that carries what may change without a recompilation:
+    the temperature, the weights of its terms, an online teacher.
+    """
+
+    def __call__(self, logits: Array, batch: Batch, /) -> Array: ...
+
+
+class StepFn(Protocol):
+    """`(state, batch, loss_fn) -> (state, metrics)`, one optimiser update; pure."""
+
+    def __call__(self, state: Any, batch: Batch, loss_fn: LossFn, /) -> tuple[Any, Metrics]: ...
+
+
+class AttackFn(Protocol):
+    """`(logits_fn, key, inputs, labels) -> AttackResult`: an attack with its settings bound.
+
+    Make one with `functools.partial(jdistill.attacks.pgd, eps=0.1, num_steps=40)`.
+    """
+
+    def __call__(
+        self, logits_fn: LogitsFn, key: Array | None, inputs: ArrayLike, labels: ArrayLike, /
+    ) -> Any: ...
+
+
+class Callback(Protocol):
+    """Called by the library's host loops with one event, a flat mapping; returns nothing.
+
+    Events always have `"event"` (what happened) and `"stage"`; the loops document the rest.
+    Callbacks are where experiments save, log and show progress: the library does none of that.
+    """
+
+    def __call__(self, event: Mapping[str, Any], /) -> None: ...
