@@ -125,7 +125,8 @@ def inputs_in_box(value: Any, box: tuple[float, float]) -> None:
         )
     if is_traced(value):
         return
-    array = np.asarray(value, dtype=np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite below
+        array = np.asarray(value).astype(np.float32)
     if not np.isfinite(array).all():
         where = _first_bad(array, ~np.isfinite(array))
         raise ValueError(f"expected finite inputs, got {where}; remove or repair that example")

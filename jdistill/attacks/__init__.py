@@ -1,0 +1,22 @@
+"""Attacks as pure functions: `(logits_fn, key, inputs, labels, *, …) -> AttackResult`.
+
+The contract of every attack:
+
+* `inputs [B, ...]` are floats inside `bounds`; `labels [B]` are always the true classes; with
+  `targets [B]` success means that the prediction is the target.
+* `logits_fn` is a pytree that carries its weights (`jdistill.nets.logits_fn`), so that new
+  weights, a new `eps` or a new temperature compile nothing. A plain function works as well.
+* Success: the best other logit is strictly above the true class's (targeted: the target's is
+  strictly above all others), and every logit is finite. It is checked again by a forward pass on
+  the returned inputs. An example that already succeeds is returned unchanged, at distance 0
+  after one query; so is one whose clean logits are not finite.
+* Every example stands alone: its randomness comes from its own key (`fold_in(key, index)`, or the
+  `[B]` keys given), and no sum over the batch decides anything.
+* Matrix products run at full float32 precision unless `jax_default_matmul_precision` is set.
+"""
+
+from jdistill.attacks._base import AttackResult
+from jdistill.attacks._carlini_wagner import carlini_wagner_l2
+from jdistill.attacks._gradient import fgsm, pgd
+
+__all__ = ["AttackResult", "carlini_wagner_l2", "fgsm", "pgd"]

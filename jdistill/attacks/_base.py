@@ -1,0 +1,237 @@
+"""What all attacks share: the result, the public door's checks, keys, success, precision."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jdistill import _validate, losses, norms
+from jdistill.nets import callable_logits_fn
+from jdistill.typing import Array, ArrayLike, LogitsFn
+
+
+class AttackResult(NamedTuple):
+    """What an attack found, one row per example.
+
+    Attributes:
+        inputs: `[B, ...]` float, inside the box, and inside the ball where there is one.
+        success: `[B]` bool, verified by a forward pass on `inputs` at full precision.
+        distance: `[B]` float, to the clean input in the attack's own norm; `inf` where a
+            minimum-norm attack found nothing.
+        queries: `[B]` int32, forward passes spent on the example.
+        info: further arrays, each `[B, ...]`; the attack's docstring lists them.
+    """
+
+    inputs: Array
+    success: Array
+    distance: Array
+    queries: Array
+    info: dict[str, Array]
+
+
+class Goal(NamedTuple):
+    """What the attack is after: away from the labels, or towards the targets.
+
+    Attributes:
+        labels: `[B]` int32, the true classes.
+        targets: `[B]` int32, or None for an untargeted attack.
+    """
+
+    labels: Array
+    targets: Array | None
+
+    def reached(self, logits: Array) -> Array:
+        """Whether each example's logits `[B, K]` are a success; a tie or a NaN is none, `[B]`."""
+        return jnp.all(jnp.isfinite(logits), axis=-1) & (self.excess(logits) > 0)
+
+    def reached_clean(self, logits: Array) -> Array:
+        """`reached` for the clean input, where non-finite logits count as misclassified."""
+        reached = self.reached(logits)
+        if self.targets is not None:
+            return reached
+        return reached | ~jnp.all(jnp.isfinite(logits), axis=-1)
+
+    def excess(self, logits: Array) -> Array:
+        """By how many logits the goal is passed (negative: missed), `[B]`."""
+        if self.targets is None:
+            return losses.margin(logits, self.labels)
+        return -losses.margin(logits, self.targets)
+
+    def gain(self, loss: Callable[..., Array], logits: Array) -> Array:
+        """What the attack maximises: the labels' loss, or minus the targets' loss, `[B]`."""
+        if self.targets is None:
+            return loss(logits, self.labels)
+        return -loss(logits, self.targets)
+
+
+class Problem(NamedTuple):
+    """The checked and cast arguments of an attack, ready for its jitted core."""
+
+    logits_fn: LogitsFn
+    keys: Array | None  # [B]
+    inputs: Array
+    goal: Goal
+    bounds: tuple[Array, Array]
+
+
+def prepare(
+    logits_fn: LogitsFn,
+    key: Array | None,
+    inputs: ArrayLike,
+    labels: ArrayLike,
+    *,
+    targets: ArrayLike | None,
+    bounds: tuple[float, float],
+) -> Problem:
+    """Check what every attack takes, and cast it; values under a tracer are not checked."""
+    box = _validate.bounds(bounds)
+    _validate.inputs_in_box(inputs, box)
+    inputs = jnp.asarray(inputs)
+    if inputs.dtype not in (jnp.float32, jnp.float64):
+        inputs = inputs.astype(jnp.float32)
+    logits_fn = callable_logits_fn(logits_fn)
+    num_classes = _num_classes(logits_fn, inputs)
+    batch_size = inputs.shape[0]
+    _validate.class_indices(labels, batch_size=batch_size, num_classes=num_classes)
+    if targets is not None:
+        _validate.class_indices(
+            targets, name="targets", batch_size=batch_size, num_classes=num_classes
+        )
+        targets = jnp.asarray(targets).astype(jnp.int32)
+    return Problem(
+        logits_fn=logits_fn,
+        keys=None if key is None else example_keys(key, batch_size),
+        inputs=inputs,
+        goal=Goal(jnp.asarray(labels).astype(jnp.int32), targets),
+        bounds=(jnp.asarray(box[0], inputs.dtype), jnp.asarray(box[1], inputs.dtype)),
+    )
+
+
+def radius(eps: ArrayLike, inputs: Array, *, name: str = "eps") -> Array:
+    """A radius or step as floats `[B]`, checked: at least 0, a scalar or one per example."""
+    named: dict[str, Any] = {name: eps}
+    _validate.non_negative(**named)
+    shape = np.shape(eps)
+    if shape not in ((), inputs.shape[:1]):
+        raise ValueError(
+            f"expected {name} to be a scalar or of shape [B] = {inputs.shape[:1]}, got {shape}; "
+            "pass one number, or one per example"
+        )
+    return jnp.broadcast_to(jnp.asarray(eps, inputs.dtype), inputs.shape[:1])
+
+
+def start_point(init: ArrayLike, problem: Problem) -> Array:
+    """An injected start `[B, ...]`, checked against the inputs."""
+    box = (-np.inf, np.inf)  # it is projected into the ball and the box by whoever uses it
+    _validate.inputs_in_box(init, box)
+    if np.shape(init) != problem.inputs.shape:
+        raise ValueError(
+            f"expected init of the inputs' shape {problem.inputs.shape}, got {np.shape(init)}; "
+            "pass one starting point per example"
+        )
+    return jnp.asarray(init, problem.inputs.dtype)
+
+
+def example_keys(key: Array, batch_size: int) -> Array:
+    """One key per example, `[B]`: `fold_in(key, index)`, or the `[B]` keys given.
+
+    Raises:
+        ValueError: keys of a wrong shape, or of an implementation other than Threefry, whose
+            draws would depend on how the batch is split.
+    """
+    if not hasattr(key, "dtype") or not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+        try:
+            key = jax.random.wrap_key_data(jnp.asarray(key, jnp.uint32))
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"expected a PRNG key, got {_validate.show(key)}; make one with jax.random.key(0)"
+            ) from None
+    if "threefry" not in str(jax.random.key_impl(key)):
+        raise ValueError(
+            f"expected a Threefry key, got {jax.random.key_impl(key)}; other generators draw "
+            "differently under vmap: make it with jax.random.key(0, impl='threefry2x32')"
+        )
+    if key.shape == ():
+        return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(batch_size))
+    if key.shape == (batch_size,):
+        return key
+    raise ValueError(
+        f"expected one key or [B] = ({batch_size},) keys, got shape {key.shape}; pass one key, "
+        "or one per example"
+    )
+
+
+def need_key(problem: Problem, why: str) -> Array:
+    """The `[B]` keys, or an error that says what they are for."""
+    if problem.keys is None:
+        raise ValueError(f"expected a PRNG key for {why}, got None; pass jax.random.key(0)")
+    return problem.keys
+
+
+def full_precision() -> contextlib.AbstractContextManager[Any]:
+    """Full float32 matrix products unless the user chose a precision.
+
+    JAX's defaults are bfloat16 on TPU and TF32 on recent GPUs; that alone moves robust accuracy.
+    """
+    configured: str | None = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    if configured is None:
+        return jax.default_matmul_precision("highest")
+    return contextlib.nullcontext()
+
+
+def finish(
+    problem: Problem,
+    candidate: Array,
+    *,
+    clean_success: Array,
+    found: Array,
+    queries: Array,
+    norm: str,
+    info: dict[str, Array],
+    minimum_norm: bool,
+) -> AttackResult:
+    """Verify the candidates by a forward pass and assemble the result.
+
+    Args:
+        problem: the attack's arguments.
+        candidate: `[B, ...]`, what the attack wants to return.
+        clean_success: `[B]` bool, examples that needed no attack: returned unchanged.
+        found: `[B]` bool; where False a minimum-norm attack returns the clean input.
+        queries: `[B]` forward passes so far.
+        norm: of the distance.
+        info: passed on.
+        minimum_norm: whether failure means distance `inf` and the clean input.
+
+    Returns:
+        The result; `queries` counts the verification of attacked examples.
+    """
+    keep_clean = clean_success | (~found if minimum_norm else False)
+    mask = norms.per_example(keep_clean, candidate) > 0
+    candidate = jnp.where(mask, problem.inputs, candidate)
+    verified = problem.goal.reached(problem.logits_fn(candidate))
+    success = clean_success | (verified & (found if minimum_norm else True))
+    distance = norms.distance(candidate - problem.inputs, norm)
+    if minimum_norm:
+        candidate = jnp.where(norms.per_example(success, candidate) > 0, candidate, problem.inputs)
+        distance = jnp.where(success, distance, jnp.inf)
+    queries = (queries + jnp.where(clean_success, 0, 1)).astype(jnp.int32)
+    return jax.lax.stop_gradient(AttackResult(candidate, success, distance, queries, info))
+
+
+@jax.jit
+def _call(logits_fn: LogitsFn, inputs: Array) -> Array:
+    return logits_fn(inputs)
+
+
+def _num_classes(logits_fn: LogitsFn, inputs: Array) -> int:
+    """The network's K, from its shapes alone; the trace is cached by jit, so this is cheap."""
+    shape = _call.eval_shape(logits_fn, inputs).shape
+    if len(shape) != 2 or shape[0] != inputs.shape[0] or shape[1] < 2:
+        raise ValueError(
+            f"expected logits of shape [B, K] = ({inputs.shape[0]}, at least 2), got {shape}; "
+            "pass a logits_fn that maps inputs [B, ...] to one row of logits per example"
+        )
+    return shape[1]

@@ -1,0 +1,86 @@
+"""What `load` returns, and the small pure functions on it."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+SPLITS = ("train", "validation", "test")
+
+Progress = Callable[[Mapping[str, Any]], None]
+
+
+class Split(NamedTuple):
+    """The examples of one split.
+
+    Attributes:
+        inputs: `[N, H, W, C]` float32 in [0, 1].
+        labels: `[N]` int32 in `0..K-1`.
+    """
+
+    inputs: np.ndarray
+    labels: np.ndarray
+
+
+class Dataset(NamedTuple):
+    """A data set with its three splits, and what is needed to say which data it was.
+
+    Attributes:
+        name: one of `NAMES`.
+        train: the examples to learn from; the validation examples are not among them.
+        validation: held-out examples for choosing hyperparameters.
+        test: examples for the final numbers only.
+        num_classes: K.
+        version: the version of the prepared set, e.g. "3.0.1".
+        fingerprint: short hash of the prepared set's `dataset_info.json` (of the images
+            themselves for `digits`). It tells apart two sets of one name and version.
+        checksum: short hash of every image and label, split by split. Equal checksums mean the
+            same examples in the same order and the same splits.
+        note: one sentence on how the splits were made, for a report.
+    """
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    num_classes: int
+    version: str
+    fingerprint: str
+    checksum: str
+    note: str
+
+
+def split_checksum(split: Split) -> str:
+    """A short hash of the arrays' shapes, types, values and order."""
+    digest = hashlib.sha256()
+    for array in split:
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:16]
+
+
+def joint_checksum(checksums: Mapping[str, str]) -> str:
+    """One short hash out of the splits' own."""
+    text = " ".join(checksums[name] for name in SPLITS)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
+    """Every label lies in `0..K-1`; raises ValueError where one does not."""
+    bad = (labels < 0) | (labels >= num_classes)
+    if bad.any():
+        index = int(np.argmax(bad))
+        raise ValueError(
+            f"expected labels in 0..{num_classes - 1}, got {labels[index]} at index {index} of "
+            f"{where}; prepare the data set again"
+        )
+
+
+def scaled(split: Split, maximum: int) -> Split:
+    """Stored integers `0..maximum` as float32 in [0, 1]."""
+    # Dividing in place is exact to the last bit (multiplying by 1/255 is not: half of all values
+    # come out one unit off) and touches the large float array only once.
+    inputs = split.inputs.astype(np.float32)
+    inputs /= np.float32(maximum)
+    return Split(inputs, split.labels)

@@ -1,0 +1,377 @@
+"""Defensive distillation through teacher assistants.
+
+A chain is generations 0, 1, 2, …: the teacher learns from hard labels at temperature `T`; every
+later generation learns from `softmax(z / T)` of the one before, at the same `T`; all are tested
+at `T = 1`. The student of `n` assistants is generation `n + 1`, so every chain contains the
+shorter ones: generation 1 is the student of plain defensive distillation.
+
+Generations of equal size give the chain of Mandal & Gao 2023; shrinking ones with a hard-label
+weight and the factor `T²` give the teacher assistants of Mirzadeh et al. 2020 (TAKD).
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jdistill import _validate, data, losses, train
+from jdistill.nets import callable_logits_fn
+from jdistill.train import TrainState, TrainStep
+from jdistill.typing import Array, ArrayLike, Batch, Callback, LogitsFn, LossFn, PyTree
+
+# Folded into the run's key for the shared initial weights; no generation has this number.
+_INITIAL_WEIGHTS = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One network of a chain, and how it learns.
+
+    Attributes:
+        step: its training step (`train.make_train_step`): network and optimiser.
+        params: its initial weights; share them within an architecture, as the paper does.
+        model_state: its initial model state; `{}` where there is none.
+        num_epochs: passes over the data, at least 0.
+        hyperparams: numbers for the optimiser, such as `{"learning_rate": 0.1}`.
+    """
+
+    step: TrainStep
+    params: PyTree
+    num_epochs: int
+    model_state: PyTree = dataclasses.field(default_factory=dict)
+    hyperparams: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+def soft_labels(
+    logits_fn: LogitsFn, inputs: np.ndarray, *, temperature: float, batch_size: int = 512
+) -> np.ndarray:
+    """A network's predictions at a temperature, `softmax(z / T)`, for a whole set.
+
+    Args:
+        logits_fn: inputs `[B, ...]` to logits `[B, K]`.
+        inputs: `[N, ...]` float.
+        temperature: above 0.
+        batch_size: examples at a time.
+
+    Returns:
+        `[N, K]` float32 on the host; rows sum to 1.
+
+    Raises:
+        ValueError: a temperature that is not above 0.
+
+    Example:
+        >>> soft_labels(lambda x: x, np.array([[0.0, 20.0]], np.float32), temperature=20.0).round(2)
+        array([[0.27, 0.73]], dtype=float32)
+
+    References:
+        Papernot et al. 2016, section IV.A.
+    """
+    _validate.positive(temperature=temperature)
+    logits = train.predict(logits_fn, inputs, batch_size=batch_size)
+    return np.asarray(jax.nn.softmax(logits / np.float32(temperature), axis=-1))
+
+
+def soft_loss(
+    temperature: ArrayLike,
+    *,
+    hard_weight: ArrayLike = 0.0,
+    temperature_squared: bool = False,
+) -> LossFn:
+    """The distillation loss against the batch's soft labels (offline: `batch.targets`).
+
+        (1 - λ) · s · H(q, softmax(z / T)) + λ · H(y, softmax(z)),    s = T² or 1
+
+    with `H(q, p) = -Σ_k q_k log p_k`, a sum over classes; the step takes the mean over the batch.
+    `λ = 0` and `s = 1` are defensive distillation; TAKD and Hinton's take `λ` in (0, 1), `s = T²`.
+
+    Args:
+        temperature: above 0.
+        hard_weight: λ in `[0, 1]`, the weight of the hard labels, whose term is at `T = 1`.
+        temperature_squared: whether the soft term is multiplied by `T²`, which keeps its
+            gradients comparable to the hard term's.
+
+    Returns:
+        `(logits [B, K], batch) -> [B]`, a pytree: other numbers compile nothing.
+
+    Raises:
+        ValueError: numbers out of range.
+
+    Example:
+        >>> batch = Batch(None, jnp.array([1]), jnp.array([[0.5, 0.5]]), jnp.ones(1))
+        >>> float(soft_loss(20.0)(jnp.zeros((1, 2)), batch)[0])
+        0.693...
+
+    References:
+        Papernot et al. 2016, section IV; Hinton, Vinyals & Dean 2015, section 2; Mirzadeh et al.
+        2020, equation 3.
+    """
+    return jax.tree_util.Partial(
+        _soft_loss, *_weights(temperature, hard_weight, temperature_squared)
+    )
+
+
+def online_loss(
+    teacher: LogitsFn,
+    temperature: ArrayLike,
+    *,
+    hard_weight: ArrayLike = 0.0,
+    temperature_squared: bool = False,
+) -> LossFn:
+    """The distillation loss against a teacher that labels each batch as it comes.
+
+    For inputs that change from epoch to epoch (augmentation), where soft labels cannot be
+    computed beforehand. No gradient flows into the teacher. Otherwise as `soft_loss`.
+
+    Args:
+        teacher: inputs `[B, ...]` to logits `[B, K]`, in evaluation mode.
+        temperature: above 0.
+        hard_weight: λ in `[0, 1]`.
+        temperature_squared: whether the soft term is multiplied by `T²`.
+
+    Returns:
+        `(logits [B, K], batch) -> [B]`, a pytree that carries the teacher's weights.
+
+    Raises:
+        ValueError: numbers out of range.
+
+    Example:
+        >>> batch = Batch(jnp.zeros((1, 2)), jnp.array([1]), None, jnp.ones(1))
+        >>> float(online_loss(lambda x: x, 20.0)(jnp.zeros((1, 2)), batch)[0])
+        0.693...
+    """
+    weights = _weights(temperature, hard_weight, temperature_squared)
+    return jax.tree_util.Partial(_online_loss, callable_logits_fn(teacher), *weights)
+
+
+def initial_weights(
+    step: TrainStep,
+    params: PyTree,
+    examples: tuple[np.ndarray, np.ndarray],
+    key: Array,
+    *,
+    model_state: PyTree | None = None,
+    num_epochs: int = 1,
+    hyperparams: Mapping[str, float] | None = None,
+    start: TrainState | None = None,
+    **fit_options: Any,
+) -> TrainState:
+    """The shared start of the released recipe: an epoch at `T = 1` on hard labels.
+
+    Every generation of the architecture, at every temperature, starts from these weights (with a
+    fresh optimiser).
+
+    Args:
+        step: the architecture's training step.
+        params: freshly drawn weights.
+        examples: `(inputs [N, ...], labels [N])`.
+        key: the run's key.
+        model_state: None is `{}`.
+        num_epochs: at least 0.
+        hyperparams: numbers for the optimiser.
+        start: a state to go on from, from an earlier run of this function.
+        **fit_options: `batch_size`, `mode`, `devices`, `callback` of `train.fit`.
+
+    Returns:
+        The state; use its `params` and `model_state`.
+
+    Raises:
+        ValueError: as `train.fit`.
+
+    References:
+        Carlini & Wagner, released code `train_models.py`; Mandal & Gao 2023 keep it.
+    """
+    if start is None:
+        start = train.create_state(
+            step,
+            params,
+            jax.random.fold_in(key, _INITIAL_WEIGHTS),
+            model_state=model_state,
+            hyperparams=hyperparams,
+        )
+    loss_fn = train.hard_loss(1.0)
+    fit_options.setdefault("stage", "initial weights")
+    return train.fit(step, start, examples, loss_fn, num_epochs=num_epochs, **fit_options)
+
+
+def chain(
+    generations: Sequence[Generation],
+    examples: tuple[np.ndarray, np.ndarray],
+    key: Array,
+    *,
+    temperature: float,
+    hard_weight: float = 0.0,
+    temperature_squared: bool = False,
+    start: Sequence[TrainState] = (),
+    callback: Callback | None = None,
+    **fit_options: Any,
+) -> list[TrainState]:
+    """Train teacher, assistants and student, each on the soft labels of the one before.
+
+    Generation `g` takes its randomness from `fold_in(key, g)`, so it does not depend on how long
+    the chain is, and a chain can be made longer later.
+
+    Args:
+        generations: teacher first, student last; at least 1. Plain defensive distillation has
+            two, the paper's teacher assistant three.
+        examples: `(inputs [N, ...], labels [N])`, NumPy.
+        key: the run's key.
+        temperature: `T`, above 0, of the teacher's loss, of all soft labels and of all students.
+        hard_weight: weight of the hard labels in the later generations, in `[0, 1]`; 0 in
+            defensive distillation.
+        temperature_squared: whether their soft term is multiplied by `T²`; not in defensive
+            distillation.
+        start: states of generations 0, 1, … from an earlier run: finished ones are not trained
+            again, and the last may be anywhere on its way.
+        callback: see `train.fit`; every event also has `generation`. An event
+            `"generation"` with the final `state` ends each, finished ones included.
+        **fit_options: `batch_size`, `mode`, `devices` of `train.fit`.
+
+    Returns:
+        One state a generation, in order.
+
+    Raises:
+        ValueError: no generation, or numbers out of range; and as `train.fit`.
+
+    References:
+        Mandal & Gao 2023, "Improving Defensive Distillation using Teacher Assistant", released
+        code `train_models.py`, `train_models_multidistill.py`.
+    """
+    if not generations:
+        raise ValueError("expected at least one generation, got none; pass the teacher's")
+    if len(start) > len(generations):
+        raise ValueError(
+            f"expected at most {len(generations)} states in start (one a generation), got "
+            f"{len(start)}; pass those of this chain"
+        )
+    inputs, labels = examples
+    teacher_loss = train.hard_loss(temperature)
+    student_loss = soft_loss(
+        temperature, hard_weight=hard_weight, temperature_squared=temperature_squared
+    )
+    states: list[TrainState] = []
+    for number, generation in enumerate(generations):
+        targets = None
+        state = _start(generation, jax.random.fold_in(key, number), start[number : number + 1])
+        finished = int(state.step) >= _num_steps(generation, len(labels), fit_options)
+        if number > 0 and not finished:
+            targets = soft_labels(
+                _logits_fn(generations[number - 1], states[-1]), inputs, temperature=temperature
+            )
+        state = train.fit(
+            generation.step,
+            state,
+            (inputs, labels, targets),
+            teacher_loss if number == 0 else student_loss,
+            num_epochs=generation.num_epochs,
+            stage=stage_name(number, len(generations)),
+            callback=_with_generation(callback, number),
+            **fit_options,
+        )
+        states.append(state)
+        if callback is not None:
+            stage = stage_name(number, len(generations))
+            callback({"event": "generation", "stage": stage, "generation": number, "state": state})
+    return states
+
+
+def stage_name(generation: int, num_generations: int) -> str:
+    """What a generation is in a chain of that many: `teacher`, `assistant 1`, `student`.
+
+    Example:
+        >>> [stage_name(g, 3) for g in range(3)]
+        ['teacher', 'assistant 1', 'student']
+    """
+    if generation == 0:
+        return "teacher"
+    return "student" if generation == num_generations - 1 else f"assistant {generation}"
+
+
+def _weights(
+    temperature: ArrayLike, hard_weight: ArrayLike, temperature_squared: bool
+) -> tuple[Array, Array, Array]:
+    """Temperature, hard weight and the soft term's factor as arrays, checked."""
+    _validate.positive(temperature=temperature)
+    _validate.within(0.0, 1.0, hard_weight=hard_weight)
+    temperature = jnp.asarray(temperature, jnp.float32)
+    factor = jnp.square(temperature) if temperature_squared else jnp.ones_like(temperature)
+    return temperature, jnp.asarray(hard_weight, jnp.float32), factor
+
+
+def _mixed(
+    temperature: Array,
+    hard_weight: Array,
+    factor: Array,
+    logits: Array,
+    batch: Batch,
+    targets: Array,
+) -> Array:
+    soft = losses.soft_cross_entropy(logits, targets, temperature=temperature)
+    hard = losses.cross_entropy(logits, batch.labels)
+    return (1 - hard_weight) * factor * soft + hard_weight * hard
+
+
+def _soft_loss(
+    temperature: Array, hard_weight: Array, factor: Array, logits: Array, batch: Batch
+) -> Array:
+    if batch.targets is None:
+        raise ValueError(
+            "expected soft labels in batch.targets, got None; pass them to train.fit as "
+            "(inputs, labels, targets), or use distill.online_loss"
+        )
+    return _mixed(temperature, hard_weight, factor, logits, batch, batch.targets)
+
+
+def _online_loss(
+    teacher: LogitsFn,
+    temperature: Array,
+    hard_weight: Array,
+    factor: Array,
+    logits: Array,
+    batch: Batch,
+) -> Array:
+    targets = jax.nn.softmax(jax.lax.stop_gradient(teacher(batch.inputs)) / temperature, axis=-1)
+    return _mixed(temperature, hard_weight, factor, logits, batch, targets)
+
+
+def _start(generation: Generation, key: Array, given: Sequence[TrainState]) -> TrainState:
+    if given:
+        return given[0]
+    return train.create_state(
+        generation.step,
+        generation.params,
+        key,
+        model_state=generation.model_state,
+        hyperparams=generation.hyperparams,
+    )
+
+
+def _num_steps(generation: Generation, num_examples: int, fit_options: Mapping[str, Any]) -> int:
+    batch_size = fit_options.get("batch_size", 128)
+    return generation.num_epochs * data.num_batches(num_examples, batch_size)
+
+
+def _logits_fn(generation: Generation, state: TrainState) -> LogitsFn:
+    """The trained generation as a pytree of its weights."""
+    return jax.tree_util.Partial(
+        _Evaluation(generation.step.apply_fn), state.params, state.model_state
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Evaluation:
+    """`apply_fn` in evaluation mode; equal networks compare equal, so they share a trace."""
+
+    apply_fn: Any
+
+    def __call__(self, params: PyTree, model_state: PyTree, inputs: Array) -> Array:
+        logits, _ = self.apply_fn(params, model_state, inputs, train=False, key=None)
+        return logits
+
+
+def _with_generation(callback: Callback | None, number: int) -> Callback | None:
+    if callback is None:
+        return None
+    return lambda event: callback({**event, "generation": number})

@@ -1,0 +1,157 @@
+"""Losses, one value per example: `(logits [B, K], …) -> [B]`. The mean is the caller's.
+
+Training minimises them; attacks maximise them (and minimise them towards a target class).
+The temperature divides the logits: `softmax(z / T)`, and may be traced.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jdistill import _validate
+from jdistill.typing import Array, ArrayLike
+
+
+def cross_entropy(logits: Array, labels: ArrayLike, *, temperature: ArrayLike = 1.0) -> Array:
+    """Cross-entropy of hard labels at a temperature, `-log softmax(z / T)_y`.
+
+    Args:
+        logits: `[B, K]` float.
+        labels: `[B]` int in `0..K-1`.
+        temperature: above 0; scalar or broadcastable to `[B, 1]`.
+
+    Returns:
+        `[B]` float, at least 0.
+
+    Raises:
+        ValueError: a temperature that is not above 0.
+
+    Example:
+        >>> float(cross_entropy(jnp.array([[0.0, 0.0]]), jnp.array([1]))[0])  # log 2
+        0.693...
+    """
+    log_probs = tempered_log_softmax(logits, temperature)
+    return -_pick(log_probs, labels)
+
+
+def soft_cross_entropy(logits: Array, targets: Array, *, temperature: ArrayLike = 1.0) -> Array:
+    """Cross-entropy of soft labels, `-sum_k q_k log softmax(z / T)_k`: a sum over classes.
+
+    Equal to `kl_divergence` plus the entropy of the targets, so the gradients are the same.
+
+    Args:
+        logits: `[B, K]` float.
+        targets: `[B, K]` float, rows that sum to 1. An exact 0 adds nothing, even where the
+            student's log-probability is `-inf`.
+        temperature: above 0; scalar or broadcastable to `[B, 1]`.
+
+    Returns:
+        `[B]` float.
+
+    Raises:
+        ValueError: a temperature that is not above 0.
+
+    Example:
+        >>> half = jnp.array([[0.5, 0.5]])
+        >>> float(soft_cross_entropy(jnp.zeros((1, 2)), half, temperature=20.0)[0])
+        0.693...
+
+    References:
+        Papernot et al. 2016, "Distillation as a Defense", section IV; Hinton et al. 2015.
+    """
+    log_probs = tempered_log_softmax(logits, temperature)
+    return -jnp.sum(jnp.where(targets > 0, targets * log_probs, 0.0), axis=-1)
+
+
+def kl_divergence(logits: Array, targets: Array, *, temperature: ArrayLike = 1.0) -> Array:
+    """Divergence of the prediction from soft labels, `KL(q || softmax(z / T))`, over classes.
+
+    A loss averaged over classes as well (the default reduction of some frameworks) is this one
+    divided by `K`. No factor `T²` is applied: `jdistill.distill` takes it as an argument.
+
+    Args:
+        logits: `[B, K]` float.
+        targets: `[B, K]` float, rows that sum to 1.
+        temperature: above 0; scalar or broadcastable to `[B, 1]`.
+
+    Returns:
+        `[B]` float, at least 0 up to rounding.
+
+    Raises:
+        ValueError: a temperature that is not above 0.
+
+    Example:
+        >>> float(kl_divergence(jnp.zeros((1, 2)), jnp.array([[1.0, 0.0]]))[0])
+        0.693...
+    """
+    safe = jnp.where(targets > 0, targets, 1.0)
+    negative_entropy = jnp.sum(targets * jnp.log(safe), axis=-1)
+    return negative_entropy + soft_cross_entropy(logits, targets, temperature=temperature)
+
+
+def margin(logits: Array, labels: ArrayLike) -> Array:
+    """How far the best other class is above the given one, `max_{i≠y} z_i - z_y`.
+
+    Positive where the example is misclassified. It grows with the scale of the logits but its
+    gradient never saturates, which is why distillation at a high temperature cannot hide it.
+
+    Args:
+        logits: `[B, K]` float, `K >= 2`.
+        labels: `[B]` int in `0..K-1`.
+
+    Returns:
+        `[B]` float.
+
+    Example:
+        >>> margin(jnp.array([[3.0, 1.0, 0.0]]), jnp.array([0])).tolist()
+        [-2.0]
+
+    References:
+        Carlini & Wagner 2017, section IV.A, f6.
+    """
+    return largest_other(logits, labels) - _pick(logits, labels)
+
+
+def largest_other(logits: Array, labels: ArrayLike) -> Array:
+    """The largest logit of the classes other than the given one.
+
+    Args:
+        logits: `[B, K]` float, `K >= 2`.
+        labels: `[B]` int in `0..K-1`.
+
+    Returns:
+        `[B]` float.
+
+    Example:
+        >>> largest_other(jnp.array([[3.0, 1.0, 0.0]]), jnp.array([0])).tolist()
+        [1.0]
+    """
+    own = jnp.asarray(labels)[:, None] == jnp.arange(logits.shape[-1])
+    # -inf and not a large constant: logits of strongly distilled networks pass any constant.
+    return jnp.max(jnp.where(own, -jnp.inf, logits), axis=-1)
+
+
+def tempered_log_softmax(logits: Array, temperature: ArrayLike = 1.0) -> Array:
+    """`log softmax(z / T)`, exact in log space for any temperature above 0.
+
+    Args:
+        logits: `[B, K]` float.
+        temperature: above 0; scalar or broadcastable to `[B, 1]`.
+
+    Returns:
+        `[B, K]` float, at most 0.
+
+    Raises:
+        ValueError: a temperature that is not above 0.
+
+    Example:
+        >>> tempered_log_softmax(jnp.array([[0.0, 1000.0]])).tolist()
+        [[-1000.0, 0.0]]
+    """
+    _validate.positive(temperature=temperature)
+    return jax.nn.log_softmax(logits / jnp.asarray(temperature, logits.dtype), axis=-1)
+
+
+def _pick(values: Array, labels: ArrayLike) -> Array:
+    """`values[b, labels[b]]`, `[B]`."""
+    index = jnp.asarray(labels).astype(jnp.int32)[:, None]
+    return jnp.take_along_axis(values, index, axis=-1)[:, 0]

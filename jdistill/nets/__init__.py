@@ -1,0 +1,43 @@
+"""Networks, and the adapters that turn any network into the library's two callables.
+
+* Networks: `ConvNet`, the papers' sizes `mnist_net` and `cifar_net`, the small `digits_net`;
+  `init` draws their variables.
+* Adapters: `apply_fn` (training) and `logits_fn` (attacks and measures) for Flax Linen modules,
+  `nnx_logits_fn` for Flax NNX ones, `callable_logits_fn` for everything else;
+  `with_temperature` divides the logits of any of them. All are values that compare by what they
+  hold, so new weights of an equal network compile nothing.
+* Stacks: `stack`, `unstack` and `index` for pytrees that `jax.vmap` runs side by side.
+* Fast gradients on CPU: `conv_general_dilated` and `max_pool`, drop-in for Flax layers.
+
+This is the only module of the library that imports `flax.linen` or `flax.nnx`.
+"""
+
+from jdistill.nets._adapters import (
+    apply_fn,
+    callable_logits_fn,
+    logits_fn,
+    nnx_logits_fn,
+    with_temperature,
+)
+from jdistill.nets._convnet import ConvNet, cifar_net, digits_net, init, mnist_net
+from jdistill.nets._convolution import conv_general_dilated
+from jdistill.nets._pooling import max_pool
+from jdistill.nets._stacking import index, stack, unstack
+
+__all__ = [
+    "ConvNet",
+    "apply_fn",
+    "callable_logits_fn",
+    "cifar_net",
+    "conv_general_dilated",
+    "digits_net",
+    "index",
+    "init",
+    "logits_fn",
+    "max_pool",
+    "mnist_net",
+    "nnx_logits_fn",
+    "stack",
+    "unstack",
+    "with_temperature",
+]

@@ -1,0 +1,318 @@
+"""Adapters: any network as an `ApplyFn` for training or a `LogitsFn` for everything else.
+
+An adapter is a value. Its static part (module, graph or function) compares by what it holds, and
+its weights are leaves of a pytree, so compiled code that takes the adapter as an argument is
+reused for new weights, and `jax.vmap` maps over stacked ones.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.tree_util import Partial
+
+from jdistill import _validate
+from jdistill.typing import ApplyFn, Array, LogitsFn, PyTree
+
+# Other names for the train/eval switch. A module that takes one of these but not `train` would
+# silently run in whichever mode is its default, so it is refused.
+_OTHER_SWITCHES = ("training", "is_training", "deterministic", "use_running_average")
+
+
+def _check_linen(model: Any) -> None:
+    """The module can be the static part of an adapter and be called as one."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"expected a Flax Linen module, got {type(model).__name__}; use nnx_logits_fn for an "
+            "NNX module and callable_logits_fn for a function"
+        )
+    try:
+        hash(model)
+    except TypeError as error:
+        raise ValueError(
+            f"expected a hashable module, got {type(model).__name__} ({error}); "
+            "make its fields tuples instead of lists or arrays"
+        ) from None
+    names = _parameter_names(model)
+    switches = [name for name in _OTHER_SWITCHES if name in names]
+    if switches and "train" not in names:
+        raise ValueError(
+            f"expected {type(model).__name__}.__call__ to take `train`, got `{switches[0]}`; "
+            "wrap it in a module whose `__call__(self, inputs, *, train=False)` sets that argument"
+        )
+    known = {"train", "dropout_keys"}
+    required = [
+        parameter.name
+        for parameter in list(inspect.signature(model.__call__).parameters.values())[1:]
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and parameter.name not in known
+    ]
+    if required:
+        raise ValueError(
+            f"expected {type(model).__name__}.__call__ to need its inputs only, got the further "
+            f"argument `{required[0]}`; wrap it in a module that sets that argument"
+        )
+
+
+def _parameter_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of the module's `__call__`, the inputs left out."""
+    return tuple(inspect.signature(model.__call__).parameters)[1:]
+
+
+def _call(model: nn.Module, variables: PyTree, inputs: Array, **options: Any) -> Any:
+    """`model.apply`, with the options that its `__call__` does not take left out."""
+    names = _parameter_names(model)
+    for name in ("train", "dropout_keys"):
+        if name not in names:
+            options.pop(name, None)
+    return model.apply(variables, inputs, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LinenApply:
+    """The `ApplyFn` of a Linen module; equal where the modules are equal."""
+
+    model: nn.Module
+
+    def __call__(
+        self,
+        params: PyTree,
+        model_state: PyTree,
+        inputs: Array,
+        /,
+        *,
+        train: bool,
+        key: Array | None,
+    ) -> tuple[Array, PyTree]:
+        variables = {"params": params, **model_state}
+        if not train:
+            return _call(self.model, variables, inputs, train=False), model_state
+        options: dict[str, Any] = {"train": True, "dropout_keys": key}
+        if key is not None and "dropout_keys" not in _parameter_names(self.model):
+            # `nn.Dropout` draws one mask for the whole batch from one key.
+            options["rngs"] = {"dropout": key[0]}
+        if not model_state:
+            return _call(self.model, variables, inputs, **options), model_state
+        logits, updated = _call(self.model, variables, inputs, mutable=list(model_state), **options)
+        return logits, dict(updated)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LinenLogits:
+    """`(variables, inputs) -> logits` of a Linen module in evaluation mode."""
+
+    model: nn.Module
+
+    def __call__(self, variables: PyTree, inputs: Array, /) -> Array:
+        return _call(self.model, variables, inputs, train=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _NnxLogits:
+    """`(state, inputs) -> logits` of an NNX graph."""
+
+    graphdef: Any
+
+    def __call__(self, state: PyTree, inputs: Array, /) -> Array:
+        return nnx.merge(self.graphdef, state)(inputs)
+
+
+def apply_fn(model: nn.Module) -> ApplyFn:
+    """The `ApplyFn` of a Flax Linen module, for training.
+
+    The result is `(params, model_state, inputs, *, train, key) -> (logits, model_state)`, a
+    frozen value: those of equal modules are equal, so that a compiled step is shared.
+
+    What the module may look like: `__call__(self, inputs)`, with the optional keyword arguments
+
+    * `train`: set to the mode. A module without it is called alike in both modes.
+    * `dropout_keys`: set to the `[B]` keys in training (see `ConvNet`). A module without it gets
+      `rngs={"dropout": key[0]}` instead, for `nn.Dropout`: that draws one mask for the batch from
+      the first example's key, so its noise *does* depend on how a batch is split over devices.
+
+    Every collection in `model_state` (such as `batch_stats`) is mutable in training and fixed in
+    evaluation.
+
+    Args:
+        model: A Linen module with hashable fields.
+
+    Returns:
+        The `ApplyFn`.
+
+    Raises:
+        ValueError: Not a Linen module, not hashable, or a `__call__` that needs other arguments.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jdistill import nets
+        >>> model = nets.digits_net()
+        >>> params, model_state = nets.init(model, jax.random.key(0), (8, 8, 1))
+        >>> apply = nets.apply_fn(model)
+        >>> keys = jax.random.split(jax.random.key(1), 2)
+        >>> logits, _ = apply(params, model_state, jnp.zeros((2, 8, 8, 1)), train=True, key=keys)
+        >>> logits.shape, apply == nets.apply_fn(nets.digits_net())
+        ((2, 10), True)
+    """
+    _check_linen(model)
+    return _LinenApply(model)
+
+
+def logits_fn(model: nn.Module, variables: Mapping[str, PyTree]) -> Partial:
+    """The `LogitsFn` of a Flax Linen module with its weights, in evaluation mode.
+
+    Args:
+        model: A Linen module, as `apply_fn` takes it.
+        variables: `{"params": params, **model_state}`.
+
+    Returns:
+        A pytree that maps inputs `[B, ...]` to logits `[B, K]`. Its leaves are the variables, and
+        new ones compile nothing.
+
+    Raises:
+        ValueError: A module that `apply_fn` refuses, or `variables` without `"params"`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jdistill import nets
+        >>> model = nets.digits_net()
+        >>> params, model_state = nets.init(model, jax.random.key(0), (8, 8, 1))
+        >>> net = nets.logits_fn(model, {"params": params, **model_state})
+        >>> jax.jit(lambda net, inputs: net(inputs))(net, jnp.zeros((2, 8, 8, 1))).shape
+        (2, 10)
+    """
+    _check_linen(model)
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        shown = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
+        raise ValueError(
+            f"expected variables with the key 'params', got {shown}; "
+            'pass {"params": params, **model_state}'
+        )
+    return Partial(_LinenLogits(model), dict(variables))
+
+
+def nnx_logits_fn(module: nnx.Module) -> Partial:
+    """The `LogitsFn` of a Flax NNX module, in evaluation mode.
+
+    The module's present weights are taken; the module itself is not changed, and later changes
+    to it are not seen. Call this again on the trained module: that compiles nothing.
+
+    Args:
+        module: An NNX module called with one batch of inputs.
+
+    Returns:
+        A pytree that maps inputs `[B, ...]` to logits `[B, K]`. Its leaves are the module's
+        state.
+
+    Raises:
+        ValueError: Not an NNX module.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> net = nnx_logits_fn(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+        >>> net(jnp.zeros((4, 3))).shape
+        (4, 2)
+    """
+    if not isinstance(module, nnx.Module):
+        raise ValueError(
+            f"expected a Flax NNX module, got {type(module).__name__}; use logits_fn for a Linen "
+            "module and callable_logits_fn for a function"
+        )
+    # `eval()` writes into the module, so it is called on a copy.
+    copy = nnx.merge(*nnx.split(module))
+    copy.eval()
+    graphdef, state = nnx.split(copy)
+    return Partial(_NnxLogits(graphdef), state)
+
+
+def _call_pytree(fun: Callable[..., Array], *args: Any) -> Array:
+    """`fun(*args)`, with `fun` itself a pytree."""
+    return fun(*args)
+
+
+def callable_logits_fn(fun: Callable[..., Array], *args: PyTree) -> Any:
+    """Any callable as a `LogitsFn` pytree: `inputs -> fun(*args, inputs)`.
+
+    Pass the weights as `args` rather than closing over them: arguments are leaves, so new ones
+    compile nothing, while a closure's weights become constants of the compiled code. A plain
+    function is static and compares by identity: keep one function and reuse it, since each new
+    lambda is compiled anew.
+
+    Args:
+        fun: A function, or a callable that is a pytree (`jax.tree_util.Partial`, a registered
+            class), whose leaves stay leaves.
+        *args: Pytrees put in front of the inputs.
+
+    Returns:
+        A pytree that maps inputs `[B, ...]` to logits `[B, K]`; `fun` itself where it is a
+        pytree already and there are no `args`.
+
+    Raises:
+        ValueError: `fun` cannot be called or hashed.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> def linear(weights, inputs):
+        ...     return inputs @ weights
+        >>> callable_logits_fn(linear, jnp.ones((3, 2)))(jnp.ones((1, 3))).tolist()
+        [[3.0, 3.0]]
+    """
+    if not callable(fun):
+        raise ValueError(
+            f"expected a callable, got {type(fun).__name__}; "
+            "pass a function from inputs [B, ...] to logits [B, K]"
+        )
+    if not jax.tree_util.all_leaves([fun]):
+        return Partial(_call_pytree, fun, *args) if args else fun
+    try:
+        hash(fun)
+    except TypeError:
+        raise ValueError(
+            f"expected a hashable callable, got {type(fun).__name__}; pass a function with its "
+            "weights as further arguments: callable_logits_fn(function, weights)"
+        ) from None
+    return Partial(fun, *args)
+
+
+def _divided(fun: LogitsFn, temperature: Array, inputs: Array) -> Array:
+    """Logits over the temperature."""
+    return fun(inputs) / temperature
+
+
+def with_temperature(logits_fn: LogitsFn, temperature: Any) -> Partial:
+    """A `LogitsFn` that returns `logits_fn(inputs) / temperature`.
+
+    The softmax of the result is the distilled network's softmax at that temperature
+    (Papernot et al. 2016, equation 1).
+
+    Args:
+        logits_fn: Any `LogitsFn`.
+        temperature: `T > 0`, a scalar; `[R]` beside a stack of `R` networks under `jax.vmap`.
+            A leaf: a new temperature compiles nothing.
+
+    Returns:
+        A pytree that maps inputs `[B, ...]` to logits `[B, K]`.
+
+    Raises:
+        ValueError: `temperature` is not a finite number above 0 (checked when concrete).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> net = callable_logits_fn(lambda inputs: inputs)
+        >>> with_temperature(net, 20.0)(jnp.array([[10.0, 0.0]])).tolist()
+        [[0.5, 0.0]]
+
+    References:
+        Papernot et al., "Distillation as a Defense to Adversarial Perturbations against Deep
+        Neural Networks", 2016, equation 1.
+    """
+    _validate.positive(temperature=temperature, remedy="pass a temperature above 0; 1 is plain")
+    return Partial(
+        _divided, callable_logits_fn(logits_fn), jnp.asarray(temperature, dtype=jnp.float32)
+    )

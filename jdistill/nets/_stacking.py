@@ -1,0 +1,92 @@
+"""Pytrees with a leading axis of runs, for `jax.vmap` over networks."""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+
+from jdistill.typing import PyTree
+
+
+def stack(trees: Iterable[PyTree]) -> PyTree:
+    """Stack pytrees of one structure along a new leading axis.
+
+    Args:
+        trees: `R` pytrees (variables, `logits_fn`s, training states), alike in structure and in
+            the shapes of their leaves; at least one.
+
+    Returns:
+        One pytree of that structure, every leaf `[R, ...]`.
+
+    Raises:
+        ValueError: There is no tree, or their structures or the shapes of their leaves differ.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> stack([{"w": jnp.ones(2)}, {"w": jnp.zeros(2)}])["w"].shape
+        (2, 2)
+    """
+    trees = list(trees)
+    if not trees:
+        raise ValueError("expected at least one pytree to stack, got none; pass a non-empty list")
+    leaves, structure = jax.tree.flatten(trees[0])
+    shapes = [jnp.shape(leaf) for leaf in leaves]
+    for position, tree in enumerate(trees[1:], start=1):
+        other_leaves, other = jax.tree.flatten(tree)
+        if other != structure:
+            raise ValueError(
+                f"expected pytrees of one structure, got {other} at index {position} beside "
+                f"{structure}; stack networks of equal architecture only"
+            )
+        other_shapes = [jnp.shape(leaf) for leaf in other_leaves]
+        if other_shapes != shapes:
+            raise ValueError(
+                f"expected leaves of equal shapes, got {other_shapes} at index {position} beside "
+                f"{shapes}; stack networks of equal architecture and width only"
+            )
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *trees)
+
+
+def index(tree: PyTree, i: int) -> PyTree:
+    """Run `i` of a stacked pytree: `leaf[i]` of every leaf.
+
+    Args:
+        tree: Pytree whose every leaf is `[R, ...]`.
+        i: Which run; may be traced.
+
+    Returns:
+        The pytree without its leading axis.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> index({"w": jnp.arange(6).reshape(3, 2)}, 1)["w"].tolist()
+        [2, 3]
+    """
+    return jax.tree.map(lambda leaf: leaf[i], tree)
+
+
+def unstack(tree: PyTree) -> list[PyTree]:
+    """The list of pytrees that `stack` put together.
+
+    Args:
+        tree: Pytree whose every leaf is `[R, ...]`, with one `R`.
+
+    Returns:
+        `R` pytrees of the same structure, without the leading axis.
+
+    Raises:
+        ValueError: There is no leaf, or the leaves have no common leading axis.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [part["w"].tolist() for part in unstack({"w": jnp.arange(4).reshape(2, 2)})]
+        [[0, 1], [2, 3]]
+    """
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+    sizes = {shape[0] if shape else None for shape in shapes}
+    if len(sizes) != 1 or None in sizes:
+        raise ValueError(
+            f"expected leaves with one common leading axis, got shapes {shapes}; "
+            "unstack what `stack` or a `vmap` returned"
+        )
+    return [index(tree, i) for i in range(sizes.pop())]

@@ -1,0 +1,176 @@
+"""One pure step, compiled for one device or many: `jit` over a mesh, or `pmap`.
+
+Both modes give the same result: the batch is split over the devices, the state is the same on
+all of them. `jit` is the one to use; `pmap` is there for programs that are written around it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jdistill import _validate
+from jdistill.typing import Batch, LossFn, Metrics, PyTree, StepFn
+
+DATA_AXIS = "data"
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A one-dimensional mesh over the devices, along the data axis.
+
+    Args:
+        devices: which; None takes all of every process.
+
+    Returns:
+        The mesh, with the axis `"data"`.
+
+    Example:
+        >>> make_mesh(jax.devices()[:1]).shape["data"]
+        1
+    """
+    devices = jax.devices() if devices is None else devices
+    # The default type of an axis changed between JAX 0.7 and 0.10; named, it is the same.
+    return Mesh(np.asarray(devices), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def pad_batch(batch: Batch, multiple: int) -> Batch:
+    """The batch with rows added until its size is a multiple; the new rows have mask 0.
+
+    Args:
+        batch: any batch of at least one row.
+        multiple: at least 1, such as the number of devices.
+
+    Returns:
+        The batch, padded with copies of its first row.
+
+    Example:
+        >>> batch = Batch(np.zeros((3, 2)), np.zeros(3, int), None, np.ones(3))
+        >>> pad_batch(batch, 4).mask.tolist()
+        [1.0, 1.0, 1.0, 0.0]
+    """
+    _validate.count(multiple=multiple)
+    rows = -batch.mask.shape[0] % multiple
+    if rows == 0:
+        return batch
+    padded = jax.tree.map(lambda leaf: np.concatenate([leaf, np.repeat(leaf[:1], rows, 0)]), batch)
+    return padded._replace(mask=np.concatenate([batch.mask, np.zeros(rows, batch.mask.dtype)]))
+
+
+def compile_step(
+    step: StepFn, mode: str = "jit", devices: Sequence[jax.Device] | None = None
+) -> Callable[[PyTree, Batch, LossFn], tuple[PyTree, Metrics]]:
+    """Compile a step `(state, batch, loss_fn) -> (state, metrics)` over devices.
+
+    The compiled step takes batches of any size: it pads them to a multiple of the number of
+    devices with rows of mask 0, and spreads them. States and metrics go in and come out whole,
+    the same on every device. Equal steps, modes and devices share one compilation.
+
+    Args:
+        step: a pure step, `jdistill.train.make_train_step` for one. A dataclass with a field
+            `axis_name` gets the name of the data axis in mode `"pmap"` and None in `"jit"`; any
+            other callable must itself reduce over the axis `"data"` under `"pmap"`.
+        mode: `"jit"` (one global computation over a mesh) or `"pmap"` (one program a device).
+        devices: over which; None takes all.
+
+    Returns:
+        The compiled step, of the same signature.
+
+    Raises:
+        ValueError: an unknown mode.
+
+    Example:
+        >>> def step(state, batch, loss_fn):
+        ...     return state + jnp.sum(batch.mask), {}
+        >>> batch = Batch(np.zeros((3, 2)), np.zeros(3, int), None, np.ones(3, np.float32))
+        >>> state, _ = compile_step(step, devices=jax.devices()[:1])(jnp.zeros(()), batch, None)
+        >>> float(state)
+        3.0
+
+    References:
+        JAX documentation, "Distributed arrays and automatic parallelization" and
+        "Migrating to the new jax.pmap".
+    """
+    _validate.one_of(("jit", "pmap"), mode=mode)
+    devices = tuple(jax.devices() if devices is None else devices)
+    try:
+        return _cached_compile(step, mode, devices)
+    except TypeError:  # a step that cannot be hashed is compiled anew for each call
+        return _compile(step, mode, devices)
+
+
+def _compile(
+    step: StepFn, mode: str, devices: tuple[jax.Device, ...]
+) -> Callable[[PyTree, Batch, LossFn], tuple[PyTree, Metrics]]:
+    step = _with_axis_name(step, DATA_AXIS if mode == "pmap" else None)
+    return _jit_step(step, devices) if mode == "jit" else _pmap_step(step, devices)
+
+
+_cached_compile: Callable[..., Any] = functools.lru_cache(maxsize=64)(_compile)
+
+
+def _with_axis_name(step: StepFn, axis_name: str | None) -> StepFn:
+    """The step told which axis to reduce over, where it has a field for it."""
+    if not dataclasses.is_dataclass(step) or not hasattr(step, "axis_name"):
+        return step
+    return dataclasses.replace(step, axis_name=axis_name)
+
+
+def _jit_step(step: StepFn, devices: tuple[jax.Device, ...]) -> Callable[..., Any]:
+    mesh = make_mesh(devices)
+    by_example = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    compiled = jax.jit(
+        step, in_shardings=(everywhere, by_example, everywhere), out_shardings=everywhere
+    )
+
+    def run(state: PyTree, batch: Batch, loss_fn: LossFn) -> tuple[PyTree, Metrics]:
+        batch = pad_batch(batch, len(devices))
+        if jax.process_count() > 1:  # each process holds its own rows of the global batch
+            place = functools.partial(jax.make_array_from_process_local_data, by_example)
+            batch = jax.tree.map(place, batch)
+        return compiled(state, batch, loss_fn)
+
+    return run
+
+
+def _pmap_step(step: StepFn, devices: tuple[jax.Device, ...]) -> Callable[..., Any]:
+    local = [device for device in devices if device.process_index == jax.process_index()]
+    compiled = jax.pmap(
+        step,
+        axis_name=DATA_AXIS,
+        in_axes=(None, 0, None),
+        out_axes=(None, None),
+        devices=devices if len(local) == len(devices) else None,
+    )
+
+    def run(state: PyTree, batch: Batch, loss_fn: LossFn) -> tuple[PyTree, Metrics]:
+        batch = pad_batch(batch, len(local))
+        split = jax.tree.map(lambda leaf: leaf.reshape((len(local), -1, *leaf.shape[1:])), batch)
+        return compiled(state, split, loss_fn)
+
+    return run
+
+
+def example_indices(num_rows: int, axis_name: str | None) -> jax.Array:
+    """The position of each local row in the global batch, `[B]` int32.
+
+    Args:
+        num_rows: rows that this program sees; static.
+        axis_name: the mapped axis the batch is split over, or None for the whole batch.
+
+    Returns:
+        `[num_rows]` int32.
+
+    Example:
+        >>> example_indices(3, None).tolist()
+        [0, 1, 2]
+    """
+    local = jnp.arange(num_rows)
+    if axis_name is None:
+        return local
+    return local + jax.lax.axis_index(axis_name) * num_rows

@@ -1,0 +1,121 @@
+"""The pictures of a report: clean examples, their adversarial versions and the differences."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jdistill.report._figures import styled, write_png
+from jdistill.report._files import PathLike, optional
+
+
+def write_picture_grid(
+    pictures: Mapping[str, Any] | PathLike,
+    path: PathLike,
+    *,
+    max_examples: int = 8,
+    attack: str = "C&W L2",
+    norm: str = "l2",
+) -> Path:
+    """Draws clean examples, their adversarial versions and the differences, as a PNG file.
+
+    The difference is adversarial minus clean on a diverging scale with 0 in its middle, the same
+    for all examples; of several channels, the one that changed most.
+
+    Args:
+        pictures: `clean [P, H, W, C]` and `adversarial [P, H, W, C]` floats in the box of the
+            data, `labels [P]` and `predictions [P]` (on the adversarial examples) class indices,
+            `distance [P]` (inf where the attack found nothing); or the path of an .npz of them.
+        path: The file to write.
+        max_examples: How many of the examples to show, the first ones.
+        attack: The attack's name, for the row's label.
+        norm: The norm of `distance`.
+
+    Returns:
+        The path.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+        ValueError: An array is missing, or its shape does not fit the others'.
+    """
+    return write_png(picture_figure(load_pictures(pictures), max_examples, attack, norm), path)
+
+
+def load_pictures(pictures: Mapping[str, Any] | PathLike) -> dict[str, np.ndarray]:
+    """The arrays of a picture file (or of a mapping), with their shapes checked."""
+    names = ("clean", "adversarial", "labels", "predictions", "distance")
+    if not isinstance(pictures, Mapping):
+        with np.load(Path(pictures), allow_pickle=False) as file:
+            pictures = {name: file[name] for name in file.files}
+    missing = [name for name in names if name not in pictures]
+    if missing:
+        raise ValueError(
+            f"expected pictures with the arrays {', '.join(names)}, got none named "
+            f"{', '.join(missing)}; save them with numpy.savez"
+        )
+    arrays = {name: np.asarray(pictures[name]) for name in names}
+    shape = arrays["clean"].shape
+    if len(shape) != 4 or not shape[0]:
+        raise ValueError(
+            f"expected clean pictures of shape [P, H, W, C] with P >= 1, got shape {shape}; "
+            "add the missing axis"
+        )
+    for name in names[1:]:
+        wanted = shape if name == "adversarial" else shape[:1]
+        if arrays[name].shape != wanted:
+            raise ValueError(
+                f"expected {name} of shape {wanted}, as the clean pictures have it, got shape "
+                f"{arrays[name].shape}; pass one entry per picture"
+            )
+    return arrays
+
+
+@styled
+def picture_figure(
+    arrays: Mapping[str, np.ndarray], max_examples: int, attack: str, norm: str
+) -> Any:
+    """The figure behind `write_picture_grid`."""
+    clean = arrays["clean"][:max_examples].astype(np.float64)
+    adversarial = arrays["adversarial"][:max_examples].astype(np.float64)
+    change = adversarial - clean
+    largest = np.abs(change).argmax(axis=-1)[..., None]
+    change = np.take_along_axis(change, largest, axis=-1)[..., 0]
+    limit = float(np.abs(change).max()) or 1.0
+    low, high = min(0.0, clean.min(), adversarial.min()), max(1.0, clean.max(), adversarial.max())
+
+    number = len(clean)
+    figure_module = optional("matplotlib.figure")
+    size = (1.1 + 0.95 * max(number, 3), 3.7)
+    figure = figure_module.Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(3, number, squeeze=False)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03, wspace=0.02, hspace=0.02)
+    painted = None
+    for column in range(number):
+        top, middle, bottom = grid[:, column]
+        for axes, picture in ((top, clean[column]), (middle, adversarial[column])):
+            shown = (picture - low) / (high - low)
+            # Networks with other than 1 or 3 channels exist; their mean is what can be seen.
+            shown = shown if shown.shape[-1] == 3 else shown.mean(axis=-1)
+            axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        painted = bottom.imshow(
+            change[column], cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest"
+        )
+        distance = float(arrays["distance"][column])
+        found = math.isfinite(distance)
+        top.set_title(f"label {arrays['labels'][column]}", fontsize=8.5, pad=3)
+        read = f"read as {arrays['predictions'][column]}" if found else "not found"
+        middle.set_title(read, fontsize=8.5, pad=3)
+        moved = f"{norm} {distance:.2f}" if found else "–"
+        bottom.set_title(moved, fontsize=8.5, pad=3)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+    for axes, label in zip(grid[:, 0], ("clean", attack, "difference"), strict=True):
+        axes.set_ylabel(label, fontsize=9)
+    bar = figure.colorbar(painted, ax=list(grid[2]), fraction=0.03, pad=0.01)
+    bar.ax.tick_params(labelsize=7)
+    bar.outline.set_visible(False)
+    return figure
