@@ -1,3 +1,67 @@
-"""Defensive distillation through teacher assistants, and an honest account of the result."""
+"""Defensive distillation through teacher assistants, and an honest account of the result.
+
+The library in one screen:
+
+* `data`: data sets as NumPy arrays; `nets`: networks, and adapters for any other;
+* `train`, `distill`: one pure step, and chains teacher → assistants → student;
+* `attacks`: compiled attacks on any `logits_fn`; `losses`, `norms`: what they are made of;
+* `metrics`, `evaluate`: accuracy, two sensitivities, robustness, for whole stacks of networks;
+* `parallel`: the step on one device or many;
+* `checkpoint`, `runtime`, `report`: storage, start-up and files, loaded on first use.
+
+Importing the library starts no device and imports no TensorFlow, TFDS, Orbax or matplotlib.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jdistill import (
+    attacks,
+    data,
+    distill,
+    evaluate,
+    losses,
+    metrics,
+    nets,
+    norms,
+    parallel,
+    train,
+    typing,
+)
+from jdistill.attacks import AttackResult
+
+if TYPE_CHECKING:
+    from jdistill import checkpoint, report, runtime
 
 __version__ = "0.1.0"
+
+_LAZY = ("checkpoint", "report", "runtime")
+
+__all__ = [
+    "AttackResult",
+    "__version__",
+    "attacks",
+    "checkpoint",
+    "data",
+    "distill",
+    "evaluate",
+    "losses",
+    "metrics",
+    "nets",
+    "norms",
+    "parallel",
+    "report",
+    "runtime",
+    "train",
+    "typing",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"jdistill.{name}")
+    raise AttributeError(f"module 'jdistill' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -19,6 +19,8 @@ import json
 import logging
 import math
 import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -83,6 +85,37 @@ def _silent_orbax() -> Iterator[None]:
         yield
     finally:
         _orbax_filter.threshold = logging.WARNING
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Holds Ctrl-C and SIGTERM back until Orbax is done, a fraction of a second.
+
+    Raised inside Orbax they end in its tracebacks, and threads left in the middle of a write abort
+    the process at its exit. The second signal goes through, for storage that hangs.
+    """
+    # Other threads receive no signals. A handler that is not Python's raises nothing.
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        both = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: handler for number, handler in both.items() if callable(handler)}
+    held: list[int] = []
+
+    def hold(number: int, _: Any) -> None:
+        if held:
+            signal.signal(number, handlers[number])
+            signal.raise_signal(number)
+        held.append(number)
+
+    for number in handlers:
+        signal.signal(number, hold)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in held[:1]:
+            signal.raise_signal(number)
 
 
 class Checkpointer:
@@ -293,7 +326,8 @@ class Checkpointer:
     def _explained(self) -> Iterator[None]:
         """Failures of the storage, with the folder and the remedy."""
         try:
-            yield
+            with _undisturbed():
+                yield
         # TensorStore reports a full disk or a missing right as a ValueError or a RuntimeError.
         # What a caller can get wrong is checked before, so that anything here is the storage's.
         except Exception as error:
@@ -338,7 +372,7 @@ def _absolute(directory: str | os.PathLike[str]) -> epath.Path:
 
 def _read(folder: epath.Path, item: str, args: Any) -> Any:
     """One item of a checkpoint; not through the manager, which must not create the folder."""
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+    with _undisturbed(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
         return reader.restore(folder, args=ocp.args.Composite(**{item: args}))[item]
 
 

@@ -9,6 +9,7 @@ Memory is bounded by `batch_size`: the functions are host loops over chunks of e
 not themselves to be put under `jit` or `vmap`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -60,8 +61,8 @@ class AttackOutcome(NamedTuple):
     median_distance: np.ndarray
 
 
-class Evaluation(NamedTuple):
-    """The measures of each network of a stack.
+class CleanMeasures(NamedTuple):
+    """The measures of each network of a stack on clean inputs.
 
     Attributes:
         accuracy: `[R]` intervals over the `N` examples.
@@ -73,7 +74,6 @@ class Evaluation(NamedTuple):
         log10_sensitivity_softmax_examples: `[R, S]`, the same for each of the first `S` examples.
         zero_gradient_fraction: `[R]`, share of those `S` examples whose cross-entropy has an
             exactly zero input gradient: what blinds FGSM and PGD.
-        attacks: the outcome of each attack, by name.
     """
 
     accuracy: list[metrics.Interval]
@@ -83,6 +83,12 @@ class Evaluation(NamedTuple):
     log10_sensitivity_softmax: np.ndarray
     log10_sensitivity_softmax_examples: np.ndarray
     zero_gradient_fraction: np.ndarray
+
+
+class Evaluation(NamedTuple):
+    """All measures of a stack: on clean inputs, and under each attack by name."""
+
+    clean: CleanMeasures
     attacks: dict[str, AttackOutcome]
 
 
@@ -91,27 +97,26 @@ def evaluate(
     inputs: np.ndarray,
     labels: np.ndarray,
     *,
+    attacks: Mapping[str, AttackPlan],
     key: Array | None = None,
     temperature: ArrayLike = 1.0,
-    attacks: Mapping[str, AttackPlan] | None = None,
     num_sensitivity: int | None = None,
     batch_size: int = 250,
     vmapped: bool | None = None,
     callback: Callback | None = None,
 ) -> Evaluation:
-    """Measure every network of a stack on the same examples.
+    """Measure every network of a stack on the same examples: `clean`, then `under_attack`.
 
     Args:
         stack: a `logits_fn` pytree whose leaves lead with `R`; `nets.stack([f, g])` makes one.
         inputs: `[N, ...]` float, inside the attacks' bounds.
         labels: `[N]` int in `0..K-1`.
+        attacks: by name.
         key: for random attacks; example `n` uses `fold_in(key, n)`, whatever the batch size.
         temperature: at which the networks are tested, above 0; scalar or `[R]`. 1 in every paper.
             The sensitivities and the attacks see the divided logits.
-        attacks: by name; none by default.
-        num_sensitivity: the first so many examples enter the sensitivities and the share of zero
-            gradients; None takes all.
-        batch_size: examples at a time, at least 1.
+        num_sensitivity: see `clean`.
+        batch_size: see `clean`; the attacks have their own.
         vmapped: whether to run the stack under `vmap`; None does so except on CPU.
         callback: called after every chunk with `event="evaluate"`, `stage` (`"accuracy"`,
             `"sensitivity"` or the attack's name), `done` and `total` (examples times networks).
@@ -123,47 +128,138 @@ def evaluate(
         ValueError: inputs that are not finite, labels out of range, a temperature not above 0.
 
     Example:
+        >>> from jdistill import attacks
         >>> linear = lambda weights, x: x @ weights
         >>> stack = nets.stack(
         ...     [nets.callable_logits_fn(linear, w) for w in (jnp.eye(2), -jnp.eye(2))])
         >>> x, y = np.eye(2, dtype=np.float32), np.arange(2)
-        >>> [share.value for share in evaluate(stack, x, y).accuracy]
+        >>> fgsm = AttackPlan(functools.partial(attacks.fgsm, eps=0.6))
+        >>> result = evaluate(stack, x, y, attacks={"fgsm": fgsm})
+        >>> [share.value for share in result.clean.accuracy]
         [1.0, 0.0]
+        >>> [share.value for share in result.attacks["fgsm"].success_rate]
+        [1.0, 1.0]
 
     References:
         Papernot et al. 2016, section V; Mandal & Gao 2023 (accuracy, sensitivity and robustness
         at each temperature).
     """
-    _validate.positive(temperature=temperature)
+    measures = clean(
+        stack,
+        inputs,
+        labels,
+        temperature=temperature,
+        num_sensitivity=num_sensitivity,
+        batch_size=batch_size,
+        vmapped=vmapped,
+        callback=callback,
+    )
+    outcomes = {
+        name: under_attack(
+            stack,
+            inputs,
+            labels,
+            plan,
+            key=key,
+            temperature=temperature,
+            vmapped=vmapped,
+            callback=callback,
+            stage=name,
+        )
+        for name, plan in attacks.items()
+    }
+    return Evaluation(measures, outcomes)
+
+
+def clean(
+    stack: LogitsFn,
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    *,
+    temperature: ArrayLike = 1.0,
+    num_sensitivity: int | None = None,
+    batch_size: int = 250,
+    vmapped: bool | None = None,
+    callback: Callback | None = None,
+) -> CleanMeasures:
+    """Accuracy, logit scale, both sensitivities and the share of zero gradients of a stack.
+
+    Args:
+        stack: a `logits_fn` pytree whose leaves lead with `R`.
+        inputs: `[N, ...]` float.
+        labels: `[N]` int in `0..K-1`.
+        temperature: at which the networks are tested, above 0; scalar or `[R]`.
+        num_sensitivity: the first so many examples enter the sensitivities and the share of zero
+            gradients; None takes all.
+        batch_size: examples at a time, at least 1.
+        vmapped: whether to run the stack under `vmap`; None does so except on CPU.
+        callback: see `evaluate`.
+
+    Returns:
+        The measures, on the host.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
+    runs = _Runs.of(stack, temperature, vmapped, callback)
     _validate.count(batch_size=batch_size)
     _validate.inputs_in_box(inputs, (-np.inf, np.inf))
-    num_runs = _num_runs(stack)
-    temperatures = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (num_runs,))
-    tempered = nets.with_temperature(stack, temperatures)
-    if vmapped is None:
-        vmapped = jax.default_backend() != "cpu"
-    over_stack = _Chunks(num_runs, vmapped, callback)
-
-    logits = over_stack(_logits, stack, "accuracy", batch_size, inputs)
+    logits = runs.map(_logits, "accuracy", batch_size, inputs) * runs.temperatures[:, None, None]
     _validate.class_indices(labels, batch_size=len(inputs), num_classes=logits.shape[-1])
     correct = np.stack([np.asarray(metrics.correct(rows, labels)) for rows in logits])
     size = len(inputs) if num_sensitivity is None else min(num_sensitivity, len(inputs))
-    by_logits, by_softmax, zero = over_stack(
-        _sensitivities, tempered, "sensitivity", batch_size, inputs[:size], labels[:size]
+    by_logits, by_softmax, zero = runs.map(
+        _sensitivities, "sensitivity", batch_size, inputs[:size], labels[:size]
     )
-    return Evaluation(
+    return CleanMeasures(
         accuracy=[metrics.proportion(int(row.sum()), row.size) for row in correct],
         correct=correct,
         mean_abs_logit=np.abs(logits).mean(axis=(1, 2)),
-        sensitivity_logits=by_logits.mean(axis=1),
+        sensitivity_logits=by_logits.mean(axis=1) * runs.temperatures,
         log10_sensitivity_softmax=np.array([metrics.log10_mean(row) for row in by_softmax]),
         log10_sensitivity_softmax_examples=by_softmax,
         zero_gradient_fraction=zero.mean(axis=1),
-        attacks={
-            name: _run_attack(over_stack, name, plan, tempered, key, inputs, labels)
-            for name, plan in (attacks or {}).items()
-        },
     )
+
+
+def under_attack(
+    stack: LogitsFn,
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    plan: AttackPlan,
+    *,
+    key: Array | None = None,
+    temperature: ArrayLike = 1.0,
+    vmapped: bool | None = None,
+    callback: Callback | None = None,
+    stage: str = "attack",
+) -> AttackOutcome:
+    """What one attack does to every network of a stack.
+
+    Args:
+        stack: a `logits_fn` pytree whose leaves lead with `R`.
+        inputs: `[N, ...]` float, inside the attack's bounds.
+        labels: `[N]` int in `0..K-1`.
+        plan: the attack and its number of examples.
+        key: for random attacks; example `n` uses `fold_in(key, n)`.
+        temperature: at which the networks are attacked, above 0; scalar or `[R]`.
+        vmapped: whether to run the stack under `vmap`; None does so except on CPU.
+        callback: see `evaluate`.
+        stage: a name for the callback.
+
+    Returns:
+        The outcome, on the host.
+
+    Raises:
+        ValueError: as the attack.
+    """
+    runs = _Runs.of(stack, temperature, vmapped, callback)
+    size = len(inputs) if plan.num_examples is None else min(plan.num_examples, len(inputs))
+    columns: list[Any] = [inputs[:size], labels[:size]]
+    if key is not None:  # keys travel with their examples, so batches do not change the draws
+        columns.append(jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(size)))
+    result = runs.map(_Attacked(plan.attack), stage, plan.batch_size, *columns, eager=True)
+    return summarise(result)
 
 
 def summarise(result: AttackResult) -> AttackOutcome:
@@ -196,31 +292,16 @@ def summarise(result: AttackResult) -> AttackOutcome:
     )
 
 
-def _run_attack(
-    over_stack: "_Chunks",
-    name: str,
-    plan: AttackPlan,
-    stack: LogitsFn,
-    key: Array | None,
-    inputs: np.ndarray,
-    labels: np.ndarray,
-) -> AttackOutcome:
-    size = len(inputs) if plan.num_examples is None else min(plan.num_examples, len(inputs))
-    columns: list[Any] = [inputs[:size], labels[:size]]
-    attack = plan.attack
-    if key is not None:  # keys travel with their examples, so batches do not change the draws
-        columns.append(jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(size)))
-    return summarise(
-        over_stack(
-            functools.partial(_attack, attack), stack, name, plan.batch_size, *columns, eager=True
-        )
-    )
+@dataclasses.dataclass(frozen=True)
+class _Attacked:
+    """The attack in the form `_Runs.map` takes; equal attacks share a compilation."""
 
+    attack: AttackFn
 
-def _attack(
-    attack: AttackFn, logits_fn: LogitsFn, inputs: Array, labels: Array, keys: Array | None = None
-) -> AttackResult:
-    return attack(logits_fn, keys, inputs, labels)._replace(info={})
+    def __call__(
+        self, logits_fn: LogitsFn, inputs: Array, labels: Array, keys: Array | None = None
+    ) -> AttackResult:
+        return self.attack(logits_fn, keys, inputs, labels)._replace(info={})
 
 
 def _logits(logits_fn: LogitsFn, inputs: Array) -> Array:
@@ -235,17 +316,33 @@ def _sensitivities(logits_fn: LogitsFn, inputs: Array, labels: Array) -> tuple[A
     )
 
 
-class _Chunks(NamedTuple):
-    """Runs a function of `(logits_fn, *columns)` over chunks of examples and over the stack."""
+class _Runs(NamedTuple):
+    """A stack, and how to run functions of `(logits_fn, *columns)` over it in chunks."""
 
-    num_runs: int
+    stack: LogitsFn
+    temperatures: np.ndarray  # [R]
     vmapped: bool
     callback: Callback | None
 
-    def __call__(
+    @classmethod
+    def of(
+        cls,
+        stack: LogitsFn,
+        temperature: ArrayLike,
+        vmapped: bool | None,
+        callback: Callback | None,
+    ) -> "_Runs":
+        """The checked stack, its logits divided by the test temperature."""
+        _validate.positive(temperature=temperature)
+        num_runs = _num_runs(stack)
+        temperatures = np.broadcast_to(np.asarray(temperature, np.float32), (num_runs,))
+        if vmapped is None:
+            vmapped = jax.default_backend() != "cpu"
+        return cls(nets.with_temperature(stack, temperatures), temperatures, vmapped, callback)
+
+    def map(
         self,
         fun: Callable[..., Any],
-        stack: LogitsFn,
         stage: str,
         batch_size: int,
         *columns: Any,
@@ -256,30 +353,23 @@ class _Chunks(NamedTuple):
         `eager` is for functions that check concrete values and are compiled inside; the vmapped
         stack is compiled as a whole in any case.
         """
-        size = len(columns[0])
+        size, num_runs = len(columns[0]), len(self.temperatures)
         if self.vmapped:
             compiled = _jit(fun, True)
-            runs: Any = [(stack, self.num_runs)]
+            networks = [(self.stack, num_runs)]
         else:
             compiled = fun if eager else _jit(fun, False)
-            runs = [(nets.index(stack, run), 1) for run in range(self.num_runs)]
+            networks = [(nets.index(self.stack, run), 1) for run in range(num_runs)]
         done, outputs = 0, []
-        for network, count in runs:
+        for network, count in networks:
             chunks = []
             for chunk, real in _padded_chunks(columns, size, batch_size):
                 chunks.append((jax.device_get(compiled(network, *chunk)), real))
                 done += real * count
                 if self.callback is not None:
-                    self.callback(
-                        {
-                            "event": "evaluate",
-                            "stage": stage,
-                            "done": done,
-                            "total": size * self.num_runs,
-                        }
-                    )
-            axis = 1 if self.vmapped else 0
-            outputs.append(_join(chunks, axis))
+                    progress = {"stage": stage, "done": done, "total": size * num_runs}
+                    self.callback({"event": "evaluate", **progress})
+            outputs.append(_join(chunks, axis=1 if self.vmapped else 0))
         if self.vmapped:
             return outputs[0]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *outputs)

@@ -125,7 +125,7 @@ def largest_other(logits: Array, labels: ArrayLike) -> Array:
         >>> largest_other(jnp.array([[3.0, 1.0, 0.0]]), jnp.array([0])).tolist()
         [1.0]
     """
-    own = jnp.asarray(labels)[:, None] == jnp.arange(logits.shape[-1])
+    own = jax.nn.one_hot(jnp.asarray(labels), logits.shape[-1], dtype=bool)
     # -inf and not a large constant: logits of strongly distilled networks pass any constant.
     return jnp.max(jnp.where(own, -jnp.inf, logits), axis=-1)
 

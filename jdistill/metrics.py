@@ -39,7 +39,7 @@ def proportion(successes: int, total: int, *, confidence: float = 0.95) -> Inter
         The share and the interval's ends, in `[0, 1]`.
 
     Raises:
-        ValueError: counts that do not fit each other.
+        ValueError: counts that do not fit each other, or a confidence outside (0, 1).
 
     Example:
         >>> interval = proportion(990, 1000)
@@ -55,6 +55,10 @@ def proportion(successes: int, total: int, *, confidence: float = 0.95) -> Inter
         raise ValueError(
             f"expected 0 <= successes <= total with total >= 1, got {successes} of {total}; "
             "pass counts, not shares"
+        )
+    if not 0 < confidence < 1:
+        raise ValueError(
+            f"expected 0 < confidence < 1, got {confidence!r}; pass 0.95 for a 95 % interval"
         )
     test = stats.binomtest(int(successes), int(total))
     interval = test.proportion_ci(confidence_level=confidence, method="wilson")
@@ -177,7 +181,7 @@ def log10_sensitivity_softmax(
 
     def one_output(k: Array) -> Array:
         """Log of the sum over the input's entries of |∂p_k/∂x_d|, `[B]`."""
-        difference = gradients[k] - gradients  # [K, B, D]; row k is exactly 0 and drops out
+        difference = gradients[k][None] - gradients  # [K, B, D]; row k is exactly 0 and drops out
         magnitude = jnp.log(jnp.abs(difference)) + log_probs[:, :, None]
         total, _ = jax.nn.logsumexp(magnitude, b=jnp.sign(difference), axis=0, return_sign=True)
         return jax.nn.logsumexp(total, axis=-1) + log_probs[k]

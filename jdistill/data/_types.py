@@ -79,8 +79,7 @@ def check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
 
 def scaled(split: Split, maximum: int) -> Split:
     """Stored integers `0..maximum` as float32 in [0, 1]."""
-    # Dividing in place is exact to the last bit (multiplying by 1/255 is not: half of all values
-    # come out one unit off) and touches the large float array only once.
-    inputs = split.inputs.astype(np.float32)
-    inputs /= np.float32(maximum)
+    # Division is exact to the last bit; multiplying by 1/255 puts half of all values one unit off.
+    # In one pass, without a float copy of the integers first: CIFAR-10 is 700 MB by then.
+    inputs = np.divide(split.inputs, np.float32(maximum), dtype=np.float32)
     return Split(inputs, split.labels)

@@ -135,7 +135,7 @@ class ConvNet(nn.Module):
         x = x.reshape((x.shape[0], -1))
         for number, size in enumerate(self.hidden):
             x = nn.relu(nn.Dense(size, kernel_init=initial, name=f"dense_{number}")(x))
-            if drop and number == 0:
+            if drop and number == 0 and dropout_keys is not None:
                 x = _drop(dropout_keys, number, x, self.dropout_rate)
         return nn.Dense(self.num_classes, kernel_init=initial, name="logits")(x)
 

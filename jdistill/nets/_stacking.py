@@ -1,6 +1,7 @@
 """Pytrees with a leading axis of runs, for `jax.vmap` over networks."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,16 +30,17 @@ def stack(trees: Iterable[PyTree]) -> PyTree:
     trees = list(trees)
     if not trees:
         raise ValueError("expected at least one pytree to stack, got none; pass a non-empty list")
-    leaves, structure = jax.tree.flatten(trees[0])
+    leaves = jax.tree.leaves(trees[0])
+    structure: Any = jax.tree.structure(trees[0])
     shapes = [jnp.shape(leaf) for leaf in leaves]
     for position, tree in enumerate(trees[1:], start=1):
-        other_leaves, other = jax.tree.flatten(tree)
+        other = jax.tree.structure(tree)
         if other != structure:
             raise ValueError(
                 f"expected pytrees of one structure, got {other} at index {position} beside "
                 f"{structure}; stack networks of equal architecture only"
             )
-        other_shapes = [jnp.shape(leaf) for leaf in other_leaves]
+        other_shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
         if other_shapes != shapes:
             raise ValueError(
                 f"expected leaves of equal shapes, got {other_shapes} at index {position} beside "
@@ -83,8 +85,8 @@ def unstack(tree: PyTree) -> list[PyTree]:
         [[0, 1], [2, 3]]
     """
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
-    sizes = {shape[0] if shape else None for shape in shapes}
-    if len(sizes) != 1 or None in sizes:
+    sizes = {shape[0] if shape else -1 for shape in shapes}
+    if len(sizes) != 1 or -1 in sizes:
         raise ValueError(
             f"expected leaves with one common leading axis, got shapes {shapes}; "
             "unstack what `stack` or a `vmap` returned"

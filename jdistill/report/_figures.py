@@ -9,7 +9,7 @@ import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from jdistill.report._files import PathLike, optional, write_whole
 from jdistill.report._table import AttackKey, Network, Row, Stat, attack_keys, networks
 
 _DPI = 160
-_WIDTH = 7.0  # inches
+_WIDTH = 6.4  # inches
 _INK, _FAINT = "#222222", "#dddddd"
 # Okabe and Ito's colours, in an order in which neighbours differ in lightness too; the teacher is
 # ink. Markers repeat the distinction for print and for eyes that see few colours.
@@ -42,6 +42,7 @@ _STYLE = {
     "legend.frameon": False,
 }
 
+Draws = TypeVar("Draws", bound=Callable[..., Any])
 StatOf = Callable[[Network], Stat | None]
 
 
@@ -82,17 +83,7 @@ def write_figures(rows: Iterable[Row], directory: PathLike) -> dict[str, Path]:
     return written
 
 
-def write_png(figure: Any, path: PathLike) -> Path:
-    """Saves a figure whole or not at all."""
-    backend = optional("matplotlib.backends.backend_agg")
-    data = io.BytesIO()
-    backend.FigureCanvasAgg(figure)
-    # Without matplotlib's version in the file, the same rows give the same bytes.
-    figure.savefig(data, format="png", dpi=_DPI, metadata={"Software": None})
-    return write_whole(path, data.getvalue())
-
-
-def styled(draw: Callable[..., Any]) -> Callable[..., Any]:
+def styled(draw: Draws) -> Draws:
     """Runs a drawing function under the report's style, whatever the caller's settings are."""
 
     @functools.wraps(draw)
@@ -103,7 +94,18 @@ def styled(draw: Callable[..., Any]) -> Callable[..., Any]:
             matplotlib.rcParams.update(_STYLE)
             return draw(*args, **kwargs)
 
-    return drawn
+    return cast(Draws, drawn)
+
+
+@styled
+def write_png(figure: Any, path: PathLike) -> Path:
+    """Saves a figure whole or not at all."""
+    backend = optional("matplotlib.backends.backend_agg")
+    data = io.BytesIO()
+    backend.FigureCanvasAgg(figure)
+    # Without matplotlib's version in the file, the same rows give the same bytes.
+    figure.savefig(data, format="png", dpi=_DPI, metadata={"Software": None})
+    return write_whole(path, data.getvalue())
 
 
 @styled
@@ -230,7 +232,7 @@ def _panels(number: int) -> tuple[Any, list[Any]]:
     """A figure of equal panels, at most three a row."""
     columns = 2 if number == 4 else min(number, 3)
     lines = math.ceil(number / columns)
-    size = (_WIDTH if columns < 3 else 9.0, 3.6 if number == 1 else 0.6 + 2.6 * lines)
+    size = (_WIDTH if columns < 3 else 8.8, 3.6 if number == 1 else 0.6 + 2.6 * lines)
     figure_module = optional("matplotlib.figure")
     figure = figure_module.Figure(figsize=size, layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False)

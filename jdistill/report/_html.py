@@ -84,6 +84,8 @@ def write_report(
     table = read_results(workdir / "results.csv") if rows is None else [dict(row) for row in rows]
     networks(table)
     arrays = {key: load_pictures(value) for key, value in _in_order(pictures or {})}
+    config = _json(workdir / "config.json") if config is None else config
+    run = _json(workdir / "run.json") if run is None else run
     written = {}
     if rows is not None:
         written["results"] = write_results(workdir / "results.csv", table)
@@ -96,8 +98,8 @@ def write_report(
     report = write_html(
         workdir / "report.html",
         rows=table,
-        config=_json(workdir / "config.json") if config is None else config,
-        run=_json(workdir / "run.json") if run is None else run,
+        config=config,
+        run=run,
         figures=figures,
         pictures=grids,
     )
@@ -220,19 +222,13 @@ def _table(found: Sequence[Network]) -> dict[str, Any]:
             _cell(network.log10_sensitivity_softmax, fixed=True),
         ]
         groups.setdefault(network.temperature, []).append(
-            {"role": network.role.capitalize(), "note": _note(network), "cells": cells}
+            {"role": network.role.capitalize(), "cells": cells}
         )
     return {
         "dataset": found[0].dataset,
         "heads": heads,
         "groups": [(f"{temperature:g}", lines) for temperature, lines in groups.items()],
     }
-
-
-def _note(network: Network) -> str:
-    if network.generation == 0:
-        return "ordinary training" if network.temperature == 1 else ""
-    return f"student of {_text.count(network.generation - 1, 'assistant')}"
 
 
 def _attack_cells(key: AttackKey, hit: Attacked | None) -> list[tuple[str, str]]:
@@ -255,7 +251,7 @@ def _cell(stat: Stat, *, fixed: bool = False) -> tuple[str, str]:
 
 
 def _ends(stat: Stat, ends: Sequence[str]) -> str:
-    return f"{ends[0]} to {ends[1]}" if stat.low < stat.high else ""
+    return f"{ends[0]} to {ends[1]}" if stat.low < stat.high and ends[0] != ends[1] else ""
 
 
 def _figure_order(item: tuple[str, Any]) -> tuple[str, int]:

@@ -87,9 +87,13 @@ def picture_figure(
 
     number = len(clean)
     figure_module = optional("matplotlib.figure")
-    size = (1.1 + 0.95 * max(number, 3), 3.7)
-    figure = figure_module.Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(3, number, squeeze=False)
+    figure = figure_module.Figure(figsize=(0.95 + 0.95 * number, 3.7), layout="constrained")
+    # The colour bar has a column of its own: beside the last row alone it would shift that row.
+    widths = [*[1.0] * number, 0.1]
+    cells = figure.subplots(3, number + 1, squeeze=False, width_ratios=widths)
+    grid = cells[:, :number]
+    for unused in cells[:2, number]:
+        unused.remove()
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03, wspace=0.02, hspace=0.02)
     painted = None
     for column in range(number):
@@ -115,7 +119,7 @@ def picture_figure(
         axes.spines[:].set_visible(False)
     for axes, label in zip(grid[:, 0], ("clean", attack, "difference"), strict=True):
         axes.set_ylabel(label, fontsize=9)
-    bar = figure.colorbar(painted, ax=list(grid[2]), fraction=0.03, pad=0.01)
+    bar = figure.colorbar(painted, cax=cells[2, number])
     bar.ax.tick_params(labelsize=7)
     bar.outline.set_visible(False)
     return figure

@@ -44,6 +44,12 @@ COLUMNS = (
 _TEXT = frozenset({"dataset", "attack", "norm"})
 _WHOLE = frozenset({"seed", "generation", "num_test", "num_sensitivity", "num_attacked"})
 _NEEDED = ("dataset", "temperature", "seed", "generation")
+_SHARES = frozenset(
+    {
+        *("test_accuracy", "test_accuracy_low", "test_accuracy_high", "zero_gradient_fraction"),
+        *("success_rate", "success_rate_low", "success_rate_high"),
+    }
+)
 _KEY = (*_NEEDED, "attack", "norm", "eps")
 
 
@@ -63,8 +69,8 @@ def write_results(path: PathLike, rows: Iterable[Row]) -> Path:
         The path.
 
     Raises:
-        ValueError: A row lacks a column, a whole-number column holds something else, or two rows
-            describe the same attack on the same network.
+        ValueError: A row lacks a column, a number is none or out of its range, or two rows
+            describe the same attack on the same network. Nothing is written.
     """
     rows = checked(rows)
     extra = sorted({name for row in rows for name in row} - set(COLUMNS))
@@ -127,12 +133,7 @@ def checked(rows: Iterable[Row]) -> list[dict[str, Any]]:
                     f"expected {name} in every row, got {row[name]!r} in row {index}; "
                     "it says which network the row describes"
                 )
-        for name in _WHOLE:
-            if not _blank(row[name]) and float(row[name]) != int(row[name]):
-                raise ValueError(
-                    f"expected {name} to be a whole number, got {row[name]!r} in row {index}; "
-                    "pass an int"
-                )
+        _check_numbers(index, row)
         key = _sort_key(row)
         if key in seen:
             raise ValueError(
@@ -142,6 +143,28 @@ def checked(rows: Iterable[Row]) -> list[dict[str, Any]]:
             )
         seen.add(key)
     return checked_rows
+
+
+def _check_numbers(index: int, row: Row) -> None:
+    for name in COLUMNS:
+        value = row[name]
+        if name in _TEXT or _blank(value):
+            continue
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if math.isnan(number):
+            wanted, remedy = "to be a number", "pass a number, or None where there is no value"
+        elif name in _WHOLE and not number.is_integer():
+            wanted, remedy = "to be a whole number", "pass an int"
+        elif name in _SHARES and not 0 <= number <= 1:
+            wanted, remedy = "in [0, 1]", "it is a share: divide per cent by 100"
+        elif name == "temperature" and not 0 < number < math.inf:
+            wanted, remedy = "> 0", "pass the temperature that the network was trained at"
+        else:
+            continue
+        raise ValueError(f"expected {name} {wanted}, got {value!r} in row {index}; {remedy}")
 
 
 def _blank(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """Names, numbers as people read them, and the table for the terminal."""
 
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
 from jdistill.report._table import AttackKey, Network, Row, Stat, attack_keys, networks
@@ -114,6 +115,15 @@ def count(amount: int, noun: str) -> str:
     return f"no {noun}" if amount == 0 else f"{amount:,} {noun}{'' if amount == 1 else 's'}"
 
 
+def of(amount: int, noun: str) -> str:
+    """A count that a share refers to; the noun alone where the count was not recorded.
+
+    >>> of(1000, "example"), of(0, "example")
+    ('1,000 examples', 'the examples')
+    """
+    return count(amount, noun) if amount else f"the {noun}s"
+
+
 def join(items: Sequence[str]) -> str:
     """Items as a sentence lists them.
 
@@ -124,6 +134,11 @@ def join(items: Sequence[str]) -> str:
 
 
 # --- The table for the terminal ------------------------------------------------------------------
+
+_LEGEND = (
+    "log10 S: log10 of mean |d softmax / d input| at T = 1. zero grad.: examples whose loss at "
+    "T = 1 has an input gradient of exactly 0. mean, median: distance, over successes alone."
+)
 
 
 def summary(rows: Iterable[Row], *, width: int = 108) -> str:
@@ -162,7 +177,7 @@ def _summary_of(found: list[Network], width: int) -> str:
     groups = [
         [["test", "acc. %", *(_percent_cell(net.accuracy, digits) for net in found)]],
         [["mean", "|logit|", *(_cell(net.mean_abs_logit, number) for net in found)]],
-        [["log10 sens.", "softmax", *softmax]],
+        [["softmax", "log10 S", *softmax]],
         [["zero", "grad. %", *(_percent_cell(net.zero_gradients) for net in found)]],
     ]
     for key in attack_keys(found):
@@ -189,6 +204,7 @@ def _summary_of(found: list[Network], width: int) -> str:
     lines = [title]
     for block in _blocks(head, groups, width):
         lines += ["", *_draw(block, starts)]
+    lines += ["", *textwrap.wrap(_LEGEND, width)]
     return "\n".join(lines)
 
 

@@ -121,7 +121,7 @@ def reading(network: Network, baseline: Network | None) -> Reading:
                 "report cannot say whether attacks failed for want of a gradient.",
             ),
         )
-    share = f"{_text.percent(zero.mean)} % of {_text.count(network.num_sensitivity, 'example')}"
+    share = f"{_text.percent(zero.mean)} % of {_text.of(network.num_sensitivity, 'example')}"
     start = f"The input gradient of the loss at T = 1 is exactly zero in float32 on {share}"
     if zero.mean < ZERO_SHARE_NONE:
         many_steps = [hit for hit in naive if hit.key.attack not in ONE_STEP]
@@ -210,7 +210,7 @@ def _accuracy(student: Network, baseline: Network | None) -> str:
         start = f"The student distilled at T = {student.temperature:g} through {through}"
         start = start.replace("through no assistant", "without an assistant")
     text = f"{start} classifies {_text.percent(student.accuracy.mean, 2)} % of "
-    text += f"{_text.count(student.num_test, 'test example')} correctly{_range(student.accuracy)}"
+    text += f"{_text.of(student.num_test, 'test example')} correctly{_range(student.accuracy)}"
     if baseline:
         accuracy = _text.percent(baseline.accuracy.mean, 2)
         text += f"; {_name(baseline, full=True)}, {accuracy} %{_range(baseline.accuracy)}"
@@ -239,7 +239,7 @@ def _attacks(network: Network, baseline: Network | None) -> str:
                 size = "" if other.num_attacked == number else f" of {other.num_attacked:,}"
                 text += f" ({_text.percent(other.success.mean)} %{size}{whom})"
             parts.append(text)
-        examples = _text.count(number, "example")
+        examples = _text.of(number, "example")
         sentences.append(f"Within {_text.budget(hits[0].key)}, on {examples}, {_text.join(parts)}.")
     return " ".join(sentences)
 
@@ -355,7 +355,7 @@ def _name(network: Network, *, full: bool = False) -> str:
 
 
 def _rate(hit: Attacked) -> str:
-    return f"{_text.percent(hit.success.mean)} % of {_text.count(hit.num_attacked, 'example')}"
+    return f"{_text.percent(hit.success.mean)} % of {_text.of(hit.num_attacked, 'example')}"
 
 
 def _range(stat: Stat) -> str:

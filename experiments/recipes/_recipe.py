@@ -1,0 +1,164 @@
+"""What a run of `experiments.defend` is made of."""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import tyro
+
+from jdistill import _validate, attacks, losses, nets
+from jdistill.evaluate import AttackPlan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Train teacher, assistants and student at each temperature, attack all of them, report."""
+
+    dataset: tyro.conf.Suppress[Literal["digits", "mnist", "fashion_mnist", "cifar10"]]
+    """Name of the data set."""
+    network: tyro.conf.Suppress[Literal["digits_net", "mnist_net", "cifar_net"]]
+    """The network of `jdistill.nets` that every generation is."""
+
+    temperatures: tuple[float, ...]
+    """Temperatures T of training and soft labels, each above 0 (no unit). Tested at T = 1."""
+    num_assistants: int = 1
+    """Teacher assistants between teacher and student: 0 is plain defensive distillation, 1 the
+    paper's method, up to 6 its multi-step variant."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds; each gives initial weights, an order of the examples and dropout of its own."""
+
+    epochs: int = 50
+    """Epochs a generation (passes over the training set)."""
+    initial_epochs: int = 1
+    """Epochs at T = 1 on hard labels that all generations start from."""
+    batch_size: int = 128
+    """Training examples a step."""
+    learning_rate: float = 0.01
+    """Learning rate of the SGD (Nesterov momentum 0.9, decay 1e-6 an update) at T = 1, and of
+    the initial epochs."""
+    learning_rate_power: float = 0.0
+    """At temperature T the learning rate is learning_rate * T ** learning_rate_power. The paper
+    has 0 and 50 epochs; with fewer epochs a high T needs a larger rate."""
+    train_examples: int | None = None
+    """Use only the first so many training examples (none: all)."""
+    test_examples: int | None = None
+    """Use only the first so many test examples (none: all)."""
+
+    sensitivity_examples: int = 1000
+    """Test examples for both sensitivities and for the share of zero gradients."""
+    eps: float = 0.1
+    """Radius of FGSM and PGD (linf, in units of the pixel range 0..1)."""
+    fgsm_examples: int = 1000
+    """Test examples for FGSM (0: leave it out)."""
+    pgd_examples: int = 200
+    """Test examples for PGD on the cross-entropy and on the margin (0: leave it out)."""
+    pgd_steps: int = 40
+    """Gradient steps of PGD, from one random start."""
+    cw_examples: int = 100
+    """Test examples for Carlini & Wagner's L2 attack, untargeted (0: leave it out)."""
+    cw_searches: int = 5
+    """Values of the constant c that Carlini & Wagner's attack tries."""
+    cw_steps: int = 100
+    """Adam steps for each value of c."""
+    cw_learning_rate: float = 0.1
+    """Adam's learning rate, in tanh space."""
+    cw_initial_const: float = 0.1
+    """The first value of c."""
+
+    def __post_init__(self) -> None:
+        """Check every number, and name the one that is wrong."""
+        for temperature in self.temperatures:
+            _validate.positive(temperatures=temperature)
+        for name in ("temperatures", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(
+                    f"expected {name} without repetition and not empty, got {values}; "
+                    "name each value once"
+                )
+        for seed in self.seeds:
+            _validate.count(minimum=0, seeds=seed)
+        for name in ("epochs", "batch_size", "sensitivity_examples", "pgd_steps"):
+            _validate.count(**{name: getattr(self, name)})
+        for name in ("train_examples", "test_examples"):
+            if getattr(self, name) is not None:
+                _validate.count(**{name: getattr(self, name)})
+        for name in ("cw_searches", "cw_steps"):
+            _validate.count(**{name: getattr(self, name)})
+        for name in ("initial_epochs", "fgsm_examples", "pgd_examples", "cw_examples"):
+            _validate.count(minimum=0, **{name: getattr(self, name)})
+        _validate.count(minimum=0, num_assistants=self.num_assistants)
+        _validate.within(0, 6, num_assistants=self.num_assistants)
+        _validate.positive(
+            learning_rate=self.learning_rate,
+            cw_learning_rate=self.cw_learning_rate,
+            cw_initial_const=self.cw_initial_const,
+        )
+        _validate.within(0.0, 2.0, learning_rate_power=self.learning_rate_power)
+        _validate.non_negative(eps=self.eps)
+        if not any((self.fgsm_examples, self.pgd_examples, self.cw_examples)):
+            raise ValueError(
+                "expected at least one attack, got 0 examples for each; "
+                "an accuracy without an attack says nothing about a defence"
+            )
+
+    def model(self) -> nets.ConvNet:
+        """The network of every generation."""
+        factories = {
+            "digits_net": nets.digits_net,
+            "mnist_net": nets.mnist_net,
+            "cifar_net": nets.cifar_net,
+        }
+        return factories[self.network]()
+
+    def rate(self, temperature: float) -> float:
+        """The learning rate at a temperature."""
+        return self.learning_rate * temperature**self.learning_rate_power
+
+    def attack_plans(self) -> dict[str, tuple[AttackPlan, str, float | None]]:
+        """By name: the attack, its norm, and its radius (None: minimum norm)."""
+        pgd = functools.partial(attacks.pgd, eps=self.eps, num_steps=self.pgd_steps)
+        carlini_wagner = functools.partial(
+            attacks.carlini_wagner_l2,
+            num_searches=self.cw_searches,
+            num_steps=self.cw_steps,
+            learning_rate=self.cw_learning_rate,
+            initial_const=self.cw_initial_const,
+        )
+        fgsm = functools.partial(attacks.fgsm, eps=self.eps)
+        plans = {
+            "fgsm": (AttackPlan(fgsm, self.fgsm_examples), "linf", self.eps),
+            "pgd": (AttackPlan(pgd, self.pgd_examples), "linf", self.eps),
+            "pgd_margin": (
+                AttackPlan(functools.partial(pgd, loss=losses.margin), self.pgd_examples),
+                "linf",
+                self.eps,
+            ),
+            "carlini_wagner_l2": (
+                AttackPlan(carlini_wagner, self.cw_examples, batch_size=100),
+                "l2",
+                None,
+            ),
+        }
+        return {name: plan for name, plan in plans.items() if plan[0].num_examples}
+
+
+def smoke(recipe: Recipe) -> Recipe:
+    """The same run with every size at its least: seconds, and numbers that mean nothing."""
+    return dataclasses.replace(
+        recipe,
+        temperatures=(1.0, 20.0),
+        num_assistants=1,
+        seeds=(0,),
+        epochs=1,
+        batch_size=32,
+        train_examples=64,
+        test_examples=32,
+        sensitivity_examples=16,
+        fgsm_examples=16,
+        pgd_examples=8,
+        pgd_steps=3,
+        cw_examples=8,
+        cw_searches=2,
+        cw_steps=5,
+    )

@@ -1,0 +1,199 @@
+"""Training all chains of a run, with checkpoints, a log and progress bars."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+
+from experiments import workdir
+from experiments.progress import Progress
+from experiments.recipes import Recipe
+from jdistill import data, distill, nets, runtime
+from jdistill import train as training
+from jdistill.checkpoint import Checkpointer
+from jdistill.train import TrainState
+from jdistill.typing import LogitsFn
+
+
+class Network(NamedTuple):
+    """One trained network of a run."""
+
+    temperature: float
+    seed: int
+    generation: int
+    logits_fn: LogitsFn
+
+
+def train(folder: epath.Path, recipe: Recipe, examples: data.Split, *, mode: str) -> list[Network]:
+    """Train every seed and temperature of the recipe, from checkpoints where there are any.
+
+    Args:
+        folder: the workdir.
+        recipe: what to train.
+        examples: the training set.
+        mode: `"jit"` or `"pmap"`.
+
+    Returns:
+        All networks, teacher to student, by seed and temperature.
+    """
+    model = recipe.model()
+    step = training.make_train_step(nets.apply_fn(model), training.sgd(recipe.learning_rate))
+    fit_options: dict[str, Any] = {"batch_size": recipe.batch_size, "mode": mode}
+    networks = []
+    for seed in recipe.seeds:
+        key = jax.random.key(seed)
+        stages = folder / "checkpoints" / f"seed{seed}"
+        params, _ = nets.init(model, key, examples.inputs.shape[1:])
+        labels = {"seed": seed, "stage": "initial weights"}
+        with Stage(folder, stages / "initial", labels) as stage:
+            initial = distill.initial_weights(
+                step,
+                params,
+                examples,
+                key,
+                num_epochs=recipe.initial_epochs,
+                start=stage.resume(training.create_state(step, params, key)),
+                callback=stage,
+                **fit_options,
+            )
+        for temperature in recipe.temperatures:
+            generation = distill.Generation(
+                step=step,
+                params=initial.params,
+                num_epochs=recipe.epochs,
+                hyperparams={"learning_rate": recipe.rate(temperature)},
+            )
+            like = training.create_state(step, initial.params, key)
+            labels = {"seed": seed, "temperature": temperature}
+            with Chain(folder, stages / f"T{temperature:g}", labels) as chain:
+                states = distill.chain(
+                    [generation] * (recipe.num_assistants + 2),
+                    examples,
+                    key,
+                    temperature=temperature,
+                    start=chain.resume(like, recipe, len(examples.labels)),
+                    callback=chain,
+                    **fit_options,
+                )
+            networks += [
+                Network(temperature, seed, number, nets.logits_fn(model, {"params": state.params}))
+                for number, state in enumerate(states)
+            ]
+    return networks
+
+
+class Stage:
+    """The checkpoints, the log lines and the bar of one training stage; a callback of `fit`.
+
+    Args:
+        folder: the workdir.
+        checkpoints: the stage's folder of checkpoints.
+        labels: what its log lines and its bar say it is.
+    """
+
+    def __init__(
+        self, folder: epath.Path, checkpoints: epath.Path, labels: Mapping[str, Any]
+    ) -> None:
+        self._log = folder / "metrics.jsonl"
+        self._labels = dict(labels)
+        self._checkpointer = Checkpointer(checkpoints)
+        self._progress = Progress(_title(labels))
+
+    def __enter__(self) -> "Stage":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._progress.close()
+        self._checkpointer.__exit__(*error)
+
+    def resume(self, like: TrainState) -> TrainState | None:
+        """The latest whole state, or None; what was logged after it is forgotten."""
+        found = self._checkpointer.restore_latest(like)
+        epoch = 0 if found is None else found.metadata["epoch"]
+        workdir.forget_epochs(self._log, self._labels, after=epoch)
+        if found is None:
+            return None
+        self._progress.say(f"found {_title(self._labels)}{self._labels['stage']}, epoch {epoch}")
+        return found.state
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Show every step; log and save every epoch."""
+        self._progress(event)
+        if event["event"] == "epoch":
+            # Logged first: of what a resumed run finds logged and not saved, it repeats the log.
+            record = {name: event[name] for name in ("epoch", "step", "loss", "accuracy")}
+            runtime.append_jsonl(self._log, {**self._labels, **record})
+            self._checkpointer.save(event["step"], event["state"], {"epoch": event["epoch"]})
+
+
+class Chain:
+    """The stages of one chain; a callback of `distill.chain`.
+
+    Args:
+        folder: the workdir.
+        checkpoints: the chain's folder; each generation has one inside.
+        labels: the seed and the temperature.
+    """
+
+    def __init__(
+        self, folder: epath.Path, checkpoints: epath.Path, labels: Mapping[str, Any]
+    ) -> None:
+        self._folder = folder
+        self._checkpoints = checkpoints
+        self._labels = dict(labels)
+        self._open: dict[int, Stage] = {}
+
+    def __enter__(self) -> "Chain":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number in list(self._open):
+            self._open.pop(number).__exit__(*error)
+
+    def resume(self, like: TrainState, recipe: Recipe, num_examples: int) -> list[TrainState]:
+        """The states of the generations that are there, up to the first unfinished one."""
+        num_steps = recipe.epochs * data.num_batches(num_examples, recipe.batch_size)
+        states: list[TrainState] = []
+        for number in range(recipe.num_assistants + 2):
+            state = self._stage(number).resume(like)
+            if state is None:
+                # What came after a lost generation comes after another one now.
+                for later in range(number + 1, recipe.num_assistants + 2):
+                    _remove(self._place(later))
+                break
+            states.append(state)
+            if int(state.step) < num_steps:
+                break
+        return states
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Hand the event to its generation's stage, which a finished generation closes."""
+        number = event["generation"]
+        if event["event"] == "generation":
+            if number in self._open:
+                self._open.pop(number).__exit__(None, None, None)
+        else:
+            self._stage(number)(event)
+
+    def _stage(self, number: int) -> Stage:
+        if number not in self._open:
+            labels = {**self._labels, "stage": f"generation {number}", "generation": number}
+            self._open[number] = Stage(self._folder, self._place(number), labels)
+        return self._open[number]
+
+    def _place(self, number: int) -> epath.Path:
+        return self._checkpoints / f"generation{number}"
+
+
+def _title(labels: Mapping[str, Any]) -> str:
+    """What a bar begins with."""
+    title = f"seed {labels['seed']}, "
+    if "temperature" in labels:
+        title += f"T={labels['temperature']:g}, "
+    return title
+
+
+def _remove(folder: epath.Path) -> None:
+    if folder.exists():
+        folder.rmtree()

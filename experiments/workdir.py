@@ -1,0 +1,90 @@
+"""The folder of a run: what it holds, what may extend it, what is refused."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from experiments.recipes import Recipe
+from jdistill import runtime
+from jdistill.data import Dataset
+
+# A workdir may grow along these; everything else about it is fixed when it is made.
+_GROWING = ("temperatures", "seeds", "num_assistants")
+
+
+def open_workdir(path: str, recipe: Recipe, dataset: Dataset) -> tuple[epath.Path, Recipe]:
+    """Make or reopen a workdir for a recipe.
+
+    A workdir that exists is extended: the recipe comes back with its temperatures, seeds and
+    assistants beside the new ones.
+
+    Raises:
+        ValueError: the workdir belongs to another run; the first difference is named.
+        OSError: it cannot be written.
+    """
+    workdir = epath.Path(path)
+    config_path = workdir / "config.json"
+    wanted = _config(recipe, dataset)
+    if config_path.exists():
+        held = _read(config_path)
+        _refuse_difference(path, held, wanted)
+        recipe = dataclasses.replace(
+            recipe,
+            temperatures=tuple(sorted({*held["temperatures"], *recipe.temperatures})),
+            seeds=tuple(sorted({*held["seeds"], *recipe.seeds})),
+            num_assistants=max(held["num_assistants"], recipe.num_assistants),
+        )
+        wanted = _config(recipe, dataset)
+    runtime.check_writable(workdir)
+    runtime.write_json(config_path, wanted)
+    return workdir, recipe
+
+
+def forget_epochs(log: epath.Path, labels: Mapping[str, Any], *, after: int) -> None:
+    """Drop the log lines of a stage's epochs that will be run again."""
+    lines = runtime.read_jsonl(log)
+    kept = [
+        line
+        for line in lines
+        if line["epoch"] <= after or any(line.get(name) != labels[name] for name in labels)
+    ]
+    if len(kept) < len(lines):
+        runtime.atomic_write_text(log, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _config(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+    """The whole configuration as JSON has it (tuples are lists there)."""
+    settings = dataclasses.asdict(recipe)
+    settings["dataset"] = {
+        "name": dataset.name,
+        "version": dataset.version,
+        "fingerprint": dataset.fingerprint,
+        "checksum": dataset.checksum,
+        "note": dataset.note,
+    }
+    return json.loads(json.dumps(settings))
+
+
+def _read(path: epath.Path) -> dict[str, Any]:
+    try:
+        held = json.loads(path.read_text())
+        return {**held, **{name: held[name] for name in _GROWING}}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"expected the settings of an earlier run in {path}, got a file that does not hold "
+            "them; choose another --workdir, or delete this one"
+        ) from None
+
+
+def _refuse_difference(path: str, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    for name in wanted:
+        if name in _GROWING or held.get(name) == wanted[name]:
+            continue
+        raise ValueError(
+            f"expected {name}={held.get(name)!r}, as in the workdir {path}, got {wanted[name]!r}; "
+            "choose another --workdir, or the same value (only temperatures, seeds and "
+            "num_assistants may extend a workdir)"
+        )

@@ -1,0 +1,28 @@
+"""What every test shares: 8 CPU devices, strict broadcasting, a compilation cache on disk."""
+
+import os
+import pathlib
+
+import jax
+
+jax.config.update("jax_platforms", "cpu")
+# One process plays 8 devices, so that sharded code is tested everywhere. Code that places nothing
+# runs on the first device alone, at its usual speed.
+jax.config.update("jax_num_cpu_devices", 8)
+# [B] against [B, K] must never broadcast by accident.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Compiling is most of a run's time; a second run finds its programs here. One folder per worker of
+# pytest-xdist, because JAX writes the entries in place, and per version of JAX.
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
+_CACHE = pathlib.Path(__file__).parents[1] / ".jax_cache" / jax.__version__ / _WORKER
+jax.config.update("jax_compilation_cache_dir", str(_CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_configure(config):
+    # A cache entry that cannot be read or written costs a compilation, never a test.
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Error (reading|writing) persistent compilation cache"
+    )

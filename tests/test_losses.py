@@ -1,0 +1,213 @@
+"""Losses against NumPy in float64, against optax, and their laws."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.test_util import check_grads
+
+from jdistill import losses
+
+B, K = 6, 5
+RNG = np.random.default_rng(0)
+LOGITS = RNG.normal(0, 3, (B, K)).astype(np.float32)
+LABELS = np.array([0, 4, 2, 1, 3, 3])
+TARGETS = RNG.dirichlet(np.ones(K), B).astype(np.float32)
+TARGETS[1] = np.eye(K)[4]
+TARGETS[2, :2] = 0
+TARGETS /= TARGETS.sum(1, keepdims=True)
+
+
+def log_softmax(logits, temperature):
+    scaled = np.asarray(logits, np.float64) / temperature
+    scaled = scaled - scaled.max(1, keepdims=True)
+    return scaled - np.log(np.exp(scaled).sum(1, keepdims=True))
+
+
+def entropy(targets):
+    targets = targets.astype(np.float64)
+    return -np.where(targets > 0, targets * np.log(np.where(targets > 0, targets, 1)), 0).sum(1)
+
+
+@pytest.mark.floor
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 20.0, 100.0])
+def test_against_numpy(temperature):
+    log_probs = log_softmax(LOGITS, temperature)
+    close = dict(rtol=2e-6, atol=2e-6)
+    np.testing.assert_allclose(losses.tempered_log_softmax(LOGITS, temperature), log_probs, **close)
+    np.testing.assert_allclose(
+        losses.cross_entropy(LOGITS, LABELS, temperature=temperature),
+        -log_probs[np.arange(B), LABELS],
+        **close,
+    )
+    soft = -(TARGETS * log_probs).sum(1)
+    np.testing.assert_allclose(
+        losses.soft_cross_entropy(LOGITS, TARGETS, temperature=temperature), soft, **close
+    )
+    np.testing.assert_allclose(
+        losses.kl_divergence(LOGITS, TARGETS, temperature=temperature),
+        soft - entropy(TARGETS),
+        **close,
+    )
+
+
+def test_margin_against_numpy():
+    others = [max(np.delete(row, label)) for row, label in zip(LOGITS, LABELS, strict=True)]
+    np.testing.assert_array_equal(losses.largest_other(LOGITS, LABELS), others)
+    np.testing.assert_array_equal(
+        losses.margin(LOGITS, LABELS), np.array(others) - LOGITS[np.arange(B), LABELS]
+    )
+
+
+def test_equal_to_optax():
+    np.testing.assert_allclose(
+        losses.cross_entropy(LOGITS, LABELS),
+        optax.softmax_cross_entropy_with_integer_labels(LOGITS, LABELS),
+        rtol=1e-6,
+    )
+    np.testing.assert_allclose(
+        losses.soft_cross_entropy(LOGITS, TARGETS, temperature=7.0),
+        optax.softmax_cross_entropy(LOGITS / 7, TARGETS),
+        rtol=1e-6,
+    )
+    np.testing.assert_allclose(
+        losses.kl_divergence(LOGITS, TARGETS, temperature=7.0),
+        optax.kl_divergence(jax.nn.log_softmax(LOGITS / 7), TARGETS),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_hard_targets_are_soft_targets_of_one_class():
+    one_hot = jax.nn.one_hot(LABELS, K)
+    hard = losses.cross_entropy(LOGITS, LABELS, temperature=3.0)
+    np.testing.assert_allclose(
+        hard, losses.soft_cross_entropy(LOGITS, one_hot, temperature=3.0), rtol=1e-6
+    )
+    np.testing.assert_allclose(  # the entropy of a one-hot target is 0
+        hard, losses.kl_divergence(LOGITS, one_hot, temperature=3.0), rtol=1e-6
+    )
+
+
+ALL = {
+    "cross_entropy": lambda z, t: losses.cross_entropy(z, LABELS, temperature=t),
+    "soft_cross_entropy": lambda z, t: losses.soft_cross_entropy(z, TARGETS, temperature=t),
+    "kl_divergence": lambda z, t: losses.kl_divergence(z, TARGETS, temperature=t),
+    "margin": lambda z, t: losses.margin(z, LABELS),
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_one_value_per_example_and_no_more(name):
+    whole = ALL[name](LOGITS, 20.0)
+    assert whole.shape == (B,)
+    assert whole.dtype == jnp.float32
+    # Row 0 depends on row 0 alone.
+    changed = LOGITS.copy()
+    changed[1:] = np.nan
+    np.testing.assert_array_equal(ALL[name](changed, 20.0)[0], whole[0])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_adding_a_constant_to_the_logits_changes_nothing(name):
+    shift = np.arange(B, dtype=np.float32)[:, None] * 64 - 100
+    np.testing.assert_allclose(
+        ALL[name](LOGITS + shift, 20.0), ALL[name](LOGITS, 20.0), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_gradients_against_finite_differences(name):
+    # Second order too, but for the margin, whose second derivative is 0 almost everywhere.
+    order = 1 if name == "margin" else 2
+    check_grads(
+        lambda z: jnp.sum(ALL[name](z, 2.0)), (LOGITS,), order, ["rev"], rtol=2e-2, atol=2e-2
+    )
+
+
+@pytest.mark.floor
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 20.0])
+def test_gradient_is_prediction_minus_target_over_temperature(temperature):
+    expected = (np.exp(log_softmax(LOGITS, temperature)) - TARGETS) / temperature
+    for loss in (losses.soft_cross_entropy, losses.kl_divergence):
+        gradient = jax.grad(lambda z, loss=loss: loss(z, TARGETS, temperature=temperature).sum())
+        np.testing.assert_allclose(gradient(LOGITS), expected, atol=2e-6)
+    gradient = jax.grad(lambda z: losses.cross_entropy(z, LABELS, temperature=temperature).sum())
+    expected = (np.exp(log_softmax(LOGITS, temperature)) - np.eye(K)[LABELS]) / temperature
+    np.testing.assert_allclose(gradient(LOGITS), expected, atol=2e-6)
+
+
+def test_a_high_temperature_flattens_the_prediction():
+    # softmax(z / T) -> 1 / K, and T (log K - loss) -> z_y - mean(z): the first-order term.
+    temperature = 1e4
+    loss = losses.cross_entropy(LOGITS, LABELS, temperature=temperature)
+    np.testing.assert_allclose(loss, np.log(K), atol=3e-3)
+    exact = np.log(K) - (LOGITS[np.arange(B), LABELS] - LOGITS.mean(1)) / temperature
+    np.testing.assert_allclose(loss, exact, atol=1e-6)
+
+
+def test_a_temperature_per_example():
+    temperatures = np.array([[1.0], [2.0], [5.0], [20.0], [50.0], [100.0]], np.float32)
+    together = losses.soft_cross_entropy(LOGITS, TARGETS, temperature=temperatures)
+    for b in range(B):
+        alone = losses.soft_cross_entropy(
+            LOGITS[b : b + 1], TARGETS[b : b + 1], temperature=float(temperatures[b, 0])
+        )
+        np.testing.assert_allclose(together[b], alone[0], rtol=1e-6)
+
+
+def test_a_traced_temperature_compiles_once():
+    traces = []
+
+    @jax.jit
+    def loss(temperature):
+        traces.append(temperature)
+        return losses.kl_divergence(LOGITS, TARGETS, temperature=temperature)
+
+    first, second = loss(1.0), loss(20.0)
+    assert len(traces) == 1
+    assert not np.allclose(first, second)
+
+
+def test_a_zero_target_adds_nothing_even_where_the_log_probability_is_minus_infinity():
+    logits = np.array([[0.0, 1.0, -np.inf], [2e38, 0.0, -2e38]], np.float32)
+    targets = np.array([[0.25, 0.75, 0.0], [1.0, 0.0, 0.0]], np.float32)
+    expected = [-(targets[0, :2] * log_softmax(logits[:1, :2], 1.0)[0]).sum(), 0.0]
+    np.testing.assert_allclose(losses.soft_cross_entropy(logits, targets), expected, rtol=1e-6)
+    kl = losses.kl_divergence(logits, targets)
+    np.testing.assert_allclose(kl, expected - entropy(targets), atol=1e-6)
+    gradient = jax.grad(lambda z: losses.soft_cross_entropy(z, targets).sum())(logits)
+    expected = np.exp(log_softmax(logits, 1.0)) - targets
+    np.testing.assert_allclose(gradient, expected, atol=1e-6)
+
+
+def test_log_probabilities_do_not_saturate():
+    logits = np.array([[0.0, 1e5]], np.float32)
+    np.testing.assert_allclose(losses.cross_entropy(logits, np.array([0])), [1e5])
+    np.testing.assert_allclose(losses.cross_entropy(logits, np.array([1])), [0.0])
+
+
+@pytest.mark.parametrize("scale", [1e5, 1e30])
+def test_margin_on_logits_of_any_size(scale):
+    # A mask of -10000 would win here and report the wrong class.
+    logits = np.array([[-3 * scale, -scale, -2 * scale], [scale, 2 * scale, 3 * scale]], np.float32)
+    labels = np.array([1, 0])
+    np.testing.assert_allclose(losses.margin(logits, labels), [-scale, 2 * scale], rtol=1e-6)
+    gradient = jax.grad(lambda z: losses.margin(z, labels).sum())(logits)
+    np.testing.assert_array_equal(gradient, [[0, -1, 1], [-1, 0, 1]])
+
+
+def test_divergence_is_zero_only_at_the_targets_themselves():
+    targets = np.exp(log_softmax(LOGITS, 5.0)).astype(np.float32)
+    np.testing.assert_allclose(
+        losses.kl_divergence(LOGITS, targets, temperature=5.0), 0.0, atol=1e-6
+    )
+    assert np.all(losses.kl_divergence(LOGITS, targets, temperature=4.0) > 1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, np.nan, np.inf])
+@pytest.mark.parametrize("name", ["cross_entropy", "soft_cross_entropy", "kl_divergence"])
+def test_a_bad_temperature_is_refused(name, temperature):
+    with pytest.raises(ValueError, match=f"expected temperature > 0, got {temperature}"):
+        ALL[name](LOGITS, temperature)
