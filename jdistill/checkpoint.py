@@ -534,8 +534,8 @@ def _check_same(folder: epath.Path, saved: list[_Spec], wanted: list[_Spec]) -> 
 def _to_device(value: np.ndarray, like: Any) -> jax.Array:
     """The value laid out as `like` is.
 
-    An array that was on no device in particular must stay so: committed to one, it would compile
-    every step again and could not meet arrays that lie on a mesh.
+    An array that was on no device in particular must stay so: committed to one, it could not meet
+    arrays that lie on a mesh.
     """
     if like.sharding is None or not getattr(like, "committed", True):
         return jnp.asarray(value)

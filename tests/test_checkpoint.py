@@ -117,7 +117,9 @@ def test_round_trip_is_bit_exact_for_every_kind_of_leaf(tmp_path):
     assert found.step == 4
     assert found.metadata == json.loads(json.dumps(metadata))
     assert bits(found.state) == bits(state)
-    assert found.state["int8"].flags.writeable
+    # Off alignment, or a view that keeps all the others alive, it would be slow and surprising.
+    assert all(found.state[name].flags.aligned for name in ("int8", "wide"))
+    assert all(found.state[name].flags.writeable for name in ("int8", "wide"))
 
 
 @pytest.mark.floor
@@ -133,9 +135,10 @@ def test_resumed_equals_uninterrupted_and_compiles_nothing(tmp_path):
         checkpointer.save(1, state)
     straight = train_step(train_step(state))
     compiled = train_step._cache_size()
-    resumed = train_step(train_step(restore(tmp_path).state))
-    assert bits(resumed) == bits(straight)
-    # Committed to a device, the restored arrays would compile the step once more.
+    restored = restore(tmp_path).state
+    # Committed to one device, they could not meet arrays that lie on a mesh.
+    assert not any(leaf.committed for leaf in jax.tree.leaves(restored.params))
+    assert bits(train_step(train_step(restored))) == bits(straight)
     assert train_step._cache_size() == compiled
 
 
@@ -263,14 +266,16 @@ def test_metadata_that_is_still_json_is_checked_too(damageable, caplog):
     assert "checksum of the metadata differs" in caplog.text
 
 
-@pytest.mark.parametrize("half", ["5", "5/state", "5.orbax-checkpoint-tmp"])
+@pytest.mark.parametrize("half", ["5", "5/state", "9.orbax-checkpoint-tmp"])
 def test_a_half_written_folder_is_passed_over(half, damageable, caplog):
     (damageable / half).mkdir(parents=True)
     with Checkpointer(damageable) as checkpointer:
         assert checkpointer.restore_latest(make_state()).step == 2
         checkpointer.save(5, make_state(5), {"step": 5})
     assert restore(damageable).step == 5
-    assert ("skipped the damaged checkpoint" in caplog.text) == (half != "5.orbax-checkpoint-tmp")
+    # A temporary folder is what a killed process leaves: cleared away, and no damage.
+    assert ("skipped the damaged checkpoint" in caplog.text) == (half[0] == "5")
+    assert not (damageable / "9.orbax-checkpoint-tmp").exists()
 
 
 def test_damaged_steps_are_saved_anew_and_set_aside(damageable, caplog):

@@ -40,7 +40,7 @@ _FEW_CHANNELS = 8
 class _Spec(NamedTuple):
     """The static part of a supported convolution."""
 
-    padding: tuple[tuple[int, int], tuple[int, int]]
+    padding: tuple[tuple[int, int], ...]
     precision: Any
     surplus: bool  # Compute a surplus row and slice it off (CPU only).
 
@@ -155,7 +155,11 @@ def _rhs_gradient(lhs: Array, rhs: Array, grad: Array, spec: _Spec) -> Array:
     def add(total: Array, parts: tuple[Array, Array]) -> tuple[Array, None]:
         return total + product(*parts), None
 
-    total, _ = lax.scan(add, jnp.zeros_like(rhs), (split(lhs), split(grad)))
+    # The first chunk starts the sum: zeros would not carry the mesh axes over which the batch may
+    # be split inside `shard_map`.
+    lhs_parts, grad_parts = split(lhs), split(grad)
+    total = product(lhs_parts[0], grad_parts[0])
+    total, _ = lax.scan(add, total, (lhs_parts[1:], grad_parts[1:]))
     if whole * _CHUNK < lhs.shape[0]:
         total += product(lhs[whole * _CHUNK :], grad[whole * _CHUNK :])
     return total
@@ -234,9 +238,10 @@ def conv_general_dilated(
         numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
         canonical = lax.conv_dimension_numbers(lhs.shape, rhs.shape, _LAYOUT)
         if numbers == canonical:
-            pads = padding
             if isinstance(padding, str):
                 pads = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], (1, 1), padding)
+            else:
+                pads = list(padding)
             pairs = tuple((int(low), int(high)) for low, high in pads)
             if all(
                 0 <= low < size and 0 <= high < size and extent + low + high >= size

@@ -1,0 +1,46 @@
+# Everything happens in .venv, made from the pinned versions of requirements.txt.
+#
+#   make demo     distill, attack and report on real 8x8 digits, a few minutes on 2 cores
+#   make test     the tests, under 10 minutes on 2 cores
+#   make lint     lint, format check and type check
+#   make floor    the marked tests on the oldest supported versions, in .venv-floor
+
+PYTHON ?= python3
+PIP_OPTIONS := --quiet --disable-pip-version-check
+
+.PHONY: demo test lint floor install clean
+
+demo: .venv/installed
+	.venv/bin/python -m experiments.defend digits --workdir runs/demo
+
+test: .venv/installed
+	.venv/bin/python -m pytest -n 2 $(TEST_OPTIONS)
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+floor: .venv-floor/installed
+	.venv-floor/bin/python -m pytest -n 2 -m floor $(TEST_OPTIONS)
+
+install: .venv/installed
+
+.venv/installed: requirements.txt pyproject.toml
+	$(call make-venv,.venv,requirements.txt)
+
+.venv-floor/installed: requirements-floor.txt pyproject.toml
+	$(call make-venv,.venv-floor,requirements-floor.txt)
+
+define make-venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: expected Python 3.11 or newer, got $$($(PYTHON) --version); run make PYTHON=python3.11"; exit 1; }
+	@echo "installing the pinned packages into $(1)"
+	@$(PYTHON) -m venv $(1)
+	@$(1)/bin/python -m pip install $(PIP_OPTIONS) -r $(2)
+	@$(1)/bin/python -m pip install $(PIP_OPTIONS) --no-deps --no-build-isolation -e .
+	@touch $@
+endef
+
+clean:
+	rm -rf .venv .venv-floor build dist .jax_cache .pytest_cache .ruff_cache .mypy_cache
