@@ -83,8 +83,7 @@ def run(recipe: Recipe, options: Options) -> None:
     networks = training.train(folder, recipe, examples, mode=options.parallel)
     rows = measure.measure(folder, recipe, networks, test_examples)
 
-    seconds = round(time.monotonic() - started, 1)
-    runtime.write_json(folder / "run.json", {**runtime.describe(), "seconds": seconds})
+    workdir.record_run(folder, seconds=time.monotonic() - started)
     written = report.write_report(folder, rows, pictures=measure.pictures(folder, recipe))
     print(report.summary(rows))
     print(f"report: {written['report']}")

@@ -53,7 +53,7 @@ def train(folder: epath.Path, recipe: Recipe, examples: data.Split, *, mode: str
                 examples,
                 key,
                 num_epochs=recipe.initial_epochs,
-                start=stage.resume(training.create_state(step, params, key)),
+                start=stage.resume(training.create_state(step, params, key), recipe.initial_epochs),
                 callback=stage,
                 **fit_options,
             )
@@ -107,14 +107,15 @@ class Stage:
         self._progress.close()
         self._checkpointer.__exit__(*error)
 
-    def resume(self, like: TrainState) -> TrainState | None:
+    def resume(self, like: TrainState, num_epochs: int) -> TrainState | None:
         """The latest whole state, or None; what was logged after it is forgotten."""
         found = self._checkpointer.restore_latest(like)
         epoch = 0 if found is None else found.metadata["epoch"]
         workdir.forget_epochs(self._log, self._labels, after=epoch)
         if found is None:
             return None
-        self._progress.say(f"found {_title(self._labels)}{self._labels['stage']}, epoch {epoch}")
+        where = "done" if epoch >= num_epochs else f"going on after epoch {epoch} of {num_epochs}"
+        self._progress.say(f"{_title(self._labels)}{self._labels['stage']}: {where}")
         return found.state
 
     def __call__(self, event: Mapping[str, Any]) -> None:
@@ -156,7 +157,7 @@ class Chain:
         num_steps = recipe.epochs * data.num_batches(num_examples, recipe.batch_size)
         states: list[TrainState] = []
         for number in range(recipe.num_assistants + 2):
-            state = self._stage(number).resume(like)
+            state = self._stage(number).resume(like, recipe.epochs)
             if state is None:
                 # What came after a lost generation comes after another one now.
                 for later in range(number + 1, recipe.num_assistants + 2):

@@ -13,6 +13,8 @@ from jdistill.data import Dataset
 
 # A workdir may grow along these; everything else about it is fixed when it is made.
 _GROWING = ("temperatures", "seeds", "num_assistants")
+# What may differ as long as the examples are the same (`checksum`): versions and wording.
+_DESCRIBING = ("dataset_description",)
 
 
 def open_workdir(path: str, recipe: Recipe, dataset: Dataset) -> tuple[epath.Path, Recipe]:
@@ -43,6 +45,17 @@ def open_workdir(path: str, recipe: Recipe, dataset: Dataset) -> tuple[epath.Pat
     return workdir, recipe
 
 
+def record_run(folder: epath.Path, *, seconds: float) -> None:
+    """Write `run.json`: versions, devices, and the time of this start and of all of them."""
+    path = folder / "run.json"
+    try:
+        before = json.loads(path.read_text())["seconds_all_starts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        before = 0.0
+    times = {"seconds": round(seconds, 1), "seconds_all_starts": round(before + seconds, 1)}
+    runtime.write_json(path, {**runtime.describe(), **times})
+
+
 def forget_epochs(log: epath.Path, labels: Mapping[str, Any], *, after: int) -> None:
     """Drop the log lines of a stage's epochs that will be run again."""
     lines = runtime.read_jsonl(log)
@@ -58,11 +71,10 @@ def forget_epochs(log: epath.Path, labels: Mapping[str, Any], *, after: int) -> 
 def _config(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
     """The whole configuration as JSON has it (tuples are lists there)."""
     settings = dataclasses.asdict(recipe)
-    settings["dataset"] = {
-        "name": dataset.name,
+    settings["dataset_checksum"] = dataset.checksum
+    settings["dataset_description"] = {
         "version": dataset.version,
         "fingerprint": dataset.fingerprint,
-        "checksum": dataset.checksum,
         "note": dataset.note,
     }
     return json.loads(json.dumps(settings))
@@ -81,7 +93,7 @@ def _read(path: epath.Path) -> dict[str, Any]:
 
 def _refuse_difference(path: str, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for name in wanted:
-        if name in _GROWING or held.get(name) == wanted[name]:
+        if name in (*_GROWING, *_DESCRIBING) or held.get(name) == wanted[name]:
             continue
         raise ValueError(
             f"expected {name}={held.get(name)!r}, as in the workdir {path}, got {wanted[name]!r}; "

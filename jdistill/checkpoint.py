@@ -229,17 +229,13 @@ class Checkpointer:
         Raises:
             OSError: the save in the background failed.
         """
-        try:
-            self.wait()
-        finally:
-            self._drop_manager()
-
-    def _drop_manager(self) -> None:
-        """Without a manager the next save opens another, which sees the folder as it is."""
         manager, self._manager = self._manager, None
         if manager is not None:
-            with contextlib.suppress(Exception):  # what there is to report, `wait` reported
-                manager.close()
+            with self._explained():
+                try:
+                    manager.wait_until_finished()
+                finally:
+                    manager.close()
 
     def restore_latest(self, like: PyTree) -> Restored | None:
         """Restores the latest whole checkpoint.
@@ -331,8 +327,6 @@ class Checkpointer:
         # TensorStore reports a full disk or a missing right as a ValueError or a RuntimeError.
         # What a caller can get wrong is checked before, so that anything here is the storage's.
         except Exception as error:
-            # Orbax counts the failed step among the saved ones and would refuse to repeat it.
-            self._drop_manager()
             reason = " ".join(str(error).split())
             kind = PermissionError if isinstance(error, PermissionError) else OSError
             raise kind(

@@ -61,6 +61,8 @@ def soft_labels(
 
     Raises:
         ValueError: a temperature that is not above 0.
+        FloatingPointError: predictions that are not finite; a student would learn nothing from
+            them, without a word.
 
     Example:
         >>> soft_labels(lambda x: x, np.array([[0.0, 20.0]], np.float32), temperature=20.0).round(2)
@@ -71,7 +73,14 @@ def soft_labels(
     """
     _validate.positive(temperature=temperature)
     logits = train.predict(logits_fn, inputs, batch_size=batch_size)
-    return np.asarray(jax.nn.softmax(logits / np.float32(temperature), axis=-1))
+    predictions = np.asarray(jax.nn.softmax(logits / np.float32(temperature), axis=-1))
+    bad = ~np.isfinite(predictions).all(axis=-1)
+    if bad.any():
+        raise FloatingPointError(
+            f"expected finite predictions, got {predictions[bad][0]} for {bad.sum()} of "
+            f"{len(bad)} examples; the network has diverged: train it with a lower learning rate"
+        )
+    return predictions
 
 
 def soft_loss(
@@ -233,7 +242,9 @@ def chain(
         One state a generation, in order.
 
     Raises:
-        ValueError: no generation, or numbers out of range; and as `train.fit`.
+        ValueError: no generation, numbers out of range, or a `start` in which a generation that
+            is not the last is unfinished; and as `train.fit`.
+        FloatingPointError: a generation that has diverged.
 
     References:
         Mandal & Gao 2023, "Improving Defensive Distillation using Teacher Assistant", released
@@ -247,6 +258,14 @@ def chain(
             f"{len(start)}; pass those of this chain"
         )
     inputs, labels = examples
+    for number, state in enumerate(start[:-1]):
+        num_steps = _num_steps(generations[number], len(labels), fit_options)
+        if int(state.step) < num_steps:
+            # Those after it have learned from a teacher that this run would train on.
+            raise ValueError(
+                f"expected all states in start but the last to be finished, got generation "
+                f"{number} at step {int(state.step)} of {num_steps}; pass start[:{number + 1}]"
+            )
     teacher_loss = train.hard_loss(temperature)
     student_loss = soft_loss(
         temperature, hard_weight=hard_weight, temperature_squared=temperature_squared

@@ -114,7 +114,8 @@ def evaluate(
         attacks: by name.
         key: for random attacks; example `n` uses `fold_in(key, n)`, whatever the batch size.
         temperature: at which the networks are tested, above 0; scalar or `[R]`. 1 in every paper.
-            The sensitivities and the attacks see the divided logits.
+            The attacks, the softmax sensitivity and the zero gradients are those of the divided
+            logits; `mean_abs_logit` and `sensitivity_logits` are of the logits as they are.
         num_sensitivity: see `clean`.
         batch_size: see `clean`; the attacks have their own.
         vmapped: whether to run the stack under `vmap`; None does so except on CPU.
@@ -125,7 +126,8 @@ def evaluate(
         The measures, on the host.
 
     Raises:
-        ValueError: inputs that are not finite, labels out of range, a temperature not above 0.
+        ValueError: inputs that are not finite, labels out of range, a temperature not above 0, a
+            count that is no whole number above 0.
 
     Example:
         >>> from jdistill import attacks
@@ -204,10 +206,10 @@ def clean(
     runs = _Runs.of(stack, temperature, vmapped, callback)
     _validate.count(batch_size=batch_size)
     _validate.inputs_in_box(inputs, (-np.inf, np.inf))
+    size = _first(len(inputs), num_sensitivity=num_sensitivity)
     logits = runs.map(_logits, "accuracy", batch_size, inputs) * runs.temperatures[:, None, None]
     _validate.class_indices(labels, batch_size=len(inputs), num_classes=logits.shape[-1])
     correct = np.stack([np.asarray(metrics.correct(rows, labels)) for rows in logits])
-    size = len(inputs) if num_sensitivity is None else min(num_sensitivity, len(inputs))
     by_logits, by_softmax, zero = runs.map(
         _sensitivities, "sensitivity", batch_size, inputs[:size], labels[:size]
     )
@@ -254,7 +256,8 @@ def under_attack(
         ValueError: as the attack.
     """
     runs = _Runs.of(stack, temperature, vmapped, callback)
-    size = len(inputs) if plan.num_examples is None else min(plan.num_examples, len(inputs))
+    _validate.count(batch_size=plan.batch_size)
+    size = _first(len(inputs), num_examples=plan.num_examples)
     columns: list[Any] = [inputs[:size], labels[:size]]
     if key is not None:  # keys travel with their examples, so batches do not change the draws
         columns.append(jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(size)))
@@ -335,6 +338,11 @@ class _Runs(NamedTuple):
         """The checked stack, its logits divided by the test temperature."""
         _validate.positive(temperature=temperature)
         num_runs = _num_runs(stack)
+        if np.shape(temperature) not in ((), (num_runs,)):
+            raise ValueError(
+                f"expected temperature to be a scalar or of shape [R] = ({num_runs},), got shape "
+                f"{np.shape(temperature)}; pass one number, or one per network of the stack"
+            )
         temperatures = np.broadcast_to(np.asarray(temperature, np.float32), (num_runs,))
         if vmapped is None:
             vmapped = jax.default_backend() != "cpu"
@@ -350,16 +358,15 @@ class _Runs(NamedTuple):
     ) -> Any:
         """Every output leaf as NumPy, `[R, N, ...]`.
 
-        `eager` is for functions that check concrete values and are compiled inside; the vmapped
-        stack is compiled as a whole in any case.
+        `eager` is for functions that check concrete values and are compiled inside.
         """
         size, num_runs = len(columns[0]), len(self.temperatures)
         if self.vmapped:
-            compiled = _jit(fun, True)
             networks = [(self.stack, num_runs)]
         else:
-            compiled = fun if eager else _jit(fun, False)
             networks = [(nets.index(self.stack, run), 1) for run in range(num_runs)]
+        fun = _over_runs(fun) if self.vmapped else fun
+        compiled = fun if eager else _jit(fun)
         done, outputs = 0, []
         for network, count in networks:
             chunks = []
@@ -376,15 +383,30 @@ class _Runs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def _jit(fun: Callable[..., Any], vmapped: bool) -> Callable[..., Any]:
-    """One compiled function for each `fun`, over a single network or over a stack."""
-    if not vmapped:
-        return jax.jit(fun)
+def _jit(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """One compiled function for each `fun`."""
+    return jax.jit(fun)
+
+
+@functools.lru_cache(maxsize=64)
+def _over_runs(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """`fun` of a single network as one of a stack; the columns stay concrete, to be checked."""
 
     def over_runs(stack: LogitsFn, *columns: Array) -> Any:
         return jax.vmap(lambda network: fun(network, *columns))(stack)
 
-    return jax.jit(over_runs)
+    return over_runs
+
+
+def _first(size: int, **named: int | None) -> int:
+    """How many of a set's first examples to take: the count named, at most all of them."""
+    if size == 0:
+        raise ValueError("expected at least one example, got none; pass inputs [N, ...]")
+    (count,) = named.values()
+    if count is None:
+        return size
+    _validate.count(**named)
+    return min(count, size)
 
 
 def _padded_chunks(

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jdistill import _validate
 from jdistill.typing import Batch, LossFn, Metrics, PyTree, StepFn
@@ -129,6 +129,7 @@ def _jit_step(step: StepFn, devices: tuple[jax.Device, ...]) -> Callable[..., An
     )
 
     def run(state: PyTree, batch: Batch, loss_fn: LossFn) -> tuple[PyTree, Metrics]:
+        state = _spread(state, everywhere)
         batch = pad_batch(batch, len(devices))
         if jax.process_count() > 1:  # each process holds its own rows of the global batch
             place = functools.partial(jax.make_array_from_process_local_data, by_example)
@@ -140,6 +141,7 @@ def _jit_step(step: StepFn, devices: tuple[jax.Device, ...]) -> Callable[..., An
 
 def _pmap_step(step: StepFn, devices: tuple[jax.Device, ...]) -> Callable[..., Any]:
     local = [device for device in devices if device.process_index == jax.process_index()]
+    everywhere = NamedSharding(make_mesh(local), PartitionSpec())
     compiled = jax.pmap(
         step,
         axis_name=DATA_AXIS,
@@ -149,11 +151,32 @@ def _pmap_step(step: StepFn, devices: tuple[jax.Device, ...]) -> Callable[..., A
     )
 
     def run(state: PyTree, batch: Batch, loss_fn: LossFn) -> tuple[PyTree, Metrics]:
+        if jax.__version_info__ >= (0, 8):  # before, pmap did not mind where its arguments lie
+            state = _spread(state, everywhere)
         batch = pad_batch(batch, len(local))
         split = jax.tree.map(lambda leaf: leaf.reshape((len(local), -1, *leaf.shape[1:])), batch)
         return compiled(state, split, loss_fn)
 
     return run
+
+
+def _spread(tree: PyTree, everywhere: NamedSharding) -> PyTree:
+    """The tree copied to every device, where it is not there yet.
+
+    A step returns its state spread out. One that went in otherwise has another type to JAX, and
+    the second call would trace and compile the step again.
+    """
+
+    def place(leaf: Any) -> Any:
+        sharding = getattr(leaf, "sharding", None)
+        there = (
+            sharding is not None
+            and not isinstance(sharding, SingleDeviceSharding)
+            and sharding.device_set == everywhere.device_set
+        )
+        return leaf if there else jax.device_put(leaf, everywhere)
+
+    return jax.tree.map(place, tree)
 
 
 def example_indices(num_rows: int, axis_name: str | None) -> jax.Array:

@@ -75,7 +75,7 @@ def enable_compilation_cache(directory: PathLike | None = None) -> epath.Path | 
     jax.config.update("jax_compilation_cache_dir", os.fspath(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    # JAX looks at the settings once, at the first compilation, which may lie behind us.
+    # JAX opens its cache once, at the first compilation, which may lie behind us.
     compilation_cache.reset_cache()
     return path
 

@@ -6,6 +6,7 @@ numbers in the state), so every generation at every temperature reuses it.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -67,6 +68,7 @@ class TrainStep:
         self, state: TrainState, batch: Batch, loss_fn: LossFn
     ) -> tuple[TrainState, Metrics]:
         """One update on the batch; see `make_train_step`."""
+        batch = _finite_padding(batch)
         num_rows = batch.mask.shape[0]
         # Keyed by position in the whole batch: with one key a device all of them would drop the
         # same units, and the result would depend on their number.
@@ -104,7 +106,9 @@ def make_train_step(
 ) -> TrainStep:
     """A pure training step for a network and an optimiser.
 
-    The gradient is of the mean loss over the batch's unmasked rows, over all devices.
+    The gradient is of the mean loss over the batch's unmasked rows, over all devices. Padded rows
+    count for nothing in it, whatever they hold. Batch statistics of the network's own (batch
+    normalisation) do see them, and under `"pmap"` each device's rows alone, averaged afterwards.
 
     Args:
         apply_fn: the network, `jdistill.nets.apply_fn(model)` for one.
@@ -170,6 +174,7 @@ def create_state(
     return TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state, key)
 
 
+@functools.lru_cache(maxsize=64)  # equal settings give the same optimiser, hence equal steps
 def sgd(
     learning_rate: float = 0.01, *, decay: float = 1e-6, momentum: float = 0.9
 ) -> optax.GradientTransformation:
@@ -204,6 +209,8 @@ def sgd(
     _validate.positive(learning_rate=learning_rate)
     _validate.non_negative(decay=decay)
     _validate.within(0.0, 1.0, momentum=momentum)
+    if momentum == 1:
+        raise ValueError(f"expected momentum in [0, 1), got {momentum!r}; pass 0.9")
 
     def with_rate(learning_rate: float) -> optax.GradientTransformation:
         return optax.chain(
@@ -253,13 +260,15 @@ def fit(
         The state after `num_epochs` epochs; unchanged if it is there already.
 
     Raises:
-        ValueError: shapes that do not fit, counts out of range.
+        ValueError: shapes that do not fit, labels outside `0..K-1`, values that are not finite,
+            counts out of range.
         FloatingPointError: the loss of an epoch is not finite.
     """
     _validate.count(minimum=0, num_epochs=num_epochs)
     _validate.count(batch_size=batch_size)
     inputs, labels, targets = (*examples, None)[:3]
     num_examples = inputs.shape[0]
+    _check_examples(step, state, inputs, labels, targets)
     steps_per_epoch = data.num_batches(num_examples, batch_size)
     num_steps = num_epochs * steps_per_epoch
     compiled = parallel.compile_step(step, mode, devices)
@@ -298,6 +307,34 @@ def fit(
             accuracy = totals["correct"] / totals["count"]
             callback({"event": "epoch", **progress, "loss": loss, "accuracy": accuracy})
     return state
+
+
+def _check_examples(
+    step: TrainStep, state: TrainState, inputs: Any, labels: Any, targets: Any
+) -> None:
+    """What the loop could not see: a wrong label or row would train on silently, or as NaN."""
+    num_examples = inputs.shape[0]
+    if num_examples == 0:
+        raise ValueError("expected at least one example, got none; pass inputs [N, ...]")
+    logits, _ = jax.eval_shape(
+        functools.partial(step.apply_fn, train=False, key=None),
+        state.params,
+        state.model_state,
+        inputs[:1],
+    )
+    num_classes = logits.shape[-1]
+    _validate.class_indices(labels, batch_size=num_examples, num_classes=num_classes)
+    if targets is not None and np.shape(targets) != (num_examples, num_classes):
+        raise ValueError(
+            f"expected targets of shape [N, K] = ({num_examples}, {num_classes}), got "
+            f"{np.shape(targets)}; pass one row of class probabilities per example"
+        )
+    for name, values in (("inputs", inputs), ("targets", targets)):
+        if values is not None and not (finite := np.isfinite(values)).all():
+            row = int(np.argwhere(~finite)[0][0])
+            raise ValueError(
+                f"expected finite {name}, got nan or inf in row {row}; repair or remove it"
+            )
 
 
 def hard_loss(temperature: ArrayLike = 1.0) -> LossFn:
@@ -345,6 +382,22 @@ def make_eval_step(apply_fn: ApplyFn) -> Callable[[TrainState, Batch, LossFn], M
         }
 
     return step
+
+
+def _finite_padding(batch: Batch) -> Batch:
+    """The batch with 0 for what is not finite in padded rows.
+
+    A mask on the loss is not enough: its gradient there is 0, and 0 times NaN is NaN.
+    """
+
+    def repair(values: Array) -> Array:
+        real = batch.mask.reshape((-1,) + (1,) * (values.ndim - 1)) > 0
+        return jnp.where(real | jnp.isfinite(values), values, jnp.zeros_like(values))
+
+    return batch._replace(
+        inputs=repair(batch.inputs),
+        targets=None if batch.targets is None else repair(batch.targets),
+    )
 
 
 @jax.jit

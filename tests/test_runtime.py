@@ -131,7 +131,8 @@ def test_backend_started_is_true_once_it_has():
 CACHED = """
 import os, sys, jax, jax.numpy as jnp
 from jdistill import runtime
-jnp.ones(3)  # a compilation before the cache is on
+jax.config.update("jax_compilation_cache_dir", sys.argv[1] + "-before")
+jnp.ones(3).block_until_ready()  # opens that one
 events = []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
 print(runtime.enable_compilation_cache(*sys.argv[1:]))
@@ -148,6 +149,7 @@ def test_a_second_process_compiles_nothing(tmp_path):
     assert first == [str(tmp_path / "cache"), "0"]
     assert second[0] == str(tmp_path / "cache")
     assert int(second[1]) >= 1
+    assert any("lambda" in path.name for path in (tmp_path / "cache").iterdir())
     assert [done.stderr for done in runs] == ["", ""]
 
 

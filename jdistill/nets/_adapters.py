@@ -224,11 +224,12 @@ def nnx_logits_fn(module: nnx.Module) -> Partial:
             f"expected a Flax NNX module, got {type(module).__name__}; use logits_fn for a Linen "
             "module and callable_logits_fn for a function"
         )
-    # `eval()` writes into the module, so it is called on a copy.
-    copy = nnx.merge(*nnx.split(module))
+    graphdef, state = nnx.split(module)
+    # `split` shares its variables with the module; mapping over their arrays makes new ones.
+    # `eval()` writes into a module, so it is called on a copy too.
+    copy = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))
     copy.eval()
-    graphdef, state = nnx.split(copy)
-    return Partial(_NnxLogits(graphdef), state)
+    return Partial(_NnxLogits(nnx.graphdef(copy)), nnx.state(copy))
 
 
 def _call_pytree(fun: Callable[..., Array], *args: Any) -> Array:

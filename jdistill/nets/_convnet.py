@@ -1,5 +1,6 @@
 """The papers' convolutional networks in Flax Linen."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -229,7 +230,8 @@ def init(model: nn.Module, key: Array, input_shape: tuple[int, ...]) -> tuple[Py
     """Draw a Linen module's variables.
 
     Args:
-        model: `ConvNet`, or any Linen module called with one batch of inputs.
+        model: `ConvNet`, or any Linen module with hashable fields, called with one batch of
+            inputs.
         key: One PRNG key.
         input_shape: Shape of one input, without the batch axis.
 
@@ -238,7 +240,7 @@ def init(model: nn.Module, key: Array, input_shape: tuple[int, ...]) -> tuple[Py
         variables (`{"batch_stats": ...}`; `{}` where there is none).
 
     Raises:
-        ValueError: `input_shape` does not fit the network.
+        ValueError: `input_shape` does not fit the network, or the module cannot be hashed.
 
     Example:
         >>> import jax
@@ -246,6 +248,12 @@ def init(model: nn.Module, key: Array, input_shape: tuple[int, ...]) -> tuple[Py
         >>> params["logits"]["kernel"].shape, model_state
         ((64, 10), {})
     """
-    variables = dict(model.init(key, jnp.zeros((1, *input_shape), jnp.float32)))
+    variables = dict(_draw(model, tuple(input_shape), key))
     params = variables.pop("params", {})
     return params, variables
+
+
+# Compiled, because the forward pass that `Module.init` runs to learn the shapes then costs nothing.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _draw(model: nn.Module, input_shape: tuple[int, ...], key: Array) -> PyTree:
+    return model.init(key, jnp.zeros((1, *input_shape), jnp.float32))

@@ -95,7 +95,10 @@ def _forward(lhs: Array, rhs: Array, spec: _Spec) -> tuple[Array, tuple[Array, A
 
 def _backward(spec: _Spec, residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     def on_cpu(lhs: Array, rhs: Array, grad: Array) -> tuple[Array, Array]:
-        return _lhs_gradient(rhs, grad, spec), _rhs_gradient(lhs, rhs, grad, spec)
+        return (
+            _summed_as(lhs, _lhs_gradient(rhs, grad, spec), grad),
+            _summed_as(rhs, _rhs_gradient(lhs, rhs, grad, spec), grad),
+        )
 
     def default(lhs: Array, rhs: Array, grad: Array) -> tuple[Array, Array]:
         _, pullback = jax.vjp(functools.partial(_plain, spec=spec), lhs, rhs)
@@ -105,6 +108,17 @@ def _backward(spec: _Spec, residuals: tuple[Array, Array], grad: Array) -> tuple
 
 
 _convolution.defvjp(_forward, _backward)
+
+
+def _summed_as(operand: Array, value: Array, grad: Array) -> Array:
+    """The gradient `value`, summed over the mesh axes that `grad` varies over and `operand` not.
+
+    Inside `shard_map` a kernel may be the same on every device while the batch is not; the
+    gradient is then the sum over devices, and JAX leaves that sum to the rule. The gradient of an
+    addition of the two does the same, as itself and nothing otherwise, in every version of JAX.
+    """
+    _, pullback = jax.vjp(lambda one: one + grad[0, 0, 0, 0], operand)
+    return pullback(value)[0]
 
 
 def _lhs_gradient(rhs: Array, grad: Array, spec: _Spec) -> Array:

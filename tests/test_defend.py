@@ -1,0 +1,341 @@
+"""The experiment as a user runs it: end to end, resumed, extended, refused, interrupted."""
+
+import csv
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments import defend, measure, training
+from experiments.recipes import RECIPES, smoke
+from jdistill import report
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMOKE = ["digits", "--smoke"]
+
+
+def run(workdir, *arguments):
+    """The command in this process, without its start-up of JAX."""
+    recipe, options = defend.parse([*SMOKE, "--workdir", str(workdir), *arguments])
+    defend.run(recipe, options)
+
+
+def command(*arguments, **options):
+    """The command as a process of its own, its compiled programs kept between tests."""
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache" / "defend"),
+        "JDISTILL_CACHE": str(ROOT / ".jax_cache" / "jdistill"),
+        **options.pop("env", {}),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.defend", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A workdir of an uninterrupted run, with what it printed."""
+    workdir = tmp_path_factory.mktemp("finished")
+    run(workdir)
+    return workdir
+
+
+def test_run_leaves_the_whole_workdir(finished):
+    assert {path.name for path in finished.iterdir()} == {
+        "config.json",
+        "run.json",
+        "checkpoints",
+        "metrics.jsonl",
+        "results.csv",
+        "figures",
+        "report.html",
+    }
+    rows = report.read_results(finished / "results.csv")
+    attacks = {"fgsm", "pgd", "pgd_margin", "carlini_wagner_l2"}
+    expected = {(t, 0, g, a) for t in (1.0, 20.0) for g in range(3) for a in attacks}
+    found = [(r["temperature"], r["seed"], r["generation"], r["attack"]) for r in rows]
+    assert sorted(found) == sorted(expected)
+    assert all(row["num_test"] == 32 for row in rows)
+    assert {r["num_attacked"] for r in rows if r["attack"] == "fgsm"} == {16}
+    for name in ("accuracy.png", "sensitivity.png", "robustness.png", "pictures_T20.png"):
+        assert (finished / "figures" / name).stat().st_size > 5000
+    page = (finished / "report.html").read_text()
+    assert page.count("data:image/png;base64") >= 4
+    assert json.loads((finished / "run.json").read_text())["devices"]
+
+
+def test_results_are_those_of_the_library(finished):
+    """A row recomputed from the checkpointed weights by direct calls."""
+    import jax
+    import numpy as np
+
+    from jdistill import attacks, data, metrics, nets, train
+    from jdistill.checkpoint import Checkpointer
+
+    recipe = smoke(RECIPES["digits"])
+    model = recipe.model()
+    step = train.make_train_step(nets.apply_fn(model), train.sgd(recipe.learning_rate))
+    params, _ = nets.init(model, jax.random.key(0), (8, 8, 1))
+    like = train.create_state(step, params, jax.random.key(0))
+    with Checkpointer(finished / "checkpoints/seed0/T20/generation2") as checkpointer:
+        state = checkpointer.restore_latest(like).state
+    logits_fn = nets.logits_fn(model, {"params": state.params})
+    test = data.load("digits").test
+    inputs, labels = test.inputs[:32], test.labels[:32]
+    logits = logits_fn(inputs)
+    (row,) = [
+        row
+        for row in report.read_results(finished / "results.csv")
+        if (row["temperature"], row["generation"], row["attack"]) == (20.0, 2, "fgsm")
+    ]
+    assert row["test_accuracy"] == np.mean(np.argmax(logits, 1) == labels)
+    assert row["mean_abs_logit"] == pytest.approx(float(np.abs(logits).mean()), rel=1e-5)
+    fgsm = attacks.fgsm(logits_fn, None, inputs[:16], labels[:16], eps=recipe.eps)
+    assert row["success_rate"] == float(fgsm.success.mean())
+    sensitivity = metrics.sensitivity_logits(logits_fn, inputs[:16]).mean()
+    assert row["sensitivity_logits"] == pytest.approx(float(sensitivity), rel=1e-4)
+
+
+def test_finished_run_is_not_run_again(finished, capsys, monkeypatch):
+    before = (finished / "results.csv").read_bytes()
+    monkeypatch.setattr(measure.evaluate, "under_attack", None)  # would raise
+    monkeypatch.setattr(measure.evaluate, "clean", None)
+    run(finished)
+    printed = capsys.readouterr()
+    assert "generation 2: done" in printed.err
+    assert "report: " in printed.out
+    assert (finished / "results.csv").read_bytes() == before
+
+
+class Stop(KeyboardInterrupt):
+    pass
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 6])
+def test_stopped_in_training_and_resumed_is_uninterrupted(
+    finished, tmp_path, monkeypatch, capsys, stop_at
+):
+    epochs = 0
+    original = training.Stage.__call__
+
+    def stopping(self, event):
+        nonlocal epochs
+        original(self, event)
+        epochs += event["event"] == "epoch"
+        if epochs == stop_at:
+            raise Stop
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training.Stage, "__call__", stopping)
+        with pytest.raises(Stop):
+            run(tmp_path)
+    assert not (tmp_path / "results.csv").exists()
+    capsys.readouterr()
+    run(tmp_path)
+    assert "initial weights: done" in capsys.readouterr().err
+    for name in ("results.csv", "metrics.jsonl"):
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_stopped_between_attacks_and_resumed_is_uninterrupted(finished, tmp_path, monkeypatch):
+    calls = []
+    original = measure.evaluate.under_attack
+
+    def stopping(*arguments, **options):
+        calls.append(options["stage"])
+        if len(calls) == 3:
+            raise Stop
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(measure.evaluate, "under_attack", stopping)
+        with pytest.raises(Stop):
+            run(tmp_path)
+        run(tmp_path)
+    assert calls == ["fgsm", "pgd", "pgd_margin", "pgd_margin", "carlini_wagner_l2"]
+    assert (tmp_path / "results.csv").read_bytes() == (finished / "results.csv").read_bytes()
+
+
+def test_damaged_checkpoint_falls_back_and_says_so(finished, tmp_path, caplog):
+    import shutil
+
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished, workdir)
+    stage = workdir / "checkpoints/seed0/T20/generation1"
+    for path in stage.rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    (workdir / "results.csv").unlink()
+    run(workdir)
+    assert "damaged" in caplog.text
+    assert (workdir / "results.csv").read_bytes() == (finished / "results.csv").read_bytes()
+
+
+def extended(arguments):
+    """The smoke recipe grown by hand, since --smoke fixes temperatures and assistants."""
+    import dataclasses
+
+    recipe, options = defend.parse([*SMOKE, "--workdir", arguments.pop("workdir")])
+    return dataclasses.replace(recipe, **arguments), options
+
+
+def test_temperatures_seeds_and_assistants_extend_a_workdir(finished, tmp_path):
+    import shutil
+
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished, workdir)
+    defend.run(
+        *extended(
+            {
+                "workdir": str(workdir),
+                "temperatures": (5.0,),
+                "seeds": (0, 1),
+                "num_assistants": 2,
+            }
+        )
+    )
+    with open(workdir / "results.csv") as file:
+        new = list(csv.DictReader(file))
+    with open(finished / "results.csv") as file:
+        old = list(csv.DictReader(file))
+    assert len(new) == 3 * 2 * 4 * 4
+    # The old networks' rows stand unchanged: seeds, temperatures and chain length do not touch.
+    assert all(row in new for row in old)
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["temperatures"] == [1.0, 5.0, 20.0]
+    assert (config["seeds"], config["num_assistants"]) == ([0, 1], 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"epochs": 2}, "expected epochs=1"),
+        ({"learning_rate": 0.5}, "expected learning_rate=0.05"),
+        ({"cw_steps": 7}, "expected cw_steps=5"),
+    ],
+)
+def test_any_other_difference_is_refused_by_name(finished, change, words):
+    before = (finished / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=words):
+        defend.run(*extended({"workdir": str(finished), **change}))
+    assert (finished / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["digits", "--temperatures", "0"],
+        ["digits", "--temperatures", "nan"],
+        ["digits", "--eps", "-0.1"],
+        ["digits", "--num-assistants", "7"],
+        ["digits", "--epochs", "0"],
+        ["digits", "--seeds", "1", "1"],
+        ["cats"],
+    ],
+)
+def test_bad_options_end_in_one_line_and_write_nothing(arguments, tmp_path, capsys):
+    from jdistill import runtime
+
+    workdir = tmp_path / "new"
+    with pytest.raises(SystemExit) as error:
+        runtime.run_main(defend.main, [*arguments, "--workdir", str(workdir)])
+    assert error.value.code == 2
+    assert not workdir.exists()
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err
+    assert arguments[-1].rstrip("0") in printed.err + printed.out
+
+
+def test_unwritable_workdir_is_refused_before_anything(tmp_path, capsys):
+    from jdistill import runtime
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as error:
+        runtime.run_main(defend.main, [*SMOKE, "--workdir", str(tmp_path / "file" / "run")])
+    assert error.value.code == 2
+    message = capsys.readouterr().err
+    assert "expected a writable folder" in message
+    assert "--workdir" in message
+
+
+def test_absent_data_set_is_an_error_within_seconds(tmp_path):
+    started = time.monotonic()
+    process = command(
+        "mnist",
+        "--workdir",
+        str(tmp_path / "run"),
+        "--data-dir",
+        str(tmp_path),
+        env={"JDISTILL_CACHE": str(tmp_path / "cache")},
+    )
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "Traceback" not in message
+    assert "TFDS_DATA_DIR" in message
+    # Five seconds for the answer; the rest is Python and JAX starting on a busy machine.
+    assert time.monotonic() - started < 30
+
+
+def test_ctrl_c_keeps_the_checkpoint_and_exits_130(tmp_path):
+    workdir = tmp_path / "run"
+    process = command("digits", "--epochs", "500", "--workdir", str(workdir))
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (workdir / "metrics.jsonl").exists():
+        time.sleep(0.1)
+    while time.monotonic() < deadline and "generation 0" not in (
+        (workdir / "metrics.jsonl").read_text()
+    ):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in message
+    assert "again" in message
+    saved = list((workdir / "checkpoints/seed0/T1/generation0").iterdir())
+    assert any(path.name.isdigit() for path in saved)
+
+
+def test_help_names_every_option_with_its_default(capsys):
+    import dataclasses
+
+    with pytest.raises(SystemExit) as error:
+        defend.parse(["mnist", "--help"])
+    assert error.value.code == 0
+    text = capsys.readouterr().out
+    recipe = RECIPES["mnist"]
+    for field in dataclasses.fields(recipe):
+        if field.name not in ("dataset", "network"):
+            assert "--" + field.name.replace("_", "-") in text, field.name
+    assert text.count("default:") >= len(dataclasses.fields(recipe)) - 2
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_every_recipe_has_a_smoke_variant_and_the_papers_network(name):
+    recipe = RECIPES[name]
+    assert recipe.dataset == name
+    assert smoke(recipe).epochs == 1
+    assert recipe.rate(1.0) == recipe.learning_rate
+    assert smoke(recipe).attack_plans().keys() == recipe.attack_plans().keys()
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_smoke_run_on_real_images(name, tmp_path):
+    if not os.environ.get("TFDS_DATA_DIR"):
+        pytest.skip("TFDS_DATA_DIR names no folder of prepared data sets")
+    recipe, options = defend.parse([name, "--smoke", "--workdir", str(tmp_path)])
+    defend.run(recipe, options)
+    rows = report.read_results(tmp_path / "results.csv")
+    assert len(rows) == 2 * 3 * 4
+    assert {row["dataset"] for row in rows} == {name}

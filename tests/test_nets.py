@@ -1,0 +1,684 @@
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.tree_util import Partial
+
+from jdistill import nets
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+def count_parameters(model, input_shape):
+    shapes, state = jax.eval_shape(
+        lambda key: nets.init(model, key, input_shape), jax.random.key(0)
+    )
+    assert state == {}
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A small net with two convolutions in its block, and its variables."""
+    model = nets.ConvNet(features=((3, 4), (5,)), hidden=(7, 6), num_classes=3)
+    params, _ = nets.init(model, jax.random.key(0), (16, 16, 2))
+    # Biases start at zero; a test of the forward pass wants them to matter.
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    params = structure.unflatten(
+        [
+            leaf + 0.1 * jax.random.normal(key, leaf.shape)
+            for leaf, key in zip(leaves, keys, strict=True)
+        ]
+    )
+    return model, params
+
+
+# Architecture
+
+
+@pytest.mark.floor
+def test_papers_nets_have_the_papers_number_of_parameters():
+    assert count_parameters(nets.mnist_net(), (28, 28, 1)) == 312_202
+    assert count_parameters(nets.cifar_net(), (32, 32, 3)) == 1_147_978
+
+
+def test_digits_net_is_small():
+    assert count_parameters(nets.digits_net(), (8, 8, 1)) < 50_000
+
+
+def test_width_scales_every_hidden_size_and_not_the_classes():
+    half = nets.mnist_net(width=0.5, num_classes=7)
+    assert half.features == ((16, 16), (32, 32))
+    assert half.hidden == (100, 100)
+    assert half.num_classes == 7
+    least = nets.mnist_net(width=1e-6)
+    assert least.features == ((1, 1), (1, 1))
+    assert least.hidden == (1, 1)
+    assert nets.cifar_net(width=1.5).features == ((96, 96), (192, 192))
+
+
+def reference_forward(params, inputs, features, hidden):
+    """The forward pass in NumPy float64, from the paper's description alone."""
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    x = np.asarray(inputs, np.float64) - 0.5
+    for block, sizes in enumerate(features):
+        for position in range(len(sizes)):
+            layer = params[f"conv_{block}_{position}"]
+            windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))
+            x = np.einsum("bhwcij,ijco->bhwo", windows, layer["kernel"]) + layer["bias"]
+            x = np.maximum(x, 0)
+        height, width = x.shape[1] // 2, x.shape[2] // 2
+        pooled = np.full((len(x), height, width, x.shape[3]), -np.inf)
+        for row in range(height):
+            for column in range(width):
+                window = x[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+                pooled[:, row, column] = window.max(axis=(1, 2))
+        x = pooled
+    x = x.reshape(len(x), -1)
+    for number in range(len(hidden)):
+        layer = params[f"dense_{number}"]
+        x = np.maximum(x @ layer["kernel"] + layer["bias"], 0)
+    return x @ params["logits"]["kernel"] + params["logits"]["bias"]
+
+
+@pytest.mark.floor
+def test_forward_pass_equals_numpy(tiny):
+    model, params = tiny
+    inputs = np.random.default_rng(0).uniform(size=(5, 16, 16, 2)).astype(np.float32)
+    expected = reference_forward(params, inputs, model.features, model.hidden)
+    got = model.apply({"params": params}, inputs)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_start_glorot_uniform_and_biases_at_zero():
+    params, _ = nets.init(nets.mnist_net(), jax.random.key(0), (28, 28, 1))
+    for name, fans in {"conv_1_0": 9 * (32 + 64), "dense_0": 1024 + 200}.items():
+        limit = math.sqrt(6 / fans)
+        kernel = np.asarray(params[name]["kernel"])
+        assert np.abs(kernel).max() <= limit
+        assert np.abs(kernel).max() > 0.99 * limit
+        assert kernel.std() == pytest.approx(limit / math.sqrt(3), rel=0.02)
+        assert not params[name]["bias"].any()
+
+
+def test_lists_are_taken_as_tuples_and_equal_nets_are_equal():
+    model = nets.ConvNet(features=[[4], [5]], hidden=[6])
+    assert model == nets.ConvNet(features=((4,), (5,)), hidden=(6,))
+    assert hash(model) == hash(nets.ConvNet(features=((4,), (5,)), hidden=(6,)))
+    assert model != nets.ConvNet(features=((4,), (6,)), hidden=(6,))
+
+
+def test_a_net_without_hidden_layers_needs_no_keys():
+    model = nets.ConvNet(features=((4,),), hidden=(), num_classes=3)
+    params, _ = nets.init(model, jax.random.key(0), (8, 8, 1))
+    assert model.apply({"params": params}, jnp.zeros((2, 8, 8, 1)), train=True).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nets.mnist_net(width=0.0), "width > 0, got 0.0"),
+        (lambda: nets.mnist_net(width=float("nan")), "width > 0, got nan"),
+        (lambda: nets.mnist_net(dropout_rate=1.0), r"dropout_rate in \[0, 1\), got 1.0"),
+        (lambda: nets.mnist_net(num_classes=0), "num_classes to be a whole number"),
+        (lambda: nets.ConvNet(features=((32, 0),)), "features to be a whole number"),
+        (lambda: nets.ConvNet(hidden=(2.5,)), "hidden to be a whole number"),
+        (lambda: nets.init(nets.mnist_net(), jax.random.key(0), (28, 28)), "inputs of rank 4"),
+        (lambda: nets.init(nets.mnist_net(), jax.random.key(0), (8, 8, 1)), "at block 1, got 2x2"),
+    ],
+)
+def test_bad_networks_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# Dropout
+
+
+@functools.cache
+def dropout_probe():
+    """Inputs of one, a first hidden layer that copies them, and an identity on top."""
+    model = nets.ConvNet(features=(), hidden=(400,), num_classes=400, shift=0.0)
+    params, _ = nets.init(model, jax.random.key(0), (20, 20, 1))
+    eye = {"kernel": jnp.eye(400), "bias": jnp.zeros(400)}
+    return model, {"params": {**params, "dense_0": eye, "logits": eye}}
+
+
+@pytest.mark.floor
+def test_dropout_keeps_half_and_doubles_it():
+    model, variables = dropout_probe()
+    keys = jax.random.split(jax.random.key(0), 100)
+    ones = jnp.ones((100, 20, 20, 1))
+    out = np.asarray(model.apply(variables, ones, train=True, dropout_keys=keys))
+    assert set(np.unique(out)) == {0.0, 2.0}
+    # 40,000 fair coins: five standard deviations are 0.0125.
+    assert abs((out > 0).mean() - 0.5) < 0.0125
+    assert len(np.unique(out, axis=0)) == 100
+    np.testing.assert_array_equal(model.apply(variables, ones), np.ones((100, 400)))
+
+
+def test_dropout_rate_is_the_share_dropped():
+    model, variables = dropout_probe()
+    keys = jax.random.split(jax.random.key(0), 100)
+    out = model.clone(dropout_rate=0.2).apply(
+        variables, jnp.ones((100, 20, 20, 1)), train=True, dropout_keys=keys
+    )
+    assert abs(float((out == 0).mean()) - 0.2) < 0.01
+    np.testing.assert_allclose(out[out > 0], 1.25)
+
+
+def test_dropout_of_an_example_does_not_depend_on_its_batch(tiny):
+    model, params = tiny
+    apply = jax.jit(functools.partial(nets.apply_fn(model), train=True))
+    inputs = jax.random.uniform(jax.random.key(2), (6, 16, 16, 2))
+    keys = jax.random.split(jax.random.key(3), 6)
+    whole, _ = apply(params, {}, inputs, key=keys)
+    halves = [
+        apply(params, {}, inputs[part], key=keys[part])[0] for part in np.split(np.arange(6), 2)
+    ]
+    np.testing.assert_allclose(jnp.concatenate(halves), whole, rtol=1e-5, atol=1e-6)
+    order = np.array([3, 1, 5, 0, 2, 4])
+    np.testing.assert_allclose(
+        apply(params, {}, inputs[order], key=keys[order])[0], whole[order], rtol=1e-5, atol=1e-6
+    )
+    other, _ = apply(params, {}, inputs, key=keys[order])
+    assert not np.allclose(other, whole)
+
+
+def test_training_without_keys_is_refused_unless_nothing_is_dropped(tiny):
+    model, params = tiny
+    inputs = jnp.zeros((2, 16, 16, 2))
+    with pytest.raises(ValueError, match=r"dropout_keys .* got None; pass one PRNG key"):
+        nets.apply_fn(model)(params, {}, inputs, train=True, key=None)
+    logits, _ = nets.apply_fn(model.clone(dropout_rate=0.0))(
+        params, {}, inputs, train=True, key=None
+    )
+    assert logits.shape == (2, 3)
+
+
+# Adapters
+
+
+def counted(fun):
+    """`jit(fun)` and the list that grows by one at each trace."""
+    traces = []
+
+    @jax.jit
+    def compiled(*args):
+        traces.append(None)
+        return fun(*args)
+
+    return compiled, traces
+
+
+def call(net, inputs):
+    return net(inputs)
+
+
+def small_net(seed):
+    model = nets.ConvNet(features=((4,),), hidden=(5,), num_classes=3)
+    params, _ = nets.init(model, jax.random.key(seed), (8, 8, 1))
+    return nets.logits_fn(model, {"params": params})
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, seed):
+        rngs = nnx.Rngs(seed)
+        self.first = nnx.Linear(4, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.last = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, inputs):
+        return self.last(self.dropout(nnx.relu(self.norm(self.first(inputs)))))
+
+
+def linear(weights, inputs):
+    return inputs.reshape((len(inputs), -1)) @ weights
+
+
+MAKERS = {
+    "linen": (small_net, (8, 8, 1)),
+    "nnx": (lambda seed: nets.nnx_logits_fn(NnxNet(seed)), (4,)),
+    "callable": (
+        lambda seed: nets.callable_logits_fn(
+            linear, jax.random.normal(jax.random.key(seed), (4, 3))
+        ),
+        (4,),
+    ),
+    "temperature": (
+        lambda seed: nets.with_temperature(
+            nets.callable_logits_fn(linear, jax.random.normal(jax.random.key(seed), (4, 3))),
+            1.0 + seed,
+        ),
+        (4,),
+    ),
+}
+
+
+@pytest.mark.floor
+@pytest.mark.parametrize("name", MAKERS)
+def test_new_weights_compile_nothing_and_stacks_map(name):
+    make, shape = MAKERS[name]
+    inputs = jax.random.uniform(jax.random.key(9), (6, *shape))
+    compiled, traces = counted(call)
+    networks = [make(seed) for seed in range(3)]
+    singles = [compiled(net, inputs) for net in networks]
+    assert len(traces) == 1
+    assert not np.allclose(singles[0], singles[1])
+    stacked = nets.stack(networks)
+    mapped = jax.vmap(call, in_axes=(0, None))(stacked, inputs)
+    np.testing.assert_allclose(mapped, jnp.stack(singles), rtol=1e-5, atol=1e-6)
+    for number, net in enumerate(nets.unstack(stacked)):
+        np.testing.assert_array_equal(compiled(net, inputs), singles[number])
+        np.testing.assert_array_equal(
+            compiled(nets.index(stacked, number), inputs), singles[number]
+        )
+    assert len(traces) == 1
+
+
+def test_apply_fns_of_equal_modules_share_a_trace():
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(apply, params, inputs):
+        traces.append(None)
+        return apply(params, {}, inputs, train=False, key=None)[0]
+
+    traces = []
+    params, _ = nets.init(nets.digits_net(), jax.random.key(0), (8, 8, 1))
+    for _ in range(2):
+        step(nets.apply_fn(nets.digits_net()), params, jnp.zeros((2, 8, 8, 1)))
+    assert len(traces) == 1
+    assert nets.apply_fn(nets.digits_net()) != nets.apply_fn(nets.digits_net(num_classes=9))
+
+
+class Normed(nn.Module):
+    """A user's module: batch statistics, `nn.Dropout` and the usual `train` switch."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.5)(nn.Dense(6)(x))
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        return nn.Dense(3)(x)
+
+
+@pytest.mark.floor
+def test_a_users_module_with_batch_statistics_and_dropout():
+    model = Normed()
+    params, state = nets.init(model, jax.random.key(0), (4,))
+    assert set(state) == {"batch_stats"}
+    apply = nets.apply_fn(model)
+    inputs = jax.random.normal(jax.random.key(1), (8, 4)) + 3.0
+    keys = jax.random.split(jax.random.key(2), 8)
+    logits, new_state = jax.jit(functools.partial(apply, train=True))(
+        params, state, inputs, key=keys
+    )
+    expected = 0.5 * (inputs @ params["Dense_0"]["kernel"]).mean(0)
+    np.testing.assert_allclose(new_state["batch_stats"]["BatchNorm_0"]["mean"], expected, rtol=1e-5)
+    assert jax.tree.structure(new_state) == jax.tree.structure(state)
+    again, kept = apply(params, state, inputs, train=False, key=None)
+    assert kept is state
+    assert not np.allclose(logits, again)
+    net = nets.logits_fn(model, {"params": params, **state})
+    np.testing.assert_allclose(net(inputs), again, rtol=1e-5, atol=1e-6)
+
+
+def test_a_module_without_a_switch_is_called_alike_in_both_modes():
+    model = nn.Dense(3)
+    params, state = nets.init(model, jax.random.key(0), (4,))
+    apply = nets.apply_fn(model)
+    inputs, keys = jnp.ones((2, 4)), jax.random.split(jax.random.key(1), 2)
+    trained, _ = apply(params, state, inputs, train=True, key=keys)
+    np.testing.assert_array_equal(trained, apply(params, state, inputs, train=False, key=None)[0])
+
+
+class Deterministic(nn.Module):
+    def __call__(self, x, deterministic: bool = True):
+        return x
+
+
+class TwoInputs(nn.Module):
+    def __call__(self, x, labels):
+        return x + labels
+
+
+class ListField(nn.Module):
+    table: np.ndarray
+
+    def __call__(self, x):
+        return x
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nets.apply_fn(Deterministic()), "take `train`, got `deterministic`; wrap it"),
+        (lambda: nets.apply_fn(TwoInputs()), "further argument `labels`; wrap it"),
+        (lambda: nets.apply_fn(ListField(np.ones(2))), "hashable module, got ListField"),
+        (lambda: nets.apply_fn(linear), "Flax Linen module, got function; use nnx_logits_fn"),
+        (lambda: nets.logits_fn(nn.Dense(3), {"kernel": 1}), r"key 'params', got \['kernel'\]"),
+        (lambda: nets.logits_fn(nn.Dense(3), None), "key 'params', got NoneType"),
+        (lambda: nets.nnx_logits_fn(nn.Dense(3)), "NNX module, got Dense; use logits_fn"),
+        (lambda: nets.callable_logits_fn(3), "expected a callable, got int"),
+        (lambda: nets.with_temperature(linear, 0.0), "temperature > 0, got 0.0"),
+        (lambda: nets.with_temperature(linear, float("nan")), "temperature > 0, got nan"),
+        (lambda: nets.stack([]), "at least one pytree to stack, got none"),
+        (lambda: nets.stack([{"a": 1}, {"b": 1}]), "one structure, got .* at index 1"),
+        (lambda: nets.stack([np.ones(2), np.ones(3)]), "equal shapes, got .* at index 1"),
+        (lambda: nets.unstack([np.ones(2), np.ones(3)]), "one common leading axis, got shapes"),
+        (lambda: nets.unstack({}), "one common leading axis, got shapes"),
+    ],
+)
+def test_bad_adapter_arguments_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_nnx_adapter_evaluates_and_leaves_the_module_alone():
+    module = NnxNet(0)
+    inputs = jax.random.normal(jax.random.key(1), (6, 4))
+    net = nets.nnx_logits_fn(module)
+    np.testing.assert_array_equal(net(inputs), net(inputs))
+    assert not module.dropout.deterministic
+    assert not module.norm.use_running_average
+    before = net(inputs)
+    module.last.bias[...] = module.last.bias[...] + 1.0
+    np.testing.assert_array_equal(net(inputs), before)
+    compiled, traces = counted(call)
+    compiled(net, inputs)
+    changed = compiled(nets.nnx_logits_fn(module), inputs)
+    np.testing.assert_allclose(changed, before + 1.0, rtol=1e-5, atol=1e-5)
+    assert len(traces) == 1
+
+
+@jax.tree_util.register_pytree_node_class
+class Affine:
+    def __init__(self, weights):
+        self.weights = weights
+
+    def __call__(self, *args):
+        return args[-1] @ self.weights + sum(args[:-1])
+
+    def tree_flatten(self):
+        return (self.weights,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+def test_callables_that_are_pytrees_stay_as_they_are():
+    affine = Affine(jnp.ones((4, 3)))
+    assert nets.callable_logits_fn(affine) is affine
+    partial = Partial(linear, jnp.ones((4, 3)))
+    assert nets.callable_logits_fn(partial) is partial
+    shifted = nets.callable_logits_fn(affine, 2.0)
+    np.testing.assert_array_equal(shifted(jnp.ones((1, 4))), jnp.full((1, 3), 6.0))
+    assert len(jax.tree.leaves(shifted)) == 2
+
+
+def test_temperature_divides_and_is_a_leaf():
+    compiled, traces = counted(call)
+    inputs = jnp.ones((2, 4))
+    plain = linear(jnp.eye(4), inputs)
+    for temperature in (1, 20.0, np.float64(100)):
+        net = nets.with_temperature(Partial(linear, jnp.eye(4)), temperature)
+        np.testing.assert_allclose(compiled(net, inputs), plain / temperature, rtol=1e-6)
+    assert len(traces) == 1
+    grad = jax.grad(lambda t: nets.with_temperature(linear_sum, t)(inputs).sum())(2.0)
+    assert grad == pytest.approx(-8 / 4)
+
+
+def linear_sum(inputs):
+    return inputs.sum(axis=1, keepdims=True)
+
+
+# Convolution and pooling
+
+
+def convolve(convolution, inputs, kernel, strides=(1, 1), padding="VALID", **kwargs):
+    return convolution(inputs, kernel, strides, padding, dimension_numbers=LAYOUT, **kwargs)
+
+
+def gradients(convolution, inputs, kernel, weights, **kwargs):
+    """Gradients of a weighted sum of the convolution's squares."""
+
+    def total(inputs, kernel):
+        return jnp.sum(weights * jnp.square(convolve(convolution, inputs, kernel, **kwargs)))
+
+    return jax.jit(jax.grad(total, argnums=(0, 1)))(inputs, kernel)
+
+
+def assert_close(got, expected, tolerance=1e-5):
+    """Equal to a tolerance relative to the largest entry, leaf by leaf."""
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.abs(other).max())
+
+
+CASES = [
+    # batch, size, channels, features, kernel, padding
+    (1, (6, 7), 3, 4, (3, 3), "VALID"),
+    (3, (9, 8), 12, 5, (3, 3), "SAME"),
+    (8, (8, 8), 16, 8, (3, 3), "VALID"),
+    (21, (7, 7), 10, 4, (3, 3), "SAME"),
+    (16, (6, 6), 9, 3, (2, 4), "SAME"),
+    (19, (5, 5), 9, 3, (1, 1), "VALID"),
+    (4, (7, 6), 2, 3, (5, 3), ((4, 0), (1, 2))),
+    (17, (3, 3), 9, 2, (3, 3), "VALID"),
+]
+
+
+@pytest.mark.floor
+@pytest.mark.parametrize(("batch", "size", "channels", "features", "kernel", "padding"), CASES)
+def test_convolution_and_gradients_equal_xla(batch, size, channels, features, kernel, padding):
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(batch, *size, channels)).astype(np.float32)
+    weights = rng.normal(size=(*kernel, channels, features)).astype(np.float32)
+    ours = jax.jit(functools.partial(convolve, nets.conv_general_dilated, padding=padding))
+    theirs = jax.jit(functools.partial(convolve, jax.lax.conv_general_dilated, padding=padding))
+    expected = theirs(inputs, weights)
+    assert_close(ours(inputs, weights), expected, 1e-6)
+    seed = rng.normal(size=expected.shape).astype(np.float32)
+    assert_close(
+        gradients(nets.conv_general_dilated, inputs, weights, seed, padding=padding),
+        gradients(jax.lax.conv_general_dilated, inputs, weights, seed, padding=padding),
+    )
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"strides": (2, 2)},
+        {"rhs_dilation": (2, 2)},
+        {"lhs_dilation": (2, 1), "padding": ((0, 0), (0, 0))},
+        {"padding": ((5, 5), (3, 0))},
+        {"padding": ((-1, 0), (0, 0))},
+        {"feature_group_count": 2},
+        {"preferred_element_type": jnp.float32},
+    ],
+    ids=str,
+)
+def test_unsupported_convolutions_are_xlas_own(kwargs):
+    rng = np.random.default_rng(0)
+    channels = 2 if "feature_group_count" in kwargs else 4
+    inputs = rng.normal(size=(2, 8, 8, 4)).astype(np.float32)
+    weights = rng.normal(size=(3, 3, channels, 6)).astype(np.float32)
+    ours = functools.partial(convolve, nets.conv_general_dilated, **kwargs)
+    theirs = functools.partial(convolve, jax.lax.conv_general_dilated, **kwargs)
+    np.testing.assert_array_equal(ours(inputs, weights), theirs(inputs, weights))
+    # XLA's own convolution has a forward-mode derivative.
+    jax.jvp(ours, (inputs, weights), (inputs, weights))
+
+
+def test_other_layouts_and_types_are_xlas_own():
+    inputs, weights = jnp.ones((2, 3, 8, 8)), jnp.ones((4, 3, 3, 3))
+    assert nets.conv_general_dilated(inputs, weights, (1, 1), "VALID").shape == (2, 4, 6, 6)
+    half = convolve(
+        nets.conv_general_dilated,
+        jnp.ones((1, 5, 5, 2), jnp.bfloat16),
+        jnp.ones((3, 3, 2, 2), jnp.bfloat16),
+    )
+    assert half.dtype == jnp.bfloat16
+
+
+@pytest.fixture(scope="module")
+def operands():
+    rng = np.random.default_rng(0)
+    return (
+        jnp.asarray(rng.normal(size=(17, 7, 7, 9)), jnp.float32),
+        jnp.asarray(rng.normal(size=(3, 3, 9, 4)), jnp.float32),
+        jnp.asarray(rng.normal(size=(17, 5, 5, 4)), jnp.float32),
+    )
+
+
+@pytest.mark.floor
+def test_second_derivatives_equal_xla(operands):
+    def penalty(convolution, inputs, kernel, seed):
+        first = gradients(convolution, inputs, kernel, seed)
+        return sum(jnp.sum(jnp.square(leaf)) for leaf in first)
+
+    got, expected = (
+        jax.grad(functools.partial(penalty, convolution), argnums=(0, 1))(*operands)
+        for convolution in (nets.conv_general_dilated, jax.lax.conv_general_dilated)
+    )
+    assert_close(got, expected)
+
+
+def test_forward_mode_is_refused(operands):
+    inputs, kernel, _ = operands
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda x: convolve(nets.conv_general_dilated, x, kernel), (inputs,), (inputs,))
+
+
+@pytest.mark.floor
+@pytest.mark.parametrize("in_axes", [(0, 0, None), (None, 0, None), (0, None, 0)], ids=str)
+def test_vmapped_gradients_equal_the_loop(operands, in_axes):
+    scales = jnp.asarray([1.0, -2.0, 0.5])
+    stacked = [
+        operand if axis is None else jnp.stack([operand * scale for scale in scales])
+        for operand, axis in zip(operands, in_axes, strict=True)
+    ]
+    grads = functools.partial(gradients, nets.conv_general_dilated)
+    mapped = jax.jit(jax.vmap(grads, in_axes))(*stacked)
+    values = jax.vmap(functools.partial(convolve, nets.conv_general_dilated), in_axes[:2])(
+        *stacked[:2]
+    )
+    for run in range(3):
+        single = [
+            operand if axis is None else operand[run]
+            for operand, axis in zip(stacked, in_axes, strict=True)
+        ]
+        assert_close([leaf[run] for leaf in mapped], grads(*single))
+        assert_close(values[run], convolve(nets.conv_general_dilated, *single[:2]))
+
+
+def test_gradients_inside_loops_equal_those_outside(operands):
+    inputs, kernel, seed = operands
+
+    def step(carry):
+        first, second = gradients(nets.conv_general_dilated, *carry, seed)
+        return carry[0] - 1e-4 * first, carry[1] - 1e-4 * second
+
+    expected = (inputs, kernel)
+    for _ in range(3):
+        expected = step(expected)
+    scanned, _ = jax.lax.scan(
+        lambda carry, _: (step(carry), None), (inputs, kernel), None, length=3
+    )
+    assert_close(scanned, expected)
+    looped = jax.lax.while_loop(
+        lambda carry: carry[0] < 3,
+        lambda carry: (carry[0] + 1, step(carry[1])),
+        (0, (inputs, kernel)),
+    )
+    assert_close(looped[1], expected)
+
+
+@pytest.mark.floor
+def test_gradients_of_a_batch_split_over_devices_equal_those_of_the_whole():
+    if len(jax.devices()) < 2:
+        pytest.skip("needs two devices: JAX_NUM_CPU_DEVICES=2")
+    mesh = jax.sharding.Mesh(jax.devices()[:2], ("data",))
+    split, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    inputs = jax.random.normal(jax.random.key(0), (34, 5, 5, 9))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 9, 4))
+    grads = functools.partial(gradients, nets.conv_general_dilated)
+    expected = grads(inputs, kernel, jnp.ones((34, 3, 3, 4)))
+    mapped = jax.shard_map(
+        grads, mesh=mesh, in_specs=(split, whole, split), out_specs=(split, whole)
+    )
+    assert_close(jax.jit(mapped)(inputs, kernel, jnp.ones((34, 3, 3, 4))), expected)
+
+
+@pytest.mark.floor
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_other_platforms_get_xlas_own_operations(operands, platform):
+    def lowered(net):
+        def total(inputs, kernel):
+            return jnp.sum(jnp.square(net(inputs, kernel)))
+
+        traced = jax.jit(jax.grad(total, argnums=(0, 1))).trace(*operands[:2])
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        names = ("convolution", "dot_general", "slice", "while", "pad ", "select_and_scatter")
+        return {name: text.count(f"stablehlo.{name}") for name in names}
+
+    def ours(inputs, kernel):
+        return nets.max_pool(convolve(nets.conv_general_dilated, inputs, kernel))
+
+    def theirs(inputs, kernel):
+        convolved = convolve(jax.lax.conv_general_dilated, inputs, kernel)
+        return nn.max_pool(convolved, (2, 2), (2, 2))
+
+    assert lowered(ours) == lowered(theirs)
+    assert lowered(ours)["convolution"] == 3
+
+
+@pytest.mark.floor
+@pytest.mark.parametrize("shape", [(2, 6, 8, 3), (1, 7, 5, 2), (4, 4, 1), (2, 3, 4, 4, 2)])
+def test_max_pool_and_its_gradient_equal_flax_also_in_ties(shape):
+    rng = np.random.default_rng(0)
+    # Four values over four places: most windows have a tie.
+    inputs = jnp.asarray(rng.integers(0, 4, size=shape), jnp.float32)
+    expected = nn.max_pool(inputs, (2, 2), (2, 2))
+    np.testing.assert_array_equal(nets.max_pool(inputs), expected)
+    seed = jnp.asarray(rng.normal(size=expected.shape), jnp.float32)
+    got = jax.jit(jax.grad(lambda x: jnp.sum(seed * nets.max_pool(x))))(inputs)
+    flat = inputs.reshape((-1, *shape[-3:]))
+    reference = jax.grad(
+        lambda x: jnp.sum(seed * nn.max_pool(x, (2, 2), (2, 2)).reshape(seed.shape))
+    )(flat)
+    np.testing.assert_array_equal(got, reference.reshape(shape))
+
+
+def test_max_pool_has_a_forward_mode_derivative():
+    inputs, tangent = jax.random.normal(jax.random.key(0), (2, 2, 4, 4, 3))
+    out, derivative = jax.jvp(nets.max_pool, (inputs,), (tangent,))
+    step = 1e-3
+    np.testing.assert_allclose(
+        derivative, (nets.max_pool(inputs + step * tangent) - out) / step, rtol=1e-2, atol=1e-3
+    )
+    with pytest.raises(ValueError, match=r"expected inputs of shape \[..., H, W, C\]"):
+        nets.max_pool(jnp.ones((2, 2)))
+
+
+@pytest.mark.floor
+def test_the_whole_net_has_the_gradients_of_xla(tiny):
+    model, params = tiny
+    inputs = jax.random.uniform(jax.random.key(2), (17, 16, 16, 2))
+    keys = jax.random.split(jax.random.key(3), 17)
+
+    def total(convolution, params, inputs):
+        net = model.clone(conv_general_dilated=convolution)
+        logits = net.apply({"params": params}, inputs, train=True, dropout_keys=keys)
+        return -jnp.sum(jax.nn.log_softmax(logits)[:, 0])
+
+    got, expected = (
+        jax.jit(jax.grad(functools.partial(total, convolution), argnums=(0, 1)))(params, inputs)
+        for convolution in (nets.conv_general_dilated, jax.lax.conv_general_dilated)
+    )
+    assert_close(got, expected)
