@@ -20,8 +20,8 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jdistill import checkpoint
 from jdistill.checkpoint import Checkpointer
+from jdistill.checkpoint import _checkpointer as checkpoint
 
 
 class State(NamedTuple):

@@ -1,0 +1,137 @@
+"""What README.md and the other texts say: the code runs, and what they point to exists."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+TEXTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "experiments/README.md"]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    """The README's fenced blocks of a language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def run(code, folder):
+    """The code in a process of its own, as a reader would run it."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_quick_start_is_short():
+    lines = [line for line in blocks("python")[0].splitlines() if line.strip()]
+    assert len(lines) <= 15
+    assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.slow
+def test_quick_start_shows_the_contrast(tmp_path):
+    printed = run(blocks("python")[0], tmp_path)
+    form = r"^T=(\d+): ([\d.]+)% right; FGSM fools (\d+)%, C&W (\d+)%$"
+    found = [[float(number) for number in row] for row in re.findall(form, printed, re.MULTILINE)]
+    (plain_t, plain_accuracy, plain_fgsm, plain_cw), (t, accuracy, fgsm, cw) = found
+    assert (plain_t, t) == (1, 20)
+    assert min(plain_accuracy, accuracy) >= 95
+    assert fgsm < plain_fgsm / 2
+    assert min(plain_cw, cw) >= 99
+
+
+def test_quick_start_prints_what_the_readme_says():
+    """The README's output has the lines that its code prints, numbers aside."""
+    shown = re.sub(r"[\d.]+", "0", blocks("text")[0]).splitlines()
+    printed = [re.sub(r"\{[^}]*\}", "0", line) for line in blocks("python")[0].splitlines()]
+    form = next(line for line in printed if "print(" in line)
+    assert all(line.replace("%", "") in form.replace("%", "") for line in shown)
+    assert len(shown) == 2
+
+
+def test_own_model_runs(tmp_path):
+    (code,) = blocks("python")[1:]
+    assert run(code, tmp_path).count("[") >= 9  # three arrays for each of three networks
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_lead_somewhere(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    anchors = {
+        re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-")
+        for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    for target in targets:
+        if target.startswith("https://"):
+            continue
+        if target.startswith("#"):
+            assert target[1:] in anchors, target
+        else:
+            assert ((ROOT / name).parent / target.split("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_named_files_exist(name):
+    """Files of the repository named in `backticks` are there."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    pattern = r"`((?:jdistill|experiments|tests|docs|colab|\.ci|\.github)/[\w./\-]*)`"
+    for path in re.findall(pattern, text):
+        assert (ROOT / path).exists(), path
+
+
+def test_image_is_a_picture():
+    (path,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert (ROOT / path).read_bytes().startswith(b"\x89PNG\r\n")
+
+
+@pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m (experiments\.\w+)", README))))
+def test_commands_exist(module):
+    assert (ROOT / (module.replace(".", "/") + ".py")).exists()
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"^make (\w+)", README, re.MULTILINE))))
+def test_make_targets_exist(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_options_exist():
+    from experiments import defend
+    from experiments.recipes import Recipe
+
+    fields = {*Recipe.__dataclass_fields__, *defend.Options.__dataclass_fields__, "help"}
+    named = {
+        option.replace("-", "_")
+        for block in blocks("sh")
+        for line in block.splitlines()
+        if "experiments." in line
+        for option in re.findall(r"--([a-z][a-z\-]*)", line)
+    }
+    assert named
+    assert named <= fields
+
+
+def test_license_is_whole():
+    text = (ROOT / "LICENSE").read_text()
+    assert "Version 2.0, January 2004" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+    assert "APPENDIX: How to apply the Apache License to your work." in text
+    assert text.endswith("limitations under the License.\n")
