@@ -73,10 +73,9 @@ def run(recipe: Recipe, options: Options) -> None:
     started = time.monotonic()
     suffix = "-smoke" if options.smoke else ""
     path = options.workdir or f"runs/defend-{recipe.dataset}{suffix}"
-    runtime.check_writable(path)
-    with Progress() as progress:
+    with workdir.reserved(path), Progress() as progress:
         dataset = data.load(recipe.dataset, data_dir=options.data_dir, progress=progress)
-    folder, recipe = workdir.open_workdir(path, recipe, dataset)
+        folder, recipe = workdir.open_workdir(path, recipe, dataset)
     examples = data.Split(*(column[: recipe.train_examples] for column in dataset.train))
     test_examples = data.Split(*(column[: recipe.test_examples] for column in dataset.test))
 

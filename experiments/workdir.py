@@ -1,8 +1,9 @@
 """The folder of a run: what it holds, what may extend it, what is refused."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -17,6 +18,26 @@ _GROWING = ("temperatures", "seeds", "num_assistants")
 _DESCRIBING = ("dataset_description",)
 
 
+@contextlib.contextmanager
+def reserved(path: str) -> Iterator[None]:
+    """Check that the workdir can be written, before the work that may fail for other reasons.
+
+    Where that work fails, a folder that was made for it is gone again.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    folder = epath.Path(path)
+    made = not folder.exists()
+    runtime.check_writable(folder)
+    try:
+        yield
+    except BaseException:
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+
+
 def open_workdir(path: str, recipe: Recipe, dataset: Dataset) -> tuple[epath.Path, Recipe]:
     """Make or reopen a workdir for a recipe.
 
@@ -25,7 +46,6 @@ def open_workdir(path: str, recipe: Recipe, dataset: Dataset) -> tuple[epath.Pat
 
     Raises:
         ValueError: the workdir belongs to another run; the first difference is named.
-        OSError: it cannot be written.
     """
     workdir = epath.Path(path)
     config_path = workdir / "config.json"
@@ -40,7 +60,6 @@ def open_workdir(path: str, recipe: Recipe, dataset: Dataset) -> tuple[epath.Pat
             num_assistants=max(held["num_assistants"], recipe.num_assistants),
         )
         wanted = _config(recipe, dataset)
-    runtime.check_writable(workdir)
     runtime.write_json(config_path, wanted)
     return workdir, recipe
 

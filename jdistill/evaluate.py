@@ -206,7 +206,7 @@ def clean(
     runs = _Runs.of(stack, temperature, vmapped, callback)
     _validate.count(batch_size=batch_size)
     _validate.inputs_in_box(inputs, (-np.inf, np.inf))
-    size = _first(len(inputs), num_sensitivity=num_sensitivity)
+    size = _first(len(inputs), "num_sensitivity", num_sensitivity)
     logits = runs.map(_logits, "accuracy", batch_size, inputs) * runs.temperatures[:, None, None]
     _validate.class_indices(labels, batch_size=len(inputs), num_classes=logits.shape[-1])
     correct = np.stack([np.asarray(metrics.correct(rows, labels)) for rows in logits])
@@ -257,7 +257,7 @@ def under_attack(
     """
     runs = _Runs.of(stack, temperature, vmapped, callback)
     _validate.count(batch_size=plan.batch_size)
-    size = _first(len(inputs), num_examples=plan.num_examples)
+    size = _first(len(inputs), "num_examples", plan.num_examples)
     columns: list[Any] = [inputs[:size], labels[:size]]
     if key is not None:  # keys travel with their examples, so batches do not change the draws
         columns.append(jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(size)))
@@ -283,15 +283,15 @@ def summarise(result: AttackResult) -> AttackOutcome:
         (0.5, 2.0)
     """
     success, distance = np.asarray(result.success), np.asarray(result.distance)
-    reached = [row[hit] for row, hit in zip(distance, success, strict=True)]
+    runs = [metrics.robustness(*row) for row in zip(distance, success, strict=True)]
     return AttackOutcome(
         success=success,
         distance=distance,
         queries=np.asarray(result.queries),
         inputs=np.asarray(result.inputs),
-        success_rate=[metrics.proportion(int(row.sum()), row.size) for row in success],
-        mean_distance=np.array([row.mean() if row.size else np.nan for row in reached]),
-        median_distance=np.array([np.median(row) if row.size else np.nan for row in reached]),
+        success_rate=[run.success_rate for run in runs],
+        mean_distance=np.array([run.mean for run in runs]),
+        median_distance=np.array([run.median for run in runs]),
     )
 
 
@@ -398,14 +398,13 @@ def _over_runs(fun: Callable[..., Any]) -> Callable[..., Any]:
     return over_runs
 
 
-def _first(size: int, **named: int | None) -> int:
-    """How many of a set's first examples to take: the count named, at most all of them."""
+def _first(size: int, name: str, count: int | None) -> int:
+    """How many of a set's first examples to take: the count, at most all of them."""
     if size == 0:
         raise ValueError("expected at least one example, got none; pass inputs [N, ...]")
-    (count,) = named.values()
     if count is None:
         return size
-    _validate.count(**named)
+    _validate.count(**{name: count})
     return min(count, size)
 
 

@@ -65,6 +65,48 @@ def proportion(successes: int, total: int, *, confidence: float = 0.95) -> Inter
     return Interval(successes / total, float(interval.low), float(interval.high))
 
 
+class Robustness(NamedTuple):
+    """How far inputs had to be moved; the first two say little without the third."""
+
+    mean: float
+    median: float
+    success_rate: Interval
+
+
+def robustness(distance: ArrayLike, success: ArrayLike, *, confidence: float = 0.95) -> Robustness:
+    """The robustness ρ_adv: the mean of the smallest perturbations that an attack found.
+
+    Args:
+        distance: `[N]`, of a minimum-norm attack, in its norm; ignored where it failed.
+        success: `[N]` bool. An input that is misclassified to begin with is a success at
+            distance 0.
+        confidence: of the success rate's interval, inside (0, 1).
+
+    Returns:
+        Mean and median over the successes (NaN without one), and the success rate: an attack
+        that succeeds on the easy half alone makes any network look fragile, and one that fails
+        on the near half makes it look robust.
+
+    Raises:
+        ValueError: no examples.
+
+    Example:
+        >>> result = robustness([1.0, 3.0, np.inf], [True, True, False])
+        >>> result.mean, result.median, round(result.success_rate.value, 3)
+        (2.0, 2.0, 0.667)
+
+    References:
+        Papernot et al. 2016, the definition of robustness, with the smallest perturbation that an
+        attack found in place of the true one, which no attack can know.
+    """
+    hit = np.asarray(success, bool)
+    reached = np.asarray(distance, np.float64)[hit]
+    share = proportion(int(hit.sum()), hit.size, confidence=confidence)
+    if not reached.size:
+        return Robustness(float("nan"), float("nan"), share)
+    return Robustness(float(reached.mean()), float(np.median(reached)), share)
+
+
 def correct(logits: Array, labels: ArrayLike) -> Array:
     """Whether each prediction is right: the largest logit is the label's, all logits finite.
 

@@ -106,7 +106,8 @@ def compile_step(
 def _compile(
     step: StepFn, mode: str, devices: tuple[jax.Device, ...]
 ) -> Callable[[PyTree, Batch, LossFn], tuple[PyTree, Metrics]]:
-    step = _with_axis_name(step, DATA_AXIS if mode == "pmap" else None)
+    # JAX wants to hash what it compiles; a partial hashes by identity, whatever it holds.
+    step = functools.partial(_with_axis_name(step, DATA_AXIS if mode == "pmap" else None))
     return _jit_step(step, devices) if mode == "jit" else _pmap_step(step, devices)
 
 

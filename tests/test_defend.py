@@ -284,6 +284,7 @@ def test_absent_data_set_is_an_error_within_seconds(tmp_path):
     assert process.returncode == 2
     assert "Traceback" not in message
     assert "TFDS_DATA_DIR" in message
+    assert not (tmp_path / "run").exists()
     # Five seconds for the answer; the rest is Python and JAX starting on a busy machine.
     assert time.monotonic() - started < 30
 

@@ -99,6 +99,20 @@ def test_accuracy_does_not_depend_on_a_temperature():
         assert metrics.accuracy(divided, labels) == metrics.accuracy(logits_fn(inputs), labels)
 
 
+def test_robustness_is_over_the_successes_and_says_how_many():
+    distance = np.array([0.0, 1.0, 2.0, 5.0, np.inf, 7.0], np.float32)
+    success = np.array([1, 1, 1, 1, 0, 0], bool)  # a failure counts for nothing, inf or not
+    result = metrics.robustness(distance, success)
+    assert (result.mean, result.median) == (2.0, 1.5)
+    assert result.success_rate == metrics.proportion(4, 6)
+    none = metrics.robustness(distance, np.zeros(6, bool))
+    assert math.isnan(none.mean)
+    assert math.isnan(none.median)
+    assert none.success_rate.value == 0
+    with pytest.raises(ValueError, match="got 0 of 0"):
+        metrics.robustness([], [])
+
+
 # -------------------------------------------------------------------------------------------------
 # Sensitivities
 
@@ -176,10 +190,10 @@ def test_sensitivities_are_per_example_and_work_under_jit_and_vmap():
     models = [make(scale)[0] for scale in (1.0, 50.0)]
     inputs = make()[2]
     for measure in (metrics.sensitivity_logits, metrics.log10_sensitivity_softmax):
-        looped = jnp.stack([measure(model, inputs) for model in models])
-        stacked = jax.vmap(measure, in_axes=(0, None))(nets.stack(models), inputs)
+        jitted = jax.jit(measure)
+        looped = np.stack([jitted(model, inputs) for model in models])
+        stacked = jax.jit(jax.vmap(measure, in_axes=(0, None)))(nets.stack(models), inputs)
         np.testing.assert_allclose(stacked, looped, rtol=1e-5)
-        np.testing.assert_allclose(jax.jit(measure)(models[0], inputs), looped[0], rtol=1e-5)
         np.testing.assert_allclose(measure(models[0], inputs[2:3])[0], looped[0, 2], rtol=1e-5)
 
 

@@ -28,13 +28,9 @@ def tiny():
     model = nets.ConvNet(features=((3, 4), (5,)), hidden=(7, 6), num_classes=3)
     params, _ = nets.init(model, jax.random.key(0), (16, 16, 2))
     # Biases start at zero; a test of the forward pass wants them to matter.
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    params = structure.unflatten(
-        [
-            leaf + 0.1 * jax.random.normal(key, leaf.shape)
-            for leaf, key in zip(leaves, keys, strict=True)
-        ]
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), params
     )
     return model, params
 

@@ -34,7 +34,7 @@ def run(code, folder):
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=900,  # against a hang; the slowest takes half a minute on a machine at rest
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -48,23 +48,20 @@ def test_quick_start_is_short():
 
 @pytest.mark.slow
 def test_quick_start_shows_the_contrast(tmp_path):
-    printed = run(blocks("python")[0], tmp_path)
-    form = r"^T=(\d+): ([\d.]+)% right; FGSM fools (\d+)%, C&W (\d+)%$"
-    found = [[float(number) for number in row] for row in re.findall(form, printed, re.MULTILINE)]
+    def numbers(text):
+        form = r"^T=(\d+): ([\d.]+)% right; FGSM fools (\d+)%, C&W (\d+)%$"
+        return [[float(part) for part in row] for row in re.findall(form, text, re.MULTILINE)]
+
+    found = numbers(run(blocks("python")[0], tmp_path))
     (plain_t, plain_accuracy, plain_fgsm, plain_cw), (t, accuracy, fgsm, cw) = found
     assert (plain_t, t) == (1, 20)
     assert min(plain_accuracy, accuracy) >= 95
     assert fgsm < plain_fgsm / 2
     assert min(plain_cw, cw) >= 99
-
-
-def test_quick_start_prints_what_the_readme_says():
-    """The README's output has the lines that its code prints, numbers aside."""
-    shown = re.sub(r"[\d.]+", "0", blocks("text")[0]).splitlines()
-    printed = [re.sub(r"\{[^}]*\}", "0", line) for line in blocks("python")[0].splitlines()]
-    form = next(line for line in printed if "print(" in line)
-    assert all(line.replace("%", "") in form.replace("%", "") for line in shown)
-    assert len(shown) == 2
+    # Another machine rounds otherwise, so the README's numbers are held to within some examples.
+    shown = numbers(blocks("text")[0])
+    for row, shown_row in zip(found, shown, strict=True):
+        assert row == pytest.approx(shown_row, abs=15)
 
 
 def test_own_model_runs(tmp_path):

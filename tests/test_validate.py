@@ -1,4 +1,4 @@
-"""Bad input is refused with the value, what was expected and a remedy; good input is let through."""
+"""Bad input is refused with its value, what was expected and a remedy; good input passes."""
 
 import jax
 import jax.numpy as jnp
