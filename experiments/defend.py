@@ -9,6 +9,7 @@ temperatures, seeds or assistants extend a workdir; any other difference is refu
 """
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -72,7 +73,7 @@ def run(recipe: Recipe, options: Options) -> None:
     """Train what is not trained, attack what is not attacked, write the report."""
     started = time.monotonic()
     suffix = "-smoke" if options.smoke else ""
-    path = options.workdir or f"runs/defend-{recipe.dataset}{suffix}"
+    path = os.path.expanduser(options.workdir or f"runs/defend-{recipe.dataset}{suffix}")
     with workdir.reserved(path), Progress() as progress:
         dataset = data.load(recipe.dataset, data_dir=options.data_dir, progress=progress)
         folder, recipe = workdir.open_workdir(path, recipe, dataset)

@@ -158,14 +158,14 @@ class Chain:
         states: list[TrainState] = []
         for number in range(recipe.num_assistants + 2):
             state = self._stage(number).resume(like, recipe.epochs)
-            if state is None:
-                # What came after a lost generation comes after another one now.
-                for later in range(number + 1, recipe.num_assistants + 2):
-                    _remove(self._place(later))
+            if state is not None:
+                states.append(state)
+            if state is None or int(state.step) < num_steps:
                 break
-            states.append(state)
-            if int(state.step) < num_steps:
-                break
+        # What was learned from a generation that is lost, or that fell back to an earlier epoch
+        # because its last checkpoint is damaged, has to be learned again.
+        for later in range(number + 1, recipe.num_assistants + 2):
+            _remove(self._place(later))
         return states
 
     def __call__(self, event: Mapping[str, Any]) -> None:

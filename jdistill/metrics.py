@@ -142,12 +142,14 @@ def accuracy(
         The share and the interval's ends, in `[0, 1]`.
 
     Raises:
-        ValueError: no example is left by the mask.
+        ValueError: labels outside `0..K-1` or not `[N]`, or no example is left by the mask.
 
     Example:
         >>> accuracy(jnp.eye(4), jnp.array([0, 1, 2, 0])).value
         0.75
     """
+    num_examples, num_classes = np.shape(logits)
+    _validate.class_indices(labels, batch_size=num_examples, num_classes=num_classes)
     hits = np.asarray(correct(jnp.asarray(logits), labels))
     real = np.ones(hits.shape, bool) if mask is None else np.asarray(mask) > 0
     return proportion(int((hits & real).sum()), int(real.sum()), confidence=confidence)

@@ -380,7 +380,7 @@ def run_main(main: Callable[..., int | None], *args: Any, **kwargs: Any) -> None
     | returns None or 0 | 0: `run_main` returns | |
     | returns another number | that number | |
     | is stopped by Ctrl-C / by SIGTERM | 130 / 143 | how to go on |
-    | raises ValueError or OSError | 2 | `error: …`, one line |
+    | raises ValueError, OSError, FloatingPointError or ImportError | 2 | `error: …`, one line |
     | raises anything else | 1 | the traceback: a bug |
 
     With `JDISTILL_DEBUG=1` in the environment, the third and fourth show their traceback first.
@@ -400,7 +400,7 @@ def run_main(main: Callable[..., int | None], *args: Any, **kwargs: Any) -> None
     except KeyboardInterrupt as error:
         _show(_STOPPED)
         code = 143 if isinstance(error, _TerminatedError) else 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         _show(f"error: {' '.join(str(error).split()) or type(error).__name__}")
         code = 2
     if code:

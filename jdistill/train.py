@@ -296,6 +296,7 @@ def fit(
             if callback is not None:
                 callback({"event": "step", **progress})
         # One transfer an epoch: the loop runs ahead of the device.
+        sums = jax.device_get(sums)
         totals = {name: sum(float(entry[name]) for entry in sums) for name in sums[0]}
         loss = totals["loss"] / totals["count"]
         if not math.isfinite(loss):

@@ -183,8 +183,24 @@ def test_damaged_checkpoint_falls_back_and_says_so(finished, tmp_path, caplog):
     assert (workdir / "results.csv").read_bytes() == (finished / "results.csv").read_bytes()
 
 
+def test_damaged_last_epoch_of_a_teacher_is_trained_again_with_its_student(tmp_path, caplog):
+    """The teacher falls back to the epoch before; its student's checkpoints are of another one."""
+    settings = {"workdir": str(tmp_path), "epochs": 2, "temperatures": (20.0,)}
+    recipe, options = extended(settings | {"num_assistants": 0})
+    defend.run(recipe, options)
+    before = (tmp_path / "results.csv").read_bytes()
+    last = tmp_path / "checkpoints/seed0/T20/generation0/4"
+    for path in last.rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    (tmp_path / "results.csv").unlink()
+    defend.run(recipe, options)
+    assert "damaged" in caplog.text
+    assert (tmp_path / "results.csv").read_bytes() == before
+
+
 def extended(arguments):
-    """The smoke recipe grown by hand, since --smoke fixes temperatures and assistants."""
+    """The smoke recipe changed by hand, since --smoke fixes the sizes."""
     import dataclasses
 
     recipe, options = defend.parse([*SMOKE, "--workdir", arguments.pop("workdir")])

@@ -1,4 +1,4 @@
-"""scikit-learn's digits: the demo, about two minutes on 2 CPU cores.
+"""scikit-learn's digits: the demo, under five minutes on 2 CPU cores.
 
 python -m experiments.defend digits
 """

@@ -85,9 +85,10 @@ def carlini_wagner_l2(
 
     References:
         Carlini & Wagner 2017, "Towards Evaluating the Robustness of Neural Networks", sections V
-        and VI.A (f6 with change of variables); where this differs from the released code is
-        said in the notes of `docs`: failures are not zeros, every stop is per example, and other
-        classes are masked with `-inf`.
+        and VI.A (f6 with change of variables); the differences to the released code: failures
+        are the clean input and not zeros, every stop is per example, other classes are masked
+        with `-inf`, the distance is to the input itself and not to its image in tanh space, and a
+        success at the step that ends a search counts.
     """
     del key
     _validate.rank(0, confidence=confidence, learning_rate=learning_rate)

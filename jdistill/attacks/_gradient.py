@@ -166,7 +166,7 @@ def pgd(
 
 def _as_pytree(loss: Callable[..., Array]) -> Callable[..., Array]:
     """A loss that jit can take as an argument: a plain function becomes static."""
-    return jax.tree_util.Partial(loss) if jax.tree.leaves(loss) == [loss] else loss
+    return jax.tree_util.Partial(loss) if jax.tree_util.all_leaves([loss]) else loss
 
 
 def _gain_gradient(
