@@ -76,7 +76,7 @@ def carlini_wagner_l2(
             1, inputs not finite or outside the box, labels or targets outside `0..K-1`.
 
     Example:
-        >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [1.0, -1.0]]) - jnp.array([0.8, 0.0])
+        >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [1.0, -1.0]]) - jnp.array([[0.8, 0]])
         >>> x, y = jnp.array([[0.4, 0.4]]), jnp.array([0])
         >>> result = carlini_wagner_l2(
         ...     logits_fn, None, x, y, num_searches=6, num_steps=100, learning_rate=0.05)

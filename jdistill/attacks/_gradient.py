@@ -123,7 +123,7 @@ def pgd(
             one is needed.
 
     Example:
-        >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [1.0, -1.0]]) - jnp.array([0.3, 0.0])
+        >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [1.0, -1.0]]) - jnp.array([[0.3, 0]])
         >>> x, y = jnp.array([[0.3, 0.3]]), jnp.array([0])
         >>> result = pgd(logits_fn, jax.random.key(0), x, y, eps=0.25, num_steps=10)
         >>> bool(result.success[0]), bool(result.distance[0] <= 0.25)
