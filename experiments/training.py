@@ -42,9 +42,9 @@ def train(folder: epath.Path, recipe: Recipe, examples: data.Split, *, mode: str
     fit_options: dict[str, Any] = {"batch_size": recipe.batch_size, "mode": mode}
     networks = []
     for seed in recipe.seeds:
-        key = jax.random.key(seed)
+        weights_key, key = jax.random.split(jax.random.key(seed))
         stages = folder / "checkpoints" / f"seed{seed}"
-        params, _ = nets.init(model, key, examples.inputs.shape[1:])
+        params, _ = nets.init(model, weights_key, examples.inputs.shape[1:])
         labels = {"seed": seed, "stage": "initial weights"}
         with Stage(folder, stages / "initial", labels) as stage:
             initial = distill.initial_weights(
@@ -77,7 +77,7 @@ def train(folder: epath.Path, recipe: Recipe, examples: data.Split, *, mode: str
                     **fit_options,
                 )
             networks += [
-                Network(temperature, seed, number, nets.logits_fn(model, {"params": state.params}))
+                Network(temperature, seed, number, training.logits_fn(step, state))
                 for number, state in enumerate(states)
             ]
     return networks

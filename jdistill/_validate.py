@@ -175,6 +175,23 @@ def rank(expected: int, **named: Any) -> None:
             )
 
 
+def prng_key(value: Any) -> jax.Array:
+    """A typed Threefry key (or array of keys), made from raw key data where that is given."""
+    if not hasattr(value, "dtype") or not jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        try:
+            value = jax.random.wrap_key_data(jax.numpy.asarray(value, jax.numpy.uint32))
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"expected a PRNG key, got {_show(value)}; make one with jax.random.key(0)"
+            ) from None
+    if "threefry" not in str(jax.random.key_impl(value)):
+        raise ValueError(
+            f"expected a Threefry key, got {jax.random.key_impl(value)}; other generators draw "
+            "differently under vmap: make it with jax.random.key(0, impl='threefry2x32')"
+        )
+    return value
+
+
 def show(value: Any) -> str:
     """A value for an error message of a caller with its own wording."""
     return _show(value)

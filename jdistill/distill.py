@@ -196,13 +196,16 @@ def initial_weights(
         start = train.create_state(
             step,
             params,
-            jax.random.fold_in(key, _INITIAL_WEIGHTS),
+            jax.random.fold_in(_validate.prng_key(key), _INITIAL_WEIGHTS),
             model_state=model_state,
             hyperparams=hyperparams,
         )
-    loss_fn = train.hard_loss(1.0)
+    inputs, labels = examples
+    targets = _one_hot(step, start, inputs, labels)
     fit_options.setdefault("stage", "initial weights")
-    return train.fit(step, start, examples, loss_fn, num_epochs=num_epochs, **fit_options)
+    return train.fit(
+        step, start, (inputs, labels, targets), soft_loss(1.0), num_epochs=num_epochs, **fit_options
+    )
 
 
 def chain(
@@ -211,6 +214,7 @@ def chain(
     key: Array,
     *,
     temperature: float,
+    teacher_temperature: float | None = None,
     hard_weight: float = 0.0,
     temperature_squared: bool = False,
     start: Sequence[TrainState] = (),
@@ -228,6 +232,8 @@ def chain(
         examples: `(inputs [N, ...], labels [N])`, NumPy.
         key: the run's key.
         temperature: `T`, above 0, of the teacher's loss, of all soft labels and of all students.
+        teacher_temperature: of the teacher's loss alone, where it is another: 1 in TAKD. None is
+            `temperature`, as in defensive distillation.
         hard_weight: weight of the hard labels in the later generations, in `[0, 1]`; 0 in
             defensive distillation.
         temperature_squared: whether their soft term is multiplied by `T²`; not in defensive
@@ -266,19 +272,22 @@ def chain(
                 f"expected all states in start but the last to be finished, got generation "
                 f"{number} at step {int(state.step)} of {num_steps}; pass start[:{number + 1}]"
             )
-    teacher_loss = train.hard_loss(temperature)
+    # The same loss on one-hot labels, so that teacher and students share one compiled step.
+    teacher_loss = soft_loss(temperature if teacher_temperature is None else teacher_temperature)
     student_loss = soft_loss(
         temperature, hard_weight=hard_weight, temperature_squared=temperature_squared
     )
+    key = _validate.prng_key(key)
     states: list[TrainState] = []
     for number, generation in enumerate(generations):
         targets = None
         state = _start(generation, jax.random.fold_in(key, number), start[number : number + 1])
         finished = int(state.step) >= _num_steps(generation, len(labels), fit_options)
-        if number > 0 and not finished:
-            targets = soft_labels(
-                _logits_fn(generations[number - 1], states[-1]), inputs, temperature=temperature
-            )
+        if not finished and number == 0:
+            targets = _one_hot(generation.step, state, inputs, labels)
+        elif not finished:
+            teacher = train.logits_fn(generations[number - 1].step, states[-1])
+            targets = soft_labels(teacher, inputs, temperature=temperature)
         state = train.fit(
             generation.step,
             state,
@@ -372,22 +381,13 @@ def _num_steps(generation: Generation, num_examples: int, fit_options: Mapping[s
     return generation.num_epochs * data.num_batches(num_examples, batch_size)
 
 
-def _logits_fn(generation: Generation, state: TrainState) -> LogitsFn:
-    """The trained generation as a pytree of its weights."""
-    return jax.tree_util.Partial(
-        _Evaluation(generation.step.apply_fn), state.params, state.model_state
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Evaluation:
-    """`apply_fn` in evaluation mode; equal networks compare equal, so they share a trace."""
-
-    apply_fn: Any
-
-    def __call__(self, params: PyTree, model_state: PyTree, inputs: Array) -> Array:
-        logits, _ = self.apply_fn(params, model_state, inputs, train=False, key=None)
-        return logits
+def _one_hot(
+    step: TrainStep, state: TrainState, inputs: np.ndarray, labels: np.ndarray
+) -> np.ndarray:
+    """Hard labels as soft ones, `[N, K]` float32."""
+    num_classes = jax.eval_shape(train.logits_fn(step, state), inputs[:1]).shape[-1]
+    _validate.class_indices(labels, batch_size=len(inputs), num_classes=num_classes)
+    return np.eye(num_classes, dtype=np.float32)[labels]
 
 
 def _with_generation(callback: Callback | None, number: int) -> Callback | None:

@@ -59,7 +59,8 @@ def soft_cross_entropy(logits: Array, targets: Array, *, temperature: ArrayLike 
         Papernot et al. 2016, "Distillation as a Defense", section IV; Hinton et al. 2015.
     """
     log_probs = tempered_log_softmax(logits, temperature)
-    return -jnp.sum(jnp.where(targets > 0, targets * log_probs, 0.0), axis=-1)
+    # 0 · -inf would be NaN; a target that is NaN itself must stay one.
+    return -jnp.sum(jnp.where(targets == 0, 0.0, targets * log_probs), axis=-1)
 
 
 def kl_divergence(logits: Array, targets: Array, *, temperature: ArrayLike = 1.0) -> Array:

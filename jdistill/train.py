@@ -155,8 +155,10 @@ def create_state(
         The state.
 
     Raises:
-        ValueError: a hyperparameter that the optimiser does not have.
+        ValueError: a hyperparameter that the optimiser does not have, or a key that is not a
+            Threefry key (others draw differently on another number of devices).
     """
+    key = _validate.prng_key(key)
     opt_state = step.optimizer.init(params)
     if hyperparams:
         known = getattr(opt_state, "hyperparams", {})
@@ -172,6 +174,40 @@ def create_state(
         opt_state = opt_state._replace(hyperparams=known | values)
     model_state = {} if model_state is None else model_state
     return TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Evaluation:
+    """`apply_fn` in evaluation mode; equal networks compare equal, so they share a trace."""
+
+    apply_fn: ApplyFn
+
+    def __call__(self, params: PyTree, model_state: PyTree, inputs: Array) -> Array:
+        logits, _ = self.apply_fn(params, model_state, inputs, train=False, key=None)
+        return logits
+
+
+def logits_fn(step: TrainStep, state: TrainState) -> LogitsFn:
+    """The network that a state has trained so far, in evaluation mode.
+
+    Args:
+        step: the training step, which knows the network.
+        state: its weights and model state (batch statistics and the like).
+
+    Returns:
+        A pytree that maps inputs `[B, ...]` to logits `[B, K]`; the weights are its leaves, so
+        those of another state compile nothing.
+
+    Example:
+        >>> from jdistill import nets
+        >>> model = nets.digits_net(width=0.25)
+        >>> step = make_train_step(nets.apply_fn(model), sgd(0.1))
+        >>> params, _ = nets.init(model, jax.random.key(0), (8, 8, 1))
+        >>> network = logits_fn(step, create_state(step, params, jax.random.key(1)))
+        >>> network(jnp.zeros((2, 8, 8, 1))).shape
+        (2, 10)
+    """
+    return jax.tree_util.Partial(_Evaluation(step.apply_fn), state.params, state.model_state)
 
 
 @functools.lru_cache(maxsize=64)  # equal settings give the same optimiser, hence equal steps
@@ -317,13 +353,7 @@ def _check_examples(
     num_examples = inputs.shape[0]
     if num_examples == 0:
         raise ValueError("expected at least one example, got none; pass inputs [N, ...]")
-    logits, _ = jax.eval_shape(
-        functools.partial(step.apply_fn, train=False, key=None),
-        state.params,
-        state.model_state,
-        inputs[:1],
-    )
-    num_classes = logits.shape[-1]
+    num_classes = jax.eval_shape(logits_fn(step, state), inputs[:1]).shape[-1]
     _validate.class_indices(labels, batch_size=num_examples, num_classes=num_classes)
     if targets is not None and np.shape(targets) != (num_examples, num_classes):
         raise ValueError(

@@ -223,8 +223,7 @@ def test_one_trace_serves_all_generations_temperatures_and_rates():
         )
         chain(3, temperature=temperature, generation=generation)
         chain(3, temperature=temperature, generation=generation, hard_weight=0.3)
-    # One for hard labels and one for soft ones: their batches have other columns.
-    assert len(TRACES) == 2
+    assert len(TRACES) == 1
 
 
 def test_assistants_of_shrinking_width():

@@ -142,18 +142,7 @@ def example_keys(key: Array, batch_size: int) -> Array:
         ValueError: keys of a wrong shape, or of an implementation other than Threefry, whose
             draws would depend on how the batch is split.
     """
-    if not hasattr(key, "dtype") or not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
-        try:
-            key = jax.random.wrap_key_data(jnp.asarray(key, jnp.uint32))
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"expected a PRNG key, got {_validate.show(key)}; make one with jax.random.key(0)"
-            ) from None
-    if "threefry" not in str(jax.random.key_impl(key)):
-        raise ValueError(
-            f"expected a Threefry key, got {jax.random.key_impl(key)}; other generators draw "
-            "differently under vmap: make it with jax.random.key(0, impl='threefry2x32')"
-        )
+    key = _validate.prng_key(key)
     if key.shape == ():
         return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(batch_size))
     if key.shape == (batch_size,):
