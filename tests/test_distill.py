@@ -155,6 +155,18 @@ def test_another_key_or_temperature_gives_another_chain(whole):
 
 
 @pytest.mark.floor
+def test_the_teachers_loss_may_have_a_temperature_of_its_own():
+    teacher, student = chain(2, temperature=5.0, teacher_temperature=1.0)
+    assert_equal(teacher, chain(1, temperature=1.0)[0])
+    # The student learns at 5 from what that teacher says at 5.
+    targets = distill.soft_labels(train.logits_fn(STEP, teacher), INPUTS, temperature=5.0)
+    state = train.create_state(STEP, HIDDEN, jax.random.fold_in(KEY, 1))
+    alone = train.fit(
+        STEP, state, (INPUTS, LABELS, targets), distill.soft_loss(5.0), num_epochs=2, **OPTIONS
+    )
+    assert_equal(student, alone)
+
+
 @pytest.mark.parametrize("finished", [1, 2, 3])
 def test_finished_generations_are_not_trained_again(whole, finished):
     events = []

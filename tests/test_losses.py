@@ -109,6 +109,13 @@ def test_one_value_per_example_and_no_more(name):
     np.testing.assert_array_equal(ALL[name](changed, 20.0)[0], whole[0])
 
 
+@pytest.mark.floor
+def test_a_target_that_is_not_a_number_is_not_taken_for_0():
+    targets = np.array([[np.nan, 1.0], [0.0, 1.0]], np.float32)
+    logits = np.array([[1.0, -np.inf], [-np.inf, 1.0]], np.float32)[:, ::-1]
+    assert np.isnan(losses.soft_cross_entropy(logits, targets)[0])
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_adding_a_constant_to_the_logits_changes_nothing(name):
     shift = np.arange(B, dtype=np.float32)[:, None] * 64 - 100

@@ -1,5 +1,6 @@
 """Training: the optimiser against Keras's by hand, the loop's laws, bad input."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,18 @@ def test_unknown_hyperparameter_is_named(optimizer):
     step = train.make_train_step(mlp, optimizer)
     with pytest.raises(ValueError, match=r"got \['rate'\]; .*inject_hyperparams"):
         train.create_state(step, WEIGHTS, KEY, hyperparams={"rate": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (jax.random.key(0, impl="rbg"), "expected a Threefry key, got rbg"),
+        (0, "PRNG key"),
+    ],
+)
+def test_create_state_refuses_other_keys(key, message):
+    with pytest.raises(ValueError, match=message):
+        train.create_state(STEP, WEIGHTS, key)
 
 
 # The loop
@@ -298,7 +311,7 @@ def test_learns_a_separable_set():
     state = train.fit(
         step, state, (inputs, labels), train.hard_loss(), num_epochs=5, batch_size=8, devices=ONE
     )
-    sums = train.make_eval_step(linear)(
+    _, sums = train.make_eval_step(linear)(
         state, Batch(inputs, labels, None, np.ones(60, np.float32)), train.hard_loss()
     )
     assert float(sums["correct"]) == 60
@@ -329,12 +342,26 @@ def test_eval_step_sums_without_dropout_and_without_padding():
     state = train.create_state(STEP, WEIGHTS, KEY)
     inputs = np.concatenate([INPUTS[:6], np.full((2, D), np.nan, np.float32)])
     batch = Batch(inputs, LABELS[:8], None, np.repeat(np.array([1, 0], np.float32), [6, 2]))
-    sums = jax.jit(train.make_eval_step(mlp))(state, batch, train.hard_loss(3.0))
+    _, sums = jax.jit(train.make_eval_step(mlp))(state, batch, train.hard_loss(3.0))
     logits = np.maximum(INPUTS[:6] @ WEIGHTS["first"], 0) @ WEIGHTS["second"]
     log_probs = logits / 3 - np.log(np.exp(logits / 3).sum(1, keepdims=True))
     assert float(sums["count"]) == 6
     assert float(sums["correct"]) == (logits.argmax(1) == LABELS[:6]).sum()
     np.testing.assert_allclose(sums["loss"], -log_probs[np.arange(6), LABELS[:6]].sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("mode", "num_devices"), [("jit", 8), ("pmap", 1), ("pmap", 8)])
+def test_eval_step_compiles_over_devices_and_leaves_the_state(mode, num_devices):
+    state = train.create_state(STEP, WEIGHTS, KEY)
+    batch = Batch(INPUTS[:21], LABELS[:21], None, np.ones(21, np.float32))  # 21 do not divide by 8
+    step = train.make_eval_step(mlp)
+    _, expected = step(state, batch, train.hard_loss())
+    after, sums = parallel.compile_step(step, mode, jax.devices()[:num_devices])(
+        state, batch, train.hard_loss()
+    )
+    chex.assert_trees_all_close(sums, expected, rtol=1e-5)
+    chex.assert_trees_all_equal(after.params, state.params)
+    assert int(after.step) == 0
 
 
 @pytest.mark.floor
@@ -345,6 +372,11 @@ def test_predict_is_the_unbatched_network(batch_size):
     assert isinstance(logits, np.ndarray)
     assert logits.shape == (N, H)
     np.testing.assert_allclose(logits, np.tanh(INPUTS @ WEIGHTS["first"]), rtol=1e-5, atol=1e-6)
+
+
+def test_predict_of_nothing_has_the_networks_classes():
+    network = nets.callable_logits_fn(lambda w, x: x @ w, WEIGHTS["first"])
+    assert train.predict(network, INPUTS[:0]).shape == (0, H)
 
 
 def test_predict_compiles_one_shape_and_nothing_for_new_weights():

@@ -1,0 +1,33 @@
+"""Training: one immutable state, one pure step, one host loop.
+
+The step is compiled once an architecture: the temperature, the loss's weights and the learning
+rate are data (`LossFn` is a pytree; optimisers made with `optax.inject_hyperparams` keep their
+numbers in the state), so every generation at every temperature reuses it.
+"""
+
+from jdistill.train._fit import fit, predict
+from jdistill.train._optimizer import sgd
+from jdistill.train._step import (
+    EvalStep,
+    TrainState,
+    TrainStep,
+    create_state,
+    hard_loss,
+    logits_fn,
+    make_eval_step,
+    make_train_step,
+)
+
+__all__ = [
+    "EvalStep",
+    "TrainState",
+    "TrainStep",
+    "create_state",
+    "fit",
+    "hard_loss",
+    "logits_fn",
+    "make_eval_step",
+    "make_train_step",
+    "predict",
+    "sgd",
+]

@@ -1,0 +1,157 @@
+"""The host loop over epochs, and predictions for a whole set."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from jdistill import _validate, data, nets, parallel
+from jdistill.train._step import TrainState, TrainStep, logits_fn
+from jdistill.typing import Array, Callback, LogitsFn, LossFn, Metrics
+
+
+def fit(
+    step: TrainStep,
+    state: TrainState,
+    examples: tuple[np.ndarray, np.ndarray] | tuple[np.ndarray, np.ndarray, np.ndarray | None],
+    loss_fn: LossFn,
+    *,
+    num_epochs: int,
+    batch_size: int = 128,
+    mode: str = "jit",
+    devices: Any = None,
+    callback: Callback | None = None,
+    stage: str = "train",
+) -> TrainState:
+    """Train a state to the end of an epoch, from wherever it stands.
+
+    The order of each epoch is a permutation drawn from the state's key and the epoch's number,
+    and the state counts its steps, so a run that is stopped and started again from any state it
+    had gives the same result as one that was not.
+
+    Args:
+        step: the training step, not compiled.
+        state: where to start; at step 0 or anywhere on the way.
+        examples: `(inputs [N, ...], labels [N])`, or with `targets [N, K]` as a third; NumPy.
+        loss_fn: `(logits, batch) -> [B]`.
+        num_epochs: of the whole run, those already done included; at least 0.
+        batch_size: examples a step over all devices; the last, smaller batch is padded and masked.
+        mode: `"jit"` or `"pmap"`, see `parallel.compile_step`.
+        devices: over which; None takes all.
+        callback: called after every step with `event="step"`, and after every epoch with
+            `event="epoch"`, each with `stage`, `step`, `num_steps`, `epoch` (counted from 1),
+            `num_epochs` and `state`; an epoch's event also has the mean `loss` and `accuracy`
+            over the epoch's batches (dropout on), as floats.
+        stage: a name for the callback.
+
+    Returns:
+        The state after `num_epochs` epochs; unchanged if it is there already.
+
+    Raises:
+        ValueError: shapes that do not fit, labels outside `0..K-1`, values that are not finite,
+            counts out of range.
+        FloatingPointError: the loss of an epoch is not finite.
+    """
+    _validate.count(minimum=0, num_epochs=num_epochs)
+    _validate.count(batch_size=batch_size)
+    inputs, labels, targets = (*examples, None)[:3]
+    num_examples = inputs.shape[0]
+    _check_examples(step, state, inputs, labels, targets)
+    steps_per_epoch = data.num_batches(num_examples, batch_size)
+    num_steps = num_epochs * steps_per_epoch
+    compiled = parallel.compile_step(step, mode, devices)
+    seed = np.asarray(jax.random.key_data(state.key)).tolist()
+    done = int(state.step)
+
+    while done < num_steps:
+        epoch, first = divmod(done, steps_per_epoch)
+        order = data.epoch_order(seed, epoch, num_examples)
+        sums: list[Metrics] = []
+        for batch in data.batches(
+            inputs, labels, targets, batch_size=batch_size, order=order, start=first
+        ):
+            state, batch_sums = compiled(state, batch, loss_fn)
+            sums.append(batch_sums)
+            done += 1
+            progress = {
+                "stage": stage,
+                "step": done,
+                "num_steps": num_steps,
+                "epoch": epoch + 1,
+                "num_epochs": num_epochs,
+                "state": state,
+            }
+            if callback is not None:
+                callback({"event": "step", **progress})
+        # One transfer an epoch: the loop runs ahead of the device.
+        sums = jax.device_get(sums)
+        totals = {name: sum(float(entry[name]) for entry in sums) for name in sums[0]}
+        loss = totals["loss"] / totals["count"]
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"expected a finite training loss, got {loss} in epoch {epoch + 1} of {stage}; "
+                "lower the learning rate"
+            )
+        if callback is not None:
+            accuracy = totals["correct"] / totals["count"]
+            callback({"event": "epoch", **progress, "loss": loss, "accuracy": accuracy})
+    return state
+
+
+def _check_examples(
+    step: TrainStep, state: TrainState, inputs: Any, labels: Any, targets: Any
+) -> None:
+    """What the loop could not see: a wrong label or row would train on silently, or as NaN."""
+    num_examples = inputs.shape[0]
+    if num_examples == 0:
+        raise ValueError("expected at least one example, got none; pass inputs [N, ...]")
+    num_classes = jax.eval_shape(logits_fn(step, state), inputs[:1]).shape[-1]
+    _validate.class_indices(labels, batch_size=num_examples, num_classes=num_classes)
+    if targets is not None and np.shape(targets) != (num_examples, num_classes):
+        raise ValueError(
+            f"expected targets of shape [N, K] = ({num_examples}, {num_classes}), got "
+            f"{np.shape(targets)}; pass one row of class probabilities per example"
+        )
+    for name, values in (("inputs", inputs), ("targets", targets)):
+        if values is not None and not (finite := np.isfinite(values)).all():
+            row = int(np.argwhere(~finite)[0][0])
+            raise ValueError(
+                f"expected finite {name}, got nan or inf in row {row}; repair or remove it"
+            )
+
+
+@jax.jit
+def _logits(logits_fn: LogitsFn, inputs: Array) -> Array:
+    return logits_fn(inputs)
+
+
+def predict(logits_fn: LogitsFn, inputs: np.ndarray, *, batch_size: int = 512) -> np.ndarray:
+    """The logits of a whole set, in batches of one shape.
+
+    Args:
+        logits_fn: inputs `[B, ...]` to logits `[B, K]`.
+        inputs: `[N, ...]` float.
+        batch_size: at least 1; the last batch is padded, and its padding dropped.
+
+    Returns:
+        `[N, K]` float, on the host.
+
+    Example:
+        >>> predict(lambda x: 2 * x, np.ones((3, 2), np.float32), batch_size=2).shape
+        (3, 2)
+    """
+    _validate.count(batch_size=batch_size)
+    _validate.inputs_in_box(inputs, (-np.inf, np.inf))
+    logits_fn = nets.callable_logits_fn(logits_fn)
+    if inputs.shape[0] == 0:
+        logits = jax.eval_shape(logits_fn, jax.ShapeDtypeStruct((1, *inputs.shape[1:]), np.float32))
+        return np.zeros((0, logits.shape[-1]), logits.dtype)
+    rows = []
+    for start in range(0, inputs.shape[0], batch_size):
+        chunk = inputs[start : start + batch_size]
+        size = chunk.shape[0]
+        if size < batch_size and start > 0:
+            chunk = np.concatenate([chunk, np.repeat(chunk[:1], batch_size - size, 0)])
+        rows.append(np.asarray(_logits(logits_fn, chunk))[:size])
+    return np.concatenate(rows)

@@ -1,0 +1,299 @@
+"""The state that training changes, and the pure steps that change or measure it."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jdistill import _validate, losses, metrics, parallel
+from jdistill.typing import (
+    ApplyFn,
+    Array,
+    ArrayLike,
+    Batch,
+    LogitsFn,
+    LossFn,
+    Metrics,
+    PyTree,
+)
+
+
+class TrainState(NamedTuple):
+    """Everything that changes in training, one pytree.
+
+    Attributes:
+        step: int32 scalar, updates made so far.
+        params: the network's parameters.
+        model_state: batch statistics and the like; `{}` where there are none.
+        opt_state: the optimiser's state.
+        key: PRNG key of the run; noise at a step comes from `fold_in(key, step)`.
+    """
+
+    step: Array
+    params: PyTree
+    model_state: PyTree
+    opt_state: PyTree
+    key: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """A training step `(state, batch, loss_fn) -> (state, metrics)`: a value that can be called.
+
+    Equal steps share one compilation. Make one with `make_train_step`.
+
+    Attributes:
+        apply_fn: the network.
+        optimizer: the optimiser.
+        axis_name: the mapped axis to reduce over, or None.
+    """
+
+    apply_fn: ApplyFn
+    optimizer: optax.GradientTransformation
+    axis_name: str | None = None
+
+    def __call__(
+        self, state: TrainState, batch: Batch, loss_fn: LossFn
+    ) -> tuple[TrainState, Metrics]:
+        """One update on the batch; see `make_train_step`."""
+        batch = _finite_padding(batch)
+        num_rows = batch.mask.shape[0]
+        # Keyed by position in the whole batch: with one key a device all of them would drop the
+        # same units, and the result would depend on their number.
+        positions = parallel.example_indices(num_rows, self.axis_name)
+        step_key = jax.random.fold_in(state.key, state.step)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key, positions)
+
+        def total_loss(params: PyTree) -> tuple[Array, tuple[Array, PyTree]]:
+            logits, model_state = self.apply_fn(
+                params, state.model_state, batch.inputs, train=True, key=keys
+            )
+            per_example = jnp.where(batch.mask > 0, loss_fn(logits, batch), 0.0)
+            return jnp.sum(per_example * batch.mask), (logits, model_state)
+
+        (loss, (logits, model_state)), gradient = jax.value_and_grad(total_loss, has_aux=True)(
+            state.params
+        )
+        sums = _sums(loss, logits, batch)
+        if self.axis_name is not None:
+            # Sums over sums, never a mean of means: devices may hold different numbers of rows.
+            sums, gradient = jax.lax.psum((sums, gradient), self.axis_name)
+            model_state = jax.lax.pmean(model_state, self.axis_name)
+        gradient = jax.tree.map(lambda leaf: leaf / jnp.maximum(sums["count"], 1), gradient)
+        updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, model_state, opt_state, state.key), sums
+
+
+def make_train_step(
+    apply_fn: ApplyFn, optimizer: optax.GradientTransformation, *, axis_name: str | None = None
+) -> TrainStep:
+    """A pure training step for a network and an optimiser.
+
+    The gradient is of the mean loss over the batch's unmasked rows, over all devices. Padded rows
+    count for nothing in it, whatever they hold. Batch statistics of the network's own (batch
+    normalisation) do see them, and under `"pmap"` each device's rows alone, averaged afterwards.
+
+    Args:
+        apply_fn: the network, `jdistill.nets.apply_fn(model)` for one.
+        optimizer: any optax optimiser.
+        axis_name: the mapped axis to reduce over; `parallel.compile_step` sets it itself.
+
+    Returns:
+        The step, `(state, batch, loss_fn) -> (state, metrics)`. Metrics are sums over the batch:
+        `loss`, `correct`, `count`.
+
+    Example:
+        >>> from jdistill import nets, train
+        >>> model = nets.digits_net(width=0.25)
+        >>> step = train.make_train_step(nets.apply_fn(model), train.sgd(0.1))
+        >>> params, _ = nets.init(model, jax.random.key(0), (8, 8, 1))
+        >>> state = train.create_state(step, params, jax.random.key(1))
+        >>> batch = Batch(jnp.zeros((4, 8, 8, 1)), jnp.arange(4), None, jnp.ones(4))
+        >>> state, sums = jax.jit(step)(state, batch, train.hard_loss())
+        >>> int(state.step), float(sums["count"])
+        (1, 4.0)
+    """
+    return TrainStep(apply_fn, optimizer, axis_name)
+
+
+def create_state(
+    step: TrainStep,
+    params: PyTree,
+    key: Array,
+    *,
+    model_state: PyTree | None = None,
+    hyperparams: Mapping[str, ArrayLike] | None = None,
+) -> TrainState:
+    """A state at step 0, with a fresh optimiser.
+
+    Args:
+        step: whose optimiser starts.
+        params: the initial weights.
+        key: PRNG key of the run.
+        model_state: None is `{}`.
+        hyperparams: numbers to set in an optimiser made with `optax.inject_hyperparams`, such as
+            `{"learning_rate": 0.1}`; they compile nothing.
+
+    Returns:
+        The state.
+
+    Raises:
+        ValueError: a hyperparameter that the optimiser does not have, or a key that is not a
+            Threefry key (others draw differently on another number of devices).
+    """
+    key = _validate.prng_key(key)
+    opt_state = step.optimizer.init(params)
+    if hyperparams:
+        known = getattr(opt_state, "hyperparams", {})
+        unknown = sorted(set(hyperparams) - set(known))
+        if unknown:
+            raise ValueError(
+                f"expected hyperparams among {sorted(known)}, got {unknown}; make the optimiser "
+                "with optax.inject_hyperparams, as jdistill.train.sgd does"
+            )
+        values = {
+            name: jnp.asarray(value, known[name].dtype) for name, value in hyperparams.items()
+        }
+        opt_state = opt_state._replace(hyperparams=known | values)
+    model_state = {} if model_state is None else model_state
+    return TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Evaluation:
+    """`apply_fn` in evaluation mode; equal networks compare equal, so they share a trace."""
+
+    apply_fn: ApplyFn
+
+    def __call__(self, params: PyTree, model_state: PyTree, inputs: Array) -> Array:
+        logits, _ = self.apply_fn(params, model_state, inputs, train=False, key=None)
+        return logits
+
+
+def logits_fn(step: TrainStep, state: TrainState) -> LogitsFn:
+    """The network that a state has trained so far, in evaluation mode.
+
+    Args:
+        step: the training step, which knows the network.
+        state: its weights and model state (batch statistics and the like).
+
+    Returns:
+        A pytree that maps inputs `[B, ...]` to logits `[B, K]`; the weights are its leaves, so
+        those of another state compile nothing.
+
+    Example:
+        >>> from jdistill import nets, train
+        >>> model = nets.digits_net(width=0.25)
+        >>> step = train.make_train_step(nets.apply_fn(model), train.sgd(0.1))
+        >>> params, _ = nets.init(model, jax.random.key(0), (8, 8, 1))
+        >>> network = train.logits_fn(step, train.create_state(step, params, jax.random.key(1)))
+        >>> network(jnp.zeros((2, 8, 8, 1))).shape
+        (2, 10)
+    """
+    return jax.tree_util.Partial(_Evaluation(step.apply_fn), state.params, state.model_state)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalStep:
+    """An evaluation step `(state, batch, loss_fn) -> (state, metrics)`; the state comes back as is.
+
+    Attributes:
+        apply_fn: the network.
+        axis_name: the mapped axis to sum over, or None.
+    """
+
+    apply_fn: ApplyFn
+    axis_name: str | None = None
+
+    def __call__(
+        self, state: TrainState, batch: Batch, loss_fn: LossFn
+    ) -> tuple[TrainState, Metrics]:
+        """The sums of the batch; see `make_eval_step`."""
+        logits, _ = self.apply_fn(
+            state.params, state.model_state, batch.inputs, train=False, key=None
+        )
+        per_example = jnp.where(batch.mask > 0, loss_fn(logits, batch), 0.0)
+        sums = _sums(jnp.sum(per_example * batch.mask), logits, batch)
+        return state, sums if self.axis_name is None else jax.lax.psum(sums, self.axis_name)
+
+
+def make_eval_step(apply_fn: ApplyFn, *, axis_name: str | None = None) -> EvalStep:
+    """A pure evaluation step: no dropout, no update, the same sums as the training step's.
+
+    It has the training step's signature, so `parallel.compile_step` compiles it as well.
+
+    Args:
+        apply_fn: the network, `jdistill.nets.apply_fn(model)` for one.
+        axis_name: the mapped axis to sum over; `parallel.compile_step` sets it itself.
+
+    Returns:
+        The step, `(state, batch, loss_fn) -> (state, metrics)` with the sums `loss`, `correct`
+        and `count` over the batch's unmasked rows.
+
+    Example:
+        >>> from jdistill import nets, train
+        >>> model = nets.digits_net(width=0.25)
+        >>> apply_fn = nets.apply_fn(model)
+        >>> params, _ = nets.init(model, jax.random.key(0), (8, 8, 1))
+        >>> step = train.make_train_step(apply_fn, train.sgd(0.1))
+        >>> state = train.create_state(step, params, jax.random.key(1))
+        >>> batch = Batch(jnp.zeros((4, 8, 8, 1)), jnp.arange(4), None, jnp.ones(4))
+        >>> _, sums = jax.jit(train.make_eval_step(apply_fn))(state, batch, train.hard_loss())
+        >>> float(sums["count"])
+        4.0
+    """
+    return EvalStep(apply_fn, axis_name)
+
+
+def _sums(loss: Array, logits: Array, batch: Batch) -> Metrics:
+    """Sums over the batch's unmasked rows."""
+    return {
+        "loss": loss,
+        "correct": jnp.sum(metrics.correct(logits, batch.labels) * batch.mask),
+        "count": jnp.sum(batch.mask),
+    }
+
+
+def hard_loss(temperature: ArrayLike = 1.0) -> LossFn:
+    """Cross-entropy of the labels at a temperature, as a loss function for the step.
+
+    Args:
+        temperature: above 0; carried as an array, so another one compiles nothing.
+
+    Returns:
+        `(logits [B, K], batch) -> [B]`, a pytree.
+
+    Raises:
+        ValueError: a temperature that is not above 0.
+
+    Example:
+        >>> batch = Batch(None, jnp.array([1]), None, jnp.ones(1))
+        >>> float(hard_loss(20.0)(jnp.zeros((1, 2)), batch)[0])
+        0.693...
+    """
+    _validate.positive(temperature=temperature)
+    return jax.tree_util.Partial(_hard_loss, jnp.asarray(temperature, jnp.float32))
+
+
+def _hard_loss(temperature: Array, logits: Array, batch: Batch) -> Array:
+    return losses.cross_entropy(logits, batch.labels, temperature=temperature)
+
+
+def _finite_padding(batch: Batch) -> Batch:
+    """The batch with 0 for what is not finite in padded rows.
+
+    A mask on the loss is not enough: its gradient there is 0, and 0 times NaN is NaN.
+    """
+
+    def repair(values: Array) -> Array:
+        real = batch.mask.reshape((-1,) + (1,) * (values.ndim - 1)) > 0
+        return jnp.where(real | jnp.isfinite(values), values, jnp.zeros_like(values))
+
+    return batch._replace(
+        inputs=repair(batch.inputs),
+        targets=None if batch.targets is None else repair(batch.targets),
+    )
