@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1] / "jdistill"
 LEVELS = {
     "typing": 0,
     "_validate": 0,
+    "_files": 0,
     "losses": 1,
     "metrics": 1,
     "norms": 1,

@@ -19,7 +19,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jdistill import runtime
+from jdistill import _files, runtime
+from jdistill.runtime import _jax
 
 CONVOLUTION_FLAG = (
     "--xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
@@ -74,9 +75,9 @@ jax.numpy.ones(3)
 def flag_is_wanted(monkeypatch):
     """All conditions for the flag hold; each test takes one away."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/nowhere")
-    monkeypatch.setattr(runtime.importlib.metadata, "version", lambda name: "0.10.2")
-    monkeypatch.setattr(runtime, "_backend_started", lambda: False)
-    monkeypatch.setattr(runtime, "_only_cpu", lambda: True)
+    monkeypatch.setattr(_jax.importlib.metadata, "version", lambda name: "0.10.2")
+    monkeypatch.setattr(_jax, "_backend_started", lambda: False)
+    monkeypatch.setattr(_jax, "_only_cpu", lambda: True)
     return monkeypatch
 
 
@@ -88,7 +89,7 @@ def test_the_flag_is_appended_to_the_users(flag_is_wanted):
 
 @pytest.mark.parametrize("version", ["0.7.2", "0.9.0", "0.11.0", "0.100.0", "1.0.10.0"])
 def test_the_flag_is_not_added_on_a_jaxlib_not_tried(version, flag_is_wanted):
-    flag_is_wanted.setattr(runtime.importlib.metadata, "version", lambda name: version)
+    flag_is_wanted.setattr(_jax.importlib.metadata, "version", lambda name: version)
     assert not runtime.add_cpu_flags()
     assert os.environ["XLA_FLAGS"] == "--xla_dump_to=/nowhere"
 
@@ -101,9 +102,9 @@ def test_the_flag_is_not_added_against_the_users_will(flag_is_wanted):
 
 def test_the_flag_is_not_added_too_late_or_beside_an_accelerator(flag_is_wanted):
     with flag_is_wanted.context() as patch:
-        patch.setattr(runtime, "_backend_started", lambda: True)
+        patch.setattr(_jax, "_backend_started", lambda: True)
         assert not runtime.add_cpu_flags()
-    flag_is_wanted.setattr(runtime, "_only_cpu", lambda: False)
+    flag_is_wanted.setattr(_jax, "_only_cpu", lambda: False)
     assert not runtime.add_cpu_flags()
     assert os.environ["XLA_FLAGS"] == "--xla_dump_to=/nowhere"
 
@@ -115,17 +116,17 @@ def test_the_flag_is_not_added_too_late_or_beside_an_accelerator(flag_is_wanted)
 )
 def test_only_cpu_sees_the_plugins(platforms, plugin, expected, monkeypatch):
     config = SimpleNamespace(jax_platforms=platforms)
-    monkeypatch.setattr(runtime, "jax", SimpleNamespace(config=config))
-    monkeypatch.setattr(runtime.importlib.metadata, "entry_points", lambda group: ())
+    monkeypatch.setattr(_jax, "jax", SimpleNamespace(config=config))
+    monkeypatch.setattr(_jax.importlib.metadata, "entry_points", lambda group: ())
     monkeypatch.setattr(
-        runtime.importlib.util, "find_spec", lambda name: name if name == plugin else None
+        _jax.importlib.util, "find_spec", lambda name: name if name == plugin else None
     )
-    assert runtime._only_cpu() is expected
+    assert _jax._only_cpu() is expected
 
 
 def test_backend_started_is_true_once_it_has():
     jax.devices()
-    assert runtime._backend_started()
+    assert _jax._backend_started()
 
 
 CACHED = """
@@ -156,7 +157,7 @@ def test_a_second_process_compiles_nothing(tmp_path):
 def test_where_the_cache_lies(tmp_path, monkeypatch):
     recorded = {}
     config = SimpleNamespace(jax_compilation_cache_dir=None, update=recorded.__setitem__)
-    monkeypatch.setattr(runtime, "jax", SimpleNamespace(config=config))
+    monkeypatch.setattr(_jax, "jax", SimpleNamespace(config=config))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("JDISTILL_CACHE", raising=False)
     assert runtime.enable_compilation_cache() == tmp_path / "home/.cache/jdistill/xla"
@@ -225,7 +226,7 @@ def test_check_writable_leaves_nothing_behind(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     (tmp_path / "mine").mkdir()
-    monkeypatch.setattr(type(runtime._path("x")), "write_text", refuse)
+    monkeypatch.setattr(type(_files.as_path("x")), "write_text", refuse)
     for where in ("a/b/c", "mine/d", "mine"):
         with pytest.raises(PermissionError, match=rf"{where} \(Permission denied\); do that"):
             runtime.check_writable(tmp_path / where, remedy="do that")
@@ -240,7 +241,7 @@ def test_an_interrupted_write_leaves_the_old_file_alone(broken, error, tmp_path,
 
     path = tmp_path / "config.json"
     runtime.write_json(path, {"version": 1})
-    monkeypatch.setattr(runtime.os, broken, fail)
+    monkeypatch.setattr(os, broken, fail)
     with pytest.raises(type(error)):
         runtime.write_json(path, {"version": 2})
     assert json.loads(path.read_text()) == {"version": 1}
@@ -289,7 +290,7 @@ def test_read_jsonl_without_a_file_and_with_a_bad_line(tmp_path):
 
 def test_remote_files_are_rewritten_whole(tmp_path, monkeypatch):
     """Buckets can neither rename in place nor append; a folder stands in for one."""
-    monkeypatch.setattr(runtime, "_path", lambda path: tmp_path / os.path.basename(path))
+    monkeypatch.setattr(_files, "as_path", lambda path: tmp_path / os.path.basename(path))
     runtime.atomic_write_text("gs://bucket/a.txt", "text")
     runtime.append_jsonl("gs://bucket/b.jsonl", {"a": 1})
     with open(tmp_path / "b.jsonl", "a") as file:
@@ -429,7 +430,9 @@ runtime.run_main(main)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert errors == "stopped; run the same command again to go on\n"
+    # On a slow disk absl says so before.
+    assert errors.endswith("stopped; run the same command again to go on\n")
+    assert "Traceback" not in errors
     last = int(["3", *output.split()][-1])
     steps = sorted(int(path.name) for path in tmp_path.iterdir())
     assert steps[-1] >= last  # what was said to be saved is

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from jdistill import _validate
+from jdistill._files import PathLike, as_path, is_remote
 from jdistill.checkpoint import _packing
 from jdistill.typing import PyTree
 
@@ -132,7 +133,7 @@ class Checkpointer:
         (3, 3, {'stage': 'teacher'})
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, max_to_keep: int = 2) -> None:
+    def __init__(self, directory: PathLike, *, max_to_keep: int = 2) -> None:
         _validate.count(max_to_keep=max_to_keep)
         self.directory = _absolute(directory)
         self._max_to_keep = max_to_keep
@@ -343,10 +344,10 @@ class _OtherFormatError(ValueError):
     """A checkpoint in a layout that this version does not know."""
 
 
-def _absolute(directory: str | os.PathLike[str]) -> epath.Path:
+def _absolute(directory: PathLike) -> epath.Path:
     """The folder as Orbax wants it: absolute, unless it lies in a bucket."""
-    text = os.fspath(directory)
-    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
+    path = as_path(directory)
+    return path if is_remote(path) else epath.Path(os.path.abspath(path))
 
 
 def _read(folder: epath.Path, item: str, args: Any) -> Any:

@@ -1,15 +1,14 @@
 """The `.npz` cache: one file a data set, checked on every read and written atomically."""
 
 import json
-import os
-import pathlib
 import re
-import uuid
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
+from jdistill import _files
 from jdistill.data._types import SPLITS, Split, split_checksum
 
 # Raise it whenever the meaning of a cache file changes: older files are then rebuilt.
@@ -50,22 +49,9 @@ class Entry(NamedTuple):
     checksums: dict[str, str]
 
 
-def as_path(location: str | os.PathLike[str]) -> Any:
-    """A local path with `~` expanded, or an `etils.epath` path for `gs://` and its like."""
-    text = os.fspath(location)
-    if "://" in text:
-        from etils import epath
-
-        return epath.Path(text)
-    return pathlib.Path(text).expanduser()
-
-
-def cache_folder(cache_dir: str | os.PathLike[str] | None) -> Any:
-    """The cache folder: the argument, `JDISTILL_CACHE`, or the user's own cache folder."""
-    chosen = cache_dir or os.environ.get("JDISTILL_CACHE")
-    if chosen:
-        return as_path(chosen)
-    return as_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "jdistill"
+def cache_folder(cache_dir: _files.PathLike | None) -> epath.Path:
+    """The cache folder: the argument, or the user's."""
+    return _files.as_path(cache_dir) if cache_dir else _files.user_cache()
 
 
 def keys(folder: Any, name: str) -> list[Key]:
@@ -139,13 +125,6 @@ def write(folder: Any, entry: Entry) -> None:
     for name, split in entry.splits.items():
         arrays[f"{name}_inputs"], arrays[f"{name}_labels"] = split
     folder.mkdir(parents=True, exist_ok=True)
-    # Hosts and processes may write the same entry at once: each its own file, the last one stays.
-    temporary = folder / f".{entry.key.file_name}.{uuid.uuid4().hex}.tmp"
-    try:
-        with temporary.open("wb") as stream:
-            # Uncompressed: CIFAR-10 would shrink by 7 % only, and take 15 times as long to write.
-            np.savez(stream, **arrays)  # type: ignore[arg-type]
-        temporary.replace(folder / entry.key.file_name)
-    except BaseException:  # Ctrl-C too must leave no 150 MB behind
-        temporary.unlink(missing_ok=True)
-        raise
+    with _files.replacing(folder / entry.key.file_name) as stream:
+        # Uncompressed: CIFAR-10 would shrink by 7 % only, and take 15 times as long to write.
+        np.savez(stream, **arrays)  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ import logging
 import os
 from typing import Any
 
-from jdistill import _validate
+from jdistill import _files, _validate
 from jdistill.data import _cache, _digits, _prepared
 from jdistill.data._types import (
     SPLITS,
@@ -23,8 +23,8 @@ _log = logging.getLogger("jdistill")
 def load(
     name: str,
     *,
-    data_dir: str | os.PathLike[str] | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    data_dir: _files.PathLike | None = None,
+    cache_dir: _files.PathLike | None = None,
     fingerprint: str | None = None,
     progress: Progress | None = None,
 ) -> Dataset:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jdistill.data._cache import as_path
+from jdistill import _files
 from jdistill.data._types import Progress, Split, check_labels
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -78,9 +78,9 @@ class Prepared(NamedTuple):
     fingerprint: str
 
 
-def tfds_root(data_dir: str | os.PathLike[str] | None) -> Any:
+def tfds_root(data_dir: _files.PathLike | None) -> Any:
     """Where prepared sets lie: the argument, `TFDS_DATA_DIR`, or TFDS's default."""
-    return as_path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    return _files.as_path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
 
 
 def find(root: Any, name: str) -> Prepared | None:

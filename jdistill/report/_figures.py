@@ -8,13 +8,14 @@ import functools
 import io
 import math
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
+from etils import epath
 
+from jdistill._files import PathLike, as_path, write_whole
 from jdistill.report import _text
-from jdistill.report._files import PathLike, optional, write_whole
+from jdistill.report._optional import optional
 from jdistill.report._table import AttackKey, Network, Row, Stat, attack_keys, networks
 
 _DPI = 160
@@ -46,7 +47,7 @@ Draws = TypeVar("Draws", bound=Callable[..., Any])
 StatOf = Callable[[Network], Stat | None]
 
 
-def write_figures(rows: Iterable[Row], directory: PathLike) -> dict[str, Path]:
+def write_figures(rows: Iterable[Row], directory: PathLike) -> dict[str, epath.Path]:
     """Draws accuracy, sensitivity and robustness against temperature, as PNG files.
 
     In every figure a line is a chain length (the teacher; the student of 0, 1, 2, … assistants).
@@ -79,7 +80,7 @@ def write_figures(rows: Iterable[Row], directory: PathLike) -> dict[str, Path]:
             if figure is None:
                 continue
             full = name if len(datasets) == 1 else f"{name}_{dataset}"
-            written[full] = write_png(figure, Path(directory) / f"{full}.png")
+            written[full] = write_png(figure, as_path(directory) / f"{full}.png")
     return written
 
 
@@ -98,7 +99,7 @@ def styled(draw: Draws) -> Draws:
 
 
 @styled
-def write_png(figure: Any, path: PathLike) -> Path:
+def write_png(figure: Any, path: PathLike) -> epath.Path:
     """Saves a figure whole or not at all."""
     backend = optional("matplotlib.backends.backend_agg")
     data = io.BytesIO()

@@ -5,12 +5,14 @@ import importlib.resources
 import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from jdistill._files import PathLike, as_path, write_whole
 from jdistill.report import _text, _words
 from jdistill.report._figures import write_figures
-from jdistill.report._files import PathLike, optional, write_whole
+from jdistill.report._optional import optional
 from jdistill.report._pictures import load_pictures, write_picture_grid
 from jdistill.report._table import (
     Attacked,
@@ -57,7 +59,7 @@ def write_report(
     config: Mapping[str, Any] | None = None,
     run: Mapping[str, Any] | None = None,
     pictures: Mapping[Any, Mapping[str, Any] | PathLike] | None = None,
-) -> dict[str, Path]:
+) -> dict[str, epath.Path]:
     """Writes `results.csv`, `figures/*.png` and `report.html` into a workdir.
 
     Args:
@@ -77,33 +79,33 @@ def write_report(
         ModuleNotFoundError: matplotlib or jinja2 is missing.
         ValueError: As `write_results` and `write_picture_grid`; or there is no row.
     """
-    workdir = Path(workdir)
+    folder = as_path(workdir)
     # Before anything is written, so that a missing package or a bad picture leaves no half report.
     for module in ("matplotlib", "jinja2"):
         optional(module)
-    table = read_results(workdir / "results.csv") if rows is None else [dict(row) for row in rows]
+    table = read_results(folder / "results.csv") if rows is None else [dict(row) for row in rows]
     networks(table)
     arrays = {key: load_pictures(value) for key, value in _in_order(pictures or {})}
-    config = _json(workdir / "config.json") if config is None else config
-    run = _json(workdir / "run.json") if run is None else run
+    config = _json(folder / "config.json") if config is None else config
+    run = _json(folder / "run.json") if run is None else run
     written = {}
     if rows is not None:
-        written["results"] = write_results(workdir / "results.csv", table)
-    figures = write_figures(table, workdir / "figures")
+        written["results"] = write_results(folder / "results.csv", table)
+    figures = write_figures(table, folder / "figures")
     grids = {}
     for key, value in arrays.items():
         name = f"pictures_{_picture_name(key)}"
-        path = workdir / "figures" / f"{name}.png"
+        path = folder / "figures" / f"{name}.png"
         grids[key] = written[name] = write_picture_grid(value, path)
     report = write_html(
-        workdir / "report.html",
+        folder / "report.html",
         rows=table,
         config=config,
         run=run,
         figures=figures,
         pictures=grids,
     )
-    return {"results": workdir / "results.csv", "report": report, **figures, **written}
+    return {"results": folder / "results.csv", "report": report, **figures, **written}
 
 
 def write_html(
@@ -114,7 +116,7 @@ def write_html(
     run: Mapping[str, Any] | None = None,
     figures: Mapping[str, PathLike] | None = None,
     pictures: Mapping[Any, PathLike] | None = None,
-) -> Path:
+) -> epath.Path:
     """Writes the report as one HTML file: no script, nothing loaded from elsewhere.
 
     It opens with the answer in words (see `answer`), then the attacks' figure, the table, the
@@ -146,7 +148,7 @@ def write_html(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     drawn = [
-        _figure(name, Path(figure), found, datasets)
+        _figure(name, as_path(figure), found, datasets)
         for name, figure in sorted((figures or {}).items(), key=_figure_order)
     ]
     page = environment.from_string(source.read_text(encoding="utf-8")).render(
@@ -157,7 +159,7 @@ def write_html(
         figures=drawn[1:],
         tables=[_table([net for net in found if net.dataset == name]) for name in datasets],
         pictures=[
-            {"title": _picture_title(key), **_embed(Path(grid))}
+            {"title": _picture_title(key), **_embed(as_path(grid))}
             for key, grid in _in_order(pictures or {})
         ],
         several_seeds=any(len(net.seeds) > 1 for net in found),
@@ -262,7 +264,7 @@ def _figure_order(item: tuple[str, Any]) -> tuple[str, int]:
 
 
 def _figure(
-    name: str, path: Path, found: Sequence[Network], datasets: Sequence[str]
+    name: str, path: epath.Path, found: Sequence[Network], datasets: Sequence[str]
 ) -> dict[str, Any]:
     base, _, dataset = name.partition("_")
     title, caption = _CAPTIONS.get(base, (name.replace("_", " "), ""))
@@ -275,7 +277,7 @@ def _figure(
     return {"title": title, "caption": caption, "alt": alt, **_embed(path)}
 
 
-def _embed(path: Path) -> dict[str, Any]:
+def _embed(path: epath.Path) -> dict[str, Any]:
     """A PNG file as a data address, and its size, which lets a browser lay out before it draws."""
     data = path.read_bytes()
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -405,7 +407,7 @@ def _limits(found: Sequence[Network]) -> list[str]:
     return limits
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: epath.Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

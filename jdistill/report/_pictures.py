@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
+from jdistill._files import PathLike, as_path
 from jdistill.report._figures import styled, write_png
-from jdistill.report._files import PathLike, optional
+from jdistill.report._optional import optional
 
 
 def write_picture_grid(
@@ -18,7 +19,7 @@ def write_picture_grid(
     max_examples: int = 8,
     attack: str = "C&W L2",
     norm: str = "l2",
-) -> Path:
+) -> epath.Path:
     """Draws clean examples, their adversarial versions and the differences, as a PNG file.
 
     The difference is adversarial minus clean on a diverging scale with 0 in its middle, the same
@@ -47,7 +48,7 @@ def load_pictures(pictures: Mapping[str, Any] | PathLike) -> dict[str, np.ndarra
     """The arrays of a picture file (or of a mapping), with their shapes checked."""
     names = ("clean", "adversarial", "labels", "predictions", "distance")
     if not isinstance(pictures, Mapping):
-        with np.load(Path(pictures), allow_pickle=False) as file:
+        with as_path(pictures).open("rb") as stream, np.load(stream) as file:
             pictures = {name: file[name] for name in file.files}
     missing = [name for name in names if name not in pictures]
     if missing:

@@ -9,10 +9,11 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from jdistill.report._files import PathLike, write_whole
+from etils import epath
+
+from jdistill._files import PathLike, as_path, write_whole
 
 Row = Mapping[str, Any]
 
@@ -53,7 +54,7 @@ _SHARES = frozenset(
 _KEY = (*_NEEDED, "attack", "norm", "eps")
 
 
-def write_results(path: PathLike, rows: Iterable[Row]) -> Path:
+def write_results(path: PathLike, rows: Iterable[Row]) -> epath.Path:
     """Writes rows as CSV: sorted, whole or not at all, the same bytes for the same values.
 
     Floats are written with the fewest digits that read back as the same float. None and NaN (no
@@ -97,21 +98,21 @@ def read_results(path: PathLike) -> list[dict[str, Any]]:
         ValueError: A column is missing, or a cell of a number column is no number; the message
             names the line.
     """
-    path = Path(path)
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        header = reader.fieldnames or ()
-        missing = [name for name in COLUMNS if name not in header]
-        if missing:
-            raise ValueError(
-                f"expected the columns of jdistill.report.COLUMNS in {path}, got none named "
-                f"{', '.join(missing)}; write the file with jdistill.report.write_results"
-            )
-        lines = [(reader.line_num, line) for line in reader]
+    source = as_path(path)
+    # Decoded at once, and split by the csv module: a bucket opens no file by lines of its choice.
+    reader = csv.DictReader(io.StringIO(source.read_bytes().decode(), newline=""))
+    header = reader.fieldnames or ()
+    missing = [name for name in COLUMNS if name not in header]
+    if missing:
+        raise ValueError(
+            f"expected the columns of jdistill.report.COLUMNS in {source}, got none named "
+            f"{', '.join(missing)}; write the file with jdistill.report.write_results"
+        )
+    lines = [(reader.line_num, line) for line in reader]
     extra = [name for name in header if name not in COLUMNS]
     text = {name for name in extra if not all(_is_number(line[name]) for _, line in lines)}
     return [
-        {name: _from_cell(path, number, name, line[name], text) for name in header}
+        {name: _from_cell(source, number, name, line[name], text) for name in header}
         for number, line in lines
     ]
 
@@ -202,7 +203,7 @@ def _to_cell(name: str, value: Any) -> str:
     return repr(float(value))
 
 
-def _from_cell(path: Path, line: int, name: str, cell: str | None, text: set[str]) -> Any:
+def _from_cell(path: epath.Path, line: int, name: str, cell: str | None, text: set[str]) -> Any:
     if not cell:
         return None
     if name in _TEXT or name in text:

@@ -1,0 +1,20 @@
+"""Importing the optional packages of the extra `demo`."""
+
+import importlib
+from types import ModuleType
+
+
+def optional(module: str) -> ModuleType:
+    """Imports a package of the extra `demo`, or says how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        # A package that is there but broken inside has its own message to give.
+        if (error.name or "").partition(".")[0] != package:
+            raise
+        raise ModuleNotFoundError(
+            f"expected {package} to be installed, got no such package; "
+            "pip install 'jdistill[demo]'",
+            name=error.name,
+        ) from None

@@ -1,0 +1,35 @@
+"""What a program around the library needs: caches, flags, files that survive a crash, exit codes.
+
+Importing this module initialises no JAX backend, so that `add_cpu_flags` can still take effect.
+The library logs to the logger `"jdistill"`; it adds no handler and sets no level: the program does.
+"""
+
+from jdistill.runtime._jax import (
+    add_cpu_flags,
+    describe,
+    enable_compilation_cache,
+    is_main_process,
+)
+from jdistill.runtime._program import run_main
+from jdistill.runtime._records import (
+    append_jsonl,
+    atomic_write_text,
+    check_writable,
+    fingerprint,
+    read_jsonl,
+    write_json,
+)
+
+__all__ = [
+    "add_cpu_flags",
+    "append_jsonl",
+    "atomic_write_text",
+    "check_writable",
+    "describe",
+    "enable_compilation_cache",
+    "fingerprint",
+    "is_main_process",
+    "read_jsonl",
+    "run_main",
+    "write_json",
+]

@@ -1,0 +1,147 @@
+"""JAX's caches and flags, and what a result may depend on."""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import platform
+from collections import Counter
+from typing import Any
+
+import jax
+from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
+
+from jdistill import _files
+from jdistill.runtime._records import check_writable
+
+logger = logging.getLogger("jdistill")
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_CPU_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+_CPU_FLAG_VALUE = "-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
+_CPU_FLAG_VERSIONS = ("0.10.",)  # jaxlib 0.7.2 aborts on the flag; extend it for a version tried
+
+
+def _setting(name: str) -> Any:
+    """One of JAX's settings, whose names JAX's own types do not know."""
+    return getattr(jax.config, name)
+
+
+def enable_compilation_cache(directory: _files.PathLike | None = None) -> epath.Path | None:
+    """Keeps compiled programs on disk, so that the next process need not compile them again.
+
+    Small programs are kept too: a run compiles hundreds of them, and reading one back takes a few
+    milliseconds where compiling takes tens.
+
+    Args:
+        directory: the folder of the cache, a local path or `gs://…`. By default the one that JAX
+            is configured with (`JAX_COMPILATION_CACHE_DIR`), else `xla` in `JDISTILL_CACHE` or in
+            jdistill's part of the user's cache folder.
+
+    Returns:
+        The folder; None, after a warning in the log, where it cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> enable_compilation_cache(tempfile.mkdtemp()) is not None
+        True
+        >>> jax.config.update("jax_compilation_cache_dir", None)  # off again
+    """
+    configured = _setting("jax_compilation_cache_dir")
+    chosen = directory or configured or _files.user_cache() / "xla"
+    try:
+        path = check_writable(chosen, remedy="going on without the compilation cache")
+    except OSError as error:
+        logger.warning("%s", error)
+        return None
+    jax.config.update("jax_compilation_cache_dir", os.fspath(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # JAX opens its cache once, at the first compilation, which may lie behind us.
+    compilation_cache.reset_cache()
+    return path
+
+
+def add_cpu_flags() -> bool:
+    """Adds to `XLA_FLAGS` what makes convolutions on CPU faster, where JAX accepts it.
+
+    A lone convolution takes 50 ms in XLA's YNN library where Eigen takes 9 (26×26×32→32, batch
+    128), and a gradient is made of lone ones. The flag sends them to Eigen; it more than halves
+    a step of an attack. Call it before the first JAX computation.
+
+    Returns:
+        Whether the flag was added. It is not where it might be unknown, since XLA aborts the
+        process on an unknown flag: on another jaxlib than 0.10, beside an accelerator's
+        plugin (which parses `XLA_FLAGS` with an XLA of its own), after a backend has started, or
+        where `XLA_FLAGS` already sets it.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    known = importlib.metadata.version("jaxlib").startswith(_CPU_FLAG_VERSIONS)
+    if not known or _CPU_FLAG in flags or not _only_cpu() or _backend_started():
+        return False
+    os.environ["XLA_FLAGS"] = f"{flags} {_CPU_FLAG}={_CPU_FLAG_VALUE}".strip()
+    return True
+
+
+def _only_cpu() -> bool:
+    """Whether JAX can start no other backend than its own CPU."""
+    if platforms := _setting("jax_platforms"):
+        return platforms == "cpu"
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    found = (importlib.util.find_spec(name) for name in ("libtpu", "jax_plugins"))
+    return not plugins and not any(found)
+
+
+def _backend_started() -> bool:
+    """Whether JAX has read its flags already; JAX has no public way to ask."""
+    try:
+        from jax._src import xla_bridge
+
+        return xla_bridge.backends_are_initialized()
+    except (ImportError, AttributeError):
+        return True  # not to be known: then a flag would be set in vain, or half
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes and talks (number 0). Starts the backend.
+
+    Example:
+        >>> is_main_process()
+        True
+    """
+    return jax.process_index() == 0
+
+
+def describe() -> dict[str, Any]:
+    """What a result may depend on, JSON-able, for `run.json`. Starts the backend.
+
+    Returns:
+        `versions`; `platform`; `devices`, a list of `platform`, `kind` and `count`;
+        `process_count`; `matmul_precision` (None: JAX's default); `x64`; `xla_flags`. Nothing that
+        names the machine or its user.
+
+    Example:
+        >>> sorted(describe()["devices"][0])
+        ['count', 'kind', 'platform']
+    """
+    from jdistill import __version__
+
+    versions = {"jdistill": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    kinds = Counter((device.platform, device.device_kind) for device in jax.devices())
+    return {
+        "versions": versions,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "devices": [
+            {"platform": name, "kind": kind, "count": count}
+            for (name, kind), count in sorted(kinds.items())
+        ],
+        "process_count": jax.process_count(),
+        "matmul_precision": _setting("jax_default_matmul_precision"),
+        "x64": _setting("jax_enable_x64"),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }

@@ -1,0 +1,194 @@
+"""A run's files: JSON that is whole at any moment, logs that survive a kill, hashes."""
+
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from jdistill import _files
+from jdistill._files import PathLike
+
+
+def check_writable(
+    directory: PathLike,
+    *,
+    remedy: str = "choose another `--workdir`, or change its permissions",
+) -> epath.Path:
+    """Makes the folder, if need be, and tries to write in it.
+
+    Args:
+        directory: a local path or `gs://…`.
+        remedy: what the error tells the user to do.
+
+    Returns:
+        The folder as a path that works for buckets too.
+
+    Raises:
+        OSError: the folder cannot be written (PermissionError, NotADirectoryError, … where that is
+            why); whatever was made on the way is gone again.
+
+    Example:
+        >>> import tempfile
+        >>> check_writable(tempfile.mkdtemp() + "/new/folder").is_dir()
+        True
+    """
+    path = _files.as_path(directory)
+    probe = path / f".writable-{uuid.uuid4().hex}"  # every host of a job may try at once
+    made: list[epath.Path] = []
+    try:
+        made += [folder for folder in (path, *path.parents) if not folder.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        for leftover in (probe.unlink, *(folder.rmdir for folder in made)):
+            with contextlib.suppress(OSError):
+                leftover()
+        reason = error.strerror or str(error)
+        raise type(error)(
+            f"expected a writable folder, got {os.fspath(directory)} ({reason}); {remedy}"
+        ) from error
+    return path
+
+
+def atomic_write_text(path: PathLike, text: str) -> None:
+    """Writes a text file that is, at any moment, the old one or the new one, whole.
+
+    Raises:
+        OSError: the file cannot be written; the old one stays.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "note.txt"
+        >>> atomic_write_text(path, "hello")
+        >>> path.read_text()
+        'hello'
+    """
+    with _files.replacing(path) as stream:
+        stream.write(text.encode())
+
+
+def write_json(path: PathLike, content: Any) -> None:
+    """Writes a JSON file, indented, as `atomic_write_text` does.
+
+    Args:
+        path: the file, local or `gs://…`.
+        content: what JSON can hold; NumPy and JAX numbers and arrays become numbers and lists,
+            paths become strings.
+
+    Raises:
+        ValueError: the content is not JSON-able; nothing is written.
+        OSError: the file cannot be written; the old one stays.
+    """
+    atomic_write_text(path, _dumps(content, indent=2) + "\n")
+
+
+def append_jsonl(path: PathLike, record: Mapping[str, Any]) -> None:
+    """Appends one record to a JSON-lines file, which it makes if need be.
+
+    A last line that a killed process left half-written is dropped first: glued to it, the new
+    record would be lost as well. One process writes a file.
+
+    Raises:
+        ValueError: the record is not JSON-able; nothing is written.
+        OSError: the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/metrics.jsonl"
+        >>> append_jsonl(path, {"epoch": 1, "loss": np.float32(0.5)})
+        >>> read_jsonl(path)
+        [{'epoch': 1, 'loss': 0.5}]
+    """
+    line = _dumps(record) + "\n"
+    target = _files.as_path(path)
+    if _files.is_remote(path):  # a bucket cannot append
+        old = target.read_text() if target.exists() else ""
+        target.write_text(old[: old.rfind("\n") + 1] + line)
+        return
+    with open(target, "ab+") as file:
+        _drop_half_line(file)
+        # In one call, so that a kill leaves as little chance as may be of half a line.
+        file.write(line.encode())
+
+
+def _drop_half_line(file: Any) -> None:
+    """Truncates the file, opened as `ab+`, behind its last newline."""
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        return
+    file.seek(size - 1)
+    if file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def read_jsonl(path: PathLike) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file; none if there is no file.
+
+    A last line without its newline was half-written when its process was killed: it is left out.
+
+    Raises:
+        ValueError: another line is not JSON.
+    """
+    source = _files.as_path(path)
+    if not source.exists():
+        return []
+    # A kill can cut a character in two; a file that others wrote may hold anything.
+    *lines, _ = source.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            raise ValueError(
+                f"expected JSON on every line, got {line[:60]!r} in line {number} of "
+                f"{os.fspath(path)}; remove that line"
+            ) from None
+    return records
+
+
+def _dumps(content: Any, **options: Any) -> str:
+    try:
+        return json.dumps(content, default=_plain, **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected JSON-able content, got {content!r:.200} ({error}); "
+            "use numbers, strings, lists and mappings with string keys"
+        ) from None
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know, as what it does."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        return np.asarray(value).tolist()
+    raise TypeError(f"{type(value).__name__} is not JSON-able")
+
+
+def fingerprint(content: Any) -> str:
+    """A short hash of JSON-able content, the same in every process and on every machine.
+
+    The order of keys, and whether a sequence is a list or a tuple, make no difference; 1 and 1.0
+    differ, so convert numbers to the type that the setting has.
+
+    Returns:
+        16 hexadecimal digits.
+
+    Raises:
+        ValueError: the content is not JSON-able.
+
+    Example:
+        >>> fingerprint({"temperature": 20.0, "seed": 0})
+        'b78c3befef22277f'
+    """
+    text = _dumps(content, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
