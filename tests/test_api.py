@@ -18,6 +18,7 @@ LEVELS = {
     "typing": 0,
     "_validate": 0,
     "_files": 0,
+    "_precision": 0,
     "losses": 1,
     "metrics": 1,
     "norms": 1,

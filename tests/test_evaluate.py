@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdistill import attacks, evaluate, losses, metrics, nets
+from jdistill import attacks, evaluate, losses, metrics, nets, train
 
 N, D, H, K, R = 23, 6, 8, 4, 3
 RNG = np.random.default_rng(0)
@@ -310,6 +310,28 @@ def test_masking_in_miniature():
     assert [share.value for share in undone.success_rate] == [plain, plain]
 
 
+# Precision
+
+
+@pytest.mark.floor
+@pytest.mark.parametrize("chosen", [None, "bfloat16"])
+def test_all_is_measured_at_full_precision_unless_chosen(chosen):
+    seen = set()
+
+    def noting(weights, inputs):
+        seen.add(jax.config.jax_default_matmul_precision)
+        return inputs.reshape(inputs.shape[0], -1) @ weights
+
+    weights = np.ones((D, K), np.float32)
+    stack = nets.stack([nets.callable_logits_fn(noting, weights)])
+    with jax.default_matmul_precision(chosen):
+        evaluate.evaluate(stack, INPUTS, LABELS, attacks={"fgsm": PLANS["fgsm"]})
+        assert seen == {chosen or "highest"}
+        seen.clear()
+        train.predict(nets.callable_logits_fn(noting, weights), INPUTS)
+    assert seen == {chosen or "highest"}
+
+
 # Compilation
 
 
@@ -340,7 +362,7 @@ def test_summary_counts_only_successes():
         queries=jnp.ones((3, 4), jnp.int32),
         info={},
     )
-    outcome = evaluate.summarise(result)
+    outcome = evaluate.summarize(result)
     assert [share.value for share in outcome.success_rate] == [0.75, 0.0, 1.0]
     np.testing.assert_array_equal(outcome.mean_distance, [2.0, np.nan, 2.0])
     np.testing.assert_array_equal(outcome.median_distance, [1.0, np.nan, 2.0])

@@ -1,6 +1,5 @@
 """What all attacks share: the result, the public door's checks, keys, success, precision."""
 
-import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -61,7 +60,7 @@ class Goal(NamedTuple):
         return -losses.margin(logits, self.targets)
 
     def gain(self, loss: Callable[..., Array], logits: Array) -> Array:
-        """What the attack maximises: the labels' loss, or minus the targets' loss, `[B]`."""
+        """What the attack maximizes: the labels' loss, or minus the targets' loss, `[B]`."""
         if self.targets is None:
             return loss(logits, self.labels)
         return -loss(logits, self.targets)
@@ -114,13 +113,18 @@ def radius(eps: ArrayLike, inputs: Array, *, name: str = "eps") -> Array:
     """A radius or step as floats `[B]`, checked: at least 0, a scalar or one per example."""
     named: dict[str, Any] = {name: eps}
     _validate.non_negative(**named)
-    shape = np.shape(eps)
+    return one_per_example(eps, inputs, name=name)
+
+
+def one_per_example(value: ArrayLike, inputs: Array, *, name: str) -> Array:
+    """A scalar or `[B]` numbers, as floats `[B]`."""
+    shape = np.shape(value)
     if shape not in ((), inputs.shape[:1]):
         raise ValueError(
             f"expected {name} to be a scalar or of shape [B] = {inputs.shape[:1]}, got {shape}; "
             "pass one number, or one per example"
         )
-    return jnp.broadcast_to(jnp.asarray(eps, inputs.dtype), inputs.shape[:1])
+    return jnp.broadcast_to(jnp.asarray(value, inputs.dtype), inputs.shape[:1])
 
 
 def start_point(init: ArrayLike, problem: Problem) -> Array:
@@ -158,17 +162,6 @@ def need_key(problem: Problem, why: str) -> Array:
     if problem.keys is None:
         raise ValueError(f"expected a PRNG key for {why}, got None; pass jax.random.key(0)")
     return problem.keys
-
-
-def full_precision() -> contextlib.AbstractContextManager[Any]:
-    """Full float32 matrix products unless the user chose a precision.
-
-    JAX's defaults are bfloat16 on TPU and TF32 on recent GPUs; that alone moves robust accuracy.
-    """
-    configured: str | None = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    if configured is None:
-        return jax.default_matmul_precision("highest")
-    return contextlib.nullcontext()
 
 
 def finish(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jdistill import _validate
+from jdistill._precision import full_precision
 from jdistill.attacks import _base
 from jdistill.attacks._base import AttackResult, Problem
 from jdistill.typing import Array, ArrayLike, LogitsFn
@@ -39,7 +40,7 @@ def carlini_wagner_l2(
 ) -> AttackResult:
     """Smallest L2 perturbation by Adam on a margin, with a search over its weight.
 
-    In the variable `w` with `x' = mid + half · tanh(w)`, which keeps `x'` inside the box, minimise
+    In the variable `w` with `x' = mid + half · tanh(w)`, which keeps `x'` inside the box, minimize
 
         ‖x' - x‖² + c · max(0, z_y - max_{i≠y} z_i + κ)
 
@@ -57,7 +58,7 @@ def carlini_wagner_l2(
         learning_rate: of Adam, in units of `w`, above 0. An input on the box's face starts at
             `|w| = 7.25` and moves at most `learning_rate` a step, so runs of few steps on
             images with black backgrounds need a larger one than the paper's 0.01.
-        initial_const: the first `c`, above 0.
+        initial_const: the first `c`, above 0; a scalar or `[B]`.
         abort_early: end a search when the example's own loss has stopped falling (checked every
             tenth of the steps).
         bounds: the box of valid inputs.
@@ -97,12 +98,12 @@ def carlini_wagner_l2(
     _validate.count(num_searches=num_searches, num_steps=num_steps)
     problem = _base.prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
     as_float = functools.partial(jnp.asarray, dtype=problem.inputs.dtype)
-    with _base.full_precision():
+    with full_precision():
         return _carlini_wagner_l2(
             problem,
             as_float(confidence),
             as_float(learning_rate),
-            jnp.broadcast_to(as_float(initial_const), problem.inputs.shape[:1]),
+            _base.one_per_example(initial_const, problem.inputs, name="initial_const"),
             num_searches=num_searches,
             num_steps=num_steps,
             abort_early=abort_early,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, losses, norms
+from jdistill._precision import full_precision
 from jdistill.attacks import _base
 from jdistill.attacks._base import AttackResult, Goal, Problem
 from jdistill.typing import Array, ArrayLike, LogitsFn
@@ -40,8 +41,8 @@ def fgsm(
         norm: `"linf"` or `"l2"`.
         bounds: the box of valid inputs.
         targets: `[B]` int, classes to move towards; None moves away from the labels.
-        loss: per-example loss `(logits [B, K], labels [B]) -> [B]`, maximised (for targets:
-            minimised).
+        loss: per-example loss `(logits [B, K], labels [B]) -> [B]`, maximized (for targets:
+            minimized).
 
     Returns:
         The result; `info` is empty. Each attacked example costs two queries.
@@ -63,7 +64,7 @@ def fgsm(
     del key
     _validate.one_of(_NORMS, norm=norm)
     problem = _base.prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
-    with _base.full_precision():
+    with full_precision():
         return _fgsm(problem, _as_pytree(loss), _base.radius(eps, problem.inputs), norm=norm)
 
 
@@ -106,15 +107,15 @@ def pgd(
         bounds: the box of valid inputs.
         targets: `[B]` int, classes to move towards; None moves away from the labels.
         init: `[B, ...]`, the first start instead (projected into ball and box).
-        loss: per-example loss `(logits [B, K], labels [B]) -> [B]`, maximised (for targets:
-            minimised). `jdistill.losses.margin` does not saturate on distilled networks.
+        loss: per-example loss `(logits [B, K], labels [B]) -> [B]`, maximized (for targets:
+            minimized). `jdistill.losses.margin` does not saturate on distilled networks.
         trace: keep the loss of every step.
 
     Returns:
         The result. An example that resists is returned at its last iterate. `info`:
         `first_success [B]` int32, the step (0: the start) at which it succeeded, -1 if never;
         `restart [B]` int32, the start it ended in; with `trace`, `loss
-        [B, num_restarts, num_steps]`, what was maximised at each iterate before its step, NaN
+        [B, num_restarts, num_steps]`, what was maximized at each iterate before its step, NaN
         where the example had stopped.
 
     Raises:
@@ -149,7 +150,7 @@ def pgd(
     draws = num_restarts > 1 or (random_start and init is None)
     if draws:
         _base.need_key(problem, "random starts")
-    with _base.full_precision():
+    with full_precision():
         return _pgd(
             problem,
             _as_pytree(loss),

@@ -1,7 +1,7 @@
 """Training: one immutable state, one pure step, one host loop.
 
 The step is compiled once an architecture: the temperature, the loss's weights and the learning
-rate are data (`LossFn` is a pytree; optimisers made with `optax.inject_hyperparams` keep their
+rate are data (`LossFn` is a pytree; optimizers made with `optax.inject_hyperparams` keep their
 numbers in the state), so every generation at every temperature reuses it.
 """
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jdistill import _validate, data, nets, parallel
+from jdistill._precision import full_precision
 from jdistill.train._step import TrainState, TrainStep, logits_fn
 from jdistill.typing import Array, Callback, LogitsFn, LossFn, Metrics
 
@@ -127,7 +128,7 @@ def _logits(logits_fn: LogitsFn, inputs: Array) -> Array:
 
 
 def predict(logits_fn: LogitsFn, inputs: np.ndarray, *, batch_size: int = 512) -> np.ndarray:
-    """The logits of a whole set, in batches of one shape.
+    """The logits of a whole set, in batches of one shape, with full float32 matrix products.
 
     Args:
         logits_fn: inputs `[B, ...]` to logits `[B, K]`.
@@ -153,5 +154,6 @@ def predict(logits_fn: LogitsFn, inputs: np.ndarray, *, batch_size: int = 512) -
         size = chunk.shape[0]
         if size < batch_size and start > 0:
             chunk = np.concatenate([chunk, np.repeat(chunk[:1], batch_size - size, 0)])
-        rows.append(np.asarray(_logits(logits_fn, chunk))[:size])
+        with full_precision():  # in training it may be the device's; what is measured is exact
+            rows.append(np.asarray(_logits(logits_fn, chunk))[:size])
     return np.concatenate(rows)

@@ -1,4 +1,4 @@
-"""The optimiser of the released recipe."""
+"""The optimizer of the released recipe."""
 
 import functools
 
@@ -7,24 +7,24 @@ import optax
 from jdistill import _validate
 
 
-@functools.lru_cache(maxsize=64)  # equal settings give the same optimiser, hence equal steps
+@functools.lru_cache(maxsize=64)  # equal settings give the same optimizer, hence equal steps
 def sgd(
     learning_rate: float = 0.01, *, decay: float = 1e-6, momentum: float = 0.9
 ) -> optax.GradientTransformation:
-    """Nesterov momentum SGD as Keras does it, the optimiser of the released recipe.
+    """Nesterov momentum SGD as Keras does it, the optimizer of the released recipe.
 
         lr_t = lr / (1 + decay · t)
         v ← momentum · v - lr_t · g
         w ← w + momentum · v - lr_t · g
 
     Args:
-        learning_rate: above 0; a number in the optimiser's state, so that `create_state` can set
+        learning_rate: above 0; a number in the optimizer's state, so that `create_state` can set
             it without a compilation.
         decay: per update, at least 0.
         momentum: in `[0, 1)`.
 
     Returns:
-        The optimiser, with the injected hyperparameter `learning_rate`.
+        The optimizer, with the injected hyperparameter `learning_rate`.
 
     Raises:
         ValueError: numbers out of range.

@@ -28,7 +28,7 @@ class TrainState(NamedTuple):
         step: int32 scalar, updates made so far.
         params: the network's parameters.
         model_state: batch statistics and the like; `{}` where there are none.
-        opt_state: the optimiser's state.
+        opt_state: the optimizer's state.
         key: PRNG key of the run; noise at a step comes from `fold_in(key, step)`.
     """
 
@@ -47,7 +47,7 @@ class TrainStep:
 
     Attributes:
         apply_fn: the network.
-        optimizer: the optimiser.
+        optimizer: the optimizer.
         axis_name: the mapped axis to reduce over, or None.
     """
 
@@ -91,15 +91,15 @@ class TrainStep:
 def make_train_step(
     apply_fn: ApplyFn, optimizer: optax.GradientTransformation, *, axis_name: str | None = None
 ) -> TrainStep:
-    """A pure training step for a network and an optimiser.
+    """A pure training step for a network and an optimizer.
 
     The gradient is of the mean loss over the batch's unmasked rows, over all devices. Padded rows
     count for nothing in it, whatever they hold. Batch statistics of the network's own (batch
-    normalisation) do see them, and under `"pmap"` each device's rows alone, averaged afterwards.
+    normalization) do see them, and under `"pmap"` each device's rows alone, averaged afterwards.
 
     Args:
         apply_fn: the network, `jdistill.nets.apply_fn(model)` for one.
-        optimizer: any optax optimiser.
+        optimizer: any optax optimizer.
         axis_name: the mapped axis to reduce over; `parallel.compile_step` sets it itself.
 
     Returns:
@@ -128,21 +128,21 @@ def create_state(
     model_state: PyTree | None = None,
     hyperparams: Mapping[str, ArrayLike] | None = None,
 ) -> TrainState:
-    """A state at step 0, with a fresh optimiser.
+    """A state at step 0, with a fresh optimizer.
 
     Args:
-        step: whose optimiser starts.
+        step: whose optimizer starts.
         params: the initial weights.
         key: PRNG key of the run.
         model_state: None is `{}`.
-        hyperparams: numbers to set in an optimiser made with `optax.inject_hyperparams`, such as
+        hyperparams: numbers to set in an optimizer made with `optax.inject_hyperparams`, such as
             `{"learning_rate": 0.1}`; they compile nothing.
 
     Returns:
         The state.
 
     Raises:
-        ValueError: a hyperparameter that the optimiser does not have, or a key that is not a
+        ValueError: a hyperparameter that the optimizer does not have, or a key that is not a
             Threefry key (others draw differently on another number of devices).
     """
     key = _validate.prng_key(key)
@@ -152,7 +152,7 @@ def create_state(
         unknown = sorted(set(hyperparams) - set(known))
         if unknown:
             raise ValueError(
-                f"expected hyperparams among {sorted(known)}, got {unknown}; make the optimiser "
+                f"expected hyperparams among {sorted(known)}, got {unknown}; make the optimizer "
                 "with optax.inject_hyperparams, as jdistill.train.sgd does"
             )
         values = {

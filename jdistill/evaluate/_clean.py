@@ -1,0 +1,96 @@
+"""What there is to measure without an attack."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from jdistill import _validate, metrics
+from jdistill.evaluate._runs import Runs, first
+from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
+
+
+class CleanMeasures(NamedTuple):
+    """The measures of each network of a stack on clean inputs.
+
+    Attributes:
+        accuracy: `[R]` intervals over the `N` examples.
+        correct: `[R, N]` bool.
+        mean_abs_logit: `[R]`, mean |z| over examples and classes: the logits' scale.
+        sensitivity_logits: `[R]`, see `metrics.sensitivity_logits`.
+        log10_sensitivity_softmax: `[R]`, log10 of the mean over examples, see
+            `metrics.log10_sensitivity_softmax`.
+        log10_sensitivity_softmax_examples: `[R, S]`, the same for each of the first `S` examples.
+        zero_gradient_fraction: `[R]`, share of those `S` examples whose cross-entropy has an
+            exactly zero input gradient: what blinds FGSM and PGD.
+    """
+
+    accuracy: list[metrics.Interval]
+    correct: np.ndarray
+    mean_abs_logit: np.ndarray
+    sensitivity_logits: np.ndarray
+    log10_sensitivity_softmax: np.ndarray
+    log10_sensitivity_softmax_examples: np.ndarray
+    zero_gradient_fraction: np.ndarray
+
+
+def clean(
+    stack: LogitsFn,
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    *,
+    temperature: ArrayLike = 1.0,
+    num_sensitivity: int | None = None,
+    batch_size: int = 250,
+    vmapped: bool | None = None,
+    callback: Callback | None = None,
+) -> CleanMeasures:
+    """Accuracy, logit scale, both sensitivities and the share of zero gradients of a stack.
+
+    Args:
+        stack: a `logits_fn` pytree whose leaves lead with `R`.
+        inputs: `[N, ...]` float.
+        labels: `[N]` int in `0..K-1`.
+        temperature: at which the networks are tested, above 0; scalar or `[R]`.
+        num_sensitivity: the first so many examples enter the sensitivities and the share of zero
+            gradients; None takes all.
+        batch_size: examples at a time, at least 1.
+        vmapped: whether to run the stack under `vmap`; None does so except on CPU.
+        callback: see `evaluate`.
+
+    Returns:
+        The measures, on the host.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
+    runs = Runs.of(stack, temperature, vmapped, callback)
+    _validate.count(batch_size=batch_size)
+    _validate.inputs_in_box(inputs, (-np.inf, np.inf))
+    size = first(len(inputs), "num_sensitivity", num_sensitivity)
+    logits = runs.map(_logits, "accuracy", batch_size, inputs) * runs.temperatures[:, None, None]
+    _validate.class_indices(labels, batch_size=len(inputs), num_classes=logits.shape[-1])
+    correct = np.stack([np.asarray(metrics.correct(rows, labels)) for rows in logits])
+    by_logits, by_softmax, zero = runs.map(
+        _sensitivities, "sensitivity", batch_size, inputs[:size], labels[:size]
+    )
+    return CleanMeasures(
+        accuracy=[metrics.proportion(int(row.sum()), row.size) for row in correct],
+        correct=correct,
+        mean_abs_logit=np.abs(logits).mean(axis=(1, 2)),
+        sensitivity_logits=by_logits.mean(axis=1) * runs.temperatures,
+        log10_sensitivity_softmax=np.array([metrics.log10_mean(row) for row in by_softmax]),
+        log10_sensitivity_softmax_examples=by_softmax,
+        zero_gradient_fraction=zero.mean(axis=1),
+    )
+
+
+def _logits(logits_fn: LogitsFn, inputs: Array) -> Array:
+    return logits_fn(inputs)
+
+
+def _sensitivities(logits_fn: LogitsFn, inputs: Array, labels: Array) -> tuple[Array, Array, Array]:
+    return (
+        metrics.sensitivity_logits(logits_fn, inputs),
+        metrics.log10_sensitivity_softmax(logits_fn, inputs),
+        metrics.zero_gradient(logits_fn, inputs, labels),
+    )
