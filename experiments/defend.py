@@ -25,7 +25,7 @@ from jdistill import data, report, runtime
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Where things lie and how the run is made; none of it changes a result."""
+    """Where things lie and how the run is made; no result depends on it."""
 
     workdir: str | None = None
     """Folder of the run: checkpoints, results, figures, report (none: runs/defend-DATASET)."""
@@ -61,9 +61,9 @@ def _command(default: Recipe) -> Any:
 
     def command(
         recipe: Recipe = default,
-        options: Options = Options(),
+        run: Options = Options(),
     ) -> tuple[Recipe, Options]:
-        return (smoke(recipe) if options.smoke else recipe), options
+        return (smoke(recipe) if run.smoke else recipe), run
 
     command.__doc__ = f"{Recipe.__doc__} Data set: {default.dataset}."
     return command
@@ -72,6 +72,7 @@ def _command(default: Recipe) -> Any:
 def run(recipe: Recipe, options: Options) -> None:
     """Train what is not trained, attack what is not attacked, write the report."""
     started = time.monotonic()
+    report.check_packages()
     suffix = "-smoke" if options.smoke else ""
     path = os.path.expanduser(options.workdir or f"runs/defend-{recipe.dataset}{suffix}")
     with workdir.reserved(path), Progress() as progress:
@@ -80,10 +81,9 @@ def run(recipe: Recipe, options: Options) -> None:
     examples = data.Split(*(column[: recipe.train_examples] for column in dataset.train))
     test_examples = data.Split(*(column[: recipe.test_examples] for column in dataset.test))
 
-    networks = training.train(folder, recipe, examples, mode=options.parallel)
-    rows = measure.measure(folder, recipe, networks, test_examples)
-
-    workdir.record_run(folder, seconds=time.monotonic() - started)
+    with workdir.recorded(folder, started=started):
+        networks = training.train(folder, recipe, examples, mode=options.parallel)
+        rows = measure.measure(folder, recipe, networks, test_examples)
     written = report.write_report(folder, rows, pictures=measure.pictures(folder, recipe))
     print(report.summary(rows))
     print(f"report: {written['report']}")

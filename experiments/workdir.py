@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -64,20 +65,43 @@ def open_workdir(path: str, recipe: Recipe, dataset: Dataset) -> tuple[epath.Pat
     return workdir, recipe
 
 
-def record_run(folder: epath.Path, *, seconds: float) -> None:
-    """Write `run.json`: versions, devices, and the time of this start and of all of them."""
-    path = folder / "run.json"
+@contextlib.contextmanager
+def recorded(folder: epath.Path, *, started: float) -> Iterator[None]:
+    """Write `run.json` when the block ends, however it ends.
+
+    It holds versions, devices, and the seconds of this start and of all of them; so that a run
+    that was stopped and went on later still says what it took.
+
+    Args:
+        folder: the workdir.
+        started: `time.monotonic()` at the start.
+    """
     try:
-        before = json.loads(path.read_text())["seconds_all_starts"]
-    except (OSError, ValueError, KeyError, TypeError):
-        before = 0.0
-    times = {"seconds": round(seconds, 1), "seconds_all_starts": round(before + seconds, 1)}
-    runtime.write_json(path, {**runtime.describe(), **times})
+        yield
+    finally:
+        seconds = time.monotonic() - started
+        path = folder / "run.json"
+        try:
+            before = float(json.loads(path.read_text())["seconds_all_starts"])
+        except (OSError, ValueError, KeyError, TypeError):
+            before = 0.0
+        times = {"seconds": round(seconds, 1), "seconds_all_starts": round(before + seconds, 1)}
+        runtime.write_json(path, {**runtime.describe(), **times})
 
 
 def forget_epochs(log: epath.Path, labels: Mapping[str, Any], *, after: int) -> None:
-    """Drop the log lines of a stage's epochs that will be run again."""
+    """Drop the log lines of a stage's epochs that will be run again.
+
+    Raises:
+        ValueError: a line of the log is none of ours.
+    """
     lines = runtime.read_jsonl(log)
+    for number, line in enumerate(lines, start=1):
+        if not isinstance(line, dict) or not isinstance(line.get("epoch"), int):
+            raise ValueError(
+                f"expected an epoch's record in line {number} of {log}, got {str(line)[:60]!r}; "
+                "remove that line"
+            )
     kept = [
         line
         for line in lines

@@ -80,7 +80,7 @@ def count(*, minimum: int = 1, **named: Any) -> None:
         if not whole or value < minimum:
             raise ValueError(
                 f"expected {name} to be a whole number >= {minimum}, got {value!r}; "
-                "counts are static: pass a Python int"
+                "pass a Python int"
             )
 
 

@@ -31,11 +31,11 @@ class Generation:
     """One network of a chain, and how it learns.
 
     Attributes:
-        step: its training step (`train.make_train_step`): network and optimiser.
+        step: its training step (`train.make_train_step`): network and optimizer.
         params: its initial weights; share them within an architecture, as the paper does.
         model_state: its initial model state; `{}` where there is none.
         num_epochs: passes over the data, at least 0.
-        hyperparams: numbers for the optimiser, such as `{"learning_rate": 0.1}`.
+        hyperparams: numbers for the optimizer, such as `{"learning_rate": 0.1}`.
     """
 
     step: TrainStep
@@ -170,7 +170,7 @@ def initial_weights(
     """The shared start of the released recipe: an epoch at `T = 1` on hard labels.
 
     Every generation of the architecture, at every temperature, starts from these weights (with a
-    fresh optimiser).
+    fresh optimizer).
 
     Args:
         step: the architecture's training step.
@@ -179,7 +179,7 @@ def initial_weights(
         key: the run's key.
         model_state: None is `{}`.
         num_epochs: at least 0.
-        hyperparams: numbers for the optimiser.
+        hyperparams: numbers for the optimizer.
         start: a state to go on from, from an earlier run of this function.
         **fit_options: `batch_size`, `mode`, `devices`, `callback` of `train.fit`.
 
@@ -218,6 +218,7 @@ def chain(
     hard_weight: float = 0.0,
     temperature_squared: bool = False,
     start: Sequence[TrainState] = (),
+    batch_size: int = 128,
     callback: Callback | None = None,
     **fit_options: Any,
 ) -> list[TrainState]:
@@ -240,9 +241,10 @@ def chain(
             distillation.
         start: states of generations 0, 1, … from an earlier run: finished ones are not trained
             again, and the last may be anywhere on its way.
+        batch_size: examples a step, at least 1.
         callback: see `train.fit`; every event also has `generation`. An event
             `"generation"` with the final `state` ends each, finished ones included.
-        **fit_options: `batch_size`, `mode`, `devices` of `train.fit`.
+        **fit_options: `mode`, `devices` of `train.fit`.
 
     Returns:
         One state a generation, in order.
@@ -265,7 +267,7 @@ def chain(
         )
     inputs, labels = examples
     for number, state in enumerate(start[:-1]):
-        num_steps = _num_steps(generations[number], len(labels), fit_options)
+        num_steps = _num_steps(generations[number], len(labels), batch_size)
         if int(state.step) < num_steps:
             # Those after it have learned from a teacher that this run would train on.
             raise ValueError(
@@ -282,7 +284,7 @@ def chain(
     for number, generation in enumerate(generations):
         targets = None
         state = _start(generation, jax.random.fold_in(key, number), start[number : number + 1])
-        finished = int(state.step) >= _num_steps(generation, len(labels), fit_options)
+        finished = int(state.step) >= _num_steps(generation, len(labels), batch_size)
         if not finished and number == 0:
             targets = _one_hot(generation.step, state, inputs, labels)
         elif not finished:
@@ -294,6 +296,7 @@ def chain(
             (inputs, labels, targets),
             teacher_loss if number == 0 else student_loss,
             num_epochs=generation.num_epochs,
+            batch_size=batch_size,
             stage=stage_name(number, len(generations)),
             callback=_with_generation(callback, number),
             **fit_options,
@@ -376,8 +379,7 @@ def _start(generation: Generation, key: Array, given: Sequence[TrainState]) -> T
     )
 
 
-def _num_steps(generation: Generation, num_examples: int, fit_options: Mapping[str, Any]) -> int:
-    batch_size = fit_options.get("batch_size", 128)
+def _num_steps(generation: Generation, num_examples: int, batch_size: int) -> int:
     return generation.num_epochs * data.num_batches(num_examples, batch_size)
 
 

@@ -1,6 +1,6 @@
 """Losses, one value per example: `(logits [B, K], …) -> [B]`. The mean is the caller's.
 
-Training minimises them; attacks maximise them (and minimise them towards a target class).
+Training minimizes them; attacks maximize them (and minimize them towards a target class).
 The temperature divides the logits: `softmax(z / T)`, and may be traced.
 """
 

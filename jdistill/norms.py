@@ -134,7 +134,7 @@ def into_ball_and_box(
 ) -> Array:
     """The inputs projected into the ball around `center`, then clipped into the box.
 
-    The centre lies in the box, so clipping moves every entry towards it and the result is in both.
+    The center lies in the box, so clipping moves every entry towards it and the result is in both.
 
     Args:
         inputs: `[B, ...]` float.

@@ -79,7 +79,7 @@ class LossFn(Protocol):
 
 
 class StepFn(Protocol):
-    """`(state, batch, loss_fn) -> (state, metrics)`, one optimiser update; pure."""
+    """`(state, batch, loss_fn) -> (state, metrics)`, one optimizer update; pure."""
 
     def __call__(self, state: Any, batch: Batch, loss_fn: LossFn, /) -> tuple[Any, Metrics]: ...
 

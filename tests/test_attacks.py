@@ -368,7 +368,7 @@ def test_broken_clean_logits_count_as_misclassified_and_stay_alone(case, bad):
     result = run(case, make(broken=bad, broken_at=0.125), inputs, LABELS, key=KEYS)
     assert (result.success[2], result.distance[2], result.queries[2]) == (True, 0, 1)
     np.testing.assert_array_equal(result.inputs[2], inputs[2])
-    # The neighbours fare as they do without it.
+    # The neighbors fare as they do without it.
     others = np.arange(B) != 2
     healthy = run(case, MODEL, INPUTS, LABELS, key=KEYS)
     np.testing.assert_array_equal(result.success[others], healthy.success[others])
@@ -450,7 +450,7 @@ def test_order_split_and_padding_of_the_batch_change_nothing(case):
 
 
 @pytest.mark.parametrize("name", ["pgd-linf", "carlini_wagner_l2"])
-def test_the_trace_does_not_depend_on_the_neighbours(name):
+def test_the_trace_does_not_depend_on_the_neighbors(name):
     # An example that stops early keeps what it recorded while the others go on.
     whole = run(CASES[name], MODEL, INPUTS, LABELS, key=KEYS, trace=True)
     recorded = np.isfinite(whole.info["loss"]).reshape(B, -1).sum(1)

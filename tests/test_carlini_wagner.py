@@ -244,6 +244,7 @@ def test_the_trace_holds_the_loss_of_every_step():
         ({"learning_rate": 0.0}, r"expected learning_rate > 0, got 0\.0"),
         ({"learning_rate": np.full(B, 0.1)}, r"expected learning_rate of rank 0, got shape \(6,\)"),
         ({"initial_const": 0}, "expected initial_const > 0, got 0"),
+        ({"initial_const": np.ones(3)}, r"scalar or of shape \[B\] = .*, got \(3,\)"),
         ({"num_searches": 0}, "expected num_searches to be a whole number >= 1, got 0"),
         ({"num_steps": -3}, "expected num_steps to be a whole number >= 1, got -3"),
     ],

@@ -142,8 +142,12 @@ def test_stopped_in_training_and_resumed_is_uninterrupted(
         with pytest.raises(Stop):
             run(tmp_path)
     assert not (tmp_path / "results.csv").exists()
+    stopped = json.loads((tmp_path / "run.json").read_text())
     capsys.readouterr()
     run(tmp_path)
+    times = json.loads((tmp_path / "run.json").read_text())
+    assert 0 < stopped["seconds_all_starts"] == stopped["seconds"]
+    assert times["seconds_all_starts"] == pytest.approx(stopped["seconds"] + times["seconds"])
     assert "initial weights: done" in capsys.readouterr().err
     for name in ("results.csv", "metrics.jsonl"):
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
@@ -258,6 +262,8 @@ def test_any_other_difference_is_refused_by_name(finished, change, words):
         ["digits", "--num-assistants", "7"],
         ["digits", "--epochs", "0"],
         ["digits", "--seeds", "1", "1"],
+        ["digits", "--seeds", "-1"],
+        ["digits", "--seeds", "4294967296"],
         ["cats"],
     ],
 )
@@ -272,6 +278,37 @@ def test_bad_options_end_in_one_line_and_write_nothing(arguments, tmp_path, caps
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err
     assert arguments[-1].rstrip("0") in printed.err + printed.out
+
+
+@pytest.mark.parametrize("line", ["{}", "[]", '{"epoch": null}'])
+def test_a_log_that_others_wrote_is_refused_by_line(line, finished, tmp_path):
+    import shutil
+
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished, workdir)
+    shutil.rmtree(workdir / "checkpoints/seed0/T20/generation2")
+    log = workdir / "metrics.jsonl"
+    log.write_text(log.read_text() + line + "\n")
+    with pytest.raises(ValueError, match=r"in line 8 of .*metrics\.jsonl, got .*; remove that"):
+        run(workdir)
+
+
+def test_a_missing_package_is_named_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'jdistill\[demo\]'"):
+        run(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_ctrl_c_while_it_starts_shows_no_traceback():
+    # Importing is the one thing that `run_main` cannot wrap; this stops there.
+    code = (
+        "import sys; sys.argv[0] = '-m'; import experiments; "
+        "assert sys.excepthook is experiments._quietly; raise KeyboardInterrupt"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (130, -signal.SIGINT)
+    assert done.stderr == "stopped; nothing was begun\n"
 
 
 def test_unwritable_workdir_is_refused_before_anything(tmp_path, capsys):

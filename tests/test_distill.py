@@ -362,8 +362,8 @@ def test_gradients_with_the_squared_temperature_keep_their_scale():
         batch = BATCH6._replace(targets=jax.nn.softmax(teacher / temperature))
         loss_fn = distill.soft_loss(temperature, temperature_squared=True)
         gradient = jax.grad(lambda z: loss_fn(z, batch).sum())(LOGITS)  # noqa: B023
-        centred = [z - z.mean(1, keepdims=True) for z in (LOGITS, teacher)]
-        expected = (centred[0] - centred[1]) / K
+        centered = [z - z.mean(1, keepdims=True) for z in (LOGITS, teacher)]
+        expected = (centered[0] - centered[1]) / K
         np.testing.assert_allclose(gradient, expected, rtol=0.2, atol=0.1)
 
 

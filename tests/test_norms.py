@@ -118,7 +118,7 @@ def test_random_starts_are_uniform_in_the_ball(norm, dimensions):
     sample = np.sort(radius**dimensions)
     steps = np.arange(1, len(sample) + 1) / len(sample)
     assert np.abs(sample - steps).max() < 2.7 / np.sqrt(len(sample))
-    # Directions: centred, and no coordinate is preferred.
+    # Directions: centered, and no coordinate is preferred.
     spread = noise.std(0)
     assert np.abs(noise.mean(0)).max() < 5 * spread.max() / np.sqrt(len(noise))
     assert spread.max() / spread.min() < 1.15

@@ -4,6 +4,7 @@ import gc
 import os
 import pathlib
 import re
+import subprocess
 import sys
 import warnings
 
@@ -45,6 +46,9 @@ def execute(notebook, folder):
         "IPYTHONDIR": str(folder / ".ipython"),
         "MPLCONFIGDIR": str(folder / ".matplotlib"),
     }
+    # Where it takes more than five seconds, matplotlib says on stderr that it lists the fonts.
+    listing = [sys.executable, "-c", "import matplotlib.font_manager"]
+    subprocess.run(listing, env=environment, check=True, capture_output=True)
     work = folder / "work"
     work.mkdir()
     client = nbclient.NotebookClient(

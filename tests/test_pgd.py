@@ -231,7 +231,7 @@ def test_random_starts_fill_the_ball():
     [
         ({"num_steps": 0}, "expected num_steps to be a whole number >= 1, got 0"),
         ({"num_restarts": 0}, "expected num_restarts to be a whole number >= 1, got 0"),
-        ({"num_steps": 2.0}, r"got 2\.0; counts are static"),
+        ({"num_steps": 2.0}, r"got 2\.0; pass a Python int"),
         ({"step_size": -0.1}, r"expected step_size >= 0, got -0\.1"),
         ({"step_size": np.nan}, "expected step_size >= 0, got nan"),
         ({"init": INPUTS[:2]}, r"expected init of the inputs' shape \(8, 5\), got \(2, 5\)"),

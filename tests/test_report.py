@@ -331,7 +331,7 @@ def test_figures_show_intervals_for_one_seed_and_bands_for_several():
     assert heights.max() == pytest.approx(max(wanted))
 
 
-def test_figures_are_labelled():
+def test_figures_are_labeled():
     found = _table.networks(make_rows())
     for draw in _figures._FIGURES.values():
         figure = draw(found)

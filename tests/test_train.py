@@ -1,4 +1,4 @@
-"""Training: the optimiser against Keras's by hand, the loop's laws, bad input."""
+"""Training: the optimizer against Keras's by hand, the loop's laws, bad input."""
 
 import chex
 import flax.linen as nn
@@ -59,7 +59,7 @@ def whole():
     return fit(callback=events.append), events
 
 
-# The optimiser
+# The optimizer
 
 
 @pytest.mark.floor
@@ -395,7 +395,7 @@ def test_predict_compiles_one_shape_and_nothing_for_new_weights():
 # Batch statistics
 
 
-class Normalised(nn.Module):
+class Normalized(nn.Module):
     @nn.compact
     def __call__(self, inputs, *, train=False):
         x = nn.BatchNorm(use_running_average=not train, momentum=0.5, name="norm")(inputs)
@@ -403,16 +403,16 @@ class Normalised(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def normalised():
-    model = Normalised()
+def normalized():
+    model = Normalized()
     step = train.make_train_step(nets.apply_fn(model), train.sgd(0.1))
     params, model_state = nets.init(model, KEY, (D,))
     return model, step, train.create_state(step, params, KEY, model_state=model_state)
 
 
 @pytest.mark.parametrize(("mode", "num_devices"), [("jit", 1), ("jit", 8), ("pmap", 8)])
-def test_batch_statistics_are_state(normalised, mode, num_devices):
-    _, step, state = normalised
+def test_batch_statistics_are_state(normalized, mode, num_devices):
+    _, step, state = normalized
     batch = Batch(INPUTS[:16], LABELS[:16], None, np.ones(16, np.float32))
     run = parallel.compile_step(step, mode, jax.devices()[:num_devices])
     after, _ = run(state, batch, train.hard_loss())
@@ -424,8 +424,8 @@ def test_batch_statistics_are_state(normalised, mode, num_devices):
 
 
 @pytest.mark.parametrize("mode", ["jit", "pmap"])
-def test_fit_carries_batch_statistics_to_evaluation(normalised, mode):
-    model, step, state = normalised
+def test_fit_carries_batch_statistics_to_evaluation(normalized, mode):
+    model, step, state = normalized
     state = train.fit(
         step,
         state,

@@ -78,6 +78,8 @@ class Recipe:
                 )
         for seed in self.seeds:
             _validate.count(minimum=0, seeds=seed)
+            if seed >= 2**32:  # a key holds no more: such seeds would repeat smaller ones
+                raise ValueError(f"expected seeds below 2**32, got {seed}; pass a smaller one")
         for name in ("epochs", "batch_size", "sensitivity_examples", "pgd_steps"):
             _validate.count(**{name: getattr(self, name)})
         for name in ("train_examples", "test_examples"):
@@ -99,7 +101,7 @@ class Recipe:
         if not any((self.fgsm_examples, self.pgd_examples, self.cw_examples)):
             raise ValueError(
                 "expected at least one attack, got 0 examples for each; "
-                "an accuracy without an attack says nothing about a defence"
+                "an accuracy without an attack says nothing about a defense"
             )
 
     def model(self) -> nets.ConvNet:
@@ -134,8 +136,9 @@ class Recipe:
                 "linf",
                 self.eps,
             ),
+            # In small batches, since it is the longest: Ctrl-C and the bar wait for one batch.
             "carlini_wagner_l2": (
-                AttackPlan(carlini_wagner, self.cw_examples, batch_size=100),
+                AttackPlan(carlini_wagner, self.cw_examples, batch_size=25),
                 "l2",
                 None,
             ),

@@ -9,7 +9,8 @@ The contract of every attack:
 * Success: the best other logit is strictly above the true class's (targeted: the target's is
   strictly above all others), and every logit is finite. It is checked again by a forward pass on
   the returned inputs. An example that already succeeds is returned unchanged, at distance 0
-  after one query; so is one whose clean logits are not finite.
+  after one query. Clean logits that are not finite count as misclassified: for an untargeted
+  attack that is a success already, for a targeted one it is none, and the search begins there.
 * Every example stands alone: its randomness comes from its own key (`fold_in(key, index)`, or the
   `[B]` keys given), and no sum over the batch decides anything.
 * Matrix products run at full float32 precision unless `jax_default_matmul_precision` is set.

@@ -103,7 +103,7 @@ def batches(
 
     Every batch has exactly `batch_size` rows, so one compiled function serves all of them. The
     rows that fill up the last batch repeat that batch's first row, so they are finite, inside the
-    box and validly labelled, and carry `mask == 0`: a sum weighted by the mask counts every
+    box and validly labeled, and carry `mask == 0`: a sum weighted by the mask counts every
     example exactly once. No examples give no batches.
 
     Args:

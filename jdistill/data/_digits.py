@@ -9,7 +9,7 @@ from jdistill.data._types import SPLITS, Split, joint_checksum, split_checksum
 MAXIMUM = 16
 NUM_CLASSES = 10
 NOTE = (
-    "digits: 1,197 / 200 / 400 of scikit-learn's 1,797 images (8x8 pixels, 17 grey levels), by one "
+    "digits: 1,197 / 200 / 400 of scikit-learn's 1,797 images (8x8 pixels, 17 gray levels), by one "
     "fixed permutation; the same writers appear in every split"
 )
 _SIZES = {"train": 1197, "validation": 200, "test": 400}

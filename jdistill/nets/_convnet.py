@@ -103,7 +103,7 @@ class ConvNet(nn.Module):
                 i only. Needed when `train` and `dropout_rate > 0`, else unused.
 
         Returns:
-            `[B, K]`, not normalised.
+            `[B, K]`, not normalized.
         """
         _validate.rank(4, inputs=inputs)
         drop = train and self.dropout_rate > 0 and len(self.hidden) > 0

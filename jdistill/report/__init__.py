@@ -9,6 +9,7 @@ Figures and HTML need matplotlib and jinja2: `pip install 'jdistill[demo]'`. The
 
 from jdistill.report._figures import write_figures
 from jdistill.report._html import write_html, write_report
+from jdistill.report._optional import check_packages
 from jdistill.report._pictures import write_picture_grid
 from jdistill.report._table import COLUMNS, read_results, write_results
 from jdistill.report._text import summary
@@ -17,6 +18,7 @@ from jdistill.report._words import answer
 __all__ = [
     "COLUMNS",
     "answer",
+    "check_packages",
     "read_results",
     "summary",
     "write_figures",

@@ -21,9 +21,9 @@ from jdistill.report._table import AttackKey, Network, Row, Stat, attack_keys, n
 _DPI = 160
 _WIDTH = 6.4  # inches
 _INK, _FAINT = "#222222", "#dddddd"
-# Okabe and Ito's colours, in an order in which neighbours differ in lightness too; the teacher is
-# ink. Markers repeat the distinction for print and for eyes that see few colours.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7A5195")
+# Okabe and Ito's colors, in an order in which neighbors differ in lightness too; the teacher is
+# ink. Markers repeat the distinction for print and for eyes that see few colors.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7A5195")
 _MARKERS = ("o", "^", "D", "v", "P", "X", "*")
 _STYLE = {
     "font.size": 10,
@@ -270,11 +270,11 @@ def _lines(
             scale * np.array([getattr(stat, end) for _, stat in points])
             for end in ("mean", "low", "high")
         )
-        colour, marker = _look(generation)
+        color, marker = _look(generation)
         (line,) = axes.plot(
             x,
             y,
-            color=colour,
+            color=color,
             marker=marker,
             markersize=3 if faint else 5,
             linestyle=":" if faint else "--" if generation == 0 else "-",
@@ -287,18 +287,18 @@ def _lines(
             continue
         several = np.array([stat.seeds > 1 for _, stat in points])
         if several.all() and len(points) > 1:
-            axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0, zorder=2)
+            axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0, zorder=2)
         else:
             # max: rounding may put the end of an interval on the wrong side of its middle.
             bars = [np.maximum(y - low, 0), np.maximum(high - y, 0)]
-            axes.errorbar(x, y, yerr=bars, fmt="none", ecolor=colour, capsize=2.5, linewidth=1)
+            axes.errorbar(x, y, yerr=bars, fmt="none", ecolor=color, capsize=2.5, linewidth=1)
 
 
 def _look(generation: int) -> tuple[str, str]:
     if generation == 0:
         return _INK, "s"
-    index = (generation - 1) % len(_COLOURS)
-    return _COLOURS[index], _MARKERS[index]
+    index = (generation - 1) % len(_COLORS)
+    return _COLORS[index], _MARKERS[index]
 
 
 def _span(found: Sequence[Network]) -> float:

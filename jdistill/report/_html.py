@@ -12,7 +12,7 @@ from etils import epath
 from jdistill._files import PathLike, as_path, write_whole
 from jdistill.report import _text, _words
 from jdistill.report._figures import write_figures
-from jdistill.report._optional import optional
+from jdistill.report._optional import check_packages, optional
 from jdistill.report._pictures import load_pictures, write_picture_grid
 from jdistill.report._table import (
     Attacked,
@@ -81,8 +81,7 @@ def write_report(
     """
     folder = as_path(workdir)
     # Before anything is written, so that a missing package or a bad picture leaves no half report.
-    for module in ("matplotlib", "jinja2"):
-        optional(module)
+    check_packages()
     table = read_results(folder / "results.csv") if rows is None else [dict(row) for row in rows]
     networks(table)
     arrays = {key: load_pictures(value) for key, value in _in_order(pictures or {})}

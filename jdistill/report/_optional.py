@@ -18,3 +18,16 @@ def optional(module: str) -> ModuleType:
             "pip install 'jdistill[demo]'",
             name=error.name,
         ) from None
+
+
+def check_packages() -> None:
+    """Checks that figures and reports can be made, which is better known before a long run.
+
+    Raises:
+        ModuleNotFoundError: matplotlib or jinja2 is missing; it says how to get them.
+
+    Example:
+        >>> check_packages()
+    """
+    for module in ("matplotlib", "jinja2"):
+        optional(module)

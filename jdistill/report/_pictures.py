@@ -89,7 +89,7 @@ def picture_figure(
     number = len(clean)
     figure_module = optional("matplotlib.figure")
     figure = figure_module.Figure(figsize=(0.95 + 0.95 * number, 3.7), layout="constrained")
-    # The colour bar has a column of its own: beside the last row alone it would shift that row.
+    # The color bar has a column of its own: beside the last row alone it would shift that row.
     widths = [*[1.0] * number, 0.1]
     cells = figure.subplots(3, number + 1, squeeze=False, width_ratios=widths)
     grid = cells[:, :number]

@@ -28,7 +28,7 @@ SUCCESS_GAP = 0.10
 # A minimum-norm attack "succeeds" from here on; the field's own reports have 99 to 100 %.
 SUCCESS_FULL = 0.95
 # "No further away": the median distance at most this many times the baseline's. Published: 1.25
-# for MNIST distilled at T = 100 against undistilled; claims of a defence are 6 to 9 times.
+# for MNIST distilled at T = 100 against undistilled; claims of a defense are 6 to 9 times.
 DISTANCE_SAME = 1.5
 # Fewer seeds than this, and no difference between chain lengths is called one.
 SEEDS_TO_COMPARE = 3
