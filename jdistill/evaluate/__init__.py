@@ -9,7 +9,7 @@ Memory is bounded by `batch_size`: the functions are host loops over chunks of e
 not themselves to be put under `jit` or `vmap`.
 """
 
-from jdistill.evaluate._attack import AttackOutcome, AttackPlan, summarise, under_attack
+from jdistill.evaluate._attack import AttackOutcome, AttackPlan, summarize, under_attack
 from jdistill.evaluate._clean import CleanMeasures, clean
 from jdistill.evaluate._evaluate import Evaluation, evaluate
 
@@ -20,6 +20,6 @@ __all__ = [
     "Evaluation",
     "clean",
     "evaluate",
-    "summarise",
+    "summarize",
     "under_attack",
 ]

@@ -90,10 +90,10 @@ def under_attack(
     if key is not None:  # keys travel with their examples, so batches do not change the draws
         columns.append(jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(size)))
     result = runs.map(_Attacked(plan.attack), stage, plan.batch_size, *columns, eager=True)
-    return summarise(result)
+    return summarize(result)
 
 
-def summarise(result: AttackResult) -> AttackOutcome:
+def summarize(result: AttackResult) -> AttackOutcome:
     """The success rates and distances of attack results stacked along `R`.
 
     Args:
@@ -106,7 +106,7 @@ def summarise(result: AttackResult) -> AttackOutcome:
         >>> row = lambda *values: jnp.array([values])
         >>> result = AttackResult(jnp.zeros((1, 2, 3)), row(True, False), row(2.0, jnp.inf),
         ...                       row(5, 9), {})
-        >>> outcome = summarise(result)
+        >>> outcome = summarize(result)
         >>> outcome.success_rate[0].value, float(outcome.mean_distance[0])
         (0.5, 2.0)
     """

@@ -55,7 +55,7 @@ def evaluate(
             count that is no whole number above 0.
 
     Example:
-        >>> from jdistill import attacks
+        >>> from jdistill import attacks, nets
         >>> linear = lambda weights, x: x @ weights
         >>> stack = nets.stack(
         ...     [nets.callable_logits_fn(linear, w) for w in (jnp.eye(2), -jnp.eye(2))])
