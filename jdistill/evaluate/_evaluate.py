@@ -55,6 +55,9 @@ def evaluate(
             count that is no whole number above 0.
 
     Example:
+        >>> import functools
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
         >>> from jdistill import attacks, nets
         >>> linear = lambda weights, x: x @ weights
         >>> stack = nets.stack(
