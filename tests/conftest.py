@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 
 import jax
 
@@ -19,6 +20,11 @@ _CACHE = pathlib.Path(__file__).parents[1] / ".jax_cache" / jax.__version__ / _W
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+# A shell that starts the tests in the background lets them, and all processes that they start,
+# ignore Ctrl-C; the tests of Ctrl-C need it heard.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config):

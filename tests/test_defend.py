@@ -353,7 +353,10 @@ def test_ctrl_c_keeps_the_checkpoint_and_exits_130(tmp_path):
     ):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, message = process.communicate(timeout=60)
+    try:
+        _, message = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "Traceback" not in message
     assert "again" in message
