@@ -25,7 +25,7 @@ from jdistill import data, report, runtime
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Where things lie and how the run is made; no result depends on it."""
+    """Where things lie and how the run is made."""
 
     workdir: str | None = None
     """Folder of the run: checkpoints, results, figures, report (none: runs/defend-DATASET)."""
@@ -34,7 +34,7 @@ class Options:
     parallel: Literal["jit", "pmap"] = "jit"
     """How the training step is spread over the devices."""
     smoke: bool = False
-    """Every size at its least: seconds, and numbers that mean nothing. Overrides the sizes."""
+    """Every size that is not given at its least: seconds, and numbers that mean nothing."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -47,8 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str]) -> tuple[Recipe, Options]:
     """The recipe and the options of a command line; `--help` explains each."""
+    # It changes the defaults, so that what is given beside it still holds.
+    recipes = {
+        name: smoke(recipe) if "--smoke" in arguments else recipe
+        for name, recipe in RECIPES.items()
+    }
     return tyro.extras.subcommand_cli_from_dict(
-        {name: _command(recipe) for name, recipe in RECIPES.items()},
+        {name: _command(recipe) for name, recipe in recipes.items()},
         prog="python -m experiments.defend",
         description=__doc__,
         args=list(arguments),
@@ -63,7 +68,7 @@ def _command(default: Recipe) -> Any:
         recipe: Recipe = default,
         run: Options = Options(),
     ) -> tuple[Recipe, Options]:
-        return (smoke(recipe) if run.smoke else recipe), run
+        return recipe, run
 
     command.__doc__ = f"{Recipe.__doc__} Data set: {default.dataset}."
     return command
@@ -81,7 +86,7 @@ def run(recipe: Recipe, options: Options) -> None:
     examples = data.Split(*(column[: recipe.train_examples] for column in dataset.train))
     test_examples = data.Split(*(column[: recipe.test_examples] for column in dataset.test))
 
-    with workdir.recorded(folder, started=started):
+    with workdir.recorded(folder, started=started, parallel=options.parallel):
         networks = training.train(folder, recipe, examples, mode=options.parallel)
         rows = measure.measure(folder, recipe, networks, test_examples)
     written = report.write_report(folder, rows, pictures=measure.pictures(folder, recipe))

@@ -1,9 +1,10 @@
 """Measuring and attacking all networks of a run, row by row into `results.csv`.
 
 The table is also what a stopped run goes on from: a network's row for an attack that is there is
-not computed again. It is written whole after every attack.
+not computed again. It is written whole after every network on CPU, after every attack elsewhere.
 """
 
+import io
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,8 +15,8 @@ from etils import epath
 
 from experiments.progress import Progress
 from experiments.recipes import Recipe
-from experiments.training import Network
-from jdistill import data, evaluate, nets, report, train
+from experiments.training import Network, temperature_name
+from jdistill import data, evaluate, nets, report, runtime, train
 
 _NAMES = ("temperature", "seed", "generation")
 _PICTURED = "carlini_wagner_l2"
@@ -44,34 +45,47 @@ def measure(
         for name, (plan, norm, eps) in recipe.attack_plans().items():
             done = {_identity(row) for row in rows if row["attack"] == name}
             pending = [network for network in networks if _identity(network) not in done]
+            if done:
+                progress.say(f"{name}: {len(networks) - len(pending)} of {len(networks)} done")
             if not pending:
                 continue
             measures = _clean(recipe, pending, rows, examples, progress)
-            key = jax.random.key(zlib.crc32(name.encode()))
-            outcome = evaluate.under_attack(
-                nets.stack([network.logits_fn for network in pending]),
-                *examples,
-                plan,
-                key=key,
-                callback=progress,
-                stage=name,
-            )
-            if name == _PICTURED:
-                _save_pictures(folder, pending, outcome, examples)
-            rows += [
-                {
-                    "dataset": recipe.dataset,
-                    **{column: getattr(network, column) for column in _NAMES},
-                    **measures[_identity(network)],
-                    "attack": name,
-                    "norm": norm,
-                    "eps": eps,
-                    **_attack_columns(outcome, index),
-                }
-                for index, network in enumerate(pending)
-            ]
-            report.write_results(path, rows)
+            for number, group in enumerate(_groups(pending), start=1):
+                # The key is the attack's, so that networks are compared on the same draws.
+                outcome = evaluate.under_attack(
+                    nets.stack([network.logits_fn for network in group]),
+                    *examples,
+                    plan,
+                    key=jax.random.key(zlib.crc32(name.encode())),
+                    callback=progress,
+                    stage=name if len(group) == len(pending) else f"{name} {number}/{len(pending)}",
+                )
+                if name == _PICTURED:
+                    _save_pictures(folder, group, outcome, examples)
+                rows += [
+                    {
+                        "dataset": recipe.dataset,
+                        **{column: getattr(network, column) for column in _NAMES},
+                        **measures[_identity(network)],
+                        "attack": name,
+                        "norm": norm,
+                        "eps": eps,
+                        **_attack_columns(outcome, index),
+                    }
+                    for index, network in enumerate(group)
+                ]
+                report.write_results(path, rows)
     return report.read_results(path)
+
+
+def _groups(networks: Sequence[Network]) -> list[list[Network]]:
+    """Networks to attack at once: all on an accelerator, where a stack runs under `vmap`.
+
+    On CPU a stack runs one network after another, so each may as well have its rows kept at once.
+    """
+    if jax.default_backend() == "cpu":
+        return [[network] for network in networks]
+    return [list(networks)]
 
 
 def pictures(folder: epath.Path, recipe: Recipe) -> dict[float, Any]:
@@ -138,7 +152,8 @@ def _attack_columns(outcome: evaluate.AttackOutcome, index: int) -> Row:
 
 
 def _picture_path(folder: epath.Path, temperature: float, seed: int, generation: int) -> epath.Path:
-    return folder / "figures" / f"adversarial_T{temperature:g}_seed{seed}_g{generation}.npz"
+    name = f"adversarial_T{temperature_name(temperature)}_seed{seed}_g{generation}.npz"
+    return folder / "figures" / name
 
 
 def _save_pictures(
@@ -152,12 +167,13 @@ def _save_pictures(
     for index, network in enumerate(networks):
         adversarial = outcome.inputs[index, :_NUM_PICTURES]
         path = _picture_path(folder, *_identity(network))
-        with path.open("wb") as file:
-            np.savez(
-                file,
-                clean=examples.inputs[: len(adversarial)],
-                adversarial=adversarial,
-                labels=examples.labels[: len(adversarial)],
-                predictions=train.predict(network.logits_fn, adversarial).argmax(axis=-1),
-                distance=outcome.distance[index, : len(adversarial)],
-            )
+        content = io.BytesIO()
+        np.savez(
+            content,
+            clean=examples.inputs[: len(adversarial)],
+            adversarial=adversarial,
+            labels=examples.labels[: len(adversarial)],
+            predictions=train.predict(network.logits_fn, adversarial).argmax(axis=-1),
+            distance=outcome.distance[index, : len(adversarial)],
+        )
+        runtime.atomic_write(path, content.getvalue())

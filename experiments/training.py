@@ -66,7 +66,7 @@ def train(folder: epath.Path, recipe: Recipe, examples: data.Split, *, mode: str
             )
             like = training.create_state(step, initial.params, key)
             labels = {"seed": seed, "temperature": temperature}
-            with Chain(folder, stages / f"T{temperature:g}", labels) as chain:
+            with Chain(folder, stages / f"T{temperature_name(temperature)}", labels) as chain:
                 states = distill.chain(
                     [generation] * (recipe.num_assistants + 2),
                     examples,
@@ -166,6 +166,9 @@ class Chain:
         # because its last checkpoint is damaged, has to be learned again.
         for later in range(number + 1, recipe.num_assistants + 2):
             _remove(self._place(later))
+            workdir.forget_epochs(
+                self._folder / "metrics.jsonl", self._stage_labels(later), after=0
+            )
         return states
 
     def __call__(self, event: Mapping[str, Any]) -> None:
@@ -179,12 +182,21 @@ class Chain:
 
     def _stage(self, number: int) -> Stage:
         if number not in self._open:
-            labels = {**self._labels, "stage": f"generation {number}", "generation": number}
-            self._open[number] = Stage(self._folder, self._place(number), labels)
+            self._open[number] = Stage(
+                self._folder, self._place(number), self._stage_labels(number)
+            )
         return self._open[number]
+
+    def _stage_labels(self, number: int) -> dict[str, Any]:
+        return {**self._labels, "stage": f"generation {number}", "generation": number}
 
     def _place(self, number: int) -> epath.Path:
         return self._checkpoints / f"generation{number}"
+
+
+def temperature_name(temperature: float) -> str:
+    """A temperature in file names: the shortest that no other temperature has."""
+    return f"{temperature:g}" if float(f"{temperature:g}") == temperature else repr(temperature)
 
 
 def _title(labels: Mapping[str, Any]) -> str:

@@ -66,27 +66,31 @@ def open_workdir(path: str, recipe: Recipe, dataset: Dataset) -> tuple[epath.Pat
 
 
 @contextlib.contextmanager
-def recorded(folder: epath.Path, *, started: float) -> Iterator[None]:
+def recorded(folder: epath.Path, *, started: float, parallel: str) -> Iterator[None]:
     """Write `run.json` when the block ends, however it ends.
 
-    It holds versions, devices, and the seconds of this start and of all of them; so that a run
-    that was stopped and went on later still says what it took.
+    It holds versions, devices and seconds of this start; below `earlier_starts` those of the
+    starts before it, on whatever machine; and the seconds of all of them.
 
     Args:
         folder: the workdir.
         started: `time.monotonic()` at the start.
+        parallel: how the training step is spread over the devices.
     """
     try:
         yield
     finally:
-        seconds = time.monotonic() - started
         path = folder / "run.json"
         try:
-            before = float(json.loads(path.read_text())["seconds_all_starts"])
+            before = dict(json.loads(path.read_text()))
+            earlier = [*before.pop("earlier_starts", []), before]
+            total = float(before.pop("seconds_all_starts"))
         except (OSError, ValueError, KeyError, TypeError):
-            before = 0.0
-        times = {"seconds": round(seconds, 1), "seconds_all_starts": round(before + seconds, 1)}
-        runtime.write_json(path, {**runtime.describe(), **times})
+            earlier, total = [], 0.0
+        seconds = round(time.monotonic() - started, 1)
+        run = {**runtime.describe(), "parallel": parallel, "seconds": seconds}
+        run["seconds_all_starts"] = round(total + seconds, 1)
+        runtime.write_json(path, {**run, "earlier_starts": earlier})
 
 
 def forget_epochs(log: epath.Path, labels: Mapping[str, Any], *, after: int) -> None:

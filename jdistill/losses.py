@@ -6,6 +6,7 @@ The temperature divides the logits: `softmax(z / T)`, and may be traced.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jdistill import _validate
 from jdistill.typing import Array, ArrayLike
@@ -23,7 +24,7 @@ def cross_entropy(logits: Array, labels: ArrayLike, *, temperature: ArrayLike = 
         `[B]` float, at least 0.
 
     Raises:
-        ValueError: a temperature that is not above 0.
+        ValueError: a temperature that is not above 0, labels outside `0..K-1`.
 
     Example:
         >>> float(cross_entropy(jnp.array([[0.0, 0.0]]), jnp.array([1]))[0])  # log 2
@@ -102,6 +103,9 @@ def margin(logits: Array, labels: ArrayLike) -> Array:
     Returns:
         `[B]` float.
 
+    Raises:
+        ValueError: labels outside `0..K-1`.
+
     Example:
         >>> margin(jnp.array([[3.0, 1.0, 0.0]]), jnp.array([0])).tolist()
         [-2.0]
@@ -122,10 +126,14 @@ def largest_other(logits: Array, labels: ArrayLike) -> Array:
     Returns:
         `[B]` float.
 
+    Raises:
+        ValueError: labels outside `0..K-1`.
+
     Example:
         >>> largest_other(jnp.array([[3.0, 1.0, 0.0]]), jnp.array([0])).tolist()
         [1.0]
     """
+    _check_labels(labels, logits)
     own = jax.nn.one_hot(jnp.asarray(labels), logits.shape[-1], dtype=bool)
     # -inf and not a large constant: logits of strongly distilled networks pass any constant.
     return jnp.max(jnp.where(own, -jnp.inf, logits), axis=-1)
@@ -154,5 +162,12 @@ def tempered_log_softmax(logits: Array, temperature: ArrayLike = 1.0) -> Array:
 
 def _pick(values: Array, labels: ArrayLike) -> Array:
     """`values[b, labels[b]]`, `[B]`."""
+    _check_labels(labels, values)
     index = jnp.asarray(labels).astype(jnp.int32)[:, None]
     return jnp.take_along_axis(values, index, axis=-1)[:, 0]
+
+
+def _check_labels(labels: ArrayLike, logits: Array) -> None:
+    # Without it -1 would be the last class, as an index, and K a NaN.
+    batch_size, num_classes = np.shape(logits)
+    _validate.class_indices(labels, batch_size=batch_size, num_classes=num_classes)

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from jdistill import _validate
+from jdistill._precision import full_precision
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 
@@ -173,6 +174,12 @@ def sensitivity_logits(logits_fn: LogitsFn, inputs: Array) -> Array:
     References:
         Mandal & Gao 2023, released code `save_model_grads.py`.
     """
+    with full_precision():
+        return _sensitivity_logits(_as_pytree(logits_fn), inputs)
+
+
+@jax.jit
+def _sensitivity_logits(logits_fn: LogitsFn, inputs: Array) -> Array:
     gradient = jax.grad(lambda x: jnp.sum(logits_fn(x)))(inputs)
     return jnp.mean(jnp.abs(gradient.reshape(inputs.shape[0], -1)), axis=1)
 
@@ -210,6 +217,12 @@ def log10_sensitivity_softmax(
         Papernot et al. 2016, section V.C (the amplitude of adversarial gradients).
     """
     _validate.positive(temperature=temperature)
+    with full_precision():
+        return _log10_sensitivity_softmax(_as_pytree(logits_fn), inputs, temperature)
+
+
+@jax.jit
+def _log10_sensitivity_softmax(logits_fn: LogitsFn, inputs: Array, temperature: ArrayLike) -> Array:
     num_examples = inputs.shape[0]
     logits, pullback = jax.vjp(logits_fn, inputs)
     temperature = jnp.asarray(temperature, logits.dtype)
@@ -275,7 +288,8 @@ def zero_gradient(
         `[B]` bool.
 
     Raises:
-        ValueError: a temperature that is not above 0.
+        ValueError: a temperature that is not above 0, labels that are not `[B]` integers
+            of at least 0.
 
     Example:
         >>> steep = lambda x: x @ jnp.array([[1000.0, 0.0]])
@@ -286,8 +300,16 @@ def zero_gradient(
         Carlini & Wagner 2016, "Defensive Distillation is Not Robust"; Athalye et al. 2018.
     """
     _validate.positive(temperature=temperature)
-    labels = jnp.asarray(labels)
+    _validate.class_indices(labels, batch_size=inputs.shape[0])
+    _validate.non_negative(labels=labels)
+    with full_precision():
+        return _zero_gradient(_as_pytree(logits_fn), inputs, jnp.asarray(labels), temperature)
 
+
+@jax.jit
+def _zero_gradient(
+    logits_fn: LogitsFn, inputs: Array, labels: Array, temperature: ArrayLike
+) -> Array:
     def loss(x: Array) -> Array:
         logits = logits_fn(x)
         logits = logits / jnp.asarray(temperature, logits.dtype)
@@ -295,3 +317,8 @@ def zero_gradient(
 
     gradient = jax.grad(loss)(inputs)
     return jnp.all(gradient.reshape(inputs.shape[0], -1) == 0, axis=1)
+
+
+def _as_pytree(logits_fn: LogitsFn) -> LogitsFn:
+    """A network that jit can take as an argument: a plain function becomes static."""
+    return jax.tree_util.Partial(logits_fn) if jax.tree_util.all_leaves([logits_fn]) else logits_fn

@@ -147,19 +147,22 @@ def test_stopped_in_training_and_resumed_is_uninterrupted(
     run(tmp_path)
     times = json.loads((tmp_path / "run.json").read_text())
     assert 0 < stopped["seconds_all_starts"] == stopped["seconds"]
+    assert [start["seconds"] for start in times["earlier_starts"]] == [stopped["seconds"]]
     assert times["seconds_all_starts"] == pytest.approx(stopped["seconds"] + times["seconds"])
     assert "initial weights: done" in capsys.readouterr().err
     for name in ("results.csv", "metrics.jsonl"):
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
 
 
-def test_stopped_between_attacks_and_resumed_is_uninterrupted(finished, tmp_path, monkeypatch):
+def test_stopped_between_attacks_and_resumed_is_uninterrupted(
+    finished, tmp_path, monkeypatch, capsys
+):
     calls = []
     original = measure.evaluate.under_attack
 
     def stopping(*arguments, **options):
         calls.append(options["stage"])
-        if len(calls) == 3:
+        if len(calls) == 15:  # six networks an attack: the third network of the third attack
             raise Stop
         return original(*arguments, **options)
 
@@ -167,8 +170,13 @@ def test_stopped_between_attacks_and_resumed_is_uninterrupted(finished, tmp_path
         patched.setattr(measure.evaluate, "under_attack", stopping)
         with pytest.raises(Stop):
             run(tmp_path)
+        capsys.readouterr()
         run(tmp_path)
-    assert calls == ["fgsm", "pgd", "pgd_margin", "pgd_margin", "carlini_wagner_l2"]
+    assert calls[14:19] == ["pgd_margin 3/6", *(f"pgd_margin {n}/4" for n in range(1, 5))]
+    assert len(calls) == 4 * 6 + 1
+    said = capsys.readouterr().err
+    assert "fgsm: 6 of 6 done" in said
+    assert "pgd_margin: 2 of 6 done" in said
     assert (tmp_path / "results.csv").read_bytes() == (finished / "results.csv").read_bytes()
 
 
@@ -193,6 +201,7 @@ def test_damaged_last_epoch_of_a_teacher_is_trained_again_with_its_student(tmp_p
     recipe, options = extended(settings | {"num_assistants": 0})
     defend.run(recipe, options)
     before = (tmp_path / "results.csv").read_bytes()
+    log = (tmp_path / "metrics.jsonl").read_text()
     last = tmp_path / "checkpoints/seed0/T20/generation0/4"
     for path in last.rglob("*"):
         if path.is_file():
@@ -201,6 +210,7 @@ def test_damaged_last_epoch_of_a_teacher_is_trained_again_with_its_student(tmp_p
     defend.run(recipe, options)
     assert "damaged" in caplog.text
     assert (tmp_path / "results.csv").read_bytes() == before
+    assert sorted((tmp_path / "metrics.jsonl").read_text().split("\n")) == sorted(log.split("\n"))
 
 
 def extended(arguments):
@@ -309,6 +319,13 @@ def test_ctrl_c_while_it_starts_shows_no_traceback():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode in (130, -signal.SIGINT)
     assert done.stderr == "stopped; nothing was begun\n"
+
+
+def test_smoke_leaves_what_is_given():
+    recipe, _ = defend.parse(["mnist", "--smoke", "--temperatures", "5", "--seeds", "1", "2"])
+    assert (recipe.temperatures, recipe.seeds, recipe.epochs) == ((5.0,), (1, 2), 1)
+    recipe, _ = defend.parse(["mnist", "--temperatures", "5"])
+    assert recipe.epochs == RECIPES["mnist"].epochs
 
 
 def test_unwritable_workdir_is_refused_before_anything(tmp_path, capsys):

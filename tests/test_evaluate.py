@@ -462,3 +462,26 @@ def test_no_examples_is_an_error():
         evaluate.clean(STACK, INPUTS[:0], LABELS[:0])
     with pytest.raises(ValueError, match="at least one example, got none"):
         evaluate.under_attack(STACK, INPUTS[:0], LABELS[:0], PLANS["fgsm"])
+
+
+def test_labels_that_do_not_fit_and_other_keys_are_refused():
+    for labels in (LABELS[:-1], np.concatenate([LABELS, LABELS[:1]])):
+        with pytest.raises(ValueError, match=r"expected labels of shape \[B\] = \(23,\)"):
+            evaluate.under_attack(STACK, INPUTS, labels, PLANS["fgsm"])
+    for key in (5, jax.random.key(0, impl="rbg"), jax.random.split(KEY, 3)):
+        with pytest.raises(ValueError, match="key"):
+            evaluate.under_attack(STACK, INPUTS, LABELS, PLANS["pgd"], key=key)
+
+
+def test_one_key_an_example_is_taken_as_it_is():
+    keys = jax.vmap(functools.partial(jax.random.fold_in, KEY))(np.arange(N))
+    one = evaluate.under_attack(STACK, INPUTS, LABELS, PLANS["pgd"], key=KEY)
+    each = evaluate.under_attack(STACK, INPUTS, LABELS, PLANS["pgd"], key=keys)
+    np.testing.assert_array_equal(one.inputs, each.inputs)
+
+
+def test_tracers_are_refused():
+    with pytest.raises(ValueError, match="expected concrete arrays, got tracers"):
+        jax.jit(lambda stack: evaluate.clean(stack, INPUTS, LABELS).correct)(STACK)
+    with pytest.raises(ValueError, match="expected concrete arrays, got tracers"):
+        jax.jit(lambda x: evaluate.under_attack(STACK, x, LABELS, PLANS["fgsm"]).inputs)(INPUTS)

@@ -218,3 +218,12 @@ def test_divergence_is_zero_only_at_the_targets_themselves():
 def test_a_bad_temperature_is_refused(name, temperature):
     with pytest.raises(ValueError, match=f"expected temperature > 0, got {temperature}"):
         ALL[name](LOGITS, temperature)
+
+
+@pytest.mark.parametrize("bad", [-1, LOGITS.shape[1]])
+@pytest.mark.parametrize("name", ["cross_entropy", "margin", "largest_other"])
+def test_labels_out_of_range_are_named(name, bad):
+    labels = LABELS.copy()
+    labels[1] = bad
+    with pytest.raises(ValueError, match=f"expected labels in 0..*got {bad} at index 1"):
+        getattr(losses, name)(LOGITS, labels)

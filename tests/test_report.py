@@ -522,7 +522,8 @@ def test_the_answer_about_a_teacher_alone():
 def test_the_answer_says_at_which_temperatures_it_holds():
     text = " ".join(report.answer(make_rows((1.0, 20.0, 100.0))))
     assert "The same holds for the student at T = 20." in text
-    assert "At T = 1 the evidence is not enough to say so." in text
+    assert "At T = 1 zero gradients limit no attack." in text
+    assert "not enough to say so" not in text
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,14 @@
 """What an attack does to a stack of networks."""
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate, metrics
 from jdistill.attacks import AttackResult
-from jdistill.evaluate._runs import Runs, first
+from jdistill.attacks._base import example_keys
+from jdistill.evaluate._runs import Runs, first, refuse_tracers
 from jdistill.typing import Array, ArrayLike, AttackFn, Callback, LogitsFn
 
 
@@ -71,7 +69,7 @@ def under_attack(
         inputs: `[N, ...]` float, inside the attack's bounds.
         labels: `[N]` int in `0..K-1`.
         plan: the attack and its number of examples.
-        key: for random attacks; example `n` uses `fold_in(key, n)`.
+        key: for random attacks; example `n` uses `fold_in(key, n)`. Or `[N]` keys, one each.
         temperature: at which the networks are attacked, above 0; scalar or `[R]`.
         vmapped: whether to run the stack under `vmap`; None does so except on CPU.
         callback: see `evaluate`.
@@ -83,12 +81,14 @@ def under_attack(
     Raises:
         ValueError: as the attack.
     """
+    refuse_tracers(stack, inputs, labels, key)
     runs = Runs.of(stack, temperature, vmapped, callback)
     _validate.count(batch_size=plan.batch_size)
+    _validate.class_indices(labels, batch_size=len(inputs))
     size = first(len(inputs), "num_examples", plan.num_examples)
     columns: list[Any] = [inputs[:size], labels[:size]]
     if key is not None:  # keys travel with their examples, so batches do not change the draws
-        columns.append(jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(size)))
+        columns.append(example_keys(key, len(inputs))[:size])
     result = runs.map(_Attacked(plan.attack), stage, plan.batch_size, *columns, eager=True)
     return summarize(result)
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jdistill import _validate, metrics
-from jdistill.evaluate._runs import Runs, first
+from jdistill.evaluate._runs import Runs, first, refuse_tracers
 from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
 
 
@@ -63,6 +63,7 @@ def clean(
     Raises:
         ValueError: as `evaluate`.
     """
+    refuse_tracers(stack, inputs, labels)
     runs = Runs.of(stack, temperature, vmapped, callback)
     _validate.count(batch_size=batch_size)
     _validate.inputs_in_box(inputs, (-np.inf, np.inf))

@@ -131,6 +131,15 @@ def _num_runs(stack: LogitsFn) -> int:
     return sizes.pop()[0]
 
 
+def refuse_tracers(*values: Any) -> None:
+    """An error for a call under `jit` or `vmap`: the evaluators are loops of the host."""
+    if _validate.is_traced(*values):
+        raise ValueError(
+            "expected concrete arrays, got tracers; the evaluators loop over chunks on the host: "
+            "call them outside jit and vmap (a stack is put under vmap inside)"
+        )
+
+
 def first(size: int, name: str, count: int | None) -> int:
     """How many of a set's first examples to take: the count, at most all of them."""
     if size == 0:

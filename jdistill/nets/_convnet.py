@@ -27,7 +27,7 @@ def _drop(keys: Array, layer: int, values: Array, rate: float) -> Array:
 class ConvNet(nn.Module):
     """Blocks of 3x3 convolutions and 2x2 max-pools, then dense layers, then logits.
 
-    The architecture of Carlini & Wagner (2017, Tables I and II) that Mandal & Gao (2023) distil:
+    The architecture of Carlini & Wagner (2017, Tables I and II) that Mandal & Gao (2023) distill:
     every convolution is 3x3, 'valid' and followed by a ReLU, every block ends in a max-pool,
     dropout follows the first hidden dense layer only (as in the released code), and the last
     layer is linear. Kernels start Glorot-uniform and biases at zero, the defaults of the Keras

@@ -111,7 +111,7 @@ def write_png(figure: Any, path: PathLike) -> epath.Path:
 
 @styled
 def accuracy_figure(found: Sequence[Network]) -> Any:
-    """Test accuracy in per cent against temperature."""
+    """Test accuracy in percent against temperature."""
     figure, (axes,) = _panels(1)
     _lines(axes, found, "accuracy", lambda net: net.accuracy, scale=100)
     axes.set(title="Accuracy on the clean test set", ylabel="test accuracy (%)")

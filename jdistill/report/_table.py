@@ -160,7 +160,7 @@ def _check_numbers(index: int, row: Row) -> None:
         elif name in _WHOLE and not number.is_integer():
             wanted, remedy = "to be a whole number", "pass an int"
         elif name in _SHARES and not 0 <= number <= 1:
-            wanted, remedy = "in [0, 1]", "it is a share: divide per cent by 100"
+            wanted, remedy = "in [0, 1]", "it is a share: divide percent by 100"
         elif name == "temperature" and not 0 < number < math.inf:
             wanted, remedy = "> 0", "pass the temperature that the network was trained at"
         else:

@@ -64,7 +64,7 @@ def eps_text(eps: float) -> str:
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """A share as per cent; "0" and "100" only when it is exactly that.
+    """A share as percent; "0" and "100" only when it is exactly that.
 
     >>> percent(1.0), percent(0.9999), percent(0.0301), percent(0.0), percent(1e-6)
     ('100', '>99.9', '3.0', '0', '<0.1')

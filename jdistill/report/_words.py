@@ -283,10 +283,13 @@ def _elsewhere(found: Sequence[Network]) -> list[str]:
         return []
     others = [net for net in found if net.is_last and net.generation and net != student]
     yes = [net for net in others if reading(net, baseline).kind == "masked"]
-    no = [net for net in others if net not in yes]
+    clear = [net for net in others if reading(net, baseline).kind == "no zeros"]
+    no = [net for net in others if net not in yes and net not in clear]
     sentences = []
     if yes:
         sentences.append(f"The same holds for the student at T = {_temperatures(yes)}.")
+    if clear:
+        sentences.append(f"At T = {_temperatures(clear)} zero gradients limit no attack.")
     if no:
         sentences.append(f"At T = {_temperatures(no)} the evidence is not enough to say so.")
     return sentences

@@ -13,6 +13,7 @@ from jdistill.runtime._jax import (
 from jdistill.runtime._program import run_main
 from jdistill.runtime._records import (
     append_jsonl,
+    atomic_write,
     atomic_write_text,
     check_writable,
     fingerprint,
@@ -23,6 +24,7 @@ from jdistill.runtime._records import (
 __all__ = [
     "add_cpu_flags",
     "append_jsonl",
+    "atomic_write",
     "atomic_write_text",
     "check_writable",
     "describe",

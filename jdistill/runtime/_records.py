@@ -58,6 +58,16 @@ def check_writable(
     return path
 
 
+def atomic_write(path: PathLike, content: bytes) -> None:
+    """Writes a file that is, at any moment, the old one or the new one, whole.
+
+    Raises:
+        OSError: the file cannot be written; the old one stays.
+    """
+    with _files.replacing(path) as stream:
+        stream.write(content)
+
+
 def atomic_write_text(path: PathLike, text: str) -> None:
     """Writes a text file that is, at any moment, the old one or the new one, whole.
 
@@ -71,8 +81,7 @@ def atomic_write_text(path: PathLike, text: str) -> None:
         >>> path.read_text()
         'hello'
     """
-    with _files.replacing(path) as stream:
-        stream.write(text.encode())
+    atomic_write(path, text.encode())
 
 
 def write_json(path: PathLike, content: Any) -> None:

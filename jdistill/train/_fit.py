@@ -104,6 +104,7 @@ def _check_examples(
     step: TrainStep, state: TrainState, inputs: Any, labels: Any, targets: Any
 ) -> None:
     """What the loop could not see: a wrong label or row would train on silently, or as NaN."""
+    _validate.inputs_in_box(inputs, (-np.inf, np.inf))
     num_examples = inputs.shape[0]
     if num_examples == 0:
         raise ValueError("expected at least one example, got none; pass inputs [N, ...]")
@@ -114,11 +115,14 @@ def _check_examples(
             f"expected targets of shape [N, K] = ({num_examples}, {num_classes}), got "
             f"{np.shape(targets)}; pass one row of class probabilities per example"
         )
-    for name, values in (("inputs", inputs), ("targets", targets)):
-        if values is not None and not (finite := np.isfinite(values)).all():
-            row = int(np.argwhere(~finite)[0][0])
+    if targets is not None:
+        sums = np.where(np.asarray(targets) >= 0, targets, np.nan).sum(axis=1)
+        wrong = np.argwhere(~(np.abs(sums - 1) < 1e-3))  # NaN is wrong too
+        if wrong.size:
+            row = int(wrong[0][0])
             raise ValueError(
-                f"expected finite {name}, got nan or inf in row {row}; repair or remove it"
+                f"expected targets of class probabilities that sum to 1, got {targets[row]} in row "
+                f"{row}; pass softmax outputs, such as distill.soft_labels gives"
             )
 
 
@@ -128,7 +132,7 @@ def _logits(logits_fn: LogitsFn, inputs: Array) -> Array:
 
 
 def predict(logits_fn: LogitsFn, inputs: np.ndarray, *, batch_size: int = 512) -> np.ndarray:
-    """The logits of a whole set, in batches of one shape, with full float32 matrix products.
+    """The logits of a whole set, in batches, with full float32 matrix products.
 
     Args:
         logits_fn: inputs `[B, ...]` to logits `[B, K]`.

@@ -142,7 +142,8 @@ def create_state(
         The state.
 
     Raises:
-        ValueError: a hyperparameter that the optimizer does not have, or a key that is not a
+        ValueError: a hyperparameter that the optimizer does not have, a learning rate that is not
+            above 0, or a key that is not a
             Threefry key (others draw differently on another number of devices).
     """
     key = _validate.prng_key(key)
@@ -155,6 +156,9 @@ def create_state(
                 f"expected hyperparams among {sorted(known)}, got {unknown}; make the optimizer "
                 "with optax.inject_hyperparams, as jdistill.train.sgd does"
             )
+        for name, value in hyperparams.items():
+            if name == "learning_rate":
+                _validate.positive(learning_rate=value)
         values = {
             name: jnp.asarray(value, known[name].dtype) for name, value in hyperparams.items()
         }
