@@ -650,7 +650,7 @@ def test_html_escapes_what_comes_from_outside(tmp_path):
 
 def test_html_lists_settings_and_machine(tmp_path):
     config = {"temperatures": [1, 20], "smoke": False, "data_dir": None, "lr": 0.1, "extra": []}
-    run = {"versions": {"jax": "0.10.2"}, "wall_time_seconds": 12.5}
+    run = {"versions": {"jax": "0.10.2"}, "wall_time_seconds": 12.5, "devices": [{"count": 8}]}
     text = write(tmp_path, [make_row()], config=config, run=run).text
     for line in (
         "temperatures 1, 20",
@@ -660,6 +660,7 @@ def test_html_lists_settings_and_machine(tmp_path):
         "extra none",
         "versions.jax 0.10.2",
         "wall_time_seconds 12.5",
+        "devices.1.count 8",
     ):
         assert line in text
 

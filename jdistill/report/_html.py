@@ -341,6 +341,9 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
     for name, value in settings.items():
         if isinstance(value, Mapping):
             lines += _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, (list, tuple)) and any(isinstance(v, Mapping) for v in value):
+            numbered = {str(number): item for number, item in enumerate(value, start=1)}
+            lines += _flat(numbered, f"{prefix}{name}.")
         elif isinstance(value, (list, tuple)):
             lines.append((f"{prefix}{name}", ", ".join(_plain(item) for item in value) or "none"))
         else:
