@@ -663,7 +663,7 @@ def test_bad_eps_arrays_and_norms_are_named(case):
         run(case, MODEL, INPUTS, LABELS, eps=eps)
     with pytest.raises(ValueError, match=r"scalar or of shape \[B\] = \(8,\), got \(3,\)"):
         run(case, MODEL, INPUTS, LABELS, eps=eps[:3])
-    with pytest.raises(ValueError, match="expected norm to be one of 'linf', 'l2', .*got 'l7'"):
+    with pytest.raises(ValueError, match=r"norm to be one of 'linf', 'l2', .*got 'l7'"):
         run(case, MODEL, INPUTS, LABELS, norm="l7")
     with pytest.raises(TypeError, match="eps"):
         case.attack(MODEL, KEY, INPUTS, LABELS)

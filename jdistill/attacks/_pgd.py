@@ -42,7 +42,7 @@ def pgd(
     (`jdistill.norms.ascend`): features move to their bounds in the order of their gradients until
     `step_size` is used up. This departs from SLIDE (Tramèr & Boneh), which shares each step
     equally among the top percent of the features: it needs no share to be chosen, and on a linear
-    function it ends at the optimum, where equal shares do not.
+    function it ends at the optimum while the box is inactive, where equal shares do not.
 
     Each example stops at its first success; the others go on, through `num_restarts` starts.
 
