@@ -18,6 +18,8 @@ The contract of every attack:
 
 from jdistill.attacks._base import AttackResult
 from jdistill.attacks._carlini_wagner import carlini_wagner_l2
-from jdistill.attacks._gradient import fgsm, pgd
+from jdistill.attacks._gradient import fgsm
+from jdistill.attacks._iterative import bim, mim
+from jdistill.attacks._pgd import pgd
 
-__all__ = ["AttackResult", "carlini_wagner_l2", "fgsm", "pgd"]
+__all__ = ["AttackResult", "bim", "carlini_wagner_l2", "fgsm", "mim", "pgd"]
