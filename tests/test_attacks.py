@@ -57,8 +57,27 @@ CASES = {
         ratio=1.05,  # the radius moves by 5 % a step
         changes={"gamma": 0.1, "initial_norm": 0.5, "step_size": 0.3},
     ),
+    "ead": Case(
+        functools.partial(attacks.ead, num_searches=6, num_steps=40),
+        "l1",
+        False,
+        False,
+        closely={"num_searches": 9, "num_steps": 400},
+        ratio=1.05,
+        changes={
+            "beta": 0.02,
+            "confidence": 0.5,
+            "learning_rate": 0.02,
+            "initial_const": 0.1,
+        },
+    ),
 }
-BUDGETS = {"linf": 0.1, "l2": 0.25}  # about half of the test network's examples fall
+BUDGETS = {
+    "linf": 0.1,
+    "l2": 0.25,
+    "l1": 0.5,
+    "l0": 2,
+}  # about half of the test network's examples fall
 
 all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 budget_cases = pytest.mark.parametrize(
@@ -142,7 +161,7 @@ def numpy_excess(logits, labels, targets=None):
 
 
 def numpy_distance(delta, norm):
-    order = {"linf": np.inf, "l2": 2}[norm]
+    order = {"linf": np.inf, "l2": 2, "l1": 1, "l0": 0}[norm]
     return np.linalg.norm(np.asarray(delta, np.float64).reshape(len(delta), -1), order, axis=1)
 
 
@@ -298,7 +317,7 @@ def linear_problem(num_classes, seed):
 
 def exact_distances(logits_fn, inputs, labels, norm):
     """The distance to each other class's boundary, |f| / ‖Δw‖ in the dual norm, `[B, K]`."""
-    dual = {"linf": 1, "l2": 2}[norm]
+    dual = {"linf": 1, "l2": 2, "l1": np.inf}[norm]
     linear = np.asarray(logits_fn.args[0]["linear"], np.float64)
     logits = numpy_logits(logits_fn, inputs)
     gaps = logits[np.arange(B), labels][:, None] - logits
