@@ -48,6 +48,28 @@ CASES = {
         closely={"num_searches": 9, "num_steps": 400, "learning_rate": 0.002},
         changes={"confidence": 0.5, "learning_rate": 0.02, "initial_const": 0.1},
     ),
+    "carlini_wagner_linf": Case(
+        functools.partial(
+            attacks.carlini_wagner_linf,
+            num_steps=50,
+            learning_rate=0.02,
+            initial_const=0.1,
+            const_factor=10.0,
+        ),
+        "linf",
+        False,
+        False,
+        closely={"num_steps": 200, "learning_rate": 0.005},
+        ratio=1.12,  # the threshold shrinks by a tenth a round
+        changes={
+            "confidence": 0.5,
+            "learning_rate": 0.01,
+            "shrink": 0.8,
+            "initial_const": 0.2,
+            "largest_const": 5.0,
+            "const_factor": 3.0,
+        },
+    ),
     "ddn": Case(
         functools.partial(attacks.ddn, num_steps=40),
         "l2",
