@@ -202,6 +202,23 @@ def test_without_a_gradient_it_ends_at_once():
 
 
 @pytest.mark.parametrize(
+    "bad", [{"shrink": 1.0}, {"shrink": np.nan}, {"const_factor": 0.5}, {"initial_const": np.nan}]
+)
+def test_traced_values_that_no_check_can_see_end_all_the_same(bad):
+    settings = SETTINGS | {"num_steps": 5} | bad
+    num_steps = settings.pop("num_steps")
+
+    @jax.jit
+    def attempt(settings):
+        return attacks.carlini_wagner_linf(
+            make(), None, INPUTS, LABELS, num_steps=num_steps, **settings
+        )
+
+    result = attempt(settings)
+    assert np.all(np.isfinite(result.inputs))
+
+
+@pytest.mark.parametrize(
     ("kwargs", "message"),
     [
         ({"confidence": -1.0}, r"expected confidence >= 0, got -1\.0"),

@@ -104,7 +104,7 @@ def carlini_wagner_l0(
     _validate.positive(
         learning_rate=learning_rate, initial_const=initial_const, largest_const=largest_const
     )
-    _validate.within(1.01, 1e6, const_factor=const_factor)
+    _validate.within(_rounds.LEAST_FACTOR, 1e6, const_factor=const_factor)
     _validate.count(num_steps=num_steps)
     problem = _base.prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
     as_float = functools.partial(jnp.asarray, dtype=problem.inputs.dtype)

@@ -13,6 +13,7 @@ from jdistill.typing import Array, ArrayLike, LogitsFn
 
 # The search for smaller and smaller changes ends below one step of an 8-bit image.
 _SMALLEST = 1 / 256
+_LARGEST_SHRINK = 0.99
 
 
 def carlini_wagner_linf(
@@ -101,8 +102,8 @@ def carlini_wagner_linf(
     _validate.positive(
         learning_rate=learning_rate, initial_const=initial_const, largest_const=largest_const
     )
-    _validate.within(0.01, 0.99, shrink=shrink)
-    _validate.within(1.01, 1e6, const_factor=const_factor)
+    _validate.within(0.01, _LARGEST_SHRINK, shrink=shrink)
+    _validate.within(_rounds.LEAST_FACTOR, 1e6, const_factor=const_factor)
     _validate.count(num_steps=num_steps)
     problem = _base.prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
     as_float = functools.partial(jnp.asarray, dtype=problem.inputs.dtype)
@@ -145,7 +146,8 @@ def _carlini_wagner_linf(
     def tighten(
         problem: Problem, delta: Array, gradient: Array, threshold: Array
     ) -> tuple[Array, Array]:
-        threshold = shrink * jnp.minimum(threshold, _distance(delta))
+        # As with the constant's factor, a traced 1 must not go on for ever.
+        threshold = jnp.minimum(shrink, _LARGEST_SHRINK) * jnp.minimum(threshold, _distance(delta))
         return threshold, threshold < _SMALLEST * (high - low)
 
     rules = _rounds.Rules(

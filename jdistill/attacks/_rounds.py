@@ -16,6 +16,10 @@ from jdistill.attacks._base import AttackResult, Problem
 from jdistill.typing import Array
 
 
+# Traced values cannot be checked; a factor of 1 would never end.
+LEAST_FACTOR = 1.01
+
+
 class Rules(NamedTuple):
     """What tells the attacks apart; a limit is an array or a pytree that leads with `[B]`."""
 
@@ -106,8 +110,11 @@ def _step(problem: Problem, settings: Settings, rules: Rules, carry: _Carry) -> 
     lost = at_start & missed & jnp.all(reach.reshape(len(reach), -1) == 0, axis=1)
     step = carry.step + 1
     failed = active & ~success & (step == settings.num_steps)
-    const = jnp.where(failed, carry.const * settings.const_factor, carry.const)
-    over = (success & finished) | (active & lost) | (failed & (const > settings.largest_const))
+    factor = jnp.maximum(settings.const_factor, LEAST_FACTOR)
+    const = jnp.where(failed, carry.const * factor, carry.const)
+    # Written so that a NaN or an infinity that no check could see ends the loop as well.
+    usable = jnp.isfinite(const) & (const <= settings.largest_const)
+    over = (success & finished) | (active & lost) | (failed & ~usable)
 
     update, adam = _search.per_example_adam().update(slope, carry.adam)
     w = carry.w - settings.learning_rate * update
