@@ -15,7 +15,6 @@ from jdistill.attacks import _base, _search
 from jdistill.attacks._base import AttackResult, Problem
 from jdistill.typing import Array
 
-
 # Traced values cannot be checked; a factor of 1 would never end.
 LEAST_FACTOR = 1.01
 
