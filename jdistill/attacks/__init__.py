@@ -18,8 +18,23 @@ The contract of every attack:
 
 from jdistill.attacks._base import AttackResult
 from jdistill.attacks._carlini_wagner import carlini_wagner_l2
+from jdistill.attacks._carlini_wagner_l0 import carlini_wagner_l0
+from jdistill.attacks._carlini_wagner_linf import carlini_wagner_linf
+from jdistill.attacks._ddn import ddn
+from jdistill.attacks._ead import ead
 from jdistill.attacks._gradient import fgsm
 from jdistill.attacks._iterative import bim, mim
 from jdistill.attacks._pgd import pgd
 
-__all__ = ["AttackResult", "bim", "carlini_wagner_l2", "fgsm", "mim", "pgd"]
+__all__ = [
+    "AttackResult",
+    "bim",
+    "carlini_wagner_l0",
+    "carlini_wagner_l2",
+    "carlini_wagner_linf",
+    "ddn",
+    "ead",
+    "fgsm",
+    "mim",
+    "pgd",
+]
