@@ -4,7 +4,8 @@ A new attack is one more line in `CASES`. References for single attacks are in t
 """
 
 import functools
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -17,11 +18,16 @@ from hypothesis import strategies as st
 from jdistill import attacks, losses, nets
 
 
+NO_SETTINGS = types.MappingProxyType({})
+
+
 class Case(NamedTuple):
     attack: Callable  # with its settings bound, all but eps
     norm: str
     budget: bool  # takes eps; otherwise it looks for the smallest distance
     random: bool  # its result depends on the key
+    closest: Mapping = NO_SETTINGS  # a minimum-norm attack's, against an exact minimum
+    changes: Mapping = NO_SETTINGS  # a minimum-norm attack's, that compile nothing
 
 
 CASES = {
@@ -42,10 +48,21 @@ CASES = {
         "l2",
         False,
         False,
+        {"num_searches": 9, "num_steps": 400, "learning_rate": 0.002},
+        {"confidence": 0.5, "learning_rate": 0.02, "initial_const": 0.1},
+    ),
+    "deepfool-l2": Case(
+        attacks.deepfool, "l2", False, False, {"overshoot": 0.01}, {"overshoot": 0.1}
+    ),
+    "deepfool-linf": Case(
+        functools.partial(attacks.deepfool, norm="linf"),
+        "linf",
+        False,
+        False,
+        {"overshoot": 0.01},
+        {"overshoot": 0.1},
     ),
 }
-# For comparisons with an exact minimum.
-MANY_STEPS = {"num_searches": 9, "num_steps": 400, "learning_rate": 0.002}
 BUDGETS = {"linf": 0.1, "l2": 0.25}  # about half of the test network's examples fall
 
 all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -320,7 +337,7 @@ def test_minimum_norm_attacks_find_the_optimum(case, targeted):
     problem = linear_problem(K, seed=4)
     exact = exact_distances(*problem, case.norm)
     targets = exact.argmin(1) if targeted else None
-    result = run(case, *problem, targets=targets, **MANY_STEPS)
+    result = run(case, *problem, targets=targets, **case.closest)
     assert np.all(result.success)
     ratio = result.distance / exact.min(1)
     assert ratio.min() >= 1 - 1e-5
@@ -517,8 +534,7 @@ def test_new_weights_eps_and_temperature_compile_nothing(case):
     attempt(make(2), np.float64(3.0), 0, jax.random.key(1))
     if not case.budget:
         model = nets.with_temperature(MODEL, 2.0)
-        changes = {"confidence": 0.5, "learning_rate": 0.02, "initial_const": 0.1}
-        run(case, model, INPUTS, LABELS, **changes)
+        run(case, model, INPUTS, LABELS, **case.changes)
     assert len(TRACES) == count
     assert not np.array_equal(first.inputs, second.inputs)
 
