@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from jdistill import attacks, losses, nets
 
-
 NO_SETTINGS = types.MappingProxyType({})
 
 
