@@ -1,12 +1,13 @@
 """Balls and boxes: distances, projections, steepest directions and random starts, per example.
 
 Every function works on batches `[B, ...]` and treats each example alone; `eps` is a scalar or
-`[B]`. The norms are named `"linf"` and `"l2"`.
+`[B]`. The norms are named `"linf"`, `"l2"` and `"l1"`; where only a distance or a projection is
+needed there is also `"l0"`, the number of entries that are not 0.
 """
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ def distance(delta: Array, norm: str) -> Array:
 
     Args:
         delta: `[B, ...]` float.
-        norm: `"linf"` or `"l2"`.
+        norm: `"linf"`, `"l2"`, `"l1"` or `"l0"` (the number of entries that are not 0).
 
     Returns:
         `[B]` float, at least 0; accurate for tiny entries too (no underflow of the squares).
@@ -52,8 +53,35 @@ def distance(delta: Array, norm: str) -> Array:
         [5.0]
         >>> distance(jnp.array([[3.0, -4.0]]), "linf").tolist()
         [4.0]
+        >>> distance(jnp.array([[3.0, -4.0]]), "l1").tolist()
+        [7.0]
+        >>> distance(jnp.array([[3.0, 0.0]]), "l0").tolist()
+        [1.0]
     """
-    return _norm(norm).distance(delta)
+    return _pick(_NORMS, norm).distance(delta)
+
+
+def normalize(value: Array, norm: str) -> Array:
+    """Each example divided by its norm, at every scale of float32; 0 stays 0.
+
+    Args:
+        value: `[B, ...]` float. Entries that are not finite are taken for 0.
+        norm: `"linf"`, `"l2"` or `"l1"`.
+
+    Returns:
+        `[B, ...]`.
+
+    Raises:
+        ValueError: an unknown norm.
+
+    Example:
+        >>> normalize(jnp.array([[3e-30, -1e-30], [0.0, 0.0]]), "l1").round(3).tolist()
+        [[0.75..., -0.25], [0.0, 0.0]]
+    """
+    _pick(_DIRECTIONS, norm)
+    value = _to_unit_scale(value)
+    length = per_example(_NORMS[norm].distance(value), value)
+    return value / jnp.where(length > 0, length, 1.0)
 
 
 def project(delta: Array, eps: ArrayLike, norm: str) -> Array:
@@ -61,8 +89,9 @@ def project(delta: Array, eps: ArrayLike, norm: str) -> Array:
 
     Args:
         delta: `[B, ...]` float.
-        eps: radius, at least 0; scalar or `[B]`.
-        norm: `"linf"` or `"l2"`.
+        eps: radius, at least 0; scalar or `[B]`. For `"l0"` the number of entries to keep, the
+            largest ones; of equal ones the first.
+        norm: `"linf"`, `"l2"`, `"l1"` or `"l0"`.
 
     Returns:
         `[B, ...]`.
@@ -73,8 +102,13 @@ def project(delta: Array, eps: ArrayLike, norm: str) -> Array:
     Example:
         >>> project(jnp.array([[3.0, -4.0]]), 1.0, "l2").round(3).tolist()
         [[0.6..., -0.8...]]
+        >>> project(jnp.array([[3.0, -4.0]]), 2.0, "l1").tolist()
+        [[0.5, -1.5]]
+
+    References:
+        Duchi, Shalev-Shwartz, Singer & Chandra 2008, figure 1 and section 4 (`"l1"`).
     """
-    return _norm(norm).project(delta, per_example(eps, delta))
+    return _pick(_NORMS, norm).project(delta, per_example(eps, delta))
 
 
 def steepest(gradient: Array, norm: str) -> Array:
@@ -86,7 +120,7 @@ def steepest(gradient: Array, norm: str) -> Array:
 
     Args:
         gradient: `[B, ...]` float.
-        norm: `"linf"` (the sign) or `"l2"` (the unit vector).
+        norm: `"linf"` (the sign), `"l2"` (the unit vector) or `"l1"` (the largest entry alone).
 
     Returns:
         `[B, ...]`; all 0 where the gradient is exactly 0.
@@ -98,9 +132,63 @@ def steepest(gradient: Array, norm: str) -> Array:
         >>> steepest(jnp.array([[3e-30, -4e-30]]), "l2").round(3).tolist()
         [[0.6..., -0.8...]]
     """
-    gradient = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
-    scale = jnp.max(jnp.abs(gradient), axis=_feature_axes(gradient), keepdims=True)
-    return _norm(norm).steepest(gradient / jnp.where(scale > 0, scale, 1.0))
+    return _pick(_DIRECTIONS, norm).steepest(_to_unit_scale(gradient))
+
+
+def ascend(
+    inputs: Array,
+    gradient: Array,
+    length: ArrayLike,
+    norm: str,
+    bounds: tuple[ArrayLike, ArrayLike],
+) -> Array:
+    """One step of the given length along the steepest direction.
+
+    For linf and l2 this is `inputs + length · steepest(gradient)`, which may leave the box. For
+    l1 that would change one entry, and nothing at all once this entry is at its bound. So the
+    step is the best one within the box: the entry of the largest gradient moves to its bound,
+    then the next one, until the length is used up,
+
+        argmax_d ⟨gradient, d⟩   with ‖d‖₁ <= length and inputs + d in the box.
+
+    Far from the box that is `length · steepest(gradient)` again.
+
+    Args:
+        inputs: `[B, ...]` float, inside the box.
+        gradient: `[B, ...]` float; its scale does not matter. Entries 0 or not finite do not move.
+        length: of the step, at least 0; scalar or `[B]`.
+        norm: `"linf"`, `"l2"` or `"l1"`.
+        bounds: the box, `(low, high)`.
+
+    Returns:
+        `[B, ...]`.
+
+    Raises:
+        ValueError: an unknown norm.
+
+    Example:
+        >>> inputs, gradient = jnp.array([[0.5, 0.5, 0.75]]), jnp.array([[1.0, -2.0, 3.0]])
+        >>> ascend(inputs, gradient, 0.5, "l1", (0.0, 1.0)).tolist()
+        [[0.5, 0.25, 1.0]]
+        >>> ascend(inputs, gradient, 0.5, "linf", (0.0, 1.0)).tolist()
+        [[1.0, 0.0, 1.25]]
+
+    References:
+        Croce & Hein 2021, "Mind the box" (the steepest direction of l1 within the box).
+    """
+    length = per_example(length, inputs)
+    if norm != "l1":
+        return inputs + length * steepest(gradient, norm)
+    low, high = bounds
+    gradient = _to_unit_scale(gradient)
+    room = jnp.where(gradient > 0, high - inputs, inputs - low)
+    flat_room = room.reshape(room.shape[0], -1)
+    order = jnp.argsort(-jnp.abs(gradient).reshape(flat_room.shape), axis=1)
+    sorted_room = jnp.take_along_axis(flat_room, order, axis=1)
+    used_before = jnp.cumsum(sorted_room, axis=1) - sorted_room
+    moves = jnp.clip(length.reshape(-1, 1) - used_before, 0.0, sorted_room)
+    moves = jnp.take_along_axis(moves, jnp.argsort(order, axis=1), axis=1).reshape(room.shape)
+    return inputs + jnp.sign(gradient) * moves
 
 
 def random_start(keys: Array, like: Array, eps: ArrayLike, norm: str) -> Array:
@@ -110,7 +198,7 @@ def random_start(keys: Array, like: Array, eps: ArrayLike, norm: str) -> Array:
         keys: `[B]` PRNG keys; example `b` draws from `keys[b]` alone.
         like: `[B, ...]`, for shape and type.
         eps: radius, at least 0; scalar or `[B]`.
-        norm: `"linf"` or `"l2"`.
+        norm: `"linf"`, `"l2"` or `"l1"`.
 
     Returns:
         `[B, ...]`.
@@ -125,7 +213,8 @@ def random_start(keys: Array, like: Array, eps: ArrayLike, norm: str) -> Array:
         ((4, 28, 28), True)
     """
     shape = like.shape[1:]
-    unit = jax.vmap(lambda key: _norm(norm).random_unit(key, shape, like.dtype))(keys)
+    random_unit = _pick(_DIRECTIONS, norm).random_unit
+    unit = jax.vmap(lambda key: random_unit(key, shape, like.dtype))(keys)
     return unit * per_example(eps, like)
 
 
@@ -135,12 +224,13 @@ def into_ball_and_box(
     """The inputs projected into the ball around `center`, then clipped into the box.
 
     The center lies in the box, so clipping moves every entry towards it and the result is in both.
+    For inputs inside the box this is the projection onto both: no entry leaves it on the way.
 
     Args:
         inputs: `[B, ...]` float.
         center: `[B, ...]` float, inside the box.
         eps: radius, at least 0; scalar or `[B]`.
-        norm: `"linf"` or `"l2"`.
+        norm: `"linf"`, `"l2"`, `"l1"` or `"l0"`.
         bounds: the box, `(low, high)`.
 
     Returns:
@@ -161,17 +251,30 @@ def into_ball_and_box(
 class _Norm(NamedTuple):
     distance: Callable[[Array], Array]
     project: Callable[[Array, Array], Array]  # (delta, eps [B, 1, …])
+
+
+class _Direction(NamedTuple):
     steepest: Callable[[Array], Array]  # of a gradient whose largest entry is 1
     random_unit: Callable[..., Array]  # (key, shape, dtype), in the unit ball
 
 
-def _norm(name: str) -> _Norm:
-    _validate.one_of(_NORMS, norm=name)
-    return _NORMS[name]
+_Row = TypeVar("_Row")
+
+
+def _pick(table: dict[str, _Row], norm: str) -> _Row:
+    _validate.one_of(table, norm=norm)
+    return table[norm]
 
 
 def _feature_axes(value: Array) -> tuple[int, ...]:
     return tuple(range(1, value.ndim))
+
+
+def _to_unit_scale(value: Array) -> Array:
+    """Each example divided by its largest entry; entries that are not finite become 0."""
+    value = jnp.where(jnp.isfinite(value), value, 0.0)
+    scale = jnp.max(jnp.abs(value), axis=_feature_axes(value), keepdims=True)
+    return value / jnp.where(scale > 0, scale, 1.0)
 
 
 def _l2(delta: Array) -> Array:
@@ -189,11 +292,6 @@ def _l2_project(delta: Array, eps: Array) -> Array:
     return jnp.where(length > eps, eps * unit, delta)
 
 
-def _l2_steepest(gradient: Array) -> Array:
-    length = _l2(gradient)
-    return gradient / jnp.where(length > 0, length, 1.0)
-
-
 def _l2_random_unit(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
     direction_key, radius_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
     direction = jax.random.normal(direction_key, shape, dtype)
@@ -202,19 +300,73 @@ def _l2_random_unit(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Arr
     return radius * direction / jnp.linalg.norm(direction.ravel())
 
 
+def _l1_project(delta: Array, eps: Array) -> Array:
+    # Every entry loses the same amount and stops at 0. What the largest one keeps is `kept`, and
+    # an entry smaller by `gap` keeps `kept - gap`. Counting from the largest entry down instead of
+    # up from 0 cancels no digits where the ball is tiny beside delta; and since no entry keeps
+    # more than eps, gaps can be cut there, so that no sum overflows.
+    size = jnp.abs(delta)
+    gap = jnp.max(size, axis=_feature_axes(delta), keepdims=True) - size
+    sorted_gap = jnp.sort(jnp.minimum(gap, eps).reshape(delta.shape[0], -1), axis=1)
+    counts = jnp.arange(1, sorted_gap.shape[1] + 1, dtype=delta.dtype)[None]
+    kept = (eps.reshape(-1, 1) + jnp.cumsum(sorted_gap, axis=1)) / counts
+    last = jnp.maximum(jnp.sum(sorted_gap < kept, axis=1, keepdims=True) - 1, 0)
+    kept = per_example(jnp.take_along_axis(kept, last, axis=1)[:, 0], delta)
+    inside = jnp.sum(size, axis=_feature_axes(delta), keepdims=True) <= eps
+    return jnp.where(inside, delta, jnp.sign(delta) * jnp.maximum(kept - gap, 0.0))
+
+
+def _l1_steepest(gradient: Array) -> Array:
+    flat = gradient.reshape(gradient.shape[0], -1)
+    largest = jnp.argmax(jnp.abs(flat), axis=1, keepdims=True)
+    chosen = jnp.arange(flat.shape[1])[None] == largest
+    return jnp.where(chosen, jnp.sign(flat), 0.0).reshape(gradient.shape)
+
+
+def _l1_random_unit(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    # d + 1 exponential draws over their sum are uniform on the simplex; d of them with random
+    # signs are uniform in the ball, and the last one is the distance to its surface.
+    direction_key, rest_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+    direction = jax.random.laplace(direction_key, shape, dtype)
+    return direction / (jnp.sum(jnp.abs(direction)) + jax.random.exponential(rest_key, (), dtype))
+
+
+def _l0_project(delta: Array, eps: Array) -> Array:
+    flat = -jnp.abs(delta).reshape(delta.shape[0], -1)
+    rank = jnp.argsort(jnp.argsort(flat, axis=1), axis=1).reshape(delta.shape)
+    return jnp.where(rank + 1 <= eps, delta, 0.0)
+
+
 _NORMS = {
     "linf": _Norm(
         distance=lambda delta: jnp.max(jnp.abs(delta), axis=_feature_axes(delta)),
         project=lambda delta, eps: jnp.clip(delta, -eps, eps),
+    ),
+    "l2": _Norm(
+        distance=lambda delta: _l2(delta).reshape(delta.shape[0]),
+        project=_l2_project,
+    ),
+    "l1": _Norm(
+        distance=lambda delta: jnp.sum(jnp.abs(delta), axis=_feature_axes(delta)),
+        project=_l1_project,
+    ),
+    "l0": _Norm(
+        distance=lambda delta: jnp.sum(delta != 0, axis=_feature_axes(delta), dtype=delta.dtype),
+        project=_l0_project,
+    ),
+}
+
+# Where a linear function has a steepest direction, which l0 does not bound.
+_DIRECTIONS = {
+    "linf": _Direction(
         steepest=jnp.sign,
         random_unit=lambda key, shape, dtype: jax.random.uniform(
             key, shape, dtype, minval=-1.0, maxval=1.0
         ),
     ),
-    "l2": _Norm(
-        distance=lambda delta: _l2(delta).reshape(delta.shape[0]),
-        project=_l2_project,
-        steepest=_l2_steepest,
+    "l2": _Direction(
+        steepest=lambda gradient: normalize(gradient, "l2"),
         random_unit=_l2_random_unit,
     ),
+    "l1": _Direction(steepest=_l1_steepest, random_unit=_l1_random_unit),
 }
