@@ -18,7 +18,9 @@ The contract of every attack:
 
 from jdistill.attacks._base import AttackResult
 from jdistill.attacks._carlini_wagner import carlini_wagner_l2
+from jdistill.attacks._ddn import ddn
 from jdistill.attacks._deepfool import deepfool
+from jdistill.attacks._fmn import fmn
 from jdistill.attacks._gradient import fgsm, pgd
 
-__all__ = ["AttackResult", "carlini_wagner_l2", "deepfool", "fgsm", "pgd"]
+__all__ = ["AttackResult", "carlini_wagner_l2", "ddn", "deepfool", "fgsm", "fmn", "pgd"]

@@ -5,21 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jdistill import _validate
 from jdistill._precision import full_precision
-from jdistill.attacks import _base
+from jdistill.attacks import _base, _search
 from jdistill.attacks._base import AttackResult, Problem
+from jdistill.attacks._search import Bracket
 from jdistill.typing import Array, ArrayLike, LogitsFn
-
-# Above this the constant has never succeeded yet, so the search multiplies instead of bisecting.
-_NEVER = 1e9
-_UPPER = 1e10
-# arctanh(1) is infinite: pixels on the box's faces are moved in by this factor, as the paper does.
-_INSIDE = 0.999999
-# The final search of a long one repeats the best constant known to succeed.
-_REPEAT_FROM = 10
 
 
 def carlini_wagner_l2(
@@ -128,9 +120,7 @@ class _Carry(NamedTuple):
     step: Array  # inside the current search
     search: Array
     done: Array
-    const: Array
-    lower: Array
-    upper: Array
+    bracket: Bracket
     succeeded: Array  # in the current search
     previous_loss: Array  # at the last check for an early end
     best: Array
@@ -139,33 +129,6 @@ class _Carry(NamedTuple):
     first_success: Array
     queries: Array
     losses: Array  # [B, num_searches, num_steps], or [B, 0, 0] without a trace
-
-
-def _to_box(w: Array, bounds: tuple[Array, Array]) -> Array:
-    low, high = bounds
-    # At tanh(w) = 1 the sum can round to just outside the box.
-    return jnp.clip((low + high) / 2 + (high - low) / 2 * jnp.tanh(w), low, high)
-
-
-def _from_box(inputs: Array, bounds: tuple[Array, Array]) -> Array:
-    low, high = bounds
-    return jnp.arctanh((2 * inputs - low - high) / (high - low) * _INSIDE)
-
-
-def _per_example_adam() -> optax.GradientTransformation:
-    """Adam with one state (moments and count) an example, so that each can start anew alone."""
-    adam = optax.scale_by_adam()
-    return optax.GradientTransformation(
-        init=jax.vmap(adam.init),
-        update=lambda gradient, state, params=None: jax.vmap(adam.update)(gradient, state),
-    )
-
-
-def _select(condition: Array, new: Any, old: Any) -> Any:
-    """Leaf by leaf, the new rows where the condition `[B]` holds."""
-    return jax.tree.map(
-        lambda a, b: jnp.where(condition.reshape(a.shape[:1] + (1,) * (a.ndim - 1)), a, b), new, old
-    )
 
 
 def _init(
@@ -178,13 +141,11 @@ def _init(
     shape = (settings.num_searches, settings.num_steps) if trace else (0, 0)
     return _Carry(
         offset=offset,
-        adam=_per_example_adam().init(offset),
+        adam=_search.per_example_adam().init(offset),
         step=zeros,
         search=zeros,
         done=clean_success,
-        const=const,
-        lower=floats,
-        upper=floats + _UPPER,
+        bracket=_search.first_bracket(const),
         succeeded=jnp.zeros(zeros.shape, bool),
         previous_loss=floats + jnp.inf,
         best=inputs,
@@ -202,11 +163,11 @@ def _step(problem: Problem, settings: _Settings, carry: _Carry) -> _Carry:
     inputs, goal = problem.inputs, problem.goal
 
     def total(offset: Array) -> tuple[Array, tuple[Array, Array, Array, Array]]:
-        candidate = _to_box(settings.initial_w + offset, problem.bounds)
+        candidate = _search.to_box(settings.initial_w + offset, problem.bounds)
         logits = problem.logits_fn(candidate)
         squared = jnp.sum(jnp.square(candidate - inputs), axis=tuple(range(1, inputs.ndim)))
         shortfall = jnp.maximum(settings.confidence - goal.excess(logits), 0.0)
-        loss = squared + carry.const * shortfall
+        loss = squared + carry.bracket.const * shortfall
         return jnp.sum(loss), (loss, squared, candidate, logits)
 
     gradient, (loss, squared, candidate, logits) = jax.grad(total, has_aux=True)(carry.offset)
@@ -217,7 +178,7 @@ def _step(problem: Problem, settings: _Settings, carry: _Carry) -> _Carry:
     better = success & (squared < carry.best_distance)
     succeeded = carry.succeeded | success
 
-    update, adam = _per_example_adam().update(gradient, carry.adam)
+    update, adam = _search.per_example_adam().update(gradient, carry.adam)
     offset = carry.offset - settings.learning_rate * update
 
     step = carry.step + 1
@@ -226,27 +187,25 @@ def _step(problem: Problem, settings: _Settings, carry: _Carry) -> _Carry:
     stalled = checked & (loss > 0.9999 * carry.previous_loss) & settings.abort_early
     ended = active & (stalled | (step == settings.num_steps))
 
-    const, lower, upper = _next_const(carry, succeeded, settings)
+    bracket = _search.next_bracket(carry.bracket, succeeded, carry.search, settings.num_searches)
     search = carry.search + ended
     fresh_offset = jnp.zeros_like(offset)
-    fresh = (fresh_offset, _per_example_adam().init(fresh_offset))
-    offset, adam = _select(ended, fresh, (offset, adam))
+    fresh = (fresh_offset, _search.per_example_adam().init(fresh_offset))
+    offset, adam = _search.select(ended, fresh, (offset, adam))
     return _Carry(
-        offset=_select(active, offset, carry.offset),
-        adam=_select(active, adam, carry.adam),
+        offset=_search.select(active, offset, carry.offset),
+        adam=_search.select(active, adam, carry.adam),
         step=jnp.where(ended, 0, jnp.where(active, step, carry.step)),
         search=search,
         done=carry.done | (search == settings.num_searches),
-        const=jnp.where(ended, const, carry.const),
-        lower=jnp.where(ended, lower, carry.lower),
-        upper=jnp.where(ended, upper, carry.upper),
+        bracket=_search.select(ended, bracket, carry.bracket),
         succeeded=succeeded & ~ended,
         previous_loss=jnp.where(
             ended, jnp.inf, jnp.where(checked & active, loss, carry.previous_loss)
         ),
-        best=_select(better, candidate, carry.best),
+        best=_search.select(better, candidate, carry.best),
         best_distance=jnp.where(better, squared, carry.best_distance),
-        best_const=jnp.where(better, carry.const, carry.best_const),
+        best_const=jnp.where(better, carry.bracket.const, carry.best_const),
         first_success=jnp.where(
             success & (carry.first_success < 0),
             carry.search * settings.num_steps + carry.step,
@@ -259,18 +218,6 @@ def _step(problem: Problem, settings: _Settings, carry: _Carry) -> _Carry:
         if carry.losses.size
         else carry.losses,
     )
-
-
-def _next_const(carry: _Carry, succeeded: Array, settings: _Settings) -> tuple[Array, Array, Array]:
-    """The constant of the next search and its bracket, `[B]` each."""
-    upper = jnp.where(succeeded, jnp.minimum(carry.upper, carry.const), carry.upper)
-    lower = jnp.where(succeeded, carry.lower, jnp.maximum(carry.lower, carry.const))
-    known = upper < _NEVER
-    const = jnp.where(known, (lower + upper) / 2, carry.const * 10)
-    if settings.num_searches >= _REPEAT_FROM:
-        last = carry.search + 1 == settings.num_searches - 1
-        const = jnp.where(last, upper, const)
-    return const, lower, upper
 
 
 @functools.partial(jax.jit, static_argnames=("num_searches", "num_steps", "abort_early", "trace"))
@@ -288,7 +235,7 @@ def _carlini_wagner_l2(
     settings = _Settings(
         confidence=confidence,
         learning_rate=learning_rate,
-        initial_w=_from_box(problem.inputs, problem.bounds),
+        initial_w=_search.from_box(problem.inputs, problem.bounds),
         num_searches=num_searches,
         num_steps=num_steps,
         abort_early=abort_early,
