@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from jdistill import attacks, losses, nets
 
+
 class Case(NamedTuple):
     attack: Callable  # with its settings bound, all but eps
     norm: str
@@ -73,7 +74,22 @@ CASES = {
         changes={"overshoot": 0.1},
     ),
 }
-BUDGETS = {"linf": 0.1, "l2": 0.25}  # about half of the test network's examples fall
+for _norm in ("linf", "l2", "l1", "l0"):
+    CASES[f"fmn-{_norm}"] = Case(
+        # Not to the default's 0.001, with which many examples end in what the battery calls a tie.
+        functools.partial(attacks.fmn, norm=_norm, num_steps=30, final_gamma=0.02),
+        _norm,
+        False,
+        False,
+        closely={"final_gamma": 0.001},
+        changes={"gamma": 0.1, "final_gamma": 0.01, "step_size": 0.3},
+    )
+BUDGETS = {
+    "linf": 0.1,
+    "l2": 0.25,
+    "l1": 0.4,
+    "l0": 2,
+}  # about half of the test network's examples fall
 
 all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 budget_cases = pytest.mark.parametrize(
@@ -157,7 +173,7 @@ def numpy_excess(logits, labels, targets=None):
 
 
 def numpy_distance(delta, norm):
-    order = {"linf": np.inf, "l2": 2}[norm]
+    order = {"linf": np.inf, "l2": 2, "l1": 1, "l0": 0}[norm]
     return np.linalg.norm(np.asarray(delta, np.float64).reshape(len(delta), -1), order, axis=1)
 
 
@@ -313,7 +329,7 @@ def linear_problem(num_classes, seed):
 
 def exact_distances(logits_fn, inputs, labels, norm):
     """The distance to each other class's boundary, |f| / ‖Δw‖ in the dual norm, `[B, K]`."""
-    dual = {"linf": 1, "l2": 2}[norm]
+    dual = {"linf": 1, "l2": 2, "l1": np.inf}[norm]
     linear = np.asarray(logits_fn.args[0]["linear"], np.float64)
     logits = numpy_logits(logits_fn, inputs)
     gaps = logits[np.arange(B), labels][:, None] - logits
@@ -344,6 +360,8 @@ def test_budget_attacks_on_many_classes_never_beat_the_optimum(case):
 @minimum_cases
 @pytest.mark.parametrize("targeted", [False, True], ids=["untargeted", "targeted"])
 def test_minimum_norm_attacks_find_the_optimum(case, targeted):
+    if case.norm == "l0":
+        pytest.skip("a number of features has no closed form; the attacks' own tests count them")
     problem = linear_problem(K, seed=4)
     exact = exact_distances(*problem, case.norm)
     targets = exact.argmin(1) if targeted else None
