@@ -17,6 +17,8 @@ from jdistill.typing import Array, ArrayLike, LogitsFn
 _NORMS = ("linf", "l2", "l1", "l0")
 # The step size ends at this share of where it begins.
 _LAST_STEP = 0.01
+# For l0 a step should bring a feature to its bound: half-way it would look worth half as much.
+_STEP_SIZES = {"linf": 1.0, "l2": 1.0, "l1": 1.0, "l0": 10.0}
 
 
 def fmn(
@@ -27,7 +29,7 @@ def fmn(
     *,
     norm: str = "linf",
     num_steps: int = 1000,
-    step_size: ArrayLike = 1.0,
+    step_size: ArrayLike | None = None,
     gamma: ArrayLike = 0.05,
     final_gamma: ArrayLike = 0.001,
     bounds: tuple[float, float] = (0.0, 1.0),
@@ -46,8 +48,11 @@ def fmn(
 
     `g` is the gradient of the loss at `x + δ` and `q` the dual of the attack's norm. Over the steps
     `γ` falls from `gamma` to `final_gamma` and `α` from `step_size` to a hundredth of it, by a
-    cosine. For l0 the radius is a number of features: it begins at 1, and changes by `γ` of
-    itself, rounded down, but at least by 1.
+    cosine.
+
+    For l0 the radius is a number of features: it begins at 1, and changes by `γ` of itself, rounded
+    down, but at least by 1. The features kept are those of the largest `g · δ`, what each adds to
+    the linearized loss; the others return to the input.
 
     The closest adversarial of all iterates is returned. Gradients count by their direction, and
     the margin by its ratio to the gradient, so the scale of the logits changes nothing.
@@ -60,7 +65,7 @@ def fmn(
         norm: `"linf"`, `"l2"`, `"l1"` or `"l0"` (the number of changed entries).
         num_steps: gradient steps, at least 1; static.
         step_size: the first α in input units, above 0; scalar or `[B]`. It is a length in l2 for
-            every norm.
+            every norm. None takes 1, as the paper does for inputs in `[0, 1]`, and 10 for l0.
         gamma: the first γ, the relative change of the radius a step, in `[0, 0.5]`; scalar or
             `[B]`.
         final_gamma: the last γ, in `[0, 0.5]`; scalar or `[B]`. The distance is at best that exact.
@@ -96,11 +101,14 @@ def fmn(
         taken times `1 + γ`, because a step to just the boundary of a linear piece is no success,
         and neither would be any later one; `δ` is clipped before it is projected, not after, so
         that what the box takes away uses up no radius (the projection leads towards the input,
-        and so stays in the box); the last iterate counts too; every start is the input itself.
+        and so stays in the box); l0 keeps the features of the largest `g · δ` and not of the
+        largest `|δ|`, which with a box is the room that a feature has and not what it is worth;
+        the last iterate counts too; every start is the input itself.
     """
     del key
     _validate.one_of(_NORMS, norm=norm)
     _validate.count(num_steps=num_steps)
+    step_size = _STEP_SIZES[norm] if step_size is None else step_size
     _validate.positive(step_size=step_size)
     _validate.within(0.0, 0.5, gamma=gamma, final_gamma=final_gamma)
     problem = _base.prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
@@ -184,6 +192,14 @@ def _next_radius(settings: _Settings, carry: _Carry, gamma: Array) -> Array:
     return jnp.where(carry.adversarial, smaller, larger)
 
 
+def _into_ball(delta: Array, direction: Array, radius: Array, norm: str) -> Array:
+    """The perturbation inside the ball; for l0 that of the features that are worth most."""
+    if norm != "l0":
+        return norms.project(delta, radius, norm)
+    worth = jnp.maximum(delta * direction, 0.0)
+    return jnp.where(norms.project(worth, radius, "l0") > 0, delta, 0.0)
+
+
 def _step(
     problem: Problem, settings: _Settings, loss: Callable[..., Array], carry: _Carry, step: Array
 ) -> _Carry:
@@ -194,9 +210,11 @@ def _step(
     alpha = settings.step_size * (_LAST_STEP + (1 - _LAST_STEP) * share)
 
     radius = _next_radius(settings, carry, gamma)
-    move = norms.per_example(alpha, inputs) * norms.steepest(carry.gradient, "l2")
+    direction = norms.steepest(carry.gradient, "l2")
+    move = norms.per_example(alpha, inputs) * direction
     delta = jnp.clip(inputs + carry.delta + move, *problem.bounds) - inputs
-    candidate = jnp.clip(inputs + norms.project(delta, radius, settings.norm), *problem.bounds)
+    projected = _into_ball(delta, direction, radius, settings.norm)
+    candidate = jnp.clip(inputs + projected, *problem.bounds)
     delta = candidate - inputs
 
     gradient, logits, gain = _gain_gradient(problem, problem.goal, loss, candidate)
