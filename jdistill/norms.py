@@ -187,8 +187,9 @@ def ascend(
     sorted_room = jnp.take_along_axis(flat_room, order, axis=1)
     used_before = jnp.cumsum(sorted_room, axis=1) - sorted_room
     moves = jnp.clip(length.reshape(-1, 1) - used_before, 0.0, sorted_room)
-    moves = jnp.take_along_axis(moves, jnp.argsort(order, axis=1), axis=1).reshape(room.shape)
-    return inputs + jnp.sign(gradient) * moves
+    rows = jnp.arange(order.shape[0])[:, None]
+    moves = jnp.zeros_like(moves).at[rows, order].set(moves, unique_indices=True)
+    return inputs + jnp.sign(gradient) * moves.reshape(room.shape)
 
 
 def random_start(keys: Array, like: Array, eps: ArrayLike, norm: str) -> Array:

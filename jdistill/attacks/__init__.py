@@ -21,6 +21,18 @@ from jdistill.attacks._carlini_wagner import carlini_wagner_l2
 from jdistill.attacks._ddn import ddn
 from jdistill.attacks._deepfool import deepfool
 from jdistill.attacks._fmn import fmn
-from jdistill.attacks._gradient import fgsm, pgd
+from jdistill.attacks._gradient import fgsm
+from jdistill.attacks._iterative import bim, mim
+from jdistill.attacks._pgd import pgd
 
-__all__ = ["AttackResult", "carlini_wagner_l2", "ddn", "deepfool", "fgsm", "fmn", "pgd"]
+__all__ = [
+    "AttackResult",
+    "bim",
+    "carlini_wagner_l2",
+    "ddn",
+    "deepfool",
+    "fgsm",
+    "fmn",
+    "mim",
+    "pgd",
+]
