@@ -21,7 +21,9 @@ from jdistill.attacks._carlini_wagner import carlini_wagner_l2
 from jdistill.attacks._carlini_wagner_l0 import carlini_wagner_l0
 from jdistill.attacks._carlini_wagner_linf import carlini_wagner_linf
 from jdistill.attacks._ddn import ddn
+from jdistill.attacks._deepfool import deepfool
 from jdistill.attacks._ead import ead
+from jdistill.attacks._fmn import fmn
 from jdistill.attacks._gradient import fgsm
 from jdistill.attacks._iterative import bim, mim
 from jdistill.attacks._pgd import pgd
@@ -33,8 +35,10 @@ __all__ = [
     "carlini_wagner_l2",
     "carlini_wagner_linf",
     "ddn",
+    "deepfool",
     "ead",
     "fgsm",
+    "fmn",
     "mim",
     "pgd",
 ]
