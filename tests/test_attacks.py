@@ -23,7 +23,7 @@ class Case(NamedTuple):
     budget: bool  # takes eps; otherwise it looks for the smallest distance
     random: bool  # its result depends on the key
     closely: dict = {}  # noqa: RUF012 - settings of a minimum-norm attack that find the optimum
-    ratio: float = 1.02  # to the exact minimum, at most, with those settings
+    ratio: float = 1.02  # to the exact minimum, at most, with those settings; inf: not comparable
     changes: dict = {}  # noqa: RUF012 - other values of its traced settings
 
 
@@ -57,8 +57,16 @@ CASES = {
         ratio=1.05,  # the radius moves by 5 % a step
         changes={"gamma": 0.1, "initial_norm": 0.5, "step_size": 0.3},
     ),
+    "jsma": Case(
+        functools.partial(attacks.jsma, max_features=6),
+        "l0",
+        False,
+        False,
+        ratio=np.inf,  # greedy, and in whole pairs
+        changes={"theta": 0.5},
+    ),
 }
-BUDGETS = {"linf": 0.1, "l2": 0.25}  # about half of the test network's examples fall
+BUDGETS = {"linf": 0.1, "l2": 0.25, "l0": 2}  # about half of the test network's examples fall
 
 all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 budget_cases = pytest.mark.parametrize(
@@ -68,6 +76,11 @@ minimum_cases = pytest.mark.parametrize(
     "case",
     [c for c in CASES.values() if not c.budget],
     ids=[n for n, c in CASES.items() if not c.budget],
+)
+optimum_cases = pytest.mark.parametrize(
+    "case",
+    [c for c in CASES.values() if not c.budget and c.ratio < np.inf],
+    ids=[n for n, c in CASES.items() if not c.budget and c.ratio < np.inf],
 )
 
 B, SHAPE, D, H, K = 8, (3, 2), 6, 8, 4
@@ -142,7 +155,7 @@ def numpy_excess(logits, labels, targets=None):
 
 
 def numpy_distance(delta, norm):
-    order = {"linf": np.inf, "l2": 2}[norm]
+    order = {"linf": np.inf, "l2": 2, "l1": 1, "l0": 0}[norm]
     return np.linalg.norm(np.asarray(delta, np.float64).reshape(len(delta), -1), order, axis=1)
 
 
@@ -326,7 +339,7 @@ def test_budget_attacks_on_many_classes_never_beat_the_optimum(case):
 
 
 @pytest.mark.floor
-@minimum_cases
+@optimum_cases
 @pytest.mark.parametrize("targeted", [False, True], ids=["untargeted", "targeted"])
 def test_minimum_norm_attacks_find_the_optimum(case, targeted):
     problem = linear_problem(K, seed=4)

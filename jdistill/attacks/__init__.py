@@ -20,5 +20,6 @@ from jdistill.attacks._base import AttackResult
 from jdistill.attacks._carlini_wagner import carlini_wagner_l2
 from jdistill.attacks._ddn import ddn
 from jdistill.attacks._gradient import fgsm, pgd
+from jdistill.attacks._jsma import jsma, softmax_at
 
-__all__ = ["AttackResult", "carlini_wagner_l2", "ddn", "fgsm", "pgd"]
+__all__ = ["AttackResult", "carlini_wagner_l2", "ddn", "fgsm", "jsma", "pgd", "softmax_at"]
