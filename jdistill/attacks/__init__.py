@@ -21,5 +21,16 @@ from jdistill.attacks._carlini_wagner import carlini_wagner_l2
 from jdistill.attacks._ddn import ddn
 from jdistill.attacks._gradient import fgsm, pgd
 from jdistill.attacks._jsma import jsma, softmax_at
+from jdistill.attacks._wrappers import bpda, expectation
 
-__all__ = ["AttackResult", "carlini_wagner_l2", "ddn", "fgsm", "jsma", "pgd", "softmax_at"]
+__all__ = [
+    "AttackResult",
+    "bpda",
+    "carlini_wagner_l2",
+    "ddn",
+    "expectation",
+    "fgsm",
+    "jsma",
+    "pgd",
+    "softmax_at",
+]
