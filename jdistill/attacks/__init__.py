@@ -19,6 +19,7 @@ The contract of every attack:
 from jdistill.attacks._base import AttackResult
 from jdistill.attacks._carlini_wagner import carlini_wagner_l2
 from jdistill.attacks._ddn import ddn
+from jdistill.attacks._ensemble import ensemble
 from jdistill.attacks._gradient import fgsm, pgd
 from jdistill.attacks._jsma import jsma, softmax_at
 from jdistill.attacks._wrappers import bpda, expectation
@@ -28,6 +29,7 @@ __all__ = [
     "bpda",
     "carlini_wagner_l2",
     "ddn",
+    "ensemble",
     "expectation",
     "fgsm",
     "jsma",
