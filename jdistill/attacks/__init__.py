@@ -22,6 +22,7 @@ from jdistill.attacks._ddn import ddn
 from jdistill.attacks._ensemble import ensemble
 from jdistill.attacks._gradient import fgsm, pgd
 from jdistill.attacks._jsma import jsma, softmax_at
+from jdistill.attacks._spatial import spatial
 from jdistill.attacks._wrappers import bpda, expectation
 
 __all__ = [
@@ -35,4 +36,5 @@ __all__ = [
     "jsma",
     "pgd",
     "softmax_at",
+    "spatial",
 ]
