@@ -23,6 +23,7 @@ from jdistill.attacks._ensemble import ensemble
 from jdistill.attacks._gradient import fgsm, pgd
 from jdistill.attacks._jsma import jsma, softmax_at
 from jdistill.attacks._spatial import spatial
+from jdistill.attacks._universal import universal
 from jdistill.attacks._wrappers import bpda, expectation
 
 __all__ = [
@@ -37,4 +38,5 @@ __all__ = [
     "pgd",
     "softmax_at",
     "spatial",
+    "universal",
 ]

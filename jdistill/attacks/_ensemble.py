@@ -82,7 +82,7 @@ def ensemble(
         Croce & Hein 2020, "Reliable Evaluation of Adversarial Robustness with an Ensemble of
         Diverse Parameter-free Attacks", section 5 (the worst case over attacks).
     """
-    _refuse_tracers(logits_fn, key, inputs, labels, targets, attacks)
+    _base.refuse_tracers("ensemble", logits_fn, key, inputs, labels, targets, attacks)
     _validate.count(batch_size=batch_size)
     named = _named(attacks)
     problem = _base.prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
@@ -206,13 +206,4 @@ def _check_setting(name: Any, setting: str, value: Any) -> None:
             f"expected settings that hold for all examples, got {setting} of shape "
             f"{np.shape(value)} in attack {name!r}; the ensemble regroups the examples: pass a "
             "scalar"
-        )
-
-
-def _refuse_tracers(*arguments: Any) -> None:
-    # A new array is a tracer too where the caller is compiled but passes constants only.
-    if _validate.is_traced(arguments, jnp.zeros(())):
-        raise ValueError(
-            "expected concrete arrays, got a tracer; ensemble is a loop on the host that gathers "
-            "survivors: call it outside jit and vmap, and only the attacks inside"
         )
