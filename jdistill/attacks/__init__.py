@@ -14,6 +14,10 @@ The contract of every attack:
 * Every example stands alone: its randomness comes from its own key (`fold_in(key, index)`, or the
   `[B]` keys given), and no sum over the batch decides anything.
 * Matrix products run at full float32 precision unless `jax_default_matmul_precision` is set.
+
+Two are drivers, loops on the host that refuse tracers: `ensemble` (the worst case over attacks) and
+`universal` (one perturbation for all inputs, the exception to "stands alone"). `expectation` and
+`bpda` make a `logits_fn` of a defense that is random or not differentiable.
 """
 
 from jdistill.attacks._base import AttackResult
