@@ -19,7 +19,7 @@ from jdistill.typing import Array, ArrayLike, LogitsFn
 # The share of an input's features that may change: 112 of MNIST's 784.
 _SHARE = 0.145
 # Scores of pairs held at a time, over the whole batch.
-_PAIRS_AT_A_TIME = 2**22
+_PAIRS_AT_A_TIME = 2**20
 
 
 def jsma(
