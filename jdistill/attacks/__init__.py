@@ -14,6 +14,10 @@ The contract of every attack:
 * Every example stands alone: its randomness comes from its own key (`fold_in(key, index)`, or the
   `[B]` keys given), and no sum over the batch decides anything.
 * Matrix products run at full float32 precision unless `jax_default_matmul_precision` is set.
+
+Two are drivers, loops on the host that refuse tracers: `ensemble` (the worst case over attacks) and
+`universal` (one perturbation for all inputs, the exception to "stands alone"). `expectation` and
+`bpda` make a `logits_fn` of a defense that is random or not differentiable.
 """
 
 from jdistill.attacks._base import AttackResult
@@ -23,22 +27,34 @@ from jdistill.attacks._carlini_wagner_linf import carlini_wagner_linf
 from jdistill.attacks._ddn import ddn
 from jdistill.attacks._deepfool import deepfool
 from jdistill.attacks._ead import ead
+from jdistill.attacks._ensemble import ensemble
 from jdistill.attacks._fmn import fmn
 from jdistill.attacks._gradient import fgsm
 from jdistill.attacks._iterative import bim, mim
+from jdistill.attacks._jsma import jsma, softmax_at
 from jdistill.attacks._pgd import pgd
+from jdistill.attacks._spatial import spatial
+from jdistill.attacks._universal import universal
+from jdistill.attacks._wrappers import bpda, expectation
 
 __all__ = [
     "AttackResult",
     "bim",
+    "bpda",
     "carlini_wagner_l0",
     "carlini_wagner_l2",
     "carlini_wagner_linf",
     "ddn",
     "deepfool",
     "ead",
+    "ensemble",
+    "expectation",
     "fgsm",
     "fmn",
+    "jsma",
     "mim",
     "pgd",
+    "softmax_at",
+    "spatial",
+    "universal",
 ]

@@ -164,6 +164,16 @@ def need_key(problem: Problem, why: str) -> Array:
     return problem.keys
 
 
+def refuse_tracers(name: str, *arguments: Any) -> None:
+    """An error where a driver of this name is called under `jit` or `vmap`."""
+    # A new array is a tracer too where the caller is compiled but passes constants only.
+    if _validate.is_traced(arguments, jnp.zeros(())):
+        raise ValueError(
+            f"expected concrete arrays, got a tracer; {name} is a loop on the host: call it "
+            "outside jit and vmap"
+        )
+
+
 def finish(
     problem: Problem,
     candidate: Array,

@@ -1,0 +1,312 @@
+"""The Jacobian-based saliency map attack, on any function of the logits."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from jdistill import _validate
+from jdistill._precision import full_precision
+from jdistill.attacks import _base
+from jdistill.attacks._base import AttackResult, Problem
+from jdistill.attacks._gradient import _as_pytree
+from jdistill.typing import Array, ArrayLike, LogitsFn
+
+# The share of an input's features that may change: 112 of MNIST's 784.
+_SHARE = 0.145
+# Scores of pairs held at a time, over the whole batch.
+_PAIRS_AT_A_TIME = 2**20
+
+
+def jsma(
+    logits_fn: LogitsFn,
+    key: Array | None,
+    inputs: ArrayLike,
+    labels: ArrayLike,
+    *,
+    theta: ArrayLike = 1.0,
+    max_features: int | None = None,
+    output: Callable[[Array], Array] = jax.nn.softmax,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    targets: ArrayLike | None = None,
+    trace: bool = False,
+) -> AttackResult:
+    """Jacobian-based saliency map attack: the fewest features, two at a time, each by `theta`.
+
+    With `F = output(logits)`, a target class `t` and `theta > 0`, each step adds `theta` to the
+    pair of features `(p, q)` that raises `F_t` and lowers the others most,
+
+        α = ∂F_t/∂x_p + ∂F_t/∂x_q,   β = Σ_{j≠t} (∂F_j/∂x_p + ∂F_j/∂x_q),
+        maximize -α · β   over pairs with α > 0 and β < 0
+
+    (for `theta < 0` with both signs turned). Features at the bound that they would move to are
+    left out. An example ends at its success, when no pair is left, or after `max_features / 2`
+    pairs. Of equal pairs the first one wins, in the order of the flattened features.
+
+    The softmax of a distilled network has no gradient in float32, so that no pair qualifies and
+    the attack ends without success: this is masking, not robustness. `output` says which form of
+    the attack is meant:
+
+    * `jax.nn.softmax` (the default): Papernot et al.;
+    * `softmax_at(temperature)`: softmax(z / T), Carlini & Wagner's break of distillation;
+    * `jax.numpy.positive`, which returns what it is given: the logits themselves.
+
+    Args:
+        logits_fn: inputs `[B, ...]` to logits `[B, K]`.
+        key: unused (the attack is deterministic); None or any key.
+        inputs: `[B, ...]` float inside `bounds`, at least 2 features an example.
+        labels: `[B]` int, the true classes.
+        theta: what is added to a feature at a step, in input units; not 0; a scalar or `[B]`; may
+            be traced. At the default a feature of `[0, 1]` saturates at once.
+        max_features: the most features changed, at least 2; static. An odd number is rounded
+            down to pairs. None takes the paper's 14.5 % of all features, rounded down to pairs
+            (112 of 784), and at least 2. A step counts as two features even where `theta` is so
+            small that the same feature is changed again.
+        output: `(logits [B, K]) -> [B, K]`, per example, whose derivative is the saliency; a
+            pytree or a plain function (which is static: keep one and reuse it).
+        bounds: the box of valid inputs.
+        targets: `[B]` int, classes to reach. None aims at the most likely class other than the
+            label at the clean input, and any class but the label is a success. For the least
+            over all targets, as the paper's robustness has it, call once a target.
+        trace: keep the pairs.
+
+    Returns:
+        The result. Where nothing was found: the clean input, `success=False`, `distance=inf`.
+        `distance` is the number of changed features (l0). `info`: `target [B]` int32, the class
+        aimed at; `num_pairs [B]` int32, steps taken; with `trace`, `pairs
+        [B, max_features / 2, 2]` int32, flat indices of the features in the order of their change,
+        -1 after the end.
+
+    Raises:
+        ValueError: theta 0 or not finite, max_features below 2, inputs of a single feature, not
+            finite or outside the box, labels or targets outside `0..K-1`, scores of another shape.
+
+    Example:
+        >>> logits_fn = lambda x: x @ jnp.array([[0.0, 3.0], [0.0, 1.0], [0.0, 2.0]]) - jnp.array(
+        ...     [[0.0, 4.0]])
+        >>> x, y = jnp.array([[0.1, 0.1, 0.1]]), jnp.array([0])
+        >>> result = jsma(logits_fn, None, x, y, max_features=2)
+        >>> result.inputs.round(1).tolist(), float(result.distance[0])
+        ([[1.0, 0.1..., 1.0]], 2.0)
+
+    References:
+        Papernot, McDaniel, Jha, Fredrikson, Celik & Swami 2016, "The Limitations of Deep Learning
+        in Adversarial Settings", algorithms 2 and 3; Papernot et al. 2016, "Distillation as a
+        Defense", section V (112 features); Carlini & Wagner 2016, "Defensive Distillation is Not
+        Robust to Adversarial Examples" (softmax(z / T)). Departures: α and β are divided by their
+        largest entry first, which changes no order but keeps their product from rounding to 0 in
+        float32; features that start at the bound are left out from the start; the paper is
+        targeted only.
+    """
+    del key
+    _check_theta(theta)
+    problem = _base.prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
+    num_features = int(np.prod(problem.inputs.shape[1:]))
+    if num_features < 2:
+        raise ValueError(
+            f"expected at least 2 features an example, got inputs of shape "
+            f"{problem.inputs.shape}; the attack changes features in pairs"
+        )
+    if max_features is None:
+        max_features = max(2, int(num_features * _SHARE))
+    _validate.count(minimum=2, max_features=max_features)
+    theta = _base.one_per_example(theta, problem.inputs, name="theta")
+    output = _as_pytree(output)
+    with full_precision():
+        return _jsma(problem, output, theta, num_steps=max_features // 2, trace=trace)
+
+
+def softmax_at(temperature: ArrayLike) -> Callable[[Array], Array]:
+    """The softmax at a temperature, `softmax(z / T)`, as an `output` of `jsma`.
+
+    At the temperature of the training, a distilled network's softmax has the gradients that it
+    hides at T = 1.
+
+    Args:
+        temperature: above 0; a scalar; may be traced.
+
+    Returns:
+        A pytree `(logits [B, K]) -> [B, K]` that carries the temperature: a new one compiles
+        nothing.
+
+    Raises:
+        ValueError: a temperature that is not above 0.
+
+    Example:
+        >>> softmax_at(100.0)(jnp.array([[0.0, 200.0]])).round(3).tolist()
+        [[0.119..., 0.881...]]
+
+    References:
+        Carlini & Wagner 2016, "Defensive Distillation is Not Robust to Adversarial Examples".
+    """
+    _validate.rank(0, temperature=temperature)
+    _validate.positive(temperature=temperature)
+    return Partial(_softmax_at, jnp.asarray(temperature, float))
+
+
+def _softmax_at(temperature: Array, logits: Array) -> Array:
+    return jax.nn.softmax(logits / temperature.astype(logits.dtype), axis=-1)
+
+
+def _check_theta(theta: ArrayLike) -> None:
+    if _validate.is_traced(theta):
+        return
+    array = np.asarray(theta, np.float64)
+    if not np.all(np.isfinite(array) & (array != 0)):
+        raise ValueError(
+            f"expected theta finite and not 0, got {_validate.show(theta)}; pass what a step adds "
+            "to a feature, in input units"
+        )
+
+
+class _Carry(NamedTuple):
+    """The state of each example; every leaf leads with `[B]`."""
+
+    inputs: Array  # the current iterate
+    step: Array  # pairs changed
+    done: Array
+    queries: Array
+    pairs: Array  # [B, num_steps, 2], or [B, 0, 0] without a trace
+
+
+def _init(problem: Problem, clean_success: Array, num_steps: int, trace: bool) -> _Carry:
+    zeros = jnp.zeros(clean_success.shape, jnp.int32)
+    shape = (num_steps, 2) if trace else (0, 0)
+    return _Carry(
+        inputs=problem.inputs,
+        step=zeros,
+        done=clean_success,
+        queries=zeros + 1,  # the clean forward pass
+        pairs=jnp.full(zeros.shape + shape, -1, jnp.int32),
+    )
+
+
+def _step(
+    problem: Problem,
+    output: Callable[[Array], Array],
+    theta: Array,
+    target: Array,
+    num_steps: int,
+    carry: _Carry,
+) -> _Carry:
+    """Judge the current iterate, then change the best pair of those that resist."""
+    active = ~carry.done
+    batch_size = target.shape[0]
+    logits, for_target, for_others = _saliency(problem, output, target, carry.inputs)
+    success = active & problem.goal.reached(logits)
+
+    sign = jnp.sign(theta)[:, None]
+    flat = carry.inputs.reshape(batch_size, -1)
+    low, high = problem.bounds
+    movable = jnp.where(sign > 0, flat < high, flat > low)
+    score, first, second = _best_pair(sign * for_target, -sign * for_others, movable)
+    moving = active & ~success & (score > 0)
+
+    index = jnp.arange(flat.shape[1])[None]
+    chosen = ((index == first[:, None]) | (index == second[:, None])) & moving[:, None]
+    moved = jnp.where(chosen, jnp.clip(flat + theta[:, None], low, high), flat)
+    step = carry.step + moving
+    # The iterate after the last step is judged by the verification that follows the loop.
+    return _Carry(
+        inputs=moved.reshape(carry.inputs.shape),
+        step=step,
+        done=carry.done | ~moving | (step == num_steps),
+        queries=carry.queries + active,
+        # An example that stopped keeps its entries: it writes past the end, where nothing is.
+        pairs=carry.pairs.at[jnp.arange(batch_size), jnp.where(moving, carry.step, num_steps)].set(
+            jnp.stack([first, second], axis=1), mode="drop"
+        )
+        if carry.pairs.size
+        else carry.pairs,
+    )
+
+
+def _saliency(
+    problem: Problem, output: Callable[[Array], Array], target: Array, inputs: Array
+) -> tuple[Array, Array, Array]:
+    """The logits, and the gradients `[B, D]` of the target's and of the summed others' scores.
+
+    The two gradients are divided by their largest entry together.
+    """
+    logits, pull_inputs = jax.vjp(problem.logits_fn, inputs)
+    scores, pull_logits = jax.vjp(output, logits)
+    if scores.shape != logits.shape:
+        raise ValueError(
+            f"expected output to keep the logits' shape {logits.shape}, got {scores.shape}; pass a "
+            "function of logits [B, K] such as jax.nn.softmax"
+        )
+    own = jax.nn.one_hot(target, scores.shape[1], dtype=scores.dtype)
+    # Two backward passes whatever the number of classes: only the others' sum matters.
+    both = jnp.stack(
+        [pull_inputs(*pull_logits(weights))[0] for weights in (own, 1 - own)], axis=1
+    ).reshape(*target.shape, 2, -1)
+    both = jnp.where(jnp.isfinite(both), both, 0.0)
+    scale = jnp.max(jnp.abs(both), axis=(1, 2), keepdims=True)
+    both = both / jnp.where(scale > 0, scale, 1.0)
+    return logits, both[:, 0], both[:, 1]
+
+
+def _best_pair(alpha: Array, beta: Array, movable: Array) -> tuple[Array, Array, Array]:
+    """The largest product and its pair, `[B]` each; the product is 0 where no pair qualifies.
+
+    A pair's product is `(alpha_p + alpha_q) · (beta_p + beta_q)` with both factors above 0. All
+    pairs are looked at, but only some rows of the `[D, D]` table exist at a time.
+    """
+    batch_size, num_features = alpha.shape
+    index = jnp.arange(num_features)
+
+    def products(row: Array) -> Array:
+        """Of the features `row [B]` with all others, `[B, D]`."""
+        own = functools.partial(jnp.take_along_axis, indices=row[:, None], axis=1)
+        up, down = own(alpha) + alpha, own(beta) + beta
+        allowed = movable & own(movable) & (index[None] != row[:, None])
+        return jnp.where(allowed & (up > 0) & (down > 0), up * down, 0.0)
+
+    best_of_rows = jax.lax.map(
+        lambda row: jnp.max(products(jnp.full(batch_size, row)), axis=1),
+        index,
+        batch_size=min(num_features, max(1, _PAIRS_AT_A_TIME // max(1, alpha.size))),
+    )
+    # The table is symmetric, so the first row that holds the best product holds the first pair.
+    first = jnp.argmax(best_of_rows, axis=0)
+    row = products(first)
+    return jnp.max(row, axis=1), first.astype(jnp.int32), jnp.argmax(row, axis=1).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("num_steps", "trace"))
+def _jsma(
+    problem: Problem,
+    output: Callable[[Array], Array],
+    theta: Array,
+    *,
+    num_steps: int,
+    trace: bool,
+) -> AttackResult:
+    logits = problem.logits_fn(problem.inputs)
+    clean_success = problem.goal.reached_clean(logits)
+    target = problem.goal.targets
+    if target is None:
+        others = jax.nn.one_hot(problem.goal.labels, logits.shape[1], dtype=bool)
+        target = jnp.argmax(jnp.where(others, -jnp.inf, logits), axis=1).astype(jnp.int32)
+    carry = jax.lax.while_loop(
+        lambda carry: jnp.any(~carry.done),
+        functools.partial(_step, problem, output, theta, target, num_steps),
+        _init(problem, clean_success, num_steps, trace),
+    )
+    info = {"target": target, "num_pairs": carry.step}
+    if trace:
+        info["pairs"] = carry.pairs
+    return _base.finish(
+        problem,
+        carry.inputs,
+        clean_success=clean_success,
+        found=jnp.ones(clean_success.shape, bool),
+        queries=carry.queries,
+        norm="l0",
+        info=info,
+        minimum_norm=True,
+    )
