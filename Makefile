@@ -3,12 +3,13 @@
 #   make demo     distill, attack and report on real 8x8 digits, a few minutes on 2 cores
 #   make test     the tests, under 10 minutes on 2 cores
 #   make lint     lint, format check and type check
+#   make parity   the attacks beside other toolkits at full size; writes docs/parity.md
 #   make floor    the marked tests on the oldest supported versions, in .venv-floor
 
 PYTHON ?= python3
 PIP_OPTIONS := --quiet --disable-pip-version-check
 
-.PHONY: demo test lint floor install clean
+.PHONY: demo test lint parity floor install clean
 
 demo: .venv/installed
 	.venv/bin/python -m experiments.defend digits --workdir runs/demo
@@ -21,6 +22,9 @@ lint: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
+parity: .venv/peers
+	JDISTILL_PARITY=full .venv/bin/python -m pytest tests/parity
+
 floor: .venv-floor/installed
 	.venv-floor/bin/python -m pytest -n 2 -m floor $(TEST_OPTIONS)
 
@@ -31,6 +35,10 @@ install: .venv/installed
 
 .venv-floor/installed: requirements-floor.txt pyproject.toml
 	$(call make-venv,.venv-floor,requirements-floor.txt)
+
+.venv/peers: .venv/installed requirements-peers.txt
+	@.venv/bin/python -m pip install $(PIP_OPTIONS) --no-deps -r requirements-peers.txt
+	@touch $@
 
 define make-venv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

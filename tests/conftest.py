@@ -13,8 +13,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 # [B] against [B, K] must never broadcast by accident.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Compiling is most of a run's time; a second run finds its programs here. One folder per worker of
-# pytest-xdist, because JAX writes the entries in place, and per version of JAX.
+# Compiling is most of a run's time, and a third of it buys speed that no test needs.
+jax.config.update("jax_disable_most_optimizations", True)
+# A second run finds its programs here. One folder per worker of pytest-xdist, because JAX writes
+# the entries in place, and per version of JAX.
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
 _CACHE = pathlib.Path(__file__).parents[1] / ".jax_cache" / jax.__version__ / _WORKER
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))

@@ -103,6 +103,7 @@ def summarize(result: AttackResult) -> AttackOutcome:
         The outcome, on the host.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> row = lambda *values: jnp.array([values])
         >>> result = AttackResult(jnp.zeros((1, 2, 3)), row(True, False), row(2.0, jnp.inf),
         ...                       row(5, 9), {})
