@@ -97,7 +97,7 @@ def project(delta: Array, eps: ArrayLike, norm: str) -> Array:
         `[B, ...]`.
 
     Raises:
-        ValueError: an unknown norm.
+        ValueError: an unknown norm, a radius below 0.
 
     Example:
         >>> project(jnp.array([[3.0, -4.0]]), 1.0, "l2").round(3).tolist()
@@ -108,6 +108,7 @@ def project(delta: Array, eps: ArrayLike, norm: str) -> Array:
     References:
         Duchi, Shalev-Shwartz, Singer & Chandra 2008, figure 1 and section 4 (`"l1"`).
     """
+    _validate.non_negative(eps=eps)
     return _pick(_NORMS, norm).project(delta, per_example(eps, delta))
 
 
@@ -205,7 +206,7 @@ def random_start(keys: Array, like: Array, eps: ArrayLike, norm: str) -> Array:
         `[B, ...]`.
 
     Raises:
-        ValueError: an unknown norm.
+        ValueError: an unknown norm, a radius below 0.
 
     Example:
         >>> keys = jax.random.split(jax.random.key(0), 4)
@@ -213,6 +214,7 @@ def random_start(keys: Array, like: Array, eps: ArrayLike, norm: str) -> Array:
         >>> noise.shape, bool(jnp.all(distance(noise, "l2") < 0.301))
         ((4, 28, 28), True)
     """
+    _validate.non_negative(eps=eps)
     shape = like.shape[1:]
     random_unit = _pick(_DIRECTIONS, norm).random_unit
     unit = jax.vmap(lambda key: random_unit(key, shape, like.dtype))(keys)
@@ -238,7 +240,7 @@ def into_ball_and_box(
         `[B, ...]`.
 
     Raises:
-        ValueError: an unknown norm.
+        ValueError: an unknown norm, a radius below 0.
 
     Example:
         >>> center = jnp.array([[0.5, 0.9]])

@@ -819,3 +819,6 @@ def test_a_network_of_the_library():
         np.testing.assert_allclose(vmapped.distance[r], looped.distance, rtol=1e-4)
         excess = numpy_excess(np.asarray(logits_fn(looped.inputs)), labels)
         np.testing.assert_array_equal(looped.success, excess > 0)
+    for attack in (case, CASES["carlini_wagner_l2"]):
+        nothing = run(attack, logits_fns[0], inputs[:0], labels[:0])
+        assert nothing.inputs.shape == (0, 6, 6, 1)

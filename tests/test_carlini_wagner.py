@@ -252,3 +252,24 @@ def test_the_trace_holds_the_loss_of_every_step():
 def test_bad_settings_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         attacks.carlini_wagner_l2(make(), None, INPUTS, LABELS, **kwargs)
+
+
+@pytest.mark.floor
+def test_each_search_starts_where_it_is_told():
+    labels = np.asarray(LABELS)
+    plain = attacks.carlini_wagner_l2(make(), None, INPUTS, labels, **SETTINGS)
+    same = attacks.carlini_wagner_l2(make(), None, INPUTS, labels, init=INPUTS, **SETTINGS)
+    np.testing.assert_allclose(same.distance, plain.distance, rtol=1e-4)
+    # From a point that fools the network the first step is a success already, at any constant.
+    found = np.asarray(plain.success)
+    warm = attacks.carlini_wagner_l2(
+        make(), None, INPUTS[found], labels[found], init=plain.inputs[found], **SETTINGS
+    )
+    assert np.all(warm.success)
+    clean = np.asarray(plain.queries)[found] == 1
+    assert np.all(np.asarray(warm.info["first_success"])[~clean] == 0)
+    # Outside the box it is moved inside.
+    far = attacks.carlini_wagner_l2(make(), None, INPUTS, labels, init=INPUTS + 9, **SETTINGS)
+    assert np.all(np.isfinite(far.inputs))
+    with pytest.raises(ValueError, match="expected init of the inputs' shape"):
+        attacks.carlini_wagner_l2(make(), None, INPUTS, labels, init=INPUTS[:1], **SETTINGS)

@@ -299,3 +299,15 @@ def test_an_unknown_norm_is_refused_with_the_known_ones(call, known):
     for bad in ("L2", "l0") if known is DIRECTIONS else ("L2",):
         with pytest.raises(ValueError, match=f"norm to be one of {known}, got '{bad}'"):
             call(bad)
+
+
+@pytest.mark.parametrize("eps", [-1.0, np.nan, np.array([0.1] * (B - 1) + [-0.1])])
+def test_a_radius_below_0_is_named(eps):
+    keys = jax.random.split(jax.random.key(0), B)
+    for call in (
+        lambda: norms.project(DELTA, eps, "linf"),
+        lambda: norms.random_start(keys, DELTA, eps, "l2"),
+        lambda: norms.into_ball_and_box(DELTA, DELTA, eps, "l1", (-5.0, 5.0)),
+    ):
+        with pytest.raises(ValueError, match="expected eps >= 0, got"):
+            call()

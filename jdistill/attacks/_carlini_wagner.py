@@ -28,6 +28,7 @@ def carlini_wagner_l2(
     abort_early: bool = True,
     bounds: tuple[float, float] = (0.0, 1.0),
     targets: ArrayLike | None = None,
+    init: ArrayLike | None = None,
     trace: bool = False,
 ) -> AttackResult:
     """Smallest L2 perturbation by Adam on a margin, with a search over its weight.
@@ -55,6 +56,7 @@ def carlini_wagner_l2(
             tenth of the steps).
         bounds: the box of valid inputs.
         targets: `[B]` int, classes to reach; None takes any class but the label.
+        init: `[B, ...]`, where each search starts, moved into the box; None starts at the inputs.
         trace: keep the loss of every step.
 
     Returns:
@@ -90,9 +92,11 @@ def carlini_wagner_l2(
     _validate.count(num_searches=num_searches, num_steps=num_steps)
     problem = _base.prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
     as_float = functools.partial(jnp.asarray, dtype=problem.inputs.dtype)
+    start = None if init is None else _base.start_point(init, problem)
     with full_precision():
         return _carlini_wagner_l2(
             problem,
+            start,
             as_float(confidence),
             as_float(learning_rate),
             _base.one_per_example(initial_const, problem.inputs, name="initial_const"),
@@ -107,6 +111,7 @@ class _Settings(NamedTuple):
     confidence: Array
     learning_rate: Array
     initial_w: Array  # [B, ...], the clean inputs in the variable w
+    first_offset: Array  # [B, ...], where each search starts
     num_searches: int
     num_steps: int
     abort_early: bool
@@ -137,7 +142,7 @@ def _init(
     inputs = problem.inputs
     zeros = jnp.zeros(inputs.shape[:1], jnp.int32)
     floats = jnp.zeros(inputs.shape[:1], inputs.dtype)
-    offset = jnp.zeros_like(inputs)
+    offset = settings.first_offset
     shape = (settings.num_searches, settings.num_steps) if trace else (0, 0)
     return _Carry(
         offset=offset,
@@ -189,8 +194,7 @@ def _step(problem: Problem, settings: _Settings, carry: _Carry) -> _Carry:
 
     bracket = _search.next_bracket(carry.bracket, succeeded, carry.search, settings.num_searches)
     search = carry.search + ended
-    fresh_offset = jnp.zeros_like(offset)
-    fresh = (fresh_offset, _search.per_example_adam().init(fresh_offset))
+    fresh = (settings.first_offset, _search.per_example_adam().init(settings.first_offset))
     offset, adam = _search.select(ended, fresh, (offset, adam))
     return _Carry(
         offset=_search.select(active, offset, carry.offset),
@@ -223,6 +227,7 @@ def _step(problem: Problem, settings: _Settings, carry: _Carry) -> _Carry:
 @functools.partial(jax.jit, static_argnames=("num_searches", "num_steps", "abort_early", "trace"))
 def _carlini_wagner_l2(
     problem: Problem,
+    init: Array | None,
     confidence: Array,
     learning_rate: Array,
     initial_const: Array,
@@ -232,10 +237,15 @@ def _carlini_wagner_l2(
     abort_early: bool,
     trace: bool,
 ) -> AttackResult:
+    initial_w = _search.from_box(problem.inputs, problem.bounds)
+    first_offset = jnp.zeros_like(initial_w)
+    if init is not None:
+        first_offset = _search.from_box(jnp.clip(init, *problem.bounds), problem.bounds) - initial_w
     settings = _Settings(
         confidence=confidence,
         learning_rate=learning_rate,
-        initial_w=_search.from_box(problem.inputs, problem.bounds),
+        initial_w=initial_w,
+        first_offset=first_offset,
         num_searches=num_searches,
         num_steps=num_steps,
         abort_early=abort_early,

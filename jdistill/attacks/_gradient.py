@@ -44,7 +44,8 @@ def fgsm(
         bounds: the box of valid inputs.
         targets: `[B]` int, classes to move towards; None moves away from the labels.
         loss: per-example loss `(logits [B, K], labels [B]) -> [B]`, maximized (for targets:
-            minimized).
+            minimized). Bind numbers with `jax.tree_util.Partial` and arrays, so that new ones
+            compile nothing; a `functools.partial` is compiled for each object.
 
     Returns:
         The result; `info` is empty. Each attacked example costs two queries.

@@ -62,7 +62,8 @@ def pgd(
         targets: `[B]` int, classes to move towards; None moves away from the labels.
         init: `[B, ...]`, the first start instead (projected into ball and box).
         loss: per-example loss `(logits [B, K], labels [B]) -> [B]`, maximized (for targets:
-            minimized). `jdistill.losses.margin` does not saturate on distilled networks.
+            minimized). `jdistill.losses.margin` does not saturate on distilled networks. Bind
+            numbers as in `fgsm`.
         trace: keep the loss of every step.
 
     Returns:

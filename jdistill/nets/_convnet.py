@@ -133,7 +133,7 @@ class ConvNet(nn.Module):
                 )(x)
                 x = nn.relu(x)
             x = max_pool(x)
-        x = x.reshape((x.shape[0], -1))
+        x = x.reshape((x.shape[0], math.prod(x.shape[1:])))  # -1 would not do for no inputs
         for number, size in enumerate(self.hidden):
             x = nn.relu(nn.Dense(size, kernel_init=initial, name=f"dense_{number}")(x))
             if drop and number == 0 and dropout_keys is not None:
