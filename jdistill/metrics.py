@@ -17,6 +17,7 @@ import optax
 
 from jdistill import _validate
 from jdistill._precision import full_precision
+from jdistill._pytree import as_pytree
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 
@@ -175,7 +176,7 @@ def sensitivity_logits(logits_fn: LogitsFn, inputs: Array) -> Array:
         Mandal & Gao 2023, released code `save_model_grads.py`.
     """
     with full_precision():
-        return _sensitivity_logits(_as_pytree(logits_fn), inputs)
+        return _sensitivity_logits(as_pytree(logits_fn), inputs)
 
 
 @jax.jit
@@ -218,7 +219,7 @@ def log10_sensitivity_softmax(
     """
     _validate.positive(temperature=temperature)
     with full_precision():
-        return _log10_sensitivity_softmax(_as_pytree(logits_fn), inputs, temperature)
+        return _log10_sensitivity_softmax(as_pytree(logits_fn), inputs, temperature)
 
 
 @jax.jit
@@ -303,7 +304,7 @@ def zero_gradient(
     _validate.class_indices(labels, batch_size=inputs.shape[0])
     _validate.non_negative(labels=labels)
     with full_precision():
-        return _zero_gradient(_as_pytree(logits_fn), inputs, jnp.asarray(labels), temperature)
+        return _zero_gradient(as_pytree(logits_fn), inputs, jnp.asarray(labels), temperature)
 
 
 @jax.jit
@@ -317,8 +318,3 @@ def _zero_gradient(
 
     gradient = jax.grad(loss)(inputs)
     return jnp.all(gradient.reshape(inputs.shape[0], -1) == 0, axis=1)
-
-
-def _as_pytree(logits_fn: LogitsFn) -> LogitsFn:
-    """A network that jit can take as an argument: a plain function becomes static."""
-    return jax.tree_util.Partial(logits_fn) if jax.tree_util.all_leaves([logits_fn]) else logits_fn

@@ -19,6 +19,7 @@ LEVELS = {
     "_validate": 0,
     "_files": 0,
     "_precision": 0,
+    "_pytree": 0,
     "losses": 1,
     "metrics": 1,
     "norms": 1,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate, losses, norms
+from jdistill._pytree import call
 from jdistill.nets import callable_logits_fn
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
@@ -174,6 +175,18 @@ def refuse_tracers(name: str, *arguments: Any) -> None:
         )
 
 
+def record(trace: Array, active: Array, values: Array, row: Array, column: Array) -> Array:
+    """The trace `[B, rows, columns]` with the active examples' values, each at its own place.
+
+    A trace `[B, 0, 0]`, which is none, stays as it is.
+    """
+    if not trace.size:
+        return trace
+    # An example that stopped keeps its entries: it writes past the end, where nothing is.
+    column = jnp.where(active, column, trace.shape[2])
+    return trace.at[jnp.arange(trace.shape[0]), row, column].set(values, mode="drop")
+
+
 def finish(
     problem: Problem,
     candidate: Array,
@@ -213,14 +226,9 @@ def finish(
     return jax.lax.stop_gradient(AttackResult(candidate, success, distance, queries, info))
 
 
-@jax.jit
-def _call(logits_fn: LogitsFn, inputs: Array) -> Array:
-    return logits_fn(inputs)
-
-
 def _num_classes(logits_fn: LogitsFn, inputs: Array) -> int:
     """The network's K, from its shapes alone; the trace is cached by jit, so this is cheap."""
-    shape = _call.eval_shape(logits_fn, inputs).shape
+    shape = call.eval_shape(logits_fn, inputs).shape
     if len(shape) != 2 or shape[0] != inputs.shape[0] or shape[1] < 2:
         raise ValueError(
             f"expected logits of shape [B, K] = ({inputs.shape[0]}, at least 2), got {shape}; "

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from jdistill import _validate, losses, norms
 from jdistill._precision import full_precision
+from jdistill._pytree import as_pytree
 from jdistill.attacks import _base, _search
 from jdistill.attacks._base import AttackResult, Problem
-from jdistill.attacks._gradient import _as_pytree, _gain_gradient
+from jdistill.attacks._gradient import _gain_gradient
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 # The step size ends at this share of where it begins.
@@ -101,7 +102,7 @@ def ddn(
     with full_precision():
         return _ddn(
             problem,
-            _as_pytree(loss),
+            as_pytree(loss),
             each(gamma, name="gamma"),
             each(initial_norm, name="initial_norm"),
             each(step_size, name="step_size"),

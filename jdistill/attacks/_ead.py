@@ -247,11 +247,7 @@ def _step(problem: Problem, settings: _Settings, carry: _Carry) -> _Carry:
             carry.first_success,
         ),
         queries=carry.queries + 2 * active,
-        losses=carry.losses.at[jnp.arange(loss.shape[0]), carry.search, carry.step].set(
-            jnp.where(active, loss, jnp.nan), mode="drop"
-        )
-        if carry.losses.size
-        else carry.losses,
+        losses=_base.record(carry.losses, active, loss, carry.search, carry.step),
     )
 
 

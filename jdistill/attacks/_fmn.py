@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from jdistill import _validate, losses, norms
 from jdistill._precision import full_precision
+from jdistill._pytree import as_pytree
 from jdistill.attacks import _base, _search
 from jdistill.attacks._base import AttackResult, Problem
-from jdistill.attacks._gradient import _as_pytree, _gain_gradient
+from jdistill.attacks._gradient import _gain_gradient
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 _NORMS = ("linf", "l2", "l1", "l0")
@@ -116,7 +117,7 @@ def fmn(
     with full_precision():
         return _fmn(
             problem,
-            _as_pytree(loss),
+            as_pytree(loss),
             each(step_size, name="step_size"),
             each(gamma, name="gamma"),
             each(final_gamma, name="final_gamma"),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jdistill import _validate, losses, norms
 from jdistill._precision import full_precision
+from jdistill._pytree import as_pytree
 from jdistill.attacks import _base
 from jdistill.attacks._base import AttackResult, Goal, Problem
 from jdistill.typing import Array, ArrayLike, LogitsFn
@@ -68,12 +69,7 @@ def fgsm(
     _validate.one_of(_NORMS, norm=norm)
     problem = _base.prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
     with full_precision():
-        return _fgsm(problem, _as_pytree(loss), _base.radius(eps, problem.inputs), norm=norm)
-
-
-def _as_pytree(loss: Callable[..., Array]) -> Callable[..., Array]:
-    """A loss that jit can take as an argument: a plain function becomes static."""
-    return jax.tree_util.Partial(loss) if jax.tree_util.all_leaves([loss]) else loss
+        return _fgsm(problem, as_pytree(loss), _base.radius(eps, problem.inputs), norm=norm)
 
 
 def _gain_gradient(

@@ -11,9 +11,9 @@ from jax.tree_util import Partial
 
 from jdistill import _validate
 from jdistill._precision import full_precision
+from jdistill._pytree import as_pytree
 from jdistill.attacks import _base
 from jdistill.attacks._base import AttackResult, Problem
-from jdistill.attacks._gradient import _as_pytree
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 # The share of an input's features that may change: 112 of MNIST's 784.
@@ -115,7 +115,7 @@ def jsma(
         max_features = max(2, int(num_features * _SHARE))
     _validate.count(minimum=2, max_features=max_features)
     theta = _base.one_per_example(theta, problem.inputs, name="theta")
-    output = _as_pytree(output)
+    output = as_pytree(output)
     with full_precision():
         return _jsma(problem, output, theta, num_steps=max_features // 2, trace=trace)
 

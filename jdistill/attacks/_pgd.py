@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from jdistill import _validate, losses, norms
 from jdistill._precision import full_precision
+from jdistill._pytree import as_pytree
 from jdistill.attacks import _base
 from jdistill.attacks._base import AttackResult, Problem
-from jdistill.attacks._gradient import _NORMS, _as_pytree, _gain_gradient
+from jdistill.attacks._gradient import _NORMS, _gain_gradient
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 
@@ -160,7 +161,7 @@ def iterate(
     with full_precision():
         return _pgd(
             problem,
-            _as_pytree(loss),
+            as_pytree(loss),
             eps,
             step_size,
             decay,
@@ -274,14 +275,7 @@ def _pgd_step(
         done=carry.done | success | last,
         first_success=jnp.where(success, carry.step, carry.first_success),
         queries=carry.queries + active,
-        # An example that stopped keeps its entries: it writes past the end, where nothing is.
-        losses=carry.losses.at[
-            jnp.arange(gain.shape[0]),
-            carry.restart,
-            jnp.where(active, carry.step, settings.num_steps),
-        ].set(gain, mode="drop")
-        if carry.losses.size
-        else carry.losses,
+        losses=_base.record(carry.losses, active, gain, carry.restart, carry.step),
     )
 
 

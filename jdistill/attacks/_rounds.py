@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jdistill import norms
 from jdistill.attacks import _base, _search
 from jdistill.attacks._base import AttackResult, Problem
 from jdistill.typing import Array
@@ -95,7 +96,7 @@ def _step(problem: Problem, settings: Settings, rules: Rules, carry: _Carry) -> 
     missed = ~(excess > settings.confidence)
     weight = jnp.where(missed, carry.const, 0.0)
     pull = jax.grad(lambda d: jnp.sum(rules.penalty(d, carry.limit)))(delta)
-    (slope,) = to_w(pull - _wide(weight, gradient) * gradient)
+    (slope,) = to_w(pull - norms.per_example(weight, gradient) * gradient)
     (reach,) = to_w(gradient)
 
     adversarial = active & goal.reached(logits) & ~missed
@@ -137,10 +138,6 @@ def _step(problem: Problem, settings: Settings, rules: Rules, carry: _Carry) -> 
         ),
         queries=carry.queries + active,
     )
-
-
-def _wide(value: Array, like: Array) -> Array:
-    return value.reshape(value.shape + (1,) * (like.ndim - 1))
 
 
 def run(

@@ -9,9 +9,9 @@ import numpy as np
 
 from jdistill import _validate, losses, norms
 from jdistill._precision import full_precision
+from jdistill._pytree import as_pytree
 from jdistill.attacks import _base
 from jdistill.attacks._base import AttackResult, Goal, Problem
-from jdistill.attacks._gradient import _as_pytree
 from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
 
 _NORMS = ("linf", "l2")
@@ -121,7 +121,7 @@ def universal(
                 length = as_float(step_size * (1 - step / num_steps))
                 counted = jnp.arange(len(rows)) < real
                 delta = _step(
-                    _rows(problem, rows), _as_pytree(loss), counted, delta, ball, length, norm=norm
+                    _rows(problem, rows), as_pytree(loss), counted, delta, ball, length, norm=norm
                 )
                 step += 1
             if callback is not None:

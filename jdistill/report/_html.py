@@ -2,7 +2,6 @@
 
 import base64
 import importlib.resources
-import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from jdistill.report import _text, _words
 from jdistill.report._figures import write_figures
 from jdistill.report._optional import check_packages, optional
 from jdistill.report._pictures import load_pictures, write_picture_grid
+from jdistill.report._settings import flat, read_json
 from jdistill.report._table import (
     Attacked,
     AttackKey,
@@ -85,8 +85,8 @@ def write_report(
     table = read_results(folder / "results.csv") if rows is None else [dict(row) for row in rows]
     networks(table)
     arrays = {key: load_pictures(value) for key, value in _in_order(pictures or {})}
-    config = _json(folder / "config.json") if config is None else config
-    run = _json(folder / "run.json") if run is None else run
+    config = read_json(folder / "config.json") if config is None else config
+    run = read_json(folder / "run.json") if run is None else run
     written = {}
     if rows is not None:
         written["results"] = write_results(folder / "results.csv", table)
@@ -163,8 +163,8 @@ def write_html(
         ],
         several_seeds=any(len(net.seeds) > 1 for net in found),
         budgets=_budgets(found),
-        settings=_flat(config or {}),
-        run=_flat(run or {}),
+        settings=flat(config or {}),
+        run=flat(run or {}),
         limits=_limits(found),
         rules=_words,
     )
@@ -335,32 +335,6 @@ def _budgets(found: Sequence[Network]) -> list[dict[str, str]]:
     return lines
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Settings as a list of names and values."""
-    lines: list[tuple[str, str]] = []
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            lines += _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, (list, tuple)) and any(isinstance(v, Mapping) for v in value):
-            numbered = {str(number): item for number, item in enumerate(value, start=1)}
-            lines += _flat(numbered, f"{prefix}{name}.")
-        elif isinstance(value, (list, tuple)):
-            lines.append((f"{prefix}{name}", ", ".join(_plain(item) for item in value) or "none"))
-        else:
-            lines.append((f"{prefix}{name}", _plain(value)))
-    return lines
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if value is None:
-        return "none"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return str(value)
-
-
 def _limits(found: Sequence[Network]) -> list[str]:
     """What this report does not show, from what was and was not run."""
     keys = attack_keys(found)
@@ -407,15 +381,3 @@ def _limits(found: Sequence[Network]) -> list[str]:
     if all(net.temperature != 1 or net.generation for net in found):
         limits.append("A comparison with ordinary training: no teacher at T = 1 was measured.")
     return limits
-
-
-def _json(path: epath.Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"expected JSON in {path}, got text that is none ({error}); repair or delete the file"
-        ) from None
-    return value if isinstance(value, dict) else {"value": value}

@@ -8,8 +8,9 @@ import numpy as np
 
 from jdistill import _validate, data, nets, parallel
 from jdistill._precision import full_precision
+from jdistill._pytree import call
 from jdistill.train._step import TrainState, TrainStep, logits_fn
-from jdistill.typing import Array, Callback, LogitsFn, LossFn, Metrics
+from jdistill.typing import Callback, LogitsFn, LossFn, Metrics
 
 
 def fit(
@@ -126,11 +127,6 @@ def _check_examples(
             )
 
 
-@jax.jit
-def _logits(logits_fn: LogitsFn, inputs: Array) -> Array:
-    return logits_fn(inputs)
-
-
 def predict(logits_fn: LogitsFn, inputs: np.ndarray, *, batch_size: int = 512) -> np.ndarray:
     """The logits of a whole set, in batches, with full float32 matrix products.
 
@@ -159,5 +155,5 @@ def predict(logits_fn: LogitsFn, inputs: np.ndarray, *, batch_size: int = 512) -
         if size < batch_size and start > 0:
             chunk = np.concatenate([chunk, np.repeat(chunk[:1], batch_size - size, 0)])
         with full_precision():  # in training it may be the device's; what is measured is exact
-            rows.append(np.asarray(_logits(logits_fn, chunk))[:size])
+            rows.append(np.asarray(call(logits_fn, chunk))[:size])
     return np.concatenate(rows)
