@@ -1,0 +1,438 @@
+"""The attacks of other toolkits beside ours: the same network, images and budget.
+
+What `experiments.bench` times and what the parity tests judge. Everything of PyTorch is imported
+where it is used; `make parity` installs it all.
+"""
+
+import functools
+import sys
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jdistill import attacks
+from jdistill.typing import Array
+
+# (model, inputs [B, C, H, W] in [0, 1], labels [B]) -> what it found, of the inputs' shape
+Peer = Callable[[Any, Any, Any], Any]
+
+
+class Comparison(NamedTuple):
+    """One attack, ours and theirs, at one budget.
+
+    Attributes:
+        attack: our name for it.
+        norm: of its distances.
+        budget: in words.
+        ours: `(logits_fn, key, inputs, labels) -> AttackResult`.
+        peers: by toolkit.
+    """
+
+    attack: str
+    norm: str
+    budget: str
+    ours: Callable[..., attacks.AttackResult]
+    peers: Mapping[str, Peer]
+
+
+def fgsm(eps: float) -> Comparison:
+    """One step of the sign of the gradient."""
+    return Comparison(
+        "fgsm",
+        "linf",
+        f"eps {eps:g}",
+        functools.partial(attacks.fgsm, eps=eps),
+        {
+            "torchattacks": _torchattacks("FGSM", eps=eps),
+            "foolbox": _foolbox("LinfFastGradientAttack", eps),
+        },
+    )
+
+
+def bim(eps: float, steps: int) -> Comparison:
+    """Iterated FGSM."""
+    rate = eps / 10
+    return Comparison(
+        "bim",
+        "linf",
+        f"eps {eps:g}, {steps} steps",
+        functools.partial(attacks.bim, eps=eps, num_steps=steps, step_size=rate),
+        {
+            "torchattacks": _torchattacks("BIM", eps=eps, alpha=rate, steps=steps),
+            "foolbox": _foolbox(
+                "LinfBasicIterativeAttack", eps, abs_stepsize=rate, rel_stepsize=None, steps=steps
+            ),
+        },
+    )
+
+
+def mim(eps: float, steps: int) -> Comparison:
+    """Iterated FGSM with momentum."""
+    rate = eps / 10
+    return Comparison(
+        "mim",
+        "linf",
+        f"eps {eps:g}, {steps} steps",
+        functools.partial(attacks.mim, eps=eps, num_steps=steps, step_size=rate),
+        {
+            "torchattacks": _torchattacks("MIFGSM", eps=eps, alpha=rate, steps=steps),
+            "foolbox": _foolbox(
+                "LinfMomentumIterativeFastGradientMethod",
+                eps,
+                abs_stepsize=rate,
+                rel_stepsize=None,
+                steps=steps,
+            ),
+        },
+    )
+
+
+def pgd(norm: str, eps: float, steps: int) -> Comparison:
+    """Projected gradient descent from the image itself, so that all make the same steps."""
+    rate = eps / 10
+    name = {"linf": "LinfPGD", "l2": "L2PGD"}[norm]
+    settings: dict[str, Any] = {"steps": steps, "random_start": False}
+    return Comparison(
+        "pgd",
+        norm,
+        f"eps {eps:g}, {steps} steps",
+        functools.partial(
+            attacks.pgd, norm=norm, eps=eps, num_steps=steps, step_size=rate, random_start=False
+        ),
+        {
+            "torchattacks": _torchattacks(
+                {"linf": "PGD", "l2": "PGDL2"}[norm], eps=eps, alpha=rate, **settings
+            ),
+            "foolbox": _foolbox(name, eps, abs_stepsize=rate, rel_stepsize=None, **settings),
+        },
+    )
+
+
+def carlini_wagner_l2(searches: int, steps: int, rate: float, const: float) -> Comparison:
+    """Carlini & Wagner's L2 attack."""
+    return Comparison(
+        "carlini_wagner_l2",
+        "l2",
+        f"{searches} × {steps} steps",
+        functools.partial(
+            attacks.carlini_wagner_l2,
+            num_searches=searches,
+            num_steps=steps,
+            learning_rate=rate,
+            initial_const=const,
+        ),
+        {
+            "foolbox": _foolbox(
+                "L2CarliniWagnerAttack",
+                None,
+                binary_search_steps=searches,
+                steps=steps,
+                stepsize=rate,
+                initial_const=const,
+            ),
+            "adv-lib": _adv_lib(
+                "carlini_wagner_l2",
+                binary_search_steps=searches,
+                max_iterations=steps,
+                learning_rate=rate,
+                initial_const=const,
+            ),
+        },
+    )
+
+
+def carlini_wagner_l0(searches: int, steps: int, rate: float, const: float) -> Comparison:
+    """Carlini & Wagner's L0 attack; ART's rounds search the constant, ours double it."""
+    return Comparison(
+        "carlini_wagner_l0",
+        "l0",
+        f"{steps} steps a constant",
+        functools.partial(
+            attacks.carlini_wagner_l0,
+            num_steps=steps,
+            learning_rate=rate,
+            initial_const=const,
+            const_factor=10.0,
+        ),
+        {
+            "ART": _art(
+                "CarliniL0Method",
+                binary_search_steps=searches,
+                max_iter=steps,
+                learning_rate=rate,
+                initial_const=const,
+                batch_size=100,
+            )
+        },
+    )
+
+
+def carlini_wagner_linf(steps: int, rate: float, const: float) -> Comparison:
+    """Carlini & Wagner's Linf attack."""
+    schedule: dict[str, Any] = {"initial_const": const, "largest_const": 20.0, "const_factor": 2.0}
+    return Comparison(
+        "carlini_wagner_linf",
+        "linf",
+        f"{steps} steps a constant",
+        functools.partial(
+            attacks.carlini_wagner_linf, num_steps=steps, learning_rate=rate, **schedule
+        ),
+        {
+            "ART": _art(
+                "CarliniLInfMethod", max_iter=steps, learning_rate=rate, batch_size=100, **schedule
+            ),
+            "adv-lib": _adv_lib(
+                "carlini_wagner_linf", max_iterations=steps, learning_rate=rate, **schedule
+            ),
+        },
+    )
+
+
+def ead(searches: int, steps: int, rate: float, const: float, beta: float) -> Comparison:
+    """The elastic-net attack, keeping the smallest l1 norm."""
+    common: dict[str, Any] = {"binary_search_steps": searches, "initial_const": const}
+    return Comparison(
+        "ead",
+        "l1",
+        f"{searches} × {steps} steps",
+        functools.partial(
+            attacks.ead,
+            num_searches=searches,
+            num_steps=steps,
+            learning_rate=rate,
+            initial_const=const,
+            beta=beta,
+        ),
+        {
+            "foolbox": _foolbox(
+                "EADAttack",
+                None,
+                steps=steps,
+                initial_stepsize=rate,
+                regularization=beta,
+                decision_rule="L1",
+                **common,
+            ),
+            "torchattacks": _torchattacks(
+                "EADL1", max_iterations=steps, lr=rate, beta=beta, **common
+            ),
+        },
+    )
+
+
+def ddn(steps: int) -> Comparison:
+    """Decoupled direction and norm."""
+    return Comparison(
+        "ddn",
+        "l2",
+        f"{steps} steps",
+        functools.partial(attacks.ddn, num_steps=steps),
+        {
+            "foolbox": _foolbox("DDNAttack", None, steps=steps),
+            "adv-lib": _adv_lib("ddn", steps=steps, levels=None),
+        },
+    )
+
+
+def fmn(norm: str, steps: int) -> Comparison:
+    """Fast minimum norm."""
+    name = {"l0": "L0", "l1": "L1", "l2": "L2", "linf": "LInf"}[norm]
+    order = {"l0": 0, "l1": 1, "l2": 2, "linf": float("inf")}[norm]
+    return Comparison(
+        "fmn",
+        norm,
+        f"{steps} steps",
+        functools.partial(attacks.fmn, norm=norm, num_steps=steps),
+        {
+            "foolbox": _foolbox(f"{name}FMNAttack", None, steps=steps),
+            "adv-lib": _adv_lib("fmn", norm=order, steps=steps),
+        },
+    )
+
+
+def deepfool(norm: str, steps: int) -> Comparison:
+    """DeepFool over all ten classes."""
+    name, order = {"l2": ("L2", 2), "linf": ("Linf", float("inf"))}[norm]
+    peers = {
+        "foolbox": _foolbox(f"{name}DeepFoolAttack", None, steps=steps),
+        "adv-lib": _adv_lib("df", norm=order, steps=steps, return_unsuccessful=True),
+    }
+    if norm == "l2":
+        peers["torchattacks"] = _torchattacks("DeepFool", steps=steps)
+    return Comparison(
+        "deepfool",
+        norm,
+        f"{steps} steps",
+        functools.partial(attacks.deepfool, norm=norm, num_steps=steps),
+        peers,
+    )
+
+
+def jsma(features: int) -> Comparison:
+    """The saliency map attack on the logits, towards the next class, as ART and torchattacks do."""
+
+    def ours(logits_fn: Any, key: Array | None, inputs: Any, labels: Any) -> attacks.AttackResult:
+        targets = (jnp.asarray(labels) + 1) % 10
+        return attacks.jsma(
+            logits_fn,
+            key,
+            inputs,
+            labels,
+            targets=targets,
+            max_features=features,
+            output=jnp.positive,
+        )
+
+    def art(model: Any, inputs: Any, labels: Any) -> Any:
+        share = features / inputs[0].numel()
+        attack = _art("SaliencyMapMethod", theta=1.0, gamma=share, batch_size=len(labels))
+        return attack(model, inputs, (labels + 1) % 10)
+
+    def torchattacks(model: Any, inputs: Any, labels: Any) -> Any:
+        import torchattacks
+
+        share = features / inputs[0].numel()
+        attack = torchattacks.JSMA(model, theta=1.0, gamma=share)
+        attack.set_mode_targeted_by_function(lambda images, labels: (labels + 1) % 10)
+        return attack(inputs, labels)
+
+    return Comparison(
+        "jsma", "l0", f"{features} features", ours, {"ART": art, "torchattacks": torchattacks}
+    )
+
+
+def torch_network(params: Mapping[str, Mapping[str, Any]]) -> Any:
+    """A `nets.ConvNet` of gray or color images as a `torch.nn.Module`.
+
+    Args:
+        params: its weights, layer by layer; two convolutions and a pooling a block.
+
+    Returns:
+        A module of inputs `[B, C, H, W]` in [0, 1].
+    """
+    import torch
+    from torch import nn
+
+    class Shift(nn.Module):
+        def forward(self, inputs: Any) -> Any:
+            return inputs - 0.5
+
+    class Features(nn.Module):
+        """Flattens in the order of JAX, channels last."""
+
+        def forward(self, inputs: Any) -> Any:
+            return inputs.permute(0, 2, 3, 1).flatten(1)
+
+    def tensor(layer: str, kind: str, *axes: int) -> Any:
+        value = np.asarray(params[layer][kind], np.float32)
+        return torch.tensor(value.transpose(axes).copy() if axes else value.copy())
+
+    layers: list[Any] = [Shift()]
+    block = 0
+    while f"conv_{block}_0" in params:
+        position = 0
+        while (name := f"conv_{block}_{position}") in params:
+            kernel = tensor(name, "kernel", 3, 2, 0, 1)
+            conv = nn.Conv2d(kernel.shape[1], kernel.shape[0], kernel.shape[2:])
+            conv.weight.data, conv.bias.data = kernel, tensor(name, "bias")
+            layers += [conv, nn.ReLU()]
+            position += 1
+        layers.append(nn.MaxPool2d(2))
+        block += 1
+    layers.append(Features())
+    dense_names = sorted(name for name in params if name.startswith("dense_"))
+    for name in [*dense_names, "logits"]:
+        kernel = tensor(name, "kernel", 1, 0)
+        dense = nn.Linear(kernel.shape[1], kernel.shape[0])
+        dense.weight.data, dense.bias.data = kernel, tensor(name, "bias")
+        layers += [dense] if name == "logits" else [dense, nn.ReLU()]
+    model = nn.Sequential(*layers).eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model
+
+
+def torch_batch(inputs: Any, labels: Any) -> tuple[Any, Any]:
+    """Images `[B, H, W, C]` and labels as PyTorch has them: `[B, C, H, W]` and int64."""
+    import torch
+
+    images = np.asarray(inputs, np.float32).transpose(0, 3, 1, 2)
+    return torch.tensor(images.copy()), torch.tensor(np.asarray(labels)).long()
+
+
+def fooled(model: Any, found: Any, labels: Any) -> np.ndarray:
+    """Which of a peer's examples are misclassified, `[B]`."""
+    return (model(found).argmax(1) != labels).numpy()
+
+
+def distances(model: Any, found: Any, inputs: Any, labels: Any, norm: str) -> np.ndarray:
+    """The norm of each change, `[B]`; `inf` where the network is not fooled.
+
+    An l0 distance counts the features that a float32's rounding does not explain.
+    """
+    delta = (found - inputs).flatten(1).numpy()
+    if norm == "l0":
+        size = (np.abs(delta) > 1e-6).sum(axis=1).astype(float)
+    else:
+        size = np.linalg.norm(delta, {"l1": 1, "l2": 2, "linf": np.inf}[norm], axis=1)
+    return np.where(fooled(model, found, labels), size, np.inf)
+
+
+def _torchattacks(name: str, **settings: Any) -> Peer:
+    def run(model: Any, inputs: Any, labels: Any) -> Any:
+        import torchattacks
+
+        return getattr(torchattacks, name)(model, **settings)(inputs, labels)
+
+    return run
+
+
+def _foolbox(name: str, eps: float | None, **settings: Any) -> Peer:
+    def run(model: Any, inputs: Any, labels: Any) -> Any:
+        import foolbox
+
+        bounded = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+        attack = getattr(foolbox.attacks, name)(**settings)
+        _, found, _ = attack(bounded, inputs, labels, epsilons=eps)
+        return found
+
+    return run
+
+
+def _adv_lib(name: str, **settings: Any) -> Peer:
+    def run(model: Any, inputs: Any, labels: Any) -> Any:
+        # Its loggers and perceptual distances, unused here, want two more packages.
+        for package in ("torchvision", "torchvision.models", "visdom"):
+            sys.modules.setdefault(package, types.ModuleType(package))
+        if not hasattr(sys.modules["torchvision"], "models"):
+            sys.modules["torchvision"].models = sys.modules["torchvision.models"]  # type: ignore
+        import adv_lib.attacks
+
+        return getattr(adv_lib.attacks, name)(model, inputs, labels, **settings).detach()
+
+    return run
+
+
+def _art(name: str, **settings: Any) -> Peer:
+    def run(model: Any, inputs: Any, labels: Any) -> Any:
+        import art.attacks.evasion
+        import torch
+        from art.estimators.classification import PyTorchClassifier
+
+        num_classes = model(inputs[:1]).shape[1]
+        classifier = PyTorchClassifier(
+            model=model,
+            loss=torch.nn.CrossEntropyLoss(),
+            input_shape=tuple(inputs.shape[1:]),
+            nb_classes=num_classes,
+            clip_values=(0.0, 1.0),
+            device_type="cpu",
+        )
+        attack = getattr(art.attacks.evasion, name)(classifier, verbose=False, **settings)
+        one_hot = np.eye(num_classes, dtype=np.float32)[labels.numpy()]
+        return torch.tensor(attack.generate(x=inputs.numpy(), y=one_hot))
+
+    return run
