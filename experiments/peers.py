@@ -29,6 +29,7 @@ class Comparison(NamedTuple):
         budget: in words.
         ours: `(logits_fn, key, inputs, labels) -> AttackResult`.
         peers: by toolkit.
+        targeted: whether only the next class will do.
     """
 
     attack: str
@@ -36,6 +37,7 @@ class Comparison(NamedTuple):
     budget: str
     ours: Callable[..., attacks.AttackResult]
     peers: Mapping[str, Peer]
+    targeted: bool = False
 
 
 def fgsm(eps: float) -> Comparison:
@@ -275,7 +277,7 @@ def jsma(features: int) -> Comparison:
     """The saliency map attack on the logits, towards the next class, as ART and torchattacks do."""
 
     def ours(logits_fn: Any, key: Array | None, inputs: Any, labels: Any) -> attacks.AttackResult:
-        targets = (jnp.asarray(labels) + 1) % 10
+        targets = _next_class(jnp.asarray(labels))
         return attacks.jsma(
             logits_fn,
             key,
@@ -289,19 +291,18 @@ def jsma(features: int) -> Comparison:
     def art(model: Any, inputs: Any, labels: Any) -> Any:
         share = features / inputs[0].numel()
         attack = _art("SaliencyMapMethod", theta=1.0, gamma=share, batch_size=len(labels))
-        return attack(model, inputs, (labels + 1) % 10)
+        return attack(model, inputs, _next_class(labels))
 
     def torchattacks(model: Any, inputs: Any, labels: Any) -> Any:
         import torchattacks
 
         share = features / inputs[0].numel()
         attack = torchattacks.JSMA(model, theta=1.0, gamma=share)
-        attack.set_mode_targeted_by_function(lambda images, labels: (labels + 1) % 10)
+        attack.set_mode_targeted_by_function(lambda images, labels: _next_class(labels))
         return attack(inputs, labels)
 
-    return Comparison(
-        "jsma", "l0", f"{features} features", ours, {"ART": art, "torchattacks": torchattacks}
-    )
+    toolkits = {"ART": art, "torchattacks": torchattacks}
+    return Comparison("jsma", "l0", f"{features} features", ours, toolkits, targeted=True)
 
 
 def torch_network(params: Mapping[str, Mapping[str, Any]]) -> Any:
@@ -363,12 +364,15 @@ def torch_batch(inputs: Any, labels: Any) -> tuple[Any, Any]:
     return torch.tensor(images.copy()), torch.tensor(np.asarray(labels)).long()
 
 
-def fooled(model: Any, found: Any, labels: Any) -> np.ndarray:
-    """Which of a peer's examples are misclassified, `[B]`."""
-    return (model(found).argmax(1) != labels).numpy()
+def fooled(model: Any, found: Any, labels: Any, *, targeted: bool = False) -> np.ndarray:
+    """Which of a peer's examples are misclassified, or taken for the next class, `[B]`."""
+    predicted = model(found).argmax(1)
+    return (predicted == _next_class(labels) if targeted else predicted != labels).numpy()
 
 
-def distances(model: Any, found: Any, inputs: Any, labels: Any, norm: str) -> np.ndarray:
+def distances(
+    model: Any, found: Any, inputs: Any, labels: Any, norm: str, *, targeted: bool = False
+) -> np.ndarray:
     """The norm of each change, `[B]`; `inf` where the network is not fooled.
 
     An l0 distance counts the features that a float32's rounding does not explain.
@@ -378,7 +382,12 @@ def distances(model: Any, found: Any, inputs: Any, labels: Any, norm: str) -> np
         size = (np.abs(delta) > 1e-6).sum(axis=1).astype(float)
     else:
         size = np.linalg.norm(delta, {"l1": 1, "l2": 2, "linf": np.inf}[norm], axis=1)
-    return np.where(fooled(model, found, labels), size, np.inf)
+    return np.where(fooled(model, found, labels, targeted=targeted), size, np.inf)
+
+
+def _next_class(labels: Any) -> Any:
+    """Of ten classes."""
+    return (labels + 1) % 10
 
 
 def _torchattacks(name: str, **settings: Any) -> Peer:
@@ -433,6 +442,7 @@ def _art(name: str, **settings: Any) -> Peer:
         )
         attack = getattr(art.attacks.evasion, name)(classifier, verbose=False, **settings)
         one_hot = np.eye(num_classes, dtype=np.float32)[labels.numpy()]
-        return torch.tensor(attack.generate(x=inputs.numpy(), y=one_hot))
+        found = attack.generate(x=inputs.numpy(), y=one_hot)
+        return torch.tensor(found.astype(np.float32))  # some of its attacks return float64
 
     return run

@@ -35,7 +35,7 @@ class Progress:
                 total=total,
                 initial=initial,
                 desc=f"{stage:<28}",
-                unit="step" if event["event"] == "step" else "ex",
+                unit=event.get("unit", "step" if event["event"] == "step" else "ex"),
                 file=sys.stderr,
                 dynamic_ncols=True,
                 mininterval=0.5,

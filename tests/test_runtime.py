@@ -390,6 +390,11 @@ def test_signals_clean_up_and_say_how_to_go_on(number, code, capsys):
     assert signal.getsignal(number) is before
 
 
+def test_an_interrupt_may_have_a_text_of_its_own(capsys):
+    error = KeyboardInterrupt("stopped; nothing to go on with")
+    assert ends(raising(error), capsys) == (130, "stopped; nothing to go on with\n")
+
+
 def test_other_endings():
     arguments = []
     runtime.run_main(lambda *args, **kwargs: arguments.append((args, kwargs)), 1, b=2)

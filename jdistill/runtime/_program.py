@@ -23,7 +23,7 @@ def run_main(main: Callable[..., int | None], *args: Any, **kwargs: Any) -> None
     |---|---|---|
     | returns None or 0 | 0: `run_main` returns | |
     | returns another number | that number | |
-    | is stopped by Ctrl-C / by SIGTERM | 130 / 143 | how to go on |
+    | is stopped by Ctrl-C / by SIGTERM | 130 / 143 | how to go on, or the exception's own text |
     | raises ValueError, OSError, FloatingPointError or ImportError | 2 | `error: …`, one line |
     | raises anything else | 1 | the traceback: a bug |
 
@@ -42,7 +42,7 @@ def run_main(main: Callable[..., int | None], *args: Any, **kwargs: Any) -> None
         with _sigterm_raises():
             code = main(*args, **kwargs)
     except KeyboardInterrupt as error:
-        _show(_STOPPED)
+        _show(str(error) or _STOPPED)
         code = 143 if isinstance(error, _TerminatedError) else 130
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         _show(f"error: {' '.join(str(error).split()) or type(error).__name__}")
