@@ -41,6 +41,7 @@ class Progress:
                 mininterval=0.5,
             )
         assert self._bar is not None
+        self._bar.total = total
         self._bar.update(done - self._bar.n)
         if event["event"] == "epoch":
             self._bar.set_postfix(
