@@ -529,6 +529,62 @@ def test_a_saturated_softmax_stops_the_cross_entropy_and_not_the_margin():
 
 
 # -------------------------------------------------------------------------------------------------
+# The scale of the logits: what distillation at a temperature multiplies
+
+SCALES = (16.0, 128.0, 1024.0)
+# What makes an attack scale-free whose default, as published, follows a softmax at T = 1.
+SCALE_FREE = {
+    name: {"output": jnp.positive} if name == "jsma" else {"loss": losses.margin}
+    for name, case in CASES.items()
+    if case.budget or name == "jsma"
+}
+# Their objective weighs the logits with a constant that is searched for: from below what any of
+# the scales needs, and by powers of two where the rounds keep the first constant that succeeds.
+SEARCHING = {
+    "carlini_wagner_l2": {},
+    "carlini_wagner_l0": {},
+    "carlini_wagner_linf": {"initial_const": 1e-5, "const_factor": 2.0},
+    "ead": {},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in SEARCHING])
+def test_no_scale_of_the_logits_changes_a_scale_free_attack(name):
+    settings = SCALE_FREE.get(name, {})
+    plain = run(CASES[name], make(), INPUTS, LABELS, **settings)
+    assert np.sum(plain.success[RIGHT]) >= 2
+    for scale in SCALES:
+        result = run(CASES[name], make(scale=scale), INPUTS, LABELS, **settings)
+        np.testing.assert_array_equal(result.success, plain.success)
+        np.testing.assert_array_equal(result.inputs, plain.inputs)
+
+
+@pytest.mark.parametrize("name", SEARCHING)
+def test_no_scale_of_the_logits_hides_anything_from_a_search(name):
+    settings = CASES[name].closely | SEARCHING[name]
+    plain = run(CASES[name], make(), INPUTS, LABELS, **settings)
+    assert np.all(plain.success)
+    for scale in SCALES:
+        result = run(CASES[name], make(scale=scale), INPUTS, LABELS, **settings)
+        np.testing.assert_array_equal(result.success, plain.success)
+        np.testing.assert_allclose(result.distance.mean(), plain.distance.mean(), rtol=0.01)
+
+
+@pytest.mark.parametrize("name", SCALE_FREE)
+def test_the_scale_of_the_logits_masks_the_gradient_of_the_softmax(name):
+    # Distillation's "robustness": the same decisions, and the published attack finds less and less.
+    case, settings = CASES[name], SCALE_FREE[name]
+    rates = [
+        np.mean(run(case, make(scale=scale), INPUTS, LABELS).success[RIGHT])
+        for scale in (1.0, *SCALES)
+    ]
+    honest = np.mean(run(case, make(scale=1024.0), INPUTS, LABELS, **settings).success[RIGHT])
+    assert rates[0] >= honest / 2
+    assert rates[-1] <= honest / 2
+    assert rates[0] >= rates[1] >= rates[-1]
+
+
+# -------------------------------------------------------------------------------------------------
 # Keys and batches
 
 
