@@ -10,7 +10,7 @@ import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-TEXTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "experiments/README.md"]
+TEXTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "experiments/README.md", "docs/attacks.md"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
