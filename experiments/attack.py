@@ -313,10 +313,11 @@ def aim(
 def _heading(options: Options, settings: attack_options.Settings, dataset: data.Dataset) -> str:
     shown = ", ".join(f"{name}={value}" for name, value in settings.items())
     aimed = {"none": "untargeted", "all": "towards all other classes"}
+    which = "" if options.step is None else f"; networks of step {options.step}"
     return (
         f"{options.attack} ({shown})\n"
         f"on the first {options.num_examples} test examples of {dataset.name}, "
-        f"{aimed.get(options.targets, f'targets: {options.targets}')}"
+        f"{aimed.get(options.targets, f'targets: {options.targets}')}{which}"
     )
 
 

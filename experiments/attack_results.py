@@ -23,8 +23,9 @@ Row = dict[str, Any]
 _FILE = "settings.json"
 _LEGEND = (
     "Percent, with Wilson intervals. of those right: of the examples that the network gets right\n"
-    "without an attack. mean, median: distance, over successes (0 where wrong to begin with).\n"
-    "queries: forward passes, mean."
+    "without an attack. distance: over successes (0 where wrong to begin with). queries: forward\n"
+    "passes, mean. An attack that fails shows only that this attack failed: the workdir's\n"
+    "report.html says where gradients are masked."
 )
 
 
@@ -193,8 +194,8 @@ def table(rows_of: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
     Args:
         rows_of: by the network's name, its rows as `Folder.rows` returns them.
     """
-    head = ("network", "accuracy", "success [95 %]", "of those right", "mean", "median", "queries")
-    lines = [head, *((name, *_entries(rows)) for name, rows in rows_of.items())]
+    head = ("network", "accuracy", "success [95 %]", "of those right", "mean distance", "median")
+    lines = [(*head, "queries"), *((name, *_entries(rows)) for name, rows in rows_of.items())]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = [
         [line[0].ljust(widths[0])]
