@@ -3,13 +3,14 @@
 #   make demo     distill, attack and report on real 8x8 digits, a few minutes on 2 cores
 #   make test     the tests, under 10 minutes on 2 cores
 #   make lint     lint, format check and type check
+#   make docs     measures the attacks' costs and writes the table of docs/attacks.md
 #   make parity   the attacks beside other toolkits at full size; writes docs/parity.md
 #   make floor    the marked tests on the oldest supported versions, in .venv-floor
 
 PYTHON ?= python3
 PIP_OPTIONS := --quiet --disable-pip-version-check
 
-.PHONY: demo test lint parity floor install clean
+.PHONY: demo test lint docs parity floor install clean
 
 demo: .venv/installed
 	.venv/bin/python -m experiments.defend digits --workdir runs/demo
@@ -21,6 +22,9 @@ lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+docs: .venv/installed
+	.venv/bin/python docs/make_attacks.py
 
 parity: .venv/peers
 	JDISTILL_PARITY=full .venv/bin/python -m pytest tests/parity

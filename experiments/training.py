@@ -43,10 +43,9 @@ def train(folder: epath.Path, recipe: Recipe, examples: data.Split, *, mode: str
     networks = []
     for seed in recipe.seeds:
         weights_key, key = jax.random.split(jax.random.key(seed))
-        stages = folder / "checkpoints" / f"seed{seed}"
         params, _ = nets.init(model, weights_key, examples.inputs.shape[1:])
         labels = {"seed": seed, "stage": "initial weights"}
-        with Stage(folder, stages / "initial", labels) as stage:
+        with Stage(folder, checkpoint_folder(folder, seed) / "initial", labels) as stage:
             initial = distill.initial_weights(
                 step,
                 params,
@@ -66,7 +65,7 @@ def train(folder: epath.Path, recipe: Recipe, examples: data.Split, *, mode: str
             )
             like = training.create_state(step, initial.params, key)
             labels = {"seed": seed, "temperature": temperature}
-            with Chain(folder, stages / f"T{temperature_name(temperature)}", labels) as chain:
+            with Chain(folder, labels) as chain:
                 states = distill.chain(
                     [generation] * (recipe.num_assistants + 2),
                     examples,
@@ -133,15 +132,11 @@ class Chain:
 
     Args:
         folder: the workdir.
-        checkpoints: the chain's folder; each generation has one inside.
         labels: the seed and the temperature.
     """
 
-    def __init__(
-        self, folder: epath.Path, checkpoints: epath.Path, labels: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, folder: epath.Path, labels: Mapping[str, Any]) -> None:
         self._folder = folder
-        self._checkpoints = checkpoints
         self._labels = dict(labels)
         self._open: dict[int, Stage] = {}
 
@@ -191,7 +186,21 @@ class Chain:
         return {**self._labels, "stage": f"generation {number}", "generation": number}
 
     def _place(self, number: int) -> epath.Path:
-        return self._checkpoints / f"generation{number}"
+        seed, temperature = self._labels["seed"], self._labels["temperature"]
+        return checkpoint_folder(self._folder, seed, temperature, number)
+
+
+def checkpoint_folder(
+    folder: epath.Path,
+    seed: int,
+    temperature: float | None = None,
+    generation: int | None = None,
+) -> epath.Path:
+    """Where a workdir keeps the checkpoints of a seed, of a chain, or of one generation."""
+    place = folder / "checkpoints" / f"seed{seed}"
+    if temperature is not None:
+        place /= f"T{temperature_name(temperature)}"
+    return place if generation is None else place / f"generation{generation}"
 
 
 def temperature_name(temperature: float) -> str:

@@ -65,6 +65,37 @@ def open_workdir(path: str, recipe: Recipe, dataset: Dataset) -> tuple[epath.Pat
     return workdir, recipe
 
 
+def read_workdir(path: str) -> tuple[epath.Path, Recipe, str]:
+    """Open a workdir that is there; nothing is written.
+
+    Returns:
+        The folder, the recipe of its run, and the checksum of its data set.
+
+    Raises:
+        FileNotFoundError: there is no workdir.
+        ValueError: its settings are not those of a run.
+    """
+    folder = epath.Path(path).expanduser()
+    config_path = folder / "config.json"
+    if not config_path.exists():
+        raise FileNotFoundError(
+            f"expected the workdir of a run, got {path}, which has no config.json; check the path, "
+            "or make one with `python -m experiments.defend`"
+        )
+    try:
+        held = json.loads(config_path.read_text())
+        values = {field.name: held[field.name] for field in dataclasses.fields(Recipe)}
+        for name in ("temperatures", "seeds"):
+            values[name] = tuple(values[name])
+        return folder, Recipe(**values), str(held["dataset_checksum"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"expected the settings of a run in {config_path}, got a file that does not hold them "
+            f"({type(error).__name__}: {error}); use the version of jdistill that wrote it, or "
+            "choose another workdir"
+        ) from None
+
+
 @contextlib.contextmanager
 def recorded(folder: epath.Path, *, started: float, parallel: str) -> Iterator[None]:
     """Write `run.json` when the block ends, however it ends.

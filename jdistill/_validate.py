@@ -37,12 +37,25 @@ def _first_bad(value: Any, bad: np.ndarray) -> str:
     return f"{array[index].item()!r} at index {index[0] if len(index) == 1 else index}"
 
 
+def _numbers(name: str, value: Any) -> np.ndarray:
+    """The value as float64; text is no number, though NumPy would read it as one."""
+    try:
+        if np.asarray(value).dtype.kind in "USc":
+            raise TypeError
+        return np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(
+            f"expected {name} to be a number, got {str(value)[:40]!r}; pass a Python float or an "
+            "array of them"
+        ) from None
+
+
 def positive(*, remedy: str = "pass a number above 0", **named: Any) -> None:
     """Each value (scalar or array) is finite and above 0."""
     for name, value in named.items():
         if is_traced(value):
             continue
-        array = np.asarray(value, dtype=np.float64)
+        array = _numbers(name, value)
         bad = ~(np.isfinite(array) & (array > 0))
         if bad.any():
             raise ValueError(f"expected {name} > 0, got {_first_bad(value, bad)}; {remedy}")
@@ -53,10 +66,23 @@ def non_negative(*, remedy: str = "pass 0 or a number above it", **named: Any) -
     for name, value in named.items():
         if is_traced(value):
             continue
-        array = np.asarray(value, dtype=np.float64)
+        array = _numbers(name, value)
         bad = ~(np.isfinite(array) & (array >= 0))
         if bad.any():
             raise ValueError(f"expected {name} >= 0, got {_first_bad(value, bad)}; {remedy}")
+
+
+def non_zero(*, remedy: str = "pass any other number", **named: Any) -> None:
+    """Each value (scalar or array) is finite and not 0."""
+    for name, value in named.items():
+        if is_traced(value):
+            continue
+        array = _numbers(name, value)
+        bad = ~(np.isfinite(array) & (array != 0))
+        if bad.any():
+            raise ValueError(
+                f"expected {name} finite and not 0, got {_first_bad(value, bad)}; {remedy}"
+            )
 
 
 def within(low: float, high: float, **named: Any) -> None:
@@ -64,7 +90,7 @@ def within(low: float, high: float, **named: Any) -> None:
     for name, value in named.items():
         if is_traced(value):
             continue
-        array = np.asarray(value, dtype=np.float64)
+        array = _numbers(name, value)
         bad = ~((array >= low) & (array <= high))
         if bad.any():
             raise ValueError(
@@ -165,6 +191,19 @@ def class_indices(
         )
 
 
+def other_than_labels(targets: Any, labels: Any) -> None:
+    """Targets `[B]` of an attack, none of which is the example's own label."""
+    if is_traced(targets, labels):
+        return
+    array = np.asarray(targets)
+    bad = array == np.asarray(labels)
+    if bad.any():
+        raise ValueError(
+            f"expected targets other than the labels, got the label {_first_bad(array, bad)}; pass "
+            "the class that the example should be taken for, e.g. (labels + 1) % num_classes"
+        )
+
+
 def rank(expected: int, **named: Any) -> None:
     """Each array has the given number of axes."""
     for name, value in named.items():
@@ -190,8 +229,3 @@ def prng_key(value: Any) -> jax.Array:
             "differently under vmap: make it with jax.random.key(0, impl='threefry2x32')"
         )
     return value
-
-
-def show(value: Any) -> str:
-    """A value for an error message of a caller with its own wording."""
-    return _show(value)

@@ -116,6 +116,40 @@ def margin(logits: Array, labels: ArrayLike) -> Array:
     return largest_other(logits, labels) - _pick(logits, labels)
 
 
+def scale_free_cross_entropy(logits: Array, labels: ArrayLike) -> Array:
+    """Cross-entropy at a temperature of the example's own, set by the spread of its logits.
+
+        -log softmax(z / τ)_y,   τ = (max z - mean z) / (4 + log(K - 1))
+
+    with no gradient through τ. Multiplying the logits by a constant changes nothing, and the
+    softmax never saturates: while a class leads others that lie at their mean, these share 2 % of
+    it (e⁻⁴), however well the network is trained and at whatever temperature. Unlike the margin
+    it weighs all classes that are near, so an attack that follows its direction does not jump
+    from one runner-up to another.
+
+    Args:
+        logits: `[B, K]` float, `K >= 2`.
+        labels: `[B]` int in `0..K-1`.
+
+    Returns:
+        `[B]` float, at least 0.
+
+    Raises:
+        ValueError: labels outside `0..K-1`.
+
+    Example:
+        >>> z, y = jnp.array([[3.0, 1.0, 0.0]]), jnp.array([0])
+        >>> bool(scale_free_cross_entropy(z, y) == scale_free_cross_entropy(1024 * z, y))
+        True
+        >>> abs(float(cross_entropy(1024 * z, y)[0]))  # saturated, and so is its gradient
+        0.0
+    """
+    spread = jnp.max(logits, axis=-1, keepdims=True) - jnp.mean(logits, axis=-1, keepdims=True)
+    spread = jax.lax.stop_gradient(jnp.where(spread > 0, spread, 1.0))
+    sharpness = 4.0 + np.log(logits.shape[-1] - 1)
+    return cross_entropy(logits / spread * sharpness, labels)
+
+
 def largest_other(logits: Array, labels: ArrayLike) -> Array:
     """The largest logit of the classes other than the given one.
 

@@ -4,6 +4,7 @@ A new attack is one more line in `CASES`. References for single attacks are in t
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -326,13 +327,14 @@ def test_result_is_what_it_says(case, targeted):
 
 @all_cases
 def test_an_example_already_at_its_target_is_left_alone(case):
-    # The last example's label is wrong, but a targeted attack is after the target alone.
+    # The last example is taken for its target to begin with; its neighbors are not.
     targets = TARGETS.copy()
-    targets[0] = CLEAN[0].argmax()
+    targets[WRONG] = CLEAN[WRONG].argmax()
     result = run(case, MODEL, INPUTS, LABELS, targets=targets)
-    np.testing.assert_array_equal(result.inputs[0], INPUTS[0])
-    assert (result.success[0], result.distance[0], result.queries[0]) == (True, 0, 1)
-    assert np.all(result.queries[1:] > 1)
+    np.testing.assert_array_equal(result.inputs[WRONG], INPUTS[WRONG])
+    row = (result.success[WRONG], result.distance[WRONG], result.queries[WRONG])
+    assert row == (True, 0, 1)
+    assert np.all(result.queries[:WRONG] > 1)
 
 
 @budget_cases
@@ -526,6 +528,62 @@ def test_a_saturated_softmax_stops_the_cross_entropy_and_not_the_margin():
     assert np.mean(honest.success) > 0.7
     np.testing.assert_array_equal(honest.success, plain.success)
     assert np.all(run(CASES["carlini_wagner_l2"], hot, INPUTS, right).success)
+
+
+# -------------------------------------------------------------------------------------------------
+# The scale of the logits: what distillation at a temperature multiplies
+
+SCALES = (16.0, 128.0, 1024.0)
+# What makes an attack scale-free whose default, as published, follows a softmax at T = 1.
+SCALE_FREE = {
+    name: {"output": jnp.positive} if name == "jsma" else {"loss": losses.margin}
+    for name, case in CASES.items()
+    if case.budget or name == "jsma"
+}
+# Their objective weighs the logits with a constant that is searched for: from below what any of
+# the scales needs, and by powers of two where the rounds keep the first constant that succeeds.
+SEARCHING = {
+    "carlini_wagner_l2": {},
+    "carlini_wagner_l0": {},
+    "carlini_wagner_linf": {"initial_const": 1e-5, "const_factor": 2.0},
+    "ead": {},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in SEARCHING])
+def test_no_scale_of_the_logits_changes_a_scale_free_attack(name):
+    settings = SCALE_FREE.get(name, {})
+    plain = run(CASES[name], make(), INPUTS, LABELS, **settings)
+    assert np.sum(plain.success[RIGHT]) >= 2
+    for scale in SCALES:
+        result = run(CASES[name], make(scale=scale), INPUTS, LABELS, **settings)
+        np.testing.assert_array_equal(result.success, plain.success)
+        np.testing.assert_array_equal(result.inputs, plain.inputs)
+
+
+@pytest.mark.parametrize("name", SEARCHING)
+def test_no_scale_of_the_logits_hides_anything_from_a_search(name):
+    settings = CASES[name].closely | SEARCHING[name]
+    plain = run(CASES[name], make(), INPUTS, LABELS, **settings)
+    assert np.all(plain.success)
+    for scale in SCALES:
+        result = run(CASES[name], make(scale=scale), INPUTS, LABELS, **settings)
+        np.testing.assert_array_equal(result.success, plain.success)
+        np.testing.assert_allclose(result.distance.mean(), plain.distance.mean(), rtol=0.01)
+
+
+@pytest.mark.parametrize("name", SCALE_FREE)
+def test_the_scale_of_the_logits_masks_the_gradient_of_the_softmax(name):
+    # Distillation's "robustness": the same decisions, and the published attack finds less and less.
+    case, settings = CASES[name], SCALE_FREE[name]
+    rates = [
+        np.mean(run(case, make(scale=scale), INPUTS, LABELS).success[RIGHT])
+        for scale in (1.0, *SCALES)
+    ]
+    honest = np.mean(run(case, make(scale=1024.0), INPUTS, LABELS, **settings).success[RIGHT])
+    assert rates[0] >= honest / 2
+    assert rates[-1] <= honest / 2
+    assert rates[0] >= rates[1] >= rates[-1]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -734,6 +792,9 @@ def test_double_precision_is_kept():
 # Bad input: the error names the value
 
 
+SOME_OWN = np.where(np.arange(B) == 4, LABELS, TARGETS)
+
+
 @all_cases
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -749,6 +810,7 @@ def test_double_precision_is_kept():
         ({"labels": LABELS[:-1]}, r"expected labels of shape .* got shape \(7,\)"),
         ({"labels": LABELS.astype(float)}, "expected integer labels, got dtype float64"),
         ({"targets": LABELS + K}, r"expected targets in 0\.\.3"),
+        ({"targets": SOME_OWN}, r"expected targets other than the labels, got .* \d at index 4;"),
         ({"bounds": (1.0, 0.0)}, r"expected bounds=\(low, high\) finite .*got \(1.0, 0.0\)"),
         ({"logits_fn": lambda x: x}, r"expected logits of shape \[B, K\]"),
         ({"logits_fn": lambda x: x[:, 0, :1]}, "at least 2"),
@@ -768,6 +830,58 @@ def test_a_bad_eps_is_named(case, eps):
     with pytest.raises(ValueError, match="expected eps >= 0, got") as error:
         run(case, MODEL, INPUTS, LABELS, eps=eps)
     assert repr(eps) in str(error.value)
+
+
+# What an attack has beyond the common arguments: counts are static, everything else may be traced.
+NOT_NUMBERS = {"norm", "bounds", "targets", "init", "loss", "output", "decision_rule"}
+SETTINGS = {
+    name: {
+        setting: parameter.default
+        for setting, parameter in inspect.signature(case.attack).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+        and setting not in NOT_NUMBERS | {"eps"}
+        and not isinstance(parameter.default, bool)
+    }
+    for name, case in CASES.items()
+    if name.partition("-")[2] in ("", "l2")
+}
+COUNTS = [
+    (name, setting)
+    for name, settings in SETTINGS.items()
+    for setting in settings
+    if setting.startswith(("num_", "max_"))
+]
+FLOATS = [(n, s) for n, settings in SETTINGS.items() for s in settings if (n, s) not in COUNTS]
+
+
+@pytest.mark.parametrize(("name", "setting"), COUNTS)
+@settings(max_examples=15, deadline=None)
+@given(
+    value=st.one_of(
+        st.integers(max_value=0), st.floats(), st.booleans(), st.just("3"), st.just([2])
+    )
+)
+def test_a_bad_count_is_named(name, setting, value):
+    message = f"expected {setting} to be a whole number >= "
+    with pytest.raises(ValueError, match=message) as error:
+        run(CASES[name], MODEL, INPUTS, LABELS, **{setting: value})
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "setting"), FLOATS)
+@settings(max_examples=15, deadline=None)
+@given(
+    value=st.one_of(
+        st.sampled_from([np.nan, np.inf, -np.inf, "0.1", [0.1], [[0.1]] * B]),
+        st.floats(max_value=-1e-300),
+    )
+)
+def test_a_bad_number_is_named(name, setting, value):
+    if setting == "theta" and isinstance(value, float) and np.isfinite(value):
+        return  # the one setting with a sign
+    with pytest.raises(ValueError, match=f"expected {setting} ") as error:
+        run(CASES[name], MODEL, INPUTS, LABELS, **{setting: value})
+    assert "; " in str(error.value)  # what to do
 
 
 @budget_cases

@@ -129,6 +129,26 @@ def test_restores_from_shapes_alone(two_steps):
     assert bits(found.state) == bits(make_state(2))
 
 
+def test_restores_the_step_asked_for(two_steps):
+    for step in (1, 2):
+        found = Checkpointer(two_steps).restore(step, make_state())
+        assert (found.step, found.metadata) == (step, {"step": step})
+        assert bits(found.state) == bits(make_state(step))
+    with pytest.raises(FileNotFoundError, match=r"step 3 in .*, got those of \[1, 2\]; pass a"):
+        Checkpointer(two_steps).restore(3, make_state())
+    with pytest.raises(FileNotFoundError, match=r"step 1 in .*, got none"):
+        Checkpointer(two_steps / "absent").restore(1, make_state())
+    assert not (two_steps / "absent").exists()
+
+
+def test_a_damaged_step_that_was_asked_for_is_an_error(two_steps, tmp_path):
+    folder = Path(shutil.copytree(two_steps, tmp_path / "copy"))
+    (folder / "2/metadata/metadata").write_bytes(b"")
+    with pytest.raises(OSError, match=r"whole checkpoint in .*copy/2, got a damaged one"):
+        Checkpointer(folder).restore(2, make_state())
+    assert bits(Checkpointer(folder).restore(1, make_state()).state) == bits(make_state(1))
+
+
 def test_resumed_equals_uninterrupted_and_compiles_nothing(tmp_path):
     state = train_step(make_state(5))
     with Checkpointer(tmp_path) as checkpointer:

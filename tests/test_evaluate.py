@@ -332,6 +332,36 @@ def test_all_is_measured_at_full_precision_unless_chosen(chosen):
     assert seen == {chosen or "highest"}
 
 
+# Targets, and what an attack says beside its result
+
+
+@both
+def test_targets_and_info_are_those_of_direct_calls(vmapped):
+    targets = (LABELS + 1) % K
+    plan = evaluate.AttackPlan(functools.partial(PGD, eps=0.3), num_examples=17, batch_size=5)
+    outcome = evaluate.under_attack(
+        STACK, INPUTS, LABELS, plan, key=KEY, targets=targets, vmapped=vmapped
+    )
+    assert set(outcome.info) == {"first_success", "restart"}
+    hits = 0
+    for r, run in enumerate(NETWORKS):
+        direct = plan.attack(run, KEY, INPUTS[:17], LABELS[:17], targets=targets[:17])
+        plain = clear(call(run, direct.inputs), LABELS[:17])
+        np.testing.assert_array_equal(outcome.success[r][plain], direct.success[plain])
+        np.testing.assert_array_equal(
+            outcome.info["first_success"][r][plain], direct.info["first_success"][plain]
+        )
+        reached = np.asarray(call(run, outcome.inputs[r])).argmax(1) == targets[:17]
+        np.testing.assert_array_equal(outcome.success[r][plain], reached[plain])
+        hits += int(direct.success.sum())
+    assert 5 < hits < R * 17  # neither everything nor next to nothing
+
+
+def test_targets_of_a_wrong_shape_are_refused():
+    with pytest.raises(ValueError, match=r"targets of shape \[B\] = \(23,\), got shape \(17,\)"):
+        evaluate.under_attack(STACK, INPUTS, LABELS, PLANS["pgd"], key=KEY, targets=LABELS[:17])
+
+
 # Compilation
 
 

@@ -52,6 +52,25 @@ def test_against_numpy(temperature):
     )
 
 
+@pytest.mark.floor
+def test_the_scale_free_cross_entropy():
+    logits = LOGITS.astype(np.float64)
+    own = (logits.max(1) - logits.mean(1)) / (4 + np.log(K - 1))
+    expected = -log_softmax(logits, own[:, None])[np.arange(B), LABELS]
+    found = losses.scale_free_cross_entropy(LOGITS, LABELS)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    # No scale changes it, and its gradient by the logits is that at a fixed temperature.
+    for scale in (2.0**-20, 16.0, 1024.0):
+        scaled = losses.scale_free_cross_entropy(scale * LOGITS, LABELS)
+        np.testing.assert_array_equal(scaled, found)
+    grad = jax.grad(lambda z: losses.scale_free_cross_entropy(z, LABELS).sum())(LOGITS)
+    fixed = jax.grad(lambda z: losses.cross_entropy(z, LABELS, temperature=own[:, None]).sum())
+    np.testing.assert_allclose(grad, fixed(LOGITS), rtol=1e-4, atol=1e-6)
+    # Equal logits have no spread: log K, and a gradient.
+    even = losses.scale_free_cross_entropy(jnp.full((1, K), 7.0), np.zeros(1, int))
+    np.testing.assert_allclose(even, np.log(K), rtol=1e-6)
+
+
 def test_margin_against_numpy():
     others = [max(np.delete(row, label)) for row, label in zip(LOGITS, LABELS, strict=True)]
     np.testing.assert_array_equal(losses.largest_other(LOGITS, LABELS), others)

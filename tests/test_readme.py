@@ -10,7 +10,7 @@ import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-TEXTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "experiments/README.md"]
+TEXTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "experiments/README.md", "docs/attacks.md"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -110,20 +110,35 @@ def test_make_targets_exist(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
+def commands(program):
+    """The lines that call a program of the experiments, without their comments."""
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [line.split("#")[0] for line in lines if f"experiments.{program} " in line]
+
+
+def named_options(line):
+    return {option.replace("-", "_") for option in re.findall(r"--([a-z][a-z\-]*)", line)}
+
+
 def test_options_exist():
     from experiments import defend
     from experiments.recipes import Recipe
 
     fields = {*Recipe.__dataclass_fields__, *defend.Options.__dataclass_fields__, "help"}
-    named = {
-        option.replace("-", "_")
-        for block in blocks("sh")
-        for line in block.splitlines()
-        if "experiments." in line
-        for option in re.findall(r"--([a-z][a-z\-]*)", line)
-    }
+    named = set().union(*map(named_options, commands("defend")))
     assert named
     assert named <= fields
+
+
+def test_attack_commands_are_understood():
+    from experiments import attack
+
+    lines = commands("attack")
+    assert len(lines) >= 4
+    for line in lines:
+        arguments = line.split("experiments.attack")[1].split()
+        if "--help" not in arguments:
+            attack.parse(arguments)  # an unknown option or value is an error
 
 
 def test_license_is_whole():

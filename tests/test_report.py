@@ -18,6 +18,9 @@ FGSM = ("fgsm", "linf", 0.1)
 PGD = ("pgd", "linf", 0.1)
 MARGIN = ("pgd_margin", "linf", 0.1)
 CW = ("carlini_wagner_l2", "l2", None)
+JSMA = ("jsma", "l0", None)
+SPATIAL = ("spatial", "linf", None)
+UNIVERSAL = ("universal", "linf", 0.1)
 
 
 def make_row(attack=FGSM, success=0.5, distance=None, num_attacked=1000, **columns):
@@ -445,6 +448,14 @@ MASKED = "This is gradient masking"
         ("blind", 0.98, [(FGSM, 0.03, None), (CW, 1.0, 5.0)]),
         # The minimum-norm attack failed on many.
         ("blind", 0.98, [(FGSM, 0.03, None), (CW, 0.6, 1.5)]),
+        # JSMA on the softmax is as blind, and is no second attack.
+        ("masked", 0.98, [(JSMA, 0.01, 20.0), (CW, 1.0, 1.7)]),
+        ("blind", 0.98, [(FGSM, 0.03, None), (JSMA, 0.96, 20.0)]),
+        # BIM and MIM too, and they have a budget to compare in.
+        ("masked", 0.98, [(("bim", "linf", 0.1), 0.03, None), (MARGIN, 0.8, None)]),
+        ("blind", 0.98, [(PGD, 0.03, None), (("mim", "linf", 0.1), 0.3, None)]),
+        # How far a rotation moves the pixels compares with nothing.
+        ("blind", 0.98, [(FGSM, 0.03, None), (SPATIAL, 1.0, 0.9)]),
         # No second attack; an attack of another budget; a difference inside the noise.
         ("blind", 0.98, [(FGSM, 0.03, None)]),
         ("blind", 0.98, [(PGD, 0.03, None), (("pgd_margin", "linf", 0.3), 0.9, None)]),
@@ -456,12 +467,15 @@ MASKED = "This is gradient masking"
         ("no zeros", 0.0, [(FGSM, 0.03, None), (PGD, 0.04, None), (CW, 1.0, 1.4)]),
         # One step does worse than many on any network.
         ("no zeros", 0.0, [(FGSM, 0.3, None), (PGD, 0.8, None), (MARGIN, 0.82, None)]),
+        # And one perturbation for all does worse than one for each.
+        ("no zeros", 0.0, [(UNIVERSAL, 0.3, None), (MARGIN, 0.82, None)]),
         ("understated", 0.0, [(PGD, 0.3, None), (MARGIN, 0.8, None)]),
         ("not measured", None, [(FGSM, 0.03, None), (CW, 1.0, 1.4)]),
     ],
 )
 def test_masking_is_named_only_on_evidence(kind, zero, student):
-    rows = chain(zero, student)
+    teacher = [(FGSM, 0.48, None), (CW, 1.0, 1.4), (JSMA, 0.97, 20.0), (SPATIAL, 1.0, 0.9)]
+    rows = chain(zero, student, teacher)
     assert read(rows).kind == kind
     text = " ".join(report.answer(rows))
     assert (MASKED in text) == (kind == "masked")
@@ -500,6 +514,30 @@ def test_the_answer_states_figures_budgets_and_numbers_of_examples():
     )
     assert "1 more attack" not in bounds
     assert "results of 2 attacks" in bounds
+
+
+def test_the_words_on_each_kind_of_attack():
+    student = [(UNIVERSAL, 0.1, None), (JSMA, 0.01, 20.0), (SPATIAL, 0.9, 0.8), (MARGIN, 0.9, None)]
+    _, attacks, masking, _ = report.answer(chain(0.98, student, teacher=()))
+    assert "Spatial, which turns and shifts the input, succeeds on 90.0 %" in attacks
+    assert "JSMA, which changes a limited number of features, succeeds on 1.0 %" in attacks
+    assert "Universal and JSMA have nothing else to follow." in masking
+    assert "their low success counts failures of the attacks" in masking
+    assert "PGD margin, which does not follow that gradient, succeeds on 90.0 %." in masking
+    # A distance attack has no budget in which its success would be a lower bound.
+    student = [(PGD, 0.3, None), (JSMA, 0.9, 20.0), (MARGIN, 0.8, None)]
+    _, _, reading, _ = report.answer(chain(0.0, student, teacher=()))
+    assert reading.endswith("The success of PGD is a lower bound and nothing more.")
+
+
+def test_what_was_tried_is_no_limit(tmp_path):
+    rows = [make_row(FGSM), make_row(CW, distance=1.4)]
+    text = write(tmp_path, rows).text
+    assert "Perturbations other than l2 and l∞: rotations, blur, other data sets and inputs" in text
+    page = write(tmp_path, [*rows, make_row(SPATIAL, distance=0.8)])
+    assert "other than l2, l∞ and rotations and translations: blur, other data sets" in page.text
+    (line,) = (line for line in page.table(-1) if line[0].startswith("Spatial"))
+    assert line[2] == "none"
 
 
 def test_the_answer_without_an_ordinary_network_does_not_name_one():

@@ -59,6 +59,13 @@ def test_counts_are_whole_and_positive(value):
     refused(["num_steps", repr(value)], _validate.count, num_steps=value)
 
 
+@pytest.mark.parametrize("value", ["0.1", "much", 1j, [[1.0], [1.0, 2.0]]])
+def test_what_is_no_number_is_named(value):
+    for function in (_validate.positive, _validate.non_negative, _validate.non_zero):
+        refused(["eps to be a number", str(value)[:3]], function, eps=value)
+    refused(["eps to be a number"], _validate.within, 0.0, 1.0, eps=value)
+
+
 def test_counts_pass():
     _validate.count(num_steps=1, num_restarts=np.int64(3))
     _validate.count(minimum=0, num_assistants=0)
@@ -159,5 +166,5 @@ def test_values_under_a_tracer_are_skipped_but_shapes_are_not():
 
 
 def test_show_is_short():
-    assert _validate.show(np.float32(0.5)) == "0.5"
-    assert len(_validate.show(np.zeros((100, 100)))) < 200
+    assert _validate._show(np.float32(0.5)) == "0.5"
+    assert len(_validate._show(np.zeros((100, 100)))) < 200

@@ -3,7 +3,11 @@
 The contract of every attack:
 
 * `inputs [B, ...]` are floats inside `bounds`; `labels [B]` are always the true classes; with
-  `targets [B]` success means that the prediction is the target.
+  `targets [B]`, none of which may be the label, success means that the prediction is the target.
+* What can be checked is checked when the attack is called, and an error says what was expected.
+  Shapes, types and static arguments always are. Values under a tracer cannot be: there an input
+  that is NaN or outside the box, or a setting out of its range, gives a result that means nothing
+  for that example (a NaN is never a success), and leaves the others alone.
 * `logits_fn` is a pytree that carries its weights (`jdistill.nets.logits_fn`), so that new
   weights, a new `eps` or a new temperature compile nothing. A plain function works as well.
 * Success: the best other logit is strictly above the true class's (targeted: the target's is

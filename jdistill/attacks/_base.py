@@ -100,6 +100,7 @@ def prepare(
         _validate.class_indices(
             targets, name="targets", batch_size=batch_size, num_classes=num_classes
         )
+        _validate.other_than_labels(targets, labels)
         targets = jnp.asarray(targets).astype(jnp.int32)
     return Problem(
         logits_fn=logits_fn,

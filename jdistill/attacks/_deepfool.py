@@ -84,11 +84,12 @@ def deepfool(
         (True, 0.204)
 
     References:
-        Moosavi-Dezfooli, Fawzi & Frossard 2016, algorithm 2, and section 3.3 for other norms than
-        l2. As in the released code, and not as printed, the overshoot is part of every iterate:
-        without it the iterates approach the boundary and need not cross it. Departures: the box;
-        a step is at least 1e-5 of the box's width long, so that it leaves a boundary, where the
-        released code adds 1e-4 to every distance. The targeted form is ours.
+        Moosavi-Dezfooli, Fawzi & Frossard 2016, "DeepFool: a simple and accurate method to fool
+        deep neural networks", algorithm 2, and section 3.3 for other norms than l2. As in the
+        released code, and not as printed, the overshoot is part of every iterate: without it the
+        iterates approach the boundary and need not cross it. Departures: the box; a step is at
+        least 1e-5 of the box's width long, so that it leaves a boundary, where the released code
+        adds 1e-4 to every distance. The targeted form is ours.
     """
     del key
     _validate.one_of(_NORMS, norm=norm)

@@ -63,7 +63,8 @@ def fgsm(
         ([[0.1..., 0.1...]], False)
 
     References:
-        Goodfellow, Shlens & Szegedy 2015, section 4.
+        Goodfellow, Shlens & Szegedy 2015, "Explaining and Harnessing Adversarial Examples",
+        section 4.
     """
     del key
     _validate.one_of(_NORMS, norm=norm)

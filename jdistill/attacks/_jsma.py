@@ -103,7 +103,7 @@ def jsma(
         targeted only.
     """
     del key
-    _check_theta(theta)
+    _validate.non_zero(theta=theta, remedy="pass what a step adds to a feature, in input units")
     problem = _base.prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
     num_features = int(np.prod(problem.inputs.shape[1:]))
     if num_features < 2:
@@ -150,17 +150,6 @@ def softmax_at(temperature: ArrayLike) -> Callable[[Array], Array]:
 
 def _softmax_at(temperature: Array, logits: Array) -> Array:
     return jax.nn.softmax(logits / temperature.astype(logits.dtype), axis=-1)
-
-
-def _check_theta(theta: ArrayLike) -> None:
-    if _validate.is_traced(theta):
-        return
-    array = np.asarray(theta, np.float64)
-    if not np.all(np.isfinite(array) & (array != 0)):
-        raise ValueError(
-            f"expected theta finite and not 0, got {_validate.show(theta)}; pass what a step adds "
-            "to a feature, in input units"
-        )
 
 
 class _Carry(NamedTuple):

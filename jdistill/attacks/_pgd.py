@@ -87,9 +87,10 @@ def pgd(
         (True, True)
 
     References:
-        Madry et al. 2018, section 2.1 and appendix (random starts). For l1: Tramèr & Boneh 2019,
-        "Adversarial training and robustness for multiple perturbations" (SLIDE), and Croce & Hein
-        2021, "Mind the box" (steepest direction within the box).
+        Madry et al. 2018, "Towards Deep Learning Models Resistant to Adversarial Attacks", section
+        2.1 and appendix (random starts). For l1: Tramèr & Boneh 2019, "Adversarial training and
+        robustness for multiple perturbations" (SLIDE), and Croce & Hein 2021, "Mind the box"
+        (steepest direction within the box).
     """
     return iterate(
         logits_fn,

@@ -5,8 +5,6 @@ import hashlib
 import json
 import logging
 import os
-import signal
-import threading
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -21,6 +19,7 @@ from orbax.checkpoint import checkpoint_managers
 from jdistill import _validate
 from jdistill._files import PathLike, as_path, is_remote
 from jdistill.checkpoint import _packing
+from jdistill.checkpoint._quiet import silent_orbax, undisturbed
 from jdistill.typing import PyTree
 
 _logger = logging.getLogger("jdistill")
@@ -43,65 +42,6 @@ class Restored(NamedTuple):
 
 class _DamagedError(Exception):
     """A checkpoint that cannot be used; its message says why."""
-
-
-class _OrbaxFilter(logging.Filter):
-    """Drops Orbax's chatter, and nothing else that goes through absl's logger.
-
-    Orbax logs a dozen INFO lines a save, some of them from threads of its own, so that raising
-    the level around a call would miss them: whoever shows INFO would lose the progress bars.
-    """
-
-    threshold = logging.WARNING
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record is loud enough, or not Orbax's at all."""
-        return record.levelno >= self.threshold or "orbax" not in record.pathname
-
-
-_orbax_filter = _OrbaxFilter()
-logging.getLogger("absl").addFilter(_orbax_filter)
-
-
-@contextlib.contextmanager
-def _silent_orbax() -> Iterator[None]:
-    """While a checkpoint that may be damaged is tried, Orbax's own complaints stay unseen."""
-    _orbax_filter.threshold = logging.CRITICAL + 1
-    try:
-        yield
-    finally:
-        _orbax_filter.threshold = logging.WARNING
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Holds Ctrl-C and SIGTERM back until Orbax is done, a fraction of a second.
-
-    Raised inside Orbax they end in its tracebacks, and threads left in the middle of a write abort
-    the process at its exit. The second signal goes through, for storage that hangs.
-    """
-    # Other threads receive no signals. A handler that is not Python's raises nothing.
-    handlers: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        both = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        handlers = {number: handler for number, handler in both.items() if callable(handler)}
-    held: list[int] = []
-
-    def hold(number: int, _: Any) -> None:
-        if held:
-            signal.signal(number, handlers[number])
-            signal.raise_signal(number)
-        held.append(number)
-
-    for number in handlers:
-        signal.signal(number, hold)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number in held[:1]:
-            signal.raise_signal(number)
 
 
 class Checkpointer:
@@ -247,7 +187,7 @@ class Checkpointer:
         found = None
         for step in reversed(self.steps()):
             try:
-                with _silent_orbax():
+                with silent_orbax():
                     found = self._restore(step, like, wanted)
                 break
             except _DamagedError as error:
@@ -259,6 +199,38 @@ class Checkpointer:
         elif skipped:
             _warn("no whole checkpoint in %s: starting afresh", self.directory)
         return found
+
+    def restore(self, step: int, like: PyTree) -> Restored:
+        """Restores the checkpoint of one step.
+
+        Args:
+            step: one of `steps()`.
+            like: as for `restore_latest`.
+
+        Returns:
+            Step, state and metadata.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint of this step; says which there are.
+            ValueError: it is of another state; says what differs.
+            OSError: it is damaged, or the folder cannot be read.
+        """
+        wanted = [_packing.spec(name, leaf) for name, leaf in _packing.named_leaves(like)]
+        self.wait()
+        steps = self.steps()
+        if step not in steps:
+            raise FileNotFoundError(
+                f"expected a checkpoint of step {step} in {self.directory}, got "
+                f"{f'those of {steps}' if steps else 'none'}; pass a step that is there"
+            )
+        try:
+            with silent_orbax():
+                return self._restore(step, like, wanted)
+        except _DamagedError as error:
+            raise OSError(
+                f"expected a whole checkpoint in {self.directory / str(step)}, got a damaged one "
+                f"({error}); pass another step of {steps}"
+            ) from None
 
     def _restore(self, step: int, like: PyTree, wanted: list[_packing.Spec]) -> Restored:
         """One checkpoint, or `_DamagedError`."""
@@ -308,7 +280,7 @@ class Checkpointer:
     def _explained(self) -> Iterator[None]:
         """Failures of the storage, with the folder and the remedy."""
         try:
-            with _undisturbed():
+            with undisturbed():
                 yield
         # TensorStore reports a full disk or a missing right as a ValueError or a RuntimeError.
         # What a caller can get wrong is checked before, so that anything here is the storage's.
@@ -352,7 +324,7 @@ def _absolute(directory: PathLike) -> epath.Path:
 
 def _read(folder: epath.Path, item: str, args: Any) -> Any:
     """One item of a checkpoint; not through the manager, which must not create the folder."""
-    with _undisturbed(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+    with undisturbed(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
         return reader.restore(folder, args=ocp.args.Composite(**{item: args}))[item]
 
 

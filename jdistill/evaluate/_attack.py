@@ -1,7 +1,7 @@
 """What an attack does to a stack of networks."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,6 +39,7 @@ class AttackOutcome(NamedTuple):
         mean_distance: `[R]`, over the successes; for a minimum-norm attack this is the
             robustness ρ_adv. NaN without a success. Always read it beside the success rate.
         median_distance: `[R]`, over the successes; NaN without one.
+        info: what else the attack says of each example, every array `[R, M, ...]`.
     """
 
     success: np.ndarray
@@ -48,6 +49,7 @@ class AttackOutcome(NamedTuple):
     success_rate: list[metrics.Interval]
     mean_distance: np.ndarray
     median_distance: np.ndarray
+    info: dict[str, np.ndarray]
 
 
 def under_attack(
@@ -57,6 +59,7 @@ def under_attack(
     plan: AttackPlan,
     *,
     key: Array | None = None,
+    targets: np.ndarray | None = None,
     temperature: ArrayLike = 1.0,
     vmapped: bool | None = None,
     callback: Callback | None = None,
@@ -70,6 +73,7 @@ def under_attack(
         labels: `[N]` int in `0..K-1`.
         plan: the attack and its number of examples.
         key: for random attacks; example `n` uses `fold_in(key, n)`. Or `[N]` keys, one each.
+        targets: `[N]` int, what the attack aims at, passed on to it; None does not.
         temperature: at which the networks are attacked, above 0; scalar or `[R]`.
         vmapped: whether to run the stack under `vmap`; None does so except on CPU.
         callback: see `evaluate`.
@@ -86,9 +90,12 @@ def under_attack(
     _validate.count(batch_size=plan.batch_size)
     _validate.class_indices(labels, batch_size=len(inputs))
     size = first(len(inputs), "num_examples", plan.num_examples)
-    columns: list[Any] = [inputs[:size], labels[:size]]
-    if key is not None:  # keys travel with their examples, so batches do not change the draws
-        columns.append(example_keys(key, len(inputs))[:size])
+    if targets is not None:
+        _validate.class_indices(targets, name="targets", batch_size=len(inputs))
+        targets = targets[:size]
+    # Keys travel with their examples, so batches do not change the draws.
+    keys = None if key is None else example_keys(key, len(inputs))[:size]
+    columns = (inputs[:size], labels[:size], keys, targets)
     result = runs.map(_Attacked(plan.attack), stage, plan.batch_size, *columns, eager=True)
     return summarize(result)
 
@@ -113,6 +120,7 @@ def summarize(result: AttackResult) -> AttackOutcome:
     """
     success, distance = np.asarray(result.success), np.asarray(result.distance)
     runs = [metrics.robustness(*row) for row in zip(distance, success, strict=True)]
+    info = {name: np.asarray(values) for name, values in result.info.items()}
     return AttackOutcome(
         success=success,
         distance=distance,
@@ -121,6 +129,7 @@ def summarize(result: AttackResult) -> AttackOutcome:
         success_rate=[run.success_rate for run in runs],
         mean_distance=np.array([run.mean for run in runs]),
         median_distance=np.array([run.median for run in runs]),
+        info=info,
     )
 
 
@@ -131,6 +140,13 @@ class _Attacked:
     attack: AttackFn
 
     def __call__(
-        self, logits_fn: LogitsFn, inputs: Array, labels: Array, keys: Array | None = None
+        self,
+        logits_fn: LogitsFn,
+        inputs: Array,
+        labels: Array,
+        keys: Array | None,
+        targets: Array | None,
     ) -> AttackResult:
-        return self.attack(logits_fn, keys, inputs, labels)._replace(info={})
+        if targets is None:
+            return self.attack(logits_fn, keys, inputs, labels)
+        return self.attack(logits_fn, keys, inputs, labels, targets=targets)  # type: ignore[call-arg]

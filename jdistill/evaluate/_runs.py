@@ -97,13 +97,14 @@ def _padded_chunks(
 ) -> Iterator[tuple[list[Any], int]]:
     """The columns in chunks of one shape, each with its number of real rows.
 
-    The columns may hold PRNG keys, which NumPy does not know, hence indices and not
-    `data.batches` on the columns themselves.
+    A column that is None stays None. The others may hold PRNG keys, which NumPy does not know,
+    hence indices and not `data.batches` on the columns themselves.
     """
     indices = np.arange(size)[:, None]
     for batch in data.batches(indices, batch_size=min(batch_size, size)):
         rows = batch.inputs[:, 0]
-        yield [column[rows] for column in columns], int(batch.mask.sum())
+        chunk = [None if column is None else column[rows] for column in columns]
+        yield chunk, int(batch.mask.sum())
 
 
 def _join(chunks: list[tuple[Any, int]], axis: int) -> Any:

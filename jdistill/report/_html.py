@@ -320,12 +320,13 @@ def _budgets(found: Sequence[Network]) -> list[dict[str, str]]:
             ends = [_text.number(end) for end in (min(queries), max(queries))]
             spent = ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
         counts = sorted({hit.num_attacked for hit in hits})
+        none = "none" if key.attack in _text.NO_NORM else "none: minimum norm"
         lines.append(
             {
                 "name": _text.attack_name(key),
                 "id": key.attack,
                 "norm": _text.norm_name(key.norm),
-                "eps": "none: minimum norm" if key.eps is None else _text.eps_text(key.eps),
+                "eps": none if key.eps is None else _text.eps_text(key.eps),
                 "examples": " to ".join(
                     f"{end:,}" for end in dict.fromkeys(counts[:1] + counts[-1:])
                 ),
@@ -372,11 +373,14 @@ def _limits(found: Sequence[Network]) -> list[str]:
             f"Whether small differences between chain lengths or temperatures are real: {had} "
             "cannot tell them from chance."
         )
-    norms = sorted({_text.norm_name(key.norm) for key in keys})
+    moved = names & _text.NO_NORM
+    norms = sorted({_text.norm_name(key.norm) for key in keys if key.attack not in moved})
+    norms += ["rotations and translations"] * bool(moved)
+    untried = "blur, other data sets" if moved else "rotations, blur, other data sets"
     if keys:
         limits.append(
-            f"Perturbations other than {_text.join(norms)}: rotations, blur, other data sets and "
-            "inputs outside the test distribution were not tried."
+            f"Perturbations other than {_text.join(norms)}: {untried} and inputs outside the test "
+            "distribution were not tried."
         )
     if all(net.temperature != 1 or net.generation for net in found):
         limits.append("A comparison with ordinary training: no teacher at T = 1 was measured.")

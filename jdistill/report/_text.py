@@ -9,9 +9,13 @@ from jdistill.report._table import AttackKey, Network, Row, Stat, attack_keys, n
 # An attack that is not listed here appears under its own name.
 _ATTACKS = {
     "fgsm": "FGSM",
+    "bim": "BIM",
+    "mim": "MIM",
     "pgd": "PGD",
     "pgd_margin": "PGD margin",
+    "carlini_wagner_l0": "C&W L0",
     "carlini_wagner_l2": "C&W L2",
+    "carlini_wagner_linf": "C&W L∞",
     "deepfool": "DeepFool",
     "autoattack": "AutoAttack",
     "apgd_ce": "APGD-CE",
@@ -21,7 +25,13 @@ _ATTACKS = {
     "jsma": "JSMA",
     "ead": "EAD",
     "ddn": "DDN",
+    "fmn": "FMN",
+    "spatial": "Spatial",
+    "universal": "Universal",
+    "ensemble": "Ensemble",
 }
+# Attacks that no norm bounds and that seek no small distance.
+NO_NORM = frozenset({"spatial"})
 _NORMS = {"linf": "l∞", "l2": "l2", "l1": "l1", "l0": "l0"}
 
 
@@ -37,6 +47,8 @@ def norm_name(norm: str) -> str:
 
 def budget(key: AttackKey) -> str:
     """The perturbation that the attack was allowed: "l∞ ≤ 0.1", or "smallest l2" without."""
+    if key.attack in NO_NORM:
+        return "any size"
     if key.eps is None:
         return f"smallest {norm_name(key.norm)}"
     return f"{norm_name(key.norm)} ≤ {eps_text(key.eps)}"

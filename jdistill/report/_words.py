@@ -11,13 +11,34 @@ from typing import Literal
 from jdistill.report import _text
 from jdistill.report._table import Attacked, AttackKey, Network, Row, Stat, attack_keys, networks
 
-# The attacks that follow the input gradient of the cross-entropy at T = 1, the gradient whose
-# zeros `zero_gradient_fraction` counts; and those that are known to follow something else. An
-# attack in neither is reported without a word on what it follows.
-FOLLOW_CROSS_ENTROPY = frozenset({"fgsm", "pgd"})
-FOLLOW_OTHER = frozenset({"pgd_margin", "carlini_wagner_l2", "deepfool", "fab", "square"})
-# One step does worse than many on any network, so these say nothing about a loss function.
-ONE_STEP = frozenset({"fgsm"})
+# The attacks that, with their default loss, follow the input gradient of the cross-entropy at
+# T = 1, the gradient whose zeros `zero_gradient_fraction` counts (or of the softmax, as JSMA: it is
+# zero where that one is); and those that are known to follow something else. An attack in neither
+# is reported without a word on what it follows.
+FOLLOW_CROSS_ENTROPY = frozenset({"fgsm", "bim", "mim", "pgd", "universal", "jsma"})
+FOLLOW_OTHER = frozenset(
+    {
+        "pgd_margin",
+        "carlini_wagner_l0",
+        "carlini_wagner_l2",
+        "carlini_wagner_linf",
+        "ddn",
+        "deepfool",
+        "ead",
+        "fab",
+        "fmn",
+        "spatial",
+        "square",
+    }
+)
+# One step does worse than many on any network, and so does one perturbation for all examples, so
+# these say nothing about a loss function.
+HANDICAPPED = frozenset({"fgsm", "universal"})
+# What attacks without a radius may do, where that is not all they need.
+_FREEDOM = {
+    "jsma": "changes a limited number of features",
+    "spatial": "turns and shifts the input",
+}
 # At least this share of exact zeros, and the gradient is no guide for most examples.
 ZERO_SHARE_MOST = 0.5
 # Below this share, exact zeros explain nothing.
@@ -93,10 +114,10 @@ def reading(network: Network, baseline: Network | None) -> Reading:
     """Reads a network's zero gradients together with the attacks on it.
 
     * "masked": the gradient is exactly zero on at least half of the examples, an attack that
-      follows it (FGSM, PGD) fails on at least half, and either an attack of the same norm and
-      budget that does not follow it succeeds on at least 10 points more (95 % intervals apart),
-      or a minimum-norm attack succeeds on at least 95 % at a median distance of at most 1.5
-      times the baseline's.
+      follows it (FGSM, BIM, MIM, PGD, JSMA) fails on at least half, and either an attack of the
+      same norm and budget that does not follow it succeeds on at least 10 points more (95 %
+      intervals apart), or a minimum-norm attack that does not follow it succeeds on at least 95 %
+      at a median distance of at most 1.5 times the baseline's.
     * "blind": the gradient is zero on at least half, without that second piece of evidence.
     * "partly blind": it is zero on 1 % to 50 %.
     * "understated": below 1 %, but another attack of the same budget succeeds on 10 points more
@@ -124,11 +145,12 @@ def reading(network: Network, baseline: Network | None) -> Reading:
     share = f"{_text.percent(zero.mean)} % of {_text.of(network.num_sensitivity, 'example')}"
     start = f"The input gradient of the loss at T = 1 is exactly zero in float32 on {share}"
     if zero.mean < ZERO_SHARE_NONE:
-        many_steps = [hit for hit in naive if hit.key.attack not in ONE_STEP]
-        stronger = _stronger(network, many_steps)
+        bounded = [hit for hit in naive if hit.key.eps is not None]
+        able = [hit for hit in bounded if hit.key.attack not in HANDICAPPED]
+        stronger = _stronger(network, able)
         if stronger:
             start += ", so zeros are not what separates the attacks."
-            return Reading("understated", (start, *stronger, _lower_bound(many_steps)))
+            return Reading("understated", (start, *stronger, _lower_bound(able)))
         rest = ": zero gradients are not what limits the attacks here. Other ways in which "
         rest += "attacks can fail were not tested by this number."
         return Reading("no zeros", (start + rest,))
@@ -180,6 +202,8 @@ def _nearby(network: Network, baseline: Network | None) -> list[str]:
     for key, hit in network.attacks.items():
         other = baseline.attacks.get(key) if baseline else None
         if key.eps is not None or other is None or baseline is None:
+            continue
+        if key.attack in FOLLOW_CROSS_ENTROPY | _text.NO_NORM:
             continue
         here, there = hit.median_distance, other.median_distance
         if min(hit.success.mean, other.success.mean) >= SUCCESS_FULL and (
@@ -246,8 +270,8 @@ def _attacks(network: Network, baseline: Network | None) -> str:
 
 def _minimum_norm(hit: Attacked, network: Network, baseline: Network | None) -> str:
     norm = _text.norm_name(hit.key.norm)
-    text = f"{_text.attack_name(hit.key)}, which may change the input as far as it needs, "
-    text += f"succeeds on {_rate(hit)}"
+    freedom = _FREEDOM.get(hit.key.attack, "may change the input as far as it needs")
+    text = f"{_text.attack_name(hit.key)}, which {freedom}, succeeds on {_rate(hit)}"
     other = baseline.attacks.get(hit.key) if baseline else None
     if other is None or baseline is None:
         return f"{text}{_distance(hit)}."

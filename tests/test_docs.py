@@ -1,0 +1,130 @@
+"""`docs/attacks.md`: its table is what the code says and what the attacks cost."""
+
+import contextlib
+import importlib.util
+import io
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+from jdistill import attacks
+from jdistill.report import _text, _words
+from jdistill.report._table import AttackKey
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "attacks.md").read_text(encoding="utf-8")
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+make_attacks = load("make_attacks")
+ATTACKS = make_attacks.public_attacks()
+ROWS = make_attacks.parse_table(PAGE)
+
+
+def test_every_attack_has_its_row():
+    tools = {"bpda", "expectation", "softmax_at"}
+    assert set(ROWS) == set(attacks.__all__) - tools - {"AttackResult"}
+    for name in tools:
+        assert f"attacks.{name}" in PAGE
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_what_the_code_says_is_in_the_table(name):
+    cells = make_attacks.read(ATTACKS[name])
+    assert len(cells) >= 4
+    assert {column: ROWS[name][column] for column in cells} == cells
+
+
+# The others run for many seconds.
+CHEAP = ["bim", "deepfool", "fgsm", "fmn", "jsma", "pgd", "spatial", "universal"]
+
+
+@pytest.mark.parametrize("name", CHEAP)
+def test_what_is_measured_is_in_the_table(name):
+    cells = make_attacks.measure(ATTACKS[name])
+    assert {"forward", "backward", "saturated softmax"} < set(cells)
+    assert {column: ROWS[name][column] for column in cells} == cells
+
+
+def test_a_wrong_count_is_noticed():
+    def fgsm(logits_fn, key, inputs, labels, *, eps):
+        result = attacks.fgsm(logits_fn, key, inputs, labels, eps=eps)
+        return result._replace(queries=result.queries + 1)
+
+    with pytest.raises(RuntimeError, match=r"got success False and 3 queries where 2 forward"):
+        make_attacks.measure(fgsm)
+
+
+def test_the_networks_are_what_the_table_says():
+    inputs, labels = make_attacks.example()
+    draw = np.random.default_rng(1).uniform
+    for low, high in ((0, 1), (0, 0.01), (0.99, 1)):
+        random = draw(low, high, (100, *make_attacks.SHAPE)).astype(np.float32)
+        logits = np.asarray(make_attacks.resisting_network()(random))
+        assert np.all(logits[:, 0] - logits[:, 1:].max(axis=1) >= 1)
+    plain = np.asarray(make_attacks.breakable_network()(inputs))
+    assert plain.shape == (1, 10)
+    assert plain.argmax() == labels[0]
+    scaled = np.asarray(make_attacks.breakable_network(scale=1024.0)(inputs))
+    np.testing.assert_allclose(scaled, 1024 * plain, rtol=1e-4)
+    assert "1,024 times as large" in PAGE
+    assert make_attacks.SATURATING == 1024
+
+
+def test_the_report_knows_which_attacks_saturation_stops():
+    stopped = {name for name, row in ROWS.items() if row["saturated softmax"] == "**fails**"}
+    assert stopped == _words.FOLLOW_CROSS_ENTROPY
+    assert set(ROWS) - stopped - {"ensemble"} < _words.FOLLOW_OTHER
+    # And the page says so in words.
+    (sentence,) = re.findall(r"attacks that climb the cross-entropy \((.*?)\)", PAGE, re.DOTALL)
+    climbing = {name for name, row in ROWS.items() if row["default loss"] == "`cross_entropy`"}
+    assert set(re.findall(r"`(\w+)`", sentence)) == climbing == stopped - {"jsma"}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_the_report_has_a_name_for_every_attack(name):
+    assert _text.attack_name(AttackKey(name, "linf", None)) != name.replace("_", " ")
+
+
+def test_the_page_is_written_between_its_marks(tmp_path, monkeypatch):
+    page = tmp_path / "attacks.md"
+    page.write_text(PAGE, encoding="utf-8")
+    table = PAGE[PAGE.index("| attack | norms |") : PAGE.index(make_attacks.END)].rstrip() + "\n"
+    monkeypatch.setattr(make_attacks, "PAGE", page)
+    monkeypatch.setattr(make_attacks, "make_table", lambda: table)
+    make_attacks.main()
+    assert page.read_text(encoding="utf-8") == PAGE
+    page.write_text("no marks", encoding="utf-8")
+    with pytest.raises(SystemExit, match="expected the lines"):
+        make_attacks.main()
+
+
+def test_the_example_prints_what_it_says():
+    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    (shown,) = re.findall(r"It prints\n\n```text\n(.*?)```", PAGE, re.DOTALL)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, {})
+    assert printed.getvalue() == shown
+
+
+def test_the_quirks_name_attacks():
+    _, _, *lines = PAGE[PAGE.index("| attack | the reference's quirk |") :].splitlines()
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        cells = line.strip("| ").split(" | ")
+        assert len(cells) == 4, line
+        names = re.findall(r"`(\w+)`", cells[0])
+        assert names
+        for name in names:
+            name = "carlini_wagner" + name if name.startswith("_") else name
+            assert hasattr(attacks, name), name
