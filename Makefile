@@ -5,12 +5,13 @@
 #   make lint     lint, format check and type check
 #   make docs     measures the attacks' costs and writes the table of docs/attacks.md
 #   make parity   the attacks beside other toolkits at full size; writes docs/parity.md
+#   make bench    the attacks' speed beside other toolkits; writes runs/bench-attacks.md
 #   make floor    the marked tests on the oldest supported versions, in .venv-floor
 
 PYTHON ?= python3
 PIP_OPTIONS := --quiet --disable-pip-version-check
 
-.PHONY: demo test lint docs parity floor install clean
+.PHONY: demo test lint docs parity bench floor install clean
 
 demo: .venv/installed
 	.venv/bin/python -m experiments.defend digits --workdir runs/demo
@@ -28,6 +29,9 @@ docs: .venv/installed
 
 parity: .venv/peers
 	JDISTILL_PARITY=full .venv/bin/python -m pytest tests/parity
+
+bench: .venv/peers
+	.venv/bin/python -m experiments.bench attacks --output runs/bench-attacks.md
 
 floor: .venv-floor/installed
 	.venv-floor/bin/python -m pytest -n 2 -m floor $(TEST_OPTIONS)

@@ -161,8 +161,8 @@ def _conditions_text(conditions: Mapping[str, Any]) -> str:
         f"PyTorch with {conditions['torch_threads']} threads",
         f"network {conditions['network']}, {conditions['parameters']:,} parameters; "
         f"{conditions['batch_size']} images a call, all of them classified correctly",
-        f"seconds: medians, and ranges, of repeats in turn ({conditions['repeats']} of each), after a "
-        "call that warms up; compile s: what our first call took beyond the median",
+        f"seconds: medians, and ranges, of {conditions['repeats']} repeats in turn, after a call "
+        "that warms up; compile s: what our first call took beyond the median",
         "ratio: our seconds over the peer's; success, and the mean distance over the images that "
         "both fool: ours / the peer's",
     ]
