@@ -98,9 +98,9 @@ def _arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
     try:
         with np.load(path) as file:
             return {name: file[name] for name in file.files}
-    except (ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile):
         raise ValueError(
-            f"expected an .npz file, got {os.fspath(path)} ({error}); {_REMEDY}"
+            f"expected an .npz file of arrays, got something else in {os.fspath(path)}; {_REMEDY}"
         ) from None
 
 

@@ -357,7 +357,7 @@ def test_files_that_hold_something_else(tmp_path, digits):
     with pytest.raises(FileNotFoundError, match=r"expected an \.npz file.*make_networks"):
         npz_network.read_params(path)
     path.write_text("not an archive")
-    with pytest.raises(ValueError, match=r"expected an \.npz file"):
+    with pytest.raises(ValueError, match=r"expected an \.npz file of arrays"):
         npz_network.read_params(path)
     np.savez(path, inputs=inputs / 255, labels=labels)
     with pytest.raises(ValueError, match=r"\(uint8\).*inputs float64\[12, 8, 8, 1\]"):
