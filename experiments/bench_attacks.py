@@ -34,7 +34,7 @@ COMPARISONS = (
     peers.carlini_wagner_l2(searches=5, steps=100, rate=0.1, const=0.1),
     peers.ead(searches=5, steps=100, rate=0.02, const=0.1, beta=0.01),
     peers.jsma(features=112),
-    peers.carlini_wagner_linf(steps=100, rate=0.05, const=0.1),
+    peers.carlini_wagner_linf(steps=100, rate=0.05, const=0.1, factor=2.0),
     peers.carlini_wagner_l0(searches=1, steps=50, rate=0.1, const=1.0),
 )
 

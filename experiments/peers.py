@@ -172,9 +172,13 @@ def carlini_wagner_l0(searches: int, steps: int, rate: float, const: float) -> C
     )
 
 
-def carlini_wagner_linf(steps: int, rate: float, const: float) -> Comparison:
+def carlini_wagner_linf(steps: int, rate: float, const: float, factor: float) -> Comparison:
     """Carlini & Wagner's Linf attack."""
-    schedule: dict[str, Any] = {"initial_const": const, "largest_const": 20.0, "const_factor": 2.0}
+    schedule: dict[str, Any] = {
+        "initial_const": const,
+        "largest_const": 20.0,
+        "const_factor": factor,
+    }
     return Comparison(
         "carlini_wagner_linf",
         "linf",
@@ -195,7 +199,12 @@ def carlini_wagner_linf(steps: int, rate: float, const: float) -> Comparison:
 
 def ead(searches: int, steps: int, rate: float, const: float, beta: float) -> Comparison:
     """The elastic-net attack, keeping the smallest l1 norm."""
-    common: dict[str, Any] = {"binary_search_steps": searches, "initial_const": const}
+    # To the end of every search: others give one up by their sum over the batch, ours by example.
+    common: dict[str, Any] = {
+        "binary_search_steps": searches,
+        "initial_const": const,
+        "abort_early": False,
+    }
     return Comparison(
         "ead",
         "l1",
@@ -207,6 +216,7 @@ def ead(searches: int, steps: int, rate: float, const: float, beta: float) -> Co
             learning_rate=rate,
             initial_const=const,
             beta=beta,
+            abort_early=False,
         ),
         {
             "foolbox": _foolbox(

@@ -54,10 +54,10 @@ def reference(
     """The fewest changed features of one example, the successful rounds and the last constant."""
     goal = label if target is None else target
     sign = 1 if target is None else -1
-    start = np.arctanh((2 * x - 1) * 0.999999)
+    w = np.arctanh((2 * x - 1) * 0.999999)
     free, const, best, rounds = np.ones(D, bool), initial_const, np.inf, 0
     while free.any() and const <= largest_const:
-        w, m, v, met = start, np.zeros(D), np.zeros(D), False
+        m, v, met = np.zeros(D), np.zeros(D), False
         for step in range(num_steps):
             point = np.where(free, 0.5 * np.tanh(w) + 0.5, x)
             hidden = np.tanh((point - 0.5) @ FIRST)
@@ -76,7 +76,7 @@ def reference(
         if not met:
             const *= const_factor
             continue
-        rounds, start = rounds + 1, w
+        rounds += 1
         effect = np.abs(uphill * (point - x))
         order = [i for i in np.argsort(effect) if free[i]]
         for position, i in enumerate(order):

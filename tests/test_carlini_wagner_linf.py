@@ -57,10 +57,10 @@ def reference(
     """The least Linf distance of one example, the thresholds met and the last constant."""
     goal = label if target is None else target
     sign = 1 if target is None else -1
-    start = np.arctanh((2 * x - 1) * 0.999999)
+    w = np.arctanh((2 * x - 1) * 0.999999)
     threshold, const, best, rounds = 1.0, initial_const, np.inf, 0
     while threshold >= 1 / 256 and const <= largest_const:
-        w, m, v, met = start, np.zeros(D), np.zeros(D), False
+        m, v, met = np.zeros(D), np.zeros(D), False
         for step in range(num_steps):
             point = 0.5 * np.tanh(w) + 0.5
             hidden = np.tanh((point - 0.5) @ FIRST)
@@ -83,7 +83,7 @@ def reference(
             corrected = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
             w = w - learning_rate * corrected[0] / (np.sqrt(corrected[1]) + 1e-8)
         if met:
-            rounds, start = rounds + 1, w
+            rounds += 1
             threshold = shrink * min(threshold, distance)
         else:
             const *= const_factor

@@ -42,7 +42,7 @@ def carlini_wagner_l0(
     until `x'` is adversarial. Then those pixels are fixed at the input's for good whose effect
     `Σ_channels |∂(z_y - max_{i≠y} z_i)/∂x' · (x' - x)|` is least: always one, and up to 0.3 √n of
     the n changed ones where each has at most a hundredth of the effect of all. The next round
-    begins at what is left of `x'`. A round of `num_steps` that fails is repeated with
+    begins at what is left of `x'`. After `num_steps` without success the round goes on with
     `c · const_factor`; the example ends when `c` is above `largest_const`.
 
     A pixel is a spatial position with all its channels where the inputs are images

@@ -39,7 +39,7 @@ def carlini_wagner_linf(
         Σ_i max(|x'_i - x_i| - τ, 0) + c · max(0, z_y - max_{i≠y} z_i + κ)
 
     until `x'` is adversarial with no entry above τ. Then τ becomes `shrink · min(τ, ‖x' - x‖∞)` and
-    the next round begins at `x'`. A round of `num_steps` that fails is repeated with
+    the next round begins at `x'`. After `num_steps` without success the round goes on with
     `c · const_factor`; the example ends when `c` is above `largest_const`, or when τ is below
     1/256 of the box. The distance found is at best `shrink` exact. `c` starts far too small on
     purpose: Adam's steps are of one size for any `c`, but with one far too large its memory of the

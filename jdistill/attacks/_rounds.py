@@ -1,7 +1,8 @@
 """What Carlini and Wagner's Linf and L0 attacks share: rounds under an ever tighter limit.
 
-A round looks for an adversarial within its limit, by Adam from where the round before ended; as
-long as it fails, the weight of the adversarial term grows and the round begins anew. A success
+A round looks for an adversarial within its limit, by Adam from where the round before ended. After
+so many steps without one the weight of the adversarial term grows, and Adam starts anew from where
+it is: a pixel on the box's face needs many steps to leave it, and they are not lost. A success
 tightens the limit and starts the next round; the example ends when the weight is used up.
 """
 
@@ -45,9 +46,8 @@ class _Carry(NamedTuple):
     """The state of each example; every leaf leads with `[B]`."""
 
     w: Array
-    start: Array  # w at the beginning of the round
     adam: Any
-    step: Array  # since the round began, or began anew
+    step: Array  # since the limit or the constant changed
     const: Array
     limit: Array
     rounds: Array  # that succeeded
@@ -64,7 +64,6 @@ def _init(problem: Problem, const: Array, limit: Array, clean_success: Array) ->
     w = _search.from_box(inputs, problem.bounds)
     return _Carry(
         w=w,
-        start=w,
         adam=_search.per_example_adam().init(w),
         step=zeros,
         const=const,
@@ -118,13 +117,11 @@ def _step(problem: Problem, settings: Settings, rules: Rules, carry: _Carry) -> 
 
     update, adam = _search.per_example_adam().update(slope, carry.adam)
     w = carry.w - settings.learning_rate * update
-    start = _search.select(success, carry.w, carry.start)
+    w = _search.select(success, carry.w, w)
     anew = success | failed
-    fresh = (start, _search.per_example_adam().init(start))
-    w, adam = _search.select(anew, fresh, (w, adam))
+    adam = _search.select(anew, _search.per_example_adam().init(w), adam)
     return _Carry(
         w=_search.select(active, w, carry.w),
-        start=start,
         adam=_search.select(active, adam, carry.adam),
         step=jnp.where(anew, 0, jnp.where(active, step, carry.step)),
         const=const,
