@@ -24,8 +24,7 @@ Settings = dict[str, Any]  # by argument, as JSON can hold them
 # What stands for the functions that an option takes.
 CHOICES: dict[str, dict[str, Callable[..., Any]]] = {
     "loss": {
-        loss.__name__: loss
-        for loss in (losses.cross_entropy, losses.scale_free_cross_entropy, losses.margin)
+        loss.__name__: loss for loss in (losses.cross_entropy, losses.margin, losses.soft_margin)
     },
     "output": {
         "softmax": jax.nn.softmax,

@@ -116,38 +116,41 @@ def margin(logits: Array, labels: ArrayLike) -> Array:
     return largest_other(logits, labels) - _pick(logits, labels)
 
 
-def scale_free_cross_entropy(logits: Array, labels: ArrayLike) -> Array:
-    """Cross-entropy at a temperature of the example's own, set by the spread of its logits.
+def soft_margin(logits: Array, labels: ArrayLike) -> Array:
+    """The margin with a soft maximum, `τ · log sum_{i≠y} exp(z_i / τ) - z_y`.
 
-        -log softmax(z / τ)_y,   τ = (max z - mean z) / (4 + log(K - 1))
+    The temperature is the example's own, set by the spread of its logits, and no gradient passes
+    through it:
 
-    with no gradient through τ. Multiplying the logits by a constant changes nothing, and the
-    softmax never saturates: while a class leads others that lie at their mean, these share 2 % of
-    it (e⁻⁴), however well the network is trained and at whatever temperature. Unlike the margin
-    it weighs all classes that are near, so an attack that follows its direction does not jump
-    from one runner-up to another.
+        τ = (max z - mean z) / (4 + log(K - 1))
+
+    So the gradient is that of a cross-entropy at T = τ but for its length: it weighs all classes
+    that are near, where the margin's jumps from one runner-up to another; and like the margin's it
+    does not saturate, whatever the logits are multiplied by. With two classes it is the margin;
+    with more it is above it, by at most `τ · log(K - 1)`.
 
     Args:
         logits: `[B, K]` float, `K >= 2`.
         labels: `[B]` int in `0..K-1`.
 
     Returns:
-        `[B]` float, at least 0.
+        `[B]` float, in units of the logits.
 
     Raises:
         ValueError: labels outside `0..K-1`.
 
     Example:
-        >>> z, y = jnp.array([[3.0, 1.0, 0.0]]), jnp.array([0])
-        >>> bool(scale_free_cross_entropy(z, y) == scale_free_cross_entropy(1024 * z, y))
+        >>> z, y = jnp.array([[3.0, 1.0, 1.0]]), jnp.array([0])
+        >>> float(soft_margin(z, y)[0]), float(margin(z, y)[0])
+        (-1.80..., -2.0)
+        >>> bool(soft_margin(1024 * z, y) == 1024 * soft_margin(z, y))
         True
-        >>> abs(float(cross_entropy(1024 * z, y)[0]))  # saturated, and so is its gradient
-        0.0
     """
     spread = jnp.max(logits, axis=-1, keepdims=True) - jnp.mean(logits, axis=-1, keepdims=True)
-    spread = jax.lax.stop_gradient(jnp.where(spread > 0, spread, 1.0))
-    sharpness = 4.0 + np.log(logits.shape[-1] - 1)
-    return cross_entropy(logits / spread * sharpness, labels)
+    temperature = jnp.where(spread > 0, spread, 1.0) / (4.0 + np.log(logits.shape[-1] - 1))
+    temperature = jax.lax.stop_gradient(temperature)
+    others = jnp.where(_own(logits, labels), -jnp.inf, logits / temperature)
+    return temperature[..., 0] * jax.nn.logsumexp(others, axis=-1) - _pick(logits, labels)
 
 
 def largest_other(logits: Array, labels: ArrayLike) -> Array:
@@ -167,10 +170,8 @@ def largest_other(logits: Array, labels: ArrayLike) -> Array:
         >>> largest_other(jnp.array([[3.0, 1.0, 0.0]]), jnp.array([0])).tolist()
         [1.0]
     """
-    _check_labels(labels, logits)
-    own = jax.nn.one_hot(jnp.asarray(labels), logits.shape[-1], dtype=bool)
     # -inf and not a large constant: logits of strongly distilled networks pass any constant.
-    return jnp.max(jnp.where(own, -jnp.inf, logits), axis=-1)
+    return jnp.max(jnp.where(_own(logits, labels), -jnp.inf, logits), axis=-1)
 
 
 def tempered_log_softmax(logits: Array, temperature: ArrayLike = 1.0) -> Array:
@@ -199,6 +200,12 @@ def _pick(values: Array, labels: ArrayLike) -> Array:
     _check_labels(labels, values)
     index = jnp.asarray(labels).astype(jnp.int32)[:, None]
     return jnp.take_along_axis(values, index, axis=-1)[:, 0]
+
+
+def _own(logits: Array, labels: ArrayLike) -> Array:
+    """Where the labels' own entries are, `[B, K]` bool."""
+    _check_labels(labels, logits)
+    return jax.nn.one_hot(jnp.asarray(labels), logits.shape[-1], dtype=bool)
 
 
 def _check_labels(labels: ArrayLike, logits: Array) -> None:

@@ -131,6 +131,7 @@ def test_against_numpy_in_double_precision(norm, kwargs):
             INPUTS.astype(np.float64),
             LABELS,
             targets=targets,
+            loss=losses.margin,
             **settings,
         )
         result = jax.tree.map(np.asarray, result)
@@ -198,7 +199,7 @@ def test_on_a_linear_network_as_few_features_as_greedy(num_classes):
 
 @all_norms
 @pytest.mark.parametrize("targeted", [False, True], ids=["untargeted", "targeted"])
-def test_the_scale_of_the_logits_changes_nothing_for_the_margin(norm, targeted):
+def test_the_scale_of_the_logits_changes_nothing(norm, targeted):
     kwargs = {"norm": norm, "num_steps": 30, "targets": TARGETS if targeted else None}
     plain = attacks.fmn(make(), None, INPUTS, LABELS, **kwargs)
     assert plain.success.sum() >= B - 2
@@ -240,7 +241,8 @@ def test_the_unreachable_is_a_failure(norm):
 def test_the_trace_holds_the_margin_after_every_step():
     labels = LABELS.copy()
     labels[-1] = TARGETS[-1]  # wrong from the start
-    result = attacks.fmn(make(), None, INPUTS, labels, norm="l2", num_steps=20, trace=True)
+    settings = {"norm": "l2", "num_steps": 20, "loss": losses.margin}
+    result = attacks.fmn(make(), None, INPUTS, labels, trace=True, **settings)
     loss, first = np.asarray(result.info["loss"]), np.asarray(result.info["first_success"])
     assert loss.shape == (B, 20)
     assert np.all(np.isnan(loss[-1]))

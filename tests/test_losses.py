@@ -53,22 +53,32 @@ def test_against_numpy(temperature):
 
 
 @pytest.mark.floor
-def test_the_scale_free_cross_entropy():
-    logits = LOGITS.astype(np.float64)
-    own = (logits.max(1) - logits.mean(1)) / (4 + np.log(K - 1))
-    expected = -log_softmax(logits, own[:, None])[np.arange(B), LABELS]
-    found = losses.scale_free_cross_entropy(LOGITS, LABELS)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    # No scale changes it, and its gradient by the logits is that at a fixed temperature.
+def test_the_soft_margin():
+    logits, rows = LOGITS.astype(np.float64), np.arange(B)
+    tau = (logits.max(1) - logits.mean(1)) / (4 + np.log(K - 1))
+    others = logits.copy()
+    others[rows, LABELS] = -np.inf
+    expected = tau * np.log(np.exp(others / tau[:, None]).sum(1)) - logits[rows, LABELS]
+    found = losses.soft_margin(LOGITS, LABELS)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    hard = losses.margin(LOGITS, LABELS)
+    assert np.all((hard <= found) & (found <= hard + tau * np.log(K - 1)))
+    # It scales with the logits, and its gradient not at all: that of a cross-entropy at T = tau.
     for scale in (2.0**-20, 16.0, 1024.0):
-        scaled = losses.scale_free_cross_entropy(scale * LOGITS, LABELS)
-        np.testing.assert_array_equal(scaled, found)
-    grad = jax.grad(lambda z: losses.scale_free_cross_entropy(z, LABELS).sum())(LOGITS)
-    fixed = jax.grad(lambda z: losses.cross_entropy(z, LABELS, temperature=own[:, None]).sum())
-    np.testing.assert_allclose(grad, fixed(LOGITS), rtol=1e-4, atol=1e-6)
-    # Equal logits have no spread: log K, and a gradient.
-    even = losses.scale_free_cross_entropy(jnp.full((1, K), 7.0), np.zeros(1, int))
-    np.testing.assert_allclose(even, np.log(K), rtol=1e-6)
+        scaled = losses.soft_margin(scale * LOGITS, LABELS)
+        np.testing.assert_array_equal(scaled, scale * found)
+    gradient = jax.grad(lambda z: losses.soft_margin(z, LABELS).sum())
+    grad = gradient(LOGITS)
+    np.testing.assert_array_equal(gradient(1024 * LOGITS), grad)
+    entropy = lambda z: losses.cross_entropy(z, LABELS, temperature=tau[:, None]).sum()  # noqa: E731
+    fixed = np.asarray(jax.grad(entropy)(LOGITS))
+    lengths = fixed[rows, LABELS] / grad[rows, LABELS]
+    np.testing.assert_allclose(grad * lengths[:, None], fixed, rtol=1e-4, atol=1e-6)
+    # Of two classes it is the margin; equal logits have no spread, and no NaN.
+    np.testing.assert_allclose(
+        losses.soft_margin(LOGITS[:, :2], LABELS % 2), losses.margin(LOGITS[:, :2], LABELS % 2)
+    )
+    assert np.isfinite(losses.soft_margin(jnp.full((1, K), 7.0), np.zeros(1, int)))
 
 
 def test_margin_against_numpy():

@@ -31,7 +31,7 @@ def ddn(
     step_size: ArrayLike = 1.0,
     bounds: tuple[float, float] = (0.0, 1.0),
     targets: ArrayLike | None = None,
-    loss: Callable[..., Array] = losses.scale_free_cross_entropy,
+    loss: Callable[..., Array] = losses.soft_margin,
     trace: bool = False,
 ) -> AttackResult:
     """Smallest L2 perturbation by steps on a sphere whose radius follows success and failure.
@@ -48,8 +48,9 @@ def ddn(
 
     As published the attack climbs the cross-entropy, whose gradient a distilled network saturates
     to zeros: the direction is then lost and the attack ends far off or fails. The default here is
-    the cross-entropy at a temperature of each example's own, which no scale of the logits changes;
-    pass `loss=losses.cross_entropy` for the published attack.
+    the soft margin: the direction is that of a cross-entropy at a temperature of each example's
+    own, which no scale of the logits changes. Pass `loss=losses.cross_entropy` for the published
+    attack.
 
     Args:
         logits_fn: inputs `[B, ...]` to logits `[B, K]`.

@@ -35,7 +35,7 @@ def fmn(
     final_gamma: ArrayLike = 0.001,
     bounds: tuple[float, float] = (0.0, 1.0),
     targets: ArrayLike | None = None,
-    loss: Callable[..., Array] = losses.margin,
+    loss: Callable[..., Array] = losses.soft_margin,
     trace: bool = False,
 ) -> AttackResult:
     """Smallest perturbation in any of four norms, by steps in a ball that shrinks and grows.
@@ -56,7 +56,9 @@ def fmn(
     the linearized loss; the others return to the input.
 
     The closest adversarial of all iterates is returned. Gradients count by their direction, and
-    the margin by its ratio to the gradient, so the scale of the logits changes nothing.
+    the loss by its ratio to the gradient, so the scale of the logits changes nothing. The paper's
+    loss is the margin (`loss=losses.margin`); the default is the margin with a soft maximum, whose
+    gradient does not jump between runners-up, and which ends closer.
 
     Args:
         logits_fn: inputs `[B, ...]` to logits `[B, K]`.
@@ -73,8 +75,8 @@ def fmn(
         bounds: the box of valid inputs.
         targets: `[B]` int, classes to reach; None takes any class but the label.
         loss: per-example loss `(logits [B, K], labels [B]) -> [B]`, maximized (for targets:
-            minimized). The estimate of the boundary wants one that is 0 there, as the margin is;
-            with another one, the first radii grow by guesses until an adversarial is found.
+            minimized). The estimate of the boundary wants one that is about 0 there, as margins
+            are; with another one, the first radii grow by guesses until an adversarial is found.
         trace: keep the loss of every step.
 
     Returns:
@@ -98,8 +100,8 @@ def fmn(
 
     References:
         Pintor, Roli, Brendel & Biggio 2021, "Fast Minimum-norm Adversarial Attacks through
-        Adaptive Norm Constraints", algorithm 1 and section 2. The differences: the estimate is
-        taken times `1 + γ`, because a step to just the boundary of a linear piece is no success,
+        Adaptive Norm Constraints", algorithm 1 and section 2. The differences: the default loss;
+        the estimate is taken times `1 + γ`, because a step to just the boundary of a linear piece is no success,
         and neither would be any later one; `δ` is clipped before it is projected, not after, so
         that what the box takes away uses up no radius (the projection leads towards the input,
         and so stays in the box); l0 keeps the features of the largest `g · δ` and not of the
