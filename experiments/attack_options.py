@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import tyro
 
@@ -27,7 +26,7 @@ CHOICES: dict[str, dict[str, Callable[..., Any]]] = {
         loss.__name__: loss for loss in (losses.cross_entropy, losses.margin, losses.soft_margin)
     },
     "output": {
-        "softmax": jax.nn.softmax,
+        "softmax": attacks.softmax,
         "softmax_at": attacks.softmax_at,
         "logits": jnp.positive,
     },

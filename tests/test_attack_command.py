@@ -162,7 +162,7 @@ def test_the_batch_size_changes_nothing(trained):
 @pytest.mark.parametrize(
     ("given", "name", "output"),
     [
-        ([], "", jax.nn.softmax),
+        ([], "", attacks.softmax),
         (["softmax_at"], "output=softmax_at_", attacks.softmax_at(5.0)),
         (
             ["softmax_at", "--output-temperature", "20"],
@@ -362,7 +362,10 @@ def test_unfinished_networks_are_named(fresh):
         (["--attack", "pgd", "--epsilon", "1"], "among --eps, --norm, --num-steps, --step-size,"),
         (["--attack", "deepfool", "--eps", "1"], "got --eps 1"),
         (["elsewhere", "--attack", "deepfool"], "got elsewhere"),
-        (["--attack", "fgsm", "--eps", "1", "--loss", "l"], "'cross_entropy', 'margin', got 'l'"),
+        (
+            ["--attack", "fgsm", "--eps", "1", "--loss", "l"],
+            "'cross_entropy', 'margin', 'soft_margin', got 'l'",
+        ),
         (["--attack", "jsma", "--output-temperature", "2"], "--output softmax_at beside"),
         (
             ["--attack", "jsma", "--output", "softmax_at", "--output-temperature", "0"],

@@ -62,8 +62,9 @@ def reference(
 
     lower, upper, const = 0.0, 1e10, initial_const
     best_value, best = np.inf, (np.inf, np.inf, np.nan)
+    current = ahead = x
     for _ in range(num_searches):
-        current, ahead, succeeded, previous = x, x, False, np.inf
+        succeeded, previous = False, np.inf
         for k in range(num_steps):
             gap, slope = judge(ahead)
             slope = 2 * (ahead - x) + const * slope * (gap > 0)

@@ -33,7 +33,7 @@ def logits_of(x):
 LABELS = logits_of(INPUTS).argmax(1)
 TARGETS = np.argsort(logits_of(INPUTS), axis=1)[:, 1]  # the third best
 OUTPUTS = {
-    "softmax": jax.nn.softmax,
+    "softmax": attacks.softmax,
     "logits": jnp.positive,
     "softmax_at": attacks.softmax_at(5.0),
 }
@@ -109,6 +109,21 @@ def test_the_same_pixels_in_the_same_order_as_numpy(output, targeted, theta):
         changed = np.sum(expected != INPUTS[b].astype(np.float64))
         assert result.distance[b] == (changed if success else np.inf)
     assert successes >= 2
+
+
+def test_the_softmax_and_its_derivative():
+    rng = np.random.default_rng(3)
+    logits = rng.normal(0, 1, (B, K)) * np.logspace(0, 1.5, B)[:, None]  # ever more sure
+    weights = rng.normal(0, 1, (B, K))
+    probs = np.exp(logits - logits.max(1, keepdims=True))
+    probs /= probs.sum(1, keepdims=True)
+    expected = probs * (probs[:, None] * (weights[:, :, None] - weights[:, None])).sum(2)
+    values, pull = jax.vjp(attacks.softmax, jnp.asarray(logits, jnp.float32))
+    np.testing.assert_allclose(values, probs, rtol=1e-4, atol=1e-37)
+    # Relatively, so for classes of a probability far below float32's resolution at 1 as well.
+    assert probs.min() < 1e-12
+    (found,) = pull(jnp.asarray(weights, jnp.float32))
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-37)
 
 
 def test_rows_at_a_time_change_nothing(monkeypatch):

@@ -35,7 +35,7 @@ from jdistill.attacks._ensemble import ensemble
 from jdistill.attacks._fmn import fmn
 from jdistill.attacks._gradient import fgsm
 from jdistill.attacks._iterative import bim, mim
-from jdistill.attacks._jsma import jsma, softmax_at
+from jdistill.attacks._jsma import jsma, softmax, softmax_at
 from jdistill.attacks._pgd import pgd
 from jdistill.attacks._spatial import spatial
 from jdistill.attacks._universal import universal
@@ -58,6 +58,7 @@ __all__ = [
     "jsma",
     "mim",
     "pgd",
+    "softmax",
     "softmax_at",
     "spatial",
     "universal",

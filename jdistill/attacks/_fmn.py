@@ -101,12 +101,12 @@ def fmn(
     References:
         Pintor, Roli, Brendel & Biggio 2021, "Fast Minimum-norm Adversarial Attacks through
         Adaptive Norm Constraints", algorithm 1 and section 2. The differences: the default loss;
-        the estimate is taken times `1 + γ`, because a step to just the boundary of a linear piece is no success,
-        and neither would be any later one; `δ` is clipped before it is projected, not after, so
-        that what the box takes away uses up no radius (the projection leads towards the input,
-        and so stays in the box); l0 keeps the features of the largest `g · δ` and not of the
-        largest `|δ|`, which with a box is the room that a feature has and not what it is worth;
-        the last iterate counts too; every start is the input itself.
+        the estimate is taken times `1 + γ`, because a step to just the boundary of a linear piece
+        is no success, and neither would be any later one; `δ` is clipped before it is projected,
+        not after, so that what the box takes away uses up no radius (the projection leads towards
+        the input, and so stays in the box); l0 keeps the features of the largest `g · δ` and not
+        of the largest `|δ|`, which with a box is the room that a feature has and not what it is
+        worth; the last iterate counts too; every start is the input itself.
     """
     del key
     _validate.one_of(_NORMS, norm=norm)

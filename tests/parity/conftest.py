@@ -99,7 +99,7 @@ an ordinary network, `distilled` the student of a chain at T = 100, `robust` a s
 trained on PGD examples (linf, 0.1); `tests/parity/make_networks.py` makes them.
 
 A mean distance is over the images that all of them fool, and the lower one is the better attack. A
-toolkit that fools fewer than 80 % of the images stands with that share and without a mean, which
+toolkit that fools fewer than half of the images stands with that share and without a mean, which
 would be one of its easiest images alone. A robust accuracy is the share of images that are right
 and stay right.
 

@@ -22,7 +22,9 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]  # the p
 FULL = os.environ.get("JDISTILL_PARITY") == "full"
 NUM_IMAGES = 100 if FULL else 20
 KEY = jax.random.key(0)
-MARGIN = 1.02  # times the best peer's mean norm
+# Times the best toolkit's mean distance; of a few images and steps, one that ends in another basin
+# decides more than that.
+MARGIN = 1.02 if FULL else 1.1
 
 FIXED_BUDGET = [
     peers.fgsm(0.1),
@@ -51,7 +53,7 @@ if FULL:
 else:
     MINIMUM_NORM += [
         peers.carlini_wagner_l2(6, 100, 0.1, 0.1),
-        peers.ead(9, 50, 0.02, 0.01, 0.01),
+        peers.ead(9, 100, 0.02, 0.01, 0.01),
     ]
 
 
@@ -130,7 +132,7 @@ def assert_no_farther(comparison, name, pair, images, record):
     assert np.isfinite(ours).mean() >= max(np.isfinite(peer).mean() for peer in theirs.values())
     # A toolkit that fails on many examples (it stops at softmax values that round to 1, say) is
     # left out of the means, and named in the table with its share of successes.
-    good = {k: v for k, v in theirs.items() if np.isfinite(v).mean() >= 0.8}
+    good = {k: v for k, v in theirs.items() if np.isfinite(v).mean() >= 0.5}
     shared = np.isfinite(np.stack([ours, *good.values()])).all(0)
     means = {toolkit: distance[shared].mean() for toolkit, distance in good.items()}
     shares = {k: float(np.isfinite(v).mean()) for k, v in theirs.items()}
