@@ -5,19 +5,20 @@
 #   make lint     lint, format check and type check
 #   make docs     measures the attacks' costs and writes the table of docs/attacks.md
 #   make parity   the attacks beside other toolkits at full size; writes docs/parity.md
+#                 (parity-small: a few images and steps, minutes)
 #   make bench    the attacks' speed beside other toolkits; writes runs/bench-attacks.md
 #   make floor    the marked tests on the oldest supported versions, in .venv-floor
 
 PYTHON ?= python3
 PIP_OPTIONS := --quiet --disable-pip-version-check
 
-.PHONY: demo test lint docs parity bench floor install clean
+.PHONY: demo test lint docs parity parity-small bench floor install clean
 
 demo: .venv/installed
 	.venv/bin/python -m experiments.defend digits --workdir runs/demo
 
 test: .venv/installed
-	.venv/bin/python -m pytest -n 2 $(TEST_OPTIONS)
+	.venv/bin/python -m pytest -n 2 -m "not parity" $(TEST_OPTIONS)
 
 lint: .venv/installed
 	.venv/bin/ruff check .
@@ -26,6 +27,9 @@ lint: .venv/installed
 
 docs: .venv/installed
 	.venv/bin/python docs/make_attacks.py
+
+parity-small: .venv/peers
+	.venv/bin/python -m pytest tests/parity
 
 parity: .venv/peers
 	JDISTILL_PARITY=full .venv/bin/python -m pytest tests/parity
