@@ -56,38 +56,27 @@ def fgsm(eps: float) -> Comparison:
 
 def bim(eps: float, steps: int) -> Comparison:
     """Iterated FGSM."""
-    rate = eps / 10
-    return Comparison(
-        "bim",
-        "linf",
-        f"eps {eps:g}, {steps} steps",
-        functools.partial(attacks.bim, eps=eps, num_steps=steps, step_size=rate),
-        {
-            "torchattacks": _torchattacks("BIM", eps=eps, alpha=rate, steps=steps),
-            "foolbox": _foolbox(
-                "LinfBasicIterativeAttack", eps, abs_stepsize=rate, rel_stepsize=None, steps=steps
-            ),
-        },
-    )
+    return _iterated("bim", attacks.bim, "BIM", "LinfBasicIterativeAttack", eps, steps)
 
 
 def mim(eps: float, steps: int) -> Comparison:
     """Iterated FGSM with momentum."""
+    foolbox = "LinfMomentumIterativeFastGradientMethod"
+    return _iterated("mim", attacks.mim, "MIFGSM", foolbox, eps, steps)
+
+
+def _iterated(
+    name: str, ours: Callable[..., Any], torchattacks: str, foolbox: str, eps: float, steps: int
+) -> Comparison:
     rate = eps / 10
     return Comparison(
-        "mim",
+        name,
         "linf",
         f"eps {eps:g}, {steps} steps",
-        functools.partial(attacks.mim, eps=eps, num_steps=steps, step_size=rate),
+        functools.partial(ours, eps=eps, num_steps=steps, step_size=rate),
         {
-            "torchattacks": _torchattacks("MIFGSM", eps=eps, alpha=rate, steps=steps),
-            "foolbox": _foolbox(
-                "LinfMomentumIterativeFastGradientMethod",
-                eps,
-                abs_stepsize=rate,
-                rel_stepsize=None,
-                steps=steps,
-            ),
+            "torchattacks": _torchattacks(torchattacks, eps=eps, alpha=rate, steps=steps),
+            "foolbox": _foolbox(foolbox, eps, abs_stepsize=rate, rel_stepsize=None, steps=steps),
         },
     )
 
