@@ -43,18 +43,10 @@ MINIMUM_NORM = [
     peers.fmn("l2", 100),
     peers.fmn("linf", 100),
 ]
-if FULL:
-    MINIMUM_NORM += [
-        peers.carlini_wagner_l2(9, 400, 0.05, 0.1),
-        peers.ead(9, 200, 0.02, 0.01, 0.01),
-        peers.ddn(300),
-        peers.fmn("l2", 300),
-    ]
-else:
-    MINIMUM_NORM += [
-        peers.carlini_wagner_l2(6, 100, 0.1, 0.1),
-        peers.ead(9, 100, 0.02, 0.01, 0.01),
-    ]
+MINIMUM_NORM += [
+    peers.carlini_wagner_l2(*((6, 150) if FULL else (6, 60)), 0.1, 0.1),
+    peers.ead(*((6, 100) if FULL else (6, 50)), 0.02, 0.1, 0.01),
+]
 
 
 def name_of(comparison):
@@ -101,15 +93,15 @@ def test_mean_distance(comparison, name, pair, images, record):
 
 # ART attacks image by image and step by step: fewer images and constants.
 SLOW = [
-    peers.carlini_wagner_linf(*((100, 0.02, 0.01) if FULL else (30, 0.1, 0.1)), factor=10.0),
-    peers.carlini_wagner_l0(*((5, 100, 0.05, 0.1) if FULL else (2, 30, 0.1, 0.1))),
+    peers.carlini_wagner_linf(*((50, 0.05) if FULL else (30, 0.1)), 0.1, factor=10.0),
+    peers.carlini_wagner_l0(*((3, 50) if FULL else (2, 30)), 0.1, 1.0),
 ]
 
 
 @pytest.mark.parametrize("name", ["plain", "distilled"])
 @pytest.mark.parametrize("comparison", SLOW, ids=name_of)
 def test_mean_distance_beside_art(comparison, name, pair, images, record):
-    few = [column[: 20 if FULL else 3] for column in images]
+    few = [column[: 20 if FULL else 2] for column in images]
     # adv-lib's Linf takes a constant's steps to their end, ours and ART's end at a success.
     comparison = comparison._replace(peers={"ART": comparison.peers["ART"]})
     assert_no_farther(comparison, name, pair, few, record)
@@ -143,7 +135,7 @@ def assert_no_farther(comparison, name, pair, images, record):
 @pytest.mark.parametrize("name", ["plain", "distilled"])
 def test_jsma_takes_the_same_pixels(name, pair, all_images):
     """The order of pixels, from PyTorch's Jacobian in float64 and a table of all pairs in NumPy."""
-    inputs, labels = all_images(20 if FULL else 4)
+    inputs, labels = all_images(20 if FULL else 3)
     num_pairs = 8 if FULL else 4
     logits_fn, model = pair(name)
     targets = (labels + 1) % 10
