@@ -23,7 +23,7 @@ Row = dict[str, Any]
 _FILE = "settings.json"
 _LEGEND = (
     "Percent, with Wilson intervals. of those right: of the examples that the network gets right\n"
-    "without an attack. distance: over successes (0 where wrong to begin with). queries: forward\n"
+    "without an attack. distance: over successes (0 where none was needed). queries: forward\n"
     "passes, mean. An attack that fails shows only that this attack failed: the workdir's\n"
     "report.html says where gradients are masked."
 )
@@ -114,6 +114,8 @@ class Folder:
             self._runs.append(run)
         entry = {name: value for name, value in network._asdict().items() if name != "logits_fn"}
         entry |= {"csv": table.name, "npz": points.name, "batch_size": batch_size}
+        # One entry a file: what was there of the same network is overwritten.
+        self._networks = [held for held in self._networks if _identity(held) != _identity(entry)]
         self._networks.append({**entry, "run": self._runs.index(run)})
         self._networks.sort(key=_identity)
         self._write()

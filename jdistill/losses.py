@@ -4,6 +4,8 @@ Training minimizes them; attacks maximize them (and minimize them towards a targ
 The temperature divides the logits: `softmax(z / T)`, and may be traced.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,7 +149,7 @@ def soft_margin(logits: Array, labels: ArrayLike) -> Array:
         True
     """
     spread = jnp.max(logits, axis=-1, keepdims=True) - jnp.mean(logits, axis=-1, keepdims=True)
-    temperature = jnp.where(spread > 0, spread, 1.0) / (4.0 + np.log(logits.shape[-1] - 1))
+    temperature = jnp.where(spread > 0, spread, 1.0) / (4.0 + math.log(logits.shape[-1] - 1))
     temperature = jax.lax.stop_gradient(temperature)
     others = jnp.where(_own(logits, labels), -jnp.inf, logits / temperature)
     return temperature[..., 0] * jax.nn.logsumexp(others, axis=-1) - _pick(logits, labels)

@@ -35,6 +35,22 @@ def per_example(value: ArrayLike, like: Array) -> Array:
     return value.reshape(like.shape[:1] + (1,) * (like.ndim - 1))
 
 
+def flatten(value: Array) -> Array:
+    """One row per example, `[B, ...]` to `[B, D]`; an empty batch too, where -1 would not do.
+
+    Args:
+        value: `[B, ...]`.
+
+    Returns:
+        `[B, D]`.
+
+    Example:
+        >>> flatten(jnp.zeros((0, 28, 28, 1))).shape
+        (0, 784)
+    """
+    return value.reshape(value.shape[0], math.prod(value.shape[1:]))
+
+
 def distance(delta: Array, norm: str) -> Array:
     """The norm of each example's difference.
 
@@ -183,7 +199,7 @@ def ascend(
     low, high = bounds
     gradient = _to_unit_scale(gradient)
     room = jnp.where(gradient > 0, high - inputs, inputs - low)
-    flat_room = room.reshape(room.shape[0], -1)
+    flat_room = flatten(room)
     order = jnp.argsort(-jnp.abs(gradient).reshape(flat_room.shape), axis=1)
     sorted_room = jnp.take_along_axis(flat_room, order, axis=1)
     used_before = jnp.cumsum(sorted_room, axis=1) - sorted_room
@@ -310,7 +326,7 @@ def _l1_project(delta: Array, eps: Array) -> Array:
     # more than eps, gaps can be cut there, so that no sum overflows.
     size = jnp.abs(delta)
     gap = jnp.max(size, axis=_feature_axes(delta), keepdims=True) - size
-    sorted_gap = jnp.sort(jnp.minimum(gap, eps).reshape(delta.shape[0], -1), axis=1)
+    sorted_gap = jnp.sort(flatten(jnp.minimum(gap, eps)), axis=1)
     counts = jnp.arange(1, sorted_gap.shape[1] + 1, dtype=delta.dtype)[None]
     kept = (eps.reshape(-1, 1) + jnp.cumsum(sorted_gap, axis=1)) / counts
     last = jnp.maximum(jnp.sum(sorted_gap < kept, axis=1, keepdims=True) - 1, 0)
@@ -320,7 +336,7 @@ def _l1_project(delta: Array, eps: Array) -> Array:
 
 
 def _l1_steepest(gradient: Array) -> Array:
-    flat = gradient.reshape(gradient.shape[0], -1)
+    flat = flatten(gradient)
     largest = jnp.argmax(jnp.abs(flat), axis=1, keepdims=True)
     chosen = jnp.arange(flat.shape[1])[None] == largest
     return jnp.where(chosen, jnp.sign(flat), 0.0).reshape(gradient.shape)
@@ -335,7 +351,7 @@ def _l1_random_unit(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Arr
 
 
 def _l0_project(delta: Array, eps: Array) -> Array:
-    flat = -jnp.abs(delta).reshape(delta.shape[0], -1)
+    flat = -flatten(jnp.abs(delta))
     rank = jnp.argsort(jnp.argsort(flat, axis=1), axis=1).reshape(delta.shape)
     return jnp.where(rank + 1 <= eps, delta, 0.0)
 

@@ -645,11 +645,13 @@ def test_the_trace_does_not_depend_on_the_neighbors(name):
     np.testing.assert_allclose(alone.info["loss"], whole.info["loss"][early], rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["fgsm-linf", "pgd-l2", "carlini_wagner_l2"])
-def test_an_empty_batch_is_an_empty_result(name):
-    result = run(CASES[name], MODEL, INPUTS[:0], LABELS[:0])
+@all_cases
+def test_an_empty_batch_is_an_empty_result(case):
+    # Nothing has to be compiled to see it.
+    result = jax.eval_shape(lambda x: call(case, MODEL, x, LABELS[:0]), INPUTS[:0])
     assert result.inputs.shape == (0, *SHAPE)
-    assert result.success.shape == (0,)
+    for leaf in jax.tree.leaves(result):
+        assert leaf.shape[0] == 0
 
 
 # -------------------------------------------------------------------------------------------------
@@ -814,6 +816,7 @@ SOME_OWN = np.where(np.arange(B) == 4, LABELS, TARGETS)
         ({"bounds": (1.0, 0.0)}, r"expected bounds=\(low, high\) finite .*got \(1.0, 0.0\)"),
         ({"logits_fn": lambda x: x}, r"expected logits of shape \[B, K\]"),
         ({"logits_fn": lambda x: x[:, 0, :1]}, "at least 2"),
+        ({"logits_fn": lambda x: x[:, 0].astype(int)}, "floating-point logits, got dtype int"),
         ({"logits_fn": 3}, "expected a callable, got int"),
     ],
 )
@@ -821,6 +824,13 @@ def test_bad_input_is_named(case, change, message):
     arguments = {"logits_fn": MODEL, "inputs": INPUTS, "labels": LABELS} | change
     with pytest.raises(ValueError, match=message):
         run(case, **arguments)
+
+
+@pytest.mark.parametrize("name", [*(n for n in SCALE_FREE if n != "jsma"), "ddn", "fmn-l2"])
+@pytest.mark.parametrize("loss", [lambda z, y: z, lambda z, y: jnp.mean(z)], ids=["rows", "mean"])
+def test_a_loss_of_a_wrong_shape_is_named(name, loss):
+    with pytest.raises(ValueError, match=r"expected loss to return one value per example, \[B\] ="):
+        run(CASES[name], MODEL, INPUTS, LABELS, loss=loss)
 
 
 @budget_cases

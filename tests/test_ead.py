@@ -65,6 +65,8 @@ def reference(
     current = ahead = x
     for _ in range(num_searches):
         succeeded, previous = False, np.inf
+        if abort_early:
+            current = ahead = x
         for k in range(num_steps):
             gap, slope = judge(ahead)
             slope = 2 * (ahead - x) + const * slope * (gap > 0)

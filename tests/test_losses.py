@@ -74,6 +74,8 @@ def test_the_soft_margin():
     fixed = np.asarray(jax.grad(entropy)(LOGITS))
     lengths = fixed[rows, LABELS] / grad[rows, LABELS]
     np.testing.assert_allclose(grad * lengths[:, None], fixed, rtol=1e-4, atol=1e-6)
+    half = losses.soft_margin(jnp.asarray(LOGITS, jnp.bfloat16), LABELS)
+    assert half.dtype == jnp.bfloat16
     # Of two classes it is the margin; equal logits have no spread, and no NaN.
     np.testing.assert_allclose(
         losses.soft_margin(LOGITS[:, :2], LABELS % 2), losses.margin(LOGITS[:, :2], LABELS % 2)

@@ -6,8 +6,9 @@ The contract of every attack:
   `targets [B]`, none of which may be the label, success means that the prediction is the target.
 * What can be checked is checked when the attack is called, and an error says what was expected.
   Shapes, types and static arguments always are. Values under a tracer cannot be: there an input
-  that is NaN or outside the box, or a setting out of its range, gives a result that means nothing
-  for that example (a NaN is never a success), and leaves the others alone.
+  that is NaN or outside the box, a setting out of its range, or a target that is the label gives
+  a result that means nothing for that example (a NaN is never a success), and leaves the others
+  alone.
 * `logits_fn` is a pytree that carries its weights (`jdistill.nets.logits_fn`), so that new
   weights, a new `eps` or a new temperature compile nothing. A plain function works as well.
 * Success: the best other logit is strictly above the true class's (targeted: the target's is
@@ -16,7 +17,9 @@ The contract of every attack:
   after one query. Clean logits that are not finite count as misclassified: for an untargeted
   attack that is a success already, for a targeted one it is none, and the search begins there.
 * Every example stands alone: its randomness comes from its own key (`fold_in(key, index)`, or the
-  `[B]` keys given), and no sum over the batch decides anything.
+  `[B]` keys given), and no sum over the batch decides anything. Between batches of different sizes
+  only rounding differs, where the network's own does (a matrix product may add in another order).
+  An empty batch gives an empty result, where the `logits_fn` itself takes one.
 * Matrix products run at full float32 precision unless `jax_default_matmul_precision` is set.
 
 Two are drivers, loops on the host that refuse tracers: `ensemble` (the worst case over attacks) and

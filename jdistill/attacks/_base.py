@@ -62,9 +62,15 @@ class Goal(NamedTuple):
 
     def gain(self, loss: Callable[..., Array], logits: Array) -> Array:
         """What the attack maximizes: the labels' loss, or minus the targets' loss, `[B]`."""
-        if self.targets is None:
-            return loss(logits, self.labels)
-        return -loss(logits, self.targets)
+        goal = self.labels if self.targets is None else self.targets
+        values = loss(logits, goal)
+        if jnp.shape(values) != goal.shape:
+            raise ValueError(
+                f"expected loss to return one value per example, [B] = {goal.shape}, got shape "
+                f"{jnp.shape(values)}; pass a function such as jdistill.losses.margin, without a "
+                "mean over the batch"
+            )
+        return values if self.targets is None else -values
 
 
 class Problem(NamedTuple):
@@ -229,10 +235,17 @@ def finish(
 
 def _num_classes(logits_fn: LogitsFn, inputs: Array) -> int:
     """The network's K, from its shapes alone; the trace is cached by jit, so this is cheap."""
-    shape = call.eval_shape(logits_fn, inputs).shape
+    logits = call.eval_shape(logits_fn, inputs)
+    shape = logits.shape
     if len(shape) != 2 or shape[0] != inputs.shape[0] or shape[1] < 2:
         raise ValueError(
             f"expected logits of shape [B, K] = ({inputs.shape[0]}, at least 2), got {shape}; "
             "pass a logits_fn that maps inputs [B, ...] to one row of logits per example"
+        )
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise ValueError(
+            f"expected floating-point logits, got dtype {logits.dtype}, which have no gradient; "
+            "return the logits before they are rounded (jdistill.attacks.bpda attacks through a "
+            "step that rounds its inputs)"
         )
     return shape[1]

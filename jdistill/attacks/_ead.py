@@ -47,8 +47,8 @@ def ead(
 
     `S_β` moves each entry towards the input's by β, to the input's itself where that is nearer,
     and clips into the box. The smallest `c` that succeeds is searched for: times 10 until the
-    first success, then bisection; each search goes on from where the one before ended. Of all
-    adversarial `x'` the decision rule picks one.
+    first success, then bisection. A search begins at the input; without `abort_early`, where the
+    one before ended. Of all adversarial `x'` the decision rule picks one.
 
     As published β is the threshold of every step, not β times the step size. A step of size α so
     descends the objective above with the weight β / α in β's place: with the defaults 1 and
@@ -99,9 +99,9 @@ def ead(
     References:
         Chen et al. 2018, "EAD: Elastic-Net Attacks to Deep Neural Networks via Adversarial
         Examples", section 4 and algorithm 1. The differences: `v` is clipped into the box, so that
-        the network is asked for no point outside; a search begins where the last one ended, not at
-        the input; every stop is per example; failures are the clean input; other classes are
-        masked with `-inf`.
+        the network is asked for no point outside; without `abort_early` a search begins where the
+        last one ended, not at the input; every stop is per example; failures are the clean input;
+        other classes are masked with `-inf`.
     """
     del key
     _validate.one_of(_RULES, decision_rule=decision_rule)
@@ -227,11 +227,13 @@ def _step(problem: Problem, settings: _Settings, carry: _Carry) -> _Carry:
     checked = carry.step % max(settings.num_steps // 10, 1) == 0
     stalled = checked & (loss > 0.9999 * carry.previous_loss) & settings.abort_early
     ended = active & (stalled | (step == settings.num_steps))
+    # From a point of low loss the first large steps lead up, which would look like a stall.
+    again = ended & settings.abort_early
     bracket = _search.next_bracket(carry.bracket, succeeded, carry.search, settings.num_searches)
     search = carry.search + ended
     return _Carry(
-        current=_search.select(active, current, carry.current),
-        ahead=_search.select(active, ahead, carry.ahead),
+        current=_search.select(again, inputs, _search.select(active, current, carry.current)),
+        ahead=_search.select(again, inputs, _search.select(active, ahead, carry.ahead)),
         step=jnp.where(ended, 0, jnp.where(active, step, carry.step)),
         search=search,
         done=carry.done | (search == settings.num_searches),

@@ -1,6 +1,7 @@
 """The Jacobian-based saliency map attack, on any function of the logits."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from jdistill import _validate
+from jdistill import _validate, norms
 from jdistill._precision import full_precision
 from jdistill._pytree import as_pytree
 from jdistill.attacks import _base
@@ -29,7 +30,8 @@ def softmax(logits: Array) -> Array:
     The product of its Jacobian and a vector `w` is `F_j · Σ_k F_k (w_j - w_k)`. The usual form,
     `F_j · (w_j - Σ_k F_k w_k)`, subtracts numbers that are equal in float32 where a well-trained
     network is sure of its class, and the saliency of the other classes is then rounding alone.
-    `output` of `jsma`.
+    `output` of `jsma`. The derivative costs `K²` operations an example, and only backward-mode
+    differentiation is there.
 
     Args:
         logits: `[B, K]` float.
@@ -227,7 +229,7 @@ def _step(
     success = active & problem.goal.reached(logits)
 
     sign = jnp.sign(theta)[:, None]
-    flat = carry.inputs.reshape(batch_size, -1)
+    flat = norms.flatten(carry.inputs)
     low, high = problem.bounds
     movable = jnp.where(sign > 0, flat < high, flat > low)
     score, first, second = _best_pair(sign * for_target, -sign * for_others, movable)
@@ -270,7 +272,7 @@ def _saliency(
     # Two backward passes whatever the number of classes: only the others' sum matters.
     both = jnp.stack(
         [pull_inputs(*pull_logits(weights))[0] for weights in (own, 1 - own)], axis=1
-    ).reshape(*target.shape, 2, -1)
+    ).reshape(*target.shape, 2, math.prod(inputs.shape[1:]))
     both = jnp.where(jnp.isfinite(both), both, 0.0)
     scale = jnp.max(jnp.abs(both), axis=(1, 2), keepdims=True)
     both = both / jnp.where(scale > 0, scale, 1.0)
@@ -296,7 +298,10 @@ def _best_pair(alpha: Array, beta: Array, movable: Array) -> tuple[Array, Array,
     best_of_rows = jax.lax.map(
         lambda row: jnp.max(products(jnp.full(batch_size, row)), axis=1),
         index,
-        batch_size=min(num_features, max(1, _PAIRS_AT_A_TIME // max(1, alpha.size))),
+        # Of an empty batch there is nothing to group.
+        batch_size=min(num_features, max(1, _PAIRS_AT_A_TIME // alpha.size))
+        if batch_size
+        else None,
     )
     # The table is symmetric, so the first row that holds the best product holds the first pair.
     first = jnp.argmax(best_of_rows, axis=0)

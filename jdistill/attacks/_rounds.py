@@ -50,6 +50,7 @@ class _Carry(NamedTuple):
     step: Array  # since the limit or the constant changed
     const: Array
     limit: Array
+    fresh: Array  # whether a round begins here
     rounds: Array  # that succeeded
     done: Array
     best: Array
@@ -68,6 +69,7 @@ def _init(problem: Problem, const: Array, limit: Array, clean_success: Array) ->
         step=zeros,
         const=const,
         limit=limit,
+        fresh=jnp.ones(zeros.shape, bool),
         rounds=zeros,
         done=clean_success,
         best=inputs,
@@ -104,9 +106,8 @@ def _step(problem: Problem, settings: Settings, rules: Rules, carry: _Carry) -> 
     success = adversarial & rules.fits(delta, carry.limit)
     limit, finished = rules.tighten(problem, delta, gradient, carry.limit)
 
-    # Where nothing leads to the goal at the start, no weight will help.
-    at_start = carry.step == 0
-    lost = at_start & missed & jnp.all(reach.reshape(len(reach), -1) == 0, axis=1)
+    # Where nothing leads to the goal at a round's start, no weight will help.
+    lost = carry.fresh & missed & jnp.all(norms.flatten(reach) == 0, axis=1)
     step = carry.step + 1
     failed = active & ~success & (step == settings.num_steps)
     factor = jnp.maximum(settings.const_factor, LEAST_FACTOR)
@@ -126,6 +127,7 @@ def _step(problem: Problem, settings: Settings, rules: Rules, carry: _Carry) -> 
         step=jnp.where(anew, 0, jnp.where(active, step, carry.step)),
         const=const,
         limit=_search.select(success, limit, carry.limit),
+        fresh=success,
         rounds=carry.rounds + success,
         done=carry.done | over,
         best=_search.select(better, candidate, carry.best),

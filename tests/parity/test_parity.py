@@ -22,9 +22,10 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]  # the p
 FULL = os.environ.get("JDISTILL_PARITY") == "full"
 NUM_IMAGES = 100 if FULL else 20
 KEY = jax.random.key(0)
-# Times the best toolkit's mean distance; of a few images and steps, one that ends in another basin
-# decides more than that.
-MARGIN = 1.02 if FULL else 1.1
+# Times the best toolkit's mean distance. Among a few images one that ends at another class's
+# boundary decides more than that, so there the median has to be as near as well.
+MARGIN = 1.02 if FULL else 1.25
+MEDIAN_MARGIN = 1.05
 
 FIXED_BUDGET = [
     peers.fgsm(0.1),
@@ -35,6 +36,8 @@ FIXED_BUDGET = [
     peers.pgd("l2", 1.5, 40),
 ]
 MINIMUM_NORM = [
+    peers.carlini_wagner_l2(*((6, 150) if FULL else (6, 60)), 0.1, 0.1),
+    peers.ead(*((6, 100) if FULL else (6, 50)), 0.02, 0.1, 0.01),
     peers.deepfool("l2", 50),
     peers.deepfool("linf", 50),
     peers.ddn(100),
@@ -42,10 +45,6 @@ MINIMUM_NORM = [
     peers.fmn("l1", 100),
     peers.fmn("l2", 100),
     peers.fmn("linf", 100),
-]
-MINIMUM_NORM += [
-    peers.carlini_wagner_l2(*((6, 150) if FULL else (6, 60)), 0.1, 0.1),
-    peers.ead(*((6, 100) if FULL else (6, 50)), 0.02, 0.1, 0.01),
 ]
 
 
@@ -129,7 +128,9 @@ def assert_no_farther(comparison, name, pair, images, record):
     means = {toolkit: distance[shared].mean() for toolkit, distance in good.items()}
     shares = {k: float(np.isfinite(v).mean()) for k, v in theirs.items()}
     record(comparison, name, "mean distance", ours[shared].mean(), means, shares)
-    assert ours[shared].mean() <= MARGIN * min(means.values())
+    best = min(means, key=means.get)
+    assert ours[shared].mean() <= MARGIN * means[best]
+    assert np.median(ours[shared]) <= MEDIAN_MARGIN * np.median(good[best][shared])
 
 
 @pytest.mark.parametrize("name", ["plain", "distilled"])
