@@ -36,7 +36,7 @@ FIXED_BUDGET = [
     peers.pgd("l2", 1.5, 40),
 ]
 MINIMUM_NORM = [
-    peers.carlini_wagner_l2(*((6, 150) if FULL else (6, 60)), 0.1, 0.1),
+    peers.carlini_wagner_l2(*((6, 100) if FULL else (6, 60)), 0.1, 0.1),
     peers.ead(*((6, 100) if FULL else (6, 50)), 0.02, 0.1, 0.01),
     peers.deepfool("l2", 50),
     peers.deepfool("linf", 50),
