@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import npz_network, peers, timing
+from experiments import npz_network, peers, timing, torch_side
 from experiments.peers import Comparison
 from jdistill import nets
 from jdistill.typing import LogitsFn
@@ -181,8 +181,8 @@ def make_subject(
         logits_fn,
         jnp.asarray(inputs),
         jnp.asarray(labels),
-        peers.torch_network(params),
-        peers.torch_batch(inputs, labels),
+        torch_side.torch_network(params),
+        torch_side.torch_batch(inputs, labels),
     )
 
 
@@ -230,15 +230,16 @@ def compare(
             after_call=after_call,
         )
         result = timed.results.pop("jdistill")
+        targets = peers.next_class(subject.tensors[1]) if comparison.targeted else None
         # Each is judged by the network that it attacked: a smallest change may lie so near to the
         # boundary that the other framework's rounding decides.
         found = {
-            name: peers.distances(
+            name: torch_side.distances(
                 subject.model,
                 images,
                 *subject.tensors,
                 comparison.norm,
-                targeted=comparison.targeted,
+                targets,
             )
             for name, images in timed.results.items()
         }

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import bench, bench_attacks, npz_network, peers, timing
+from experiments import bench, bench_attacks, npz_network, timing, torch_side
 from experiments.bench_attacks import COMPARISONS, Outcome, Row
 from experiments.peers import Comparison
 from experiments.timing import Timing
@@ -109,17 +109,18 @@ def keep_caches(monkeypatch):
 def judged(monkeypatch):
     """Peers' examples are their distances."""
 
-    def distances(model, found, inputs, labels, norm, *, targeted=False):
+    def distances(model, found, inputs, labels, norm, targets):
+        targets = None if targets is None else list(targets)
         assert model == "model"
-        assert targeted == (norm == "l0")
+        assert targets == ([1, 2, 3, 4] if norm == "l0" else None)
         return np.asarray(found)
 
-    monkeypatch.setattr(peers, "distances", distances)
+    monkeypatch.setattr(torch_side, "distances", distances)
 
 
 INPUTS = np.zeros((4, 2, 2, 1), np.float32)
 LABELS = np.arange(4)
-SUBJECT = bench_attacks.Subject("network", INPUTS, LABELS, "model", ("tensor", "label tensor"))
+SUBJECT = bench_attacks.Subject("network", INPUTS, LABELS, "model", ("tensor", np.arange(4)))
 
 
 def fake(log, *, attack="pgd", norm="linf", **toolkits):
@@ -135,7 +136,8 @@ def fake(log, *, attack="pgd", norm="linf", **toolkits):
 
     def peer(name, found):
         def run(model, inputs, labels):
-            assert (model, inputs, labels) == ("model", "tensor", "label tensor")
+            assert (model, inputs) == ("model", "tensor")
+            assert labels is SUBJECT.tensors[1]
             log.append(name)
             print("a toolkit's chatter")
             if isinstance(found, Exception):
@@ -379,8 +381,8 @@ def test_files_that_hold_something_else(tmp_path, digits):
 
 def test_only_images_that_are_classified_correctly(digits, monkeypatch):
     params, inputs, labels = digits
-    monkeypatch.setattr(peers, "torch_network", lambda params: "model")
-    monkeypatch.setattr(peers, "torch_batch", lambda *batch: batch)
+    monkeypatch.setattr(torch_side, "torch_network", lambda params: "model")
+    monkeypatch.setattr(torch_side, "torch_batch", lambda *batch: batch)
     labels = np.where(np.arange(12) % 3 == 0, (labels + 1) % 10, labels)
     images = inputs.astype(np.float32) / 255
     subject = bench_attacks.make_subject(params, images, labels, 4)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from experiments.peers import torch_network
+from experiments.torch_side import torch_network
 from jdistill import nets
 
 FULL = os.environ.get("JDISTILL_PARITY") == "full"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import peers
+from experiments import peers, torch_side
 from jdistill import attacks, train
 
 torch = pytest.importorskip(
@@ -59,7 +59,7 @@ def images(all_images):
 @pytest.mark.parametrize("name", ["plain", "distilled", "robust"])
 def test_the_networks_are_the_same(name, pair, images):
     logits = train.predict(pair(name).logits_fn, images[0])
-    theirs = pair(name).model(peers.torch_batch(*images)[0]).numpy()
+    theirs = pair(name).model(torch_side.torch_batch(*images)[0]).numpy()
     np.testing.assert_allclose(logits, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
     assert (logits.argmax(1) == images[1]).mean() >= 0.95
 
@@ -68,11 +68,11 @@ def test_the_networks_are_the_same(name, pair, images):
 @pytest.mark.parametrize("comparison", FIXED_BUDGET, ids=name_of)
 def test_robust_accuracy(comparison, name, pair, images, record):
     logits_fn, model = pair(name)
-    inputs, labels = peers.torch_batch(*images)
+    inputs, labels = torch_side.torch_batch(*images)
     result = comparison.ours(logits_fn, KEY, *images)
     ours = 100 * (1 - result.success.mean())
     theirs = {
-        toolkit: 100 * (1 - peers.fooled(model, attack(model, inputs, labels), labels).mean())
+        toolkit: 100 * (1 - torch_side.fooled(model, attack(model, inputs, labels), labels).mean())
         for toolkit, attack in comparison.peers.items()
     }
     record(comparison, name, "robust accuracy, %", ours, theirs)
@@ -108,15 +108,15 @@ def test_mean_distance_beside_art(comparison, name, pair, images, record):
 def assert_no_farther(comparison, name, pair, images, record):
     """Means over the images that all fool; and no peer fools more images than ours."""
     logits_fn, model = pair(name)
-    batch = peers.torch_batch(*images)
+    batch = torch_side.torch_batch(*images)
     result = comparison.ours(logits_fn, None, *images)
     ours = np.asarray(result.distance)
     # Judged by the other framework as well, and not by our own word.
-    found, _ = peers.torch_batch(result.inputs, images[1])
-    judged = peers.distances(model, found, *batch, comparison.norm)
+    found, _ = torch_side.torch_batch(result.inputs, images[1])
+    judged = torch_side.distances(model, found, *batch, comparison.norm)
     assert (np.isfinite(judged) != np.isfinite(ours)).sum() <= 0.05 * len(ours)
     theirs = {
-        toolkit: peers.distances(model, attack(model, *batch), *batch, comparison.norm)
+        toolkit: torch_side.distances(model, attack(model, *batch), *batch, comparison.norm)
         for toolkit, attack in comparison.peers.items()
     }
     assert np.isfinite(ours).mean() >= max(np.isfinite(peer).mean() for peer in theirs.values())
@@ -150,9 +150,10 @@ def test_jsma_takes_the_same_pixels(name, pair, all_images):
     )
     model = model.double()
     try:
+        doubles = torch_side.torch_batch(inputs, labels)[0].double()
         expected = [
             saliency_pairs(model, x, t, temperature, num_pairs)
-            for x, t in zip(peers.torch_batch(inputs, labels)[0].double(), targets, strict=True)
+            for x, t in zip(doubles, targets, strict=True)
         ]
     finally:
         model.float()
