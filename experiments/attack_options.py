@@ -96,7 +96,7 @@ def check_name(attack: str) -> None:
     if attack not in ATTACKS:
         raise ValueError(
             f"expected --attack to be one of {', '.join(sorted(ATTACKS))}, got "
-            f"{attack or 'none'!r}; pick one"
+            f"{repr(attack) if attack else 'none'}; pick one"
         )
 
 

@@ -35,10 +35,11 @@ class Folder:
     Args:
         path: the folder; it need not exist.
         settings: what the results depend on beside the network, JSON-able.
-        overwrite: whether to let go of the results of other settings.
+        overwrite: whether to let go of the results of other settings, and of a settings.json that
+            cannot be read, whose results stay where they are until they are computed again.
 
     Raises:
-        ValueError: it holds results of other settings, or a file that is none of ours.
+        ValueError: it holds results of other settings, or a settings.json that cannot be read.
     """
 
     def __init__(
@@ -51,7 +52,12 @@ class Folder:
         self._stale: list[dict[str, Any]] = []  # of other settings
         if not (path / _FILE).exists():
             return
-        held = self._read()
+        try:
+            held = self._read()
+        except ValueError:
+            if overwrite:
+                return
+            raise
         different = [name for name in self._settings if held.get(name) != self._settings[name]]
         if different and not overwrite:
             name = different[0]
@@ -134,7 +140,7 @@ class Folder:
         except (ValueError, KeyError, TypeError):
             raise ValueError(
                 f"expected the settings of an attack in {path}, got a file that does not hold "
-                "them; move that folder away"
+                "them; pass --overwrite, or move that folder away"
             ) from None
 
     def _write(self) -> None:

@@ -52,8 +52,8 @@ class Attacks:
     slow_seconds: float = 120.0
     """A toolkit whose first call takes longer than so many seconds is not called again."""
     output: str | None = None
-    """File ending in .md that gets what is printed; beside it, ending in .json, every call's
-    seconds (none: nothing is written)."""
+    """File ending in .md that gets what is printed, anew after each attack; beside it, ending in
+    .json, every call's seconds (none: nothing is written)."""
 
     def __post_init__(self) -> None:
         """Check every option, and name the one that is wrong."""
@@ -126,6 +126,8 @@ def run(options: Attacks) -> None:
                         after_call=_bar(progress, f"{comparison.attack} {comparison.norm}"),
                     )
                     rows.append(row)
+                    if output is not None:
+                        _write(output, conditions, rows)
     except KeyboardInterrupt as error:
         if rows:
             print(bench_attacks.text(rows), end="")
@@ -133,12 +135,15 @@ def run(options: Attacks) -> None:
             "stopped; the tables hold what was done, a new run starts from the beginning",
         )
         raise
-    text = f"{heading}\n{bench_attacks.text(rows)}"
-    print(text, end="")
-    if output is not None:
-        runtime.atomic_write_text(output, f"# Attacks beside other toolkits\n\n{text}")
-        content = {"conditions": conditions, "attacks": [bench_attacks.record(row) for row in rows]}
-        runtime.write_json(output.with_suffix(".json"), content)
+    print(f"{heading}\n{bench_attacks.text(rows)}", end="")
+
+
+def _write(output: pathlib.Path, conditions: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """The tables, and every call's seconds."""
+    text = f"{_conditions_text(conditions)}\n{bench_attacks.text(rows)}"
+    runtime.atomic_write_text(output, f"# Attacks beside other toolkits\n\n{text}")
+    content = {"conditions": conditions, "attacks": [bench_attacks.record(row) for row in rows]}
+    runtime.write_json(output.with_suffix(".json"), content)
 
 
 def _bar(progress: Progress, stage: str) -> Callable[[int, int], None]:

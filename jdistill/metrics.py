@@ -8,6 +8,7 @@ The two sensitivities are different quantities, and both papers call theirs "sen
   the training temperature, to below 1e-40 and far beyond the range of float32: gradient masking.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -182,7 +183,7 @@ def sensitivity_logits(logits_fn: LogitsFn, inputs: Array) -> Array:
 @jax.jit
 def _sensitivity_logits(logits_fn: LogitsFn, inputs: Array) -> Array:
     gradient = jax.grad(lambda x: jnp.sum(logits_fn(x)))(inputs)
-    return jnp.mean(jnp.abs(gradient.reshape(inputs.shape[0], -1)), axis=1)
+    return jnp.mean(jnp.abs(gradient), axis=tuple(range(1, gradient.ndim)))
 
 
 def log10_sensitivity_softmax(
@@ -224,7 +225,7 @@ def log10_sensitivity_softmax(
 
 @jax.jit
 def _log10_sensitivity_softmax(logits_fn: LogitsFn, inputs: Array, temperature: ArrayLike) -> Array:
-    num_examples = inputs.shape[0]
+    rows = (inputs.shape[0], math.prod(inputs.shape[1:]))
     logits, pullback = jax.vjp(logits_fn, inputs)
     temperature = jnp.asarray(temperature, logits.dtype)
     num_classes = logits.shape[-1]
@@ -232,7 +233,7 @@ def _log10_sensitivity_softmax(logits_fn: LogitsFn, inputs: Array, temperature: 
     # of ones gives every example's gradient at once.
     one_class = jax.nn.one_hot(jnp.arange(num_classes), num_classes, dtype=logits.dtype)
     gradients = jax.lax.map(
-        lambda row: pullback(jnp.broadcast_to(row, logits.shape))[0].reshape(num_examples, -1),
+        lambda row: pullback(jnp.broadcast_to(row, logits.shape))[0].reshape(rows),
         one_class,
     )
     log_probs = jax.nn.log_softmax(logits / temperature, axis=-1).T  # [K, B]
@@ -317,4 +318,4 @@ def _zero_gradient(
         return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
     gradient = jax.grad(loss)(inputs)
-    return jnp.all(gradient.reshape(inputs.shape[0], -1) == 0, axis=1)
+    return jnp.all(gradient == 0, axis=tuple(range(1, gradient.ndim)))

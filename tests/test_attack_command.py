@@ -317,6 +317,10 @@ def test_settings_of_another_version_are_refused(fresh):
     path.write_text("[]")
     with pytest.raises(ValueError, match=r"settings of an attack in .*settings\.json"):
         run(fresh, *PGD)
+    run(fresh, *PGD, "--overwrite")
+    mended = json.loads(path.read_text())
+    assert mended["settings"] == held["settings"]
+    assert len(mended["networks"]) == 4
 
 
 def test_an_earlier_checkpoint(trained):

@@ -256,3 +256,16 @@ def test_a_bad_temperature_is_refused(temperature):
     ):
         with pytest.raises(ValueError, match=f"expected temperature > 0, got {temperature}"):
             call()
+
+
+def test_an_empty_batch_has_no_values():
+    def logits_fn(inputs):
+        return inputs.sum(axis=(1, 2))
+
+    inputs = jnp.zeros((0, 3, 2, 4))
+    values = (
+        metrics.sensitivity_logits(logits_fn, inputs),
+        metrics.log10_sensitivity_softmax(logits_fn, inputs),
+        metrics.zero_gradient(logits_fn, inputs, jnp.zeros(0, int)),
+    )
+    assert [value.shape for value in values] == [(0,)] * 3
