@@ -155,6 +155,67 @@ def soft_margin(logits: Array, labels: ArrayLike) -> Array:
     return temperature[..., 0] * jax.nn.logsumexp(others, axis=-1) - _pick(logits, labels)
 
 
+def dlr(logits: Array, labels: ArrayLike) -> Array:
+    """Difference of logits ratio: the margin over the gap from the first logit to the third.
+
+        (max_{i≠y} z_i - z_y) / (z_(1) - z_(3)),     z_(1) >= z_(2) >= z_(3) the sorted logits
+
+    Neither the scale of the logits nor a shift changes it, so it cannot saturate. Its gradient is
+    zero where the label's logit is the third.
+
+    Args:
+        logits: `[B, K]` float, `K >= 3`.
+        labels: `[B]` int in `0..K-1`.
+
+    Returns:
+        `[B]` float, at least -1; above 0 where the example is misclassified. Where the three
+        largest logits are equal: the margin alone.
+
+    Raises:
+        ValueError: fewer than three classes, labels outside `0..K-1`.
+
+    Example:
+        >>> z, y = jnp.array([[3.0, 1.0, 0.0]]), jnp.array([0])
+        >>> dlr(z, y).tolist(), dlr(1024 * z, y).tolist()
+        ([-0.666...], [-0.666...])
+
+    References:
+        Croce & Hein 2020, "Reliable Evaluation of Adversarial Robustness with an Ensemble of
+        Diverse Parameter-free Attacks", section 4.1, equation 6.
+    """
+    first, _, third = _largest(logits, 3, "dlr")
+    return margin(logits, labels) / _or_one(first - third)
+
+
+def targeted_dlr(logits: Array, labels: ArrayLike, targets: ArrayLike) -> Array:
+    """Difference of logits ratio towards a target, with another denominator than `dlr`.
+
+        (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2)
+
+    Args:
+        logits: `[B, K]` float, `K >= 4`.
+        labels: `[B]` int in `0..K-1`, the true classes.
+        targets: `[B]` int in `0..K-1`.
+
+    Returns:
+        `[B]` float. Where the four largest logits are equal: the numerator alone.
+
+    Raises:
+        ValueError: fewer than four classes, labels or targets outside `0..K-1`.
+
+    Example:
+        >>> z = jnp.array([[4.0, 2.0, 1.0, 0.0]])
+        >>> targeted_dlr(z, jnp.array([0]), jnp.array([1])).tolist()
+        [-0.571...]
+
+    References:
+        Croce & Hein 2020, section 4.1, equation 7.
+    """
+    first, _, third, fourth = _largest(logits, 4, "targeted_dlr")
+    gap = _pick(logits, targets) - _pick(logits, labels)
+    return gap / _or_one(first - 0.5 * (third + fourth))
+
+
 def largest_other(logits: Array, labels: ArrayLike) -> Array:
     """The largest logit of the classes other than the given one.
 
@@ -202,6 +263,22 @@ def _pick(values: Array, labels: ArrayLike) -> Array:
     _check_labels(labels, values)
     index = jnp.asarray(labels).astype(jnp.int32)[:, None]
     return jnp.take_along_axis(values, index, axis=-1)[:, 0]
+
+
+def _largest(logits: Array, count: int, name: str) -> tuple[Array, ...]:
+    """The largest logits in order, each `[B]`."""
+    if logits.shape[-1] < count:
+        raise ValueError(
+            f"expected logits of {count} classes or more for {name}, got {logits.shape[-1]}; use "
+            "jdistill.losses.margin, which any number of classes has"
+        )
+    values, _ = jax.lax.top_k(logits, count)
+    return tuple(values[..., rank] for rank in range(count))
+
+
+def _or_one(value: Array) -> Array:
+    """The value, or 1 where it is 0: a quotient is then finite, and so is its gradient."""
+    return jnp.where(value == 0, 1.0, value)
 
 
 def _own(logits: Array, labels: ArrayLike) -> Array:

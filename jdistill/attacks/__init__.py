@@ -27,6 +27,7 @@ Two are drivers, loops on the host that refuse tracers: `ensemble` (the worst ca
 `bpda` make a `logits_fn` of a defense that is random or not differentiable.
 """
 
+from jdistill.attacks._apgd import apgd, apgd_targeted
 from jdistill.attacks._base import AttackResult
 from jdistill.attacks._carlini_wagner import carlini_wagner_l2
 from jdistill.attacks._carlini_wagner_l0 import carlini_wagner_l0
@@ -46,6 +47,8 @@ from jdistill.attacks._wrappers import bpda, expectation
 
 __all__ = [
     "AttackResult",
+    "apgd",
+    "apgd_targeted",
     "bim",
     "bpda",
     "carlini_wagner_l0",

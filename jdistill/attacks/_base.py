@@ -117,6 +117,11 @@ def prepare(
     )
 
 
+def num_classes(problem: Problem) -> int:
+    """The network's K."""
+    return _num_classes(problem.logits_fn, problem.inputs)
+
+
 def radius(eps: ArrayLike, inputs: Array, *, name: str = "eps") -> Array:
     """A radius or step as floats `[B]`, checked: at least 0, a scalar or one per example."""
     named: dict[str, Any] = {name: eps}

@@ -1,0 +1,226 @@
+"""Auto-PGD for l1: sparse steps, an exact projection, and a radius that shrinks in three stages."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jdistill import norms
+from jdistill.attacks._apgd_core import (
+    Progress,
+    Search,
+    Settings,
+    aim_of,
+    evaluate,
+    finish,
+    ranked_targets,
+    select,
+    start_point,
+)
+from jdistill.attacks._base import AttackResult
+from jdistill.typing import Array
+
+_RADII = (3.0, 2.0, 1.0)  # in units of eps
+_SPARSER = 1.5  # than the best point is a step, and by this the step size shrinks
+_SMALLEST_STEP = 0.1  # in units of the radius
+_BISECTIONS = 40
+
+
+class _Plan(NamedTuple):
+    """What happens at each evaluation of a start, `[events]`: static tables.
+
+    Attributes:
+        radius: in units of eps.
+        steps: gradient steps made before.
+        enters: whether a stage begins.
+        checks: whether the sparsity is looked at.
+        leaves: whether its stage ends, and another one follows.
+        judged: whether the radius is eps itself, so that a success counts.
+    """
+
+    radius: np.ndarray
+    steps: np.ndarray
+    enters: np.ndarray
+    checks: np.ndarray
+    leaves: np.ndarray
+    judged: np.ndarray
+
+    @classmethod
+    def of(cls, num_steps: int) -> "_Plan":
+        """Of a start with so many gradient steps."""
+        early = math.ceil(0.3 * num_steps) if num_steps >= 3 else 0
+        counts = (early, early, num_steps - 2 * early)
+        rows = []
+        steps = 0
+        for stage, (radius, count) in enumerate(zip(_RADII, counts, strict=True)):
+            period = max(int(0.04 * count), 1)
+            for step in range(count + 1):
+                last = step == count and stage < len(counts) - 1
+                check = step > 0 and step % period == 0
+                rows.append((radius, steps + step, step == 0, check, last, stage == 2))
+            steps += count
+        columns = [np.array(column) for column in zip(*rows, strict=True)]
+        return cls(*columns)
+
+
+class _Carry(NamedTuple):
+    """The state of each example; every leaf leads with `[B]`."""
+
+    progress: Progress
+    inputs: Array
+    best: Array
+    best_gradient: Array
+    best_loss: Array
+    density: Array  # features changed at the last checkpoint
+    kept_features: Array  # the share that a step may change
+    step_size: Array
+
+
+def _project(search: Search, inputs: Array, radius: Array) -> Array:
+    """The closest point in the box of the ball of that radius `[B]`, exactly but for rounding.
+
+    It is the soft-thresholded change, clipped into the box; the threshold is found by bisection.
+    """
+    center, (low, high) = search.problem.inputs, search.problem.bounds
+    delta = inputs - center
+    size = jnp.abs(delta)
+    room = jnp.where(delta > 0, high - center, center - low)
+    axes = tuple(range(1, delta.ndim))
+
+    def shrunk(threshold: Array) -> Array:
+        return jnp.clip(size - norms.per_example(threshold, size), 0.0, room)
+
+    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        middle = 0.5 * (ends[0] + ends[1])
+        outside = jnp.sum(shrunk(middle), axis=axes) > radius
+        return jnp.where(outside, middle, ends[0]), jnp.where(outside, ends[1], middle)
+
+    zeros = jnp.zeros_like(radius)
+    _, threshold = jax.lax.fori_loop(0, _BISECTIONS, halve, (zeros, jnp.max(size, axis=axes)))
+    inside = jnp.sum(shrunk(zeros), axis=axes) <= radius
+    threshold = jnp.where(inside, 0.0, threshold)
+    # A bound itself where the room is used up: center + room may be a rounding beyond it.
+    return jnp.clip(center + jnp.sign(delta) * shrunk(threshold), low, high)
+
+
+def _begin(search: Search, settings: Settings, radius: float, start: Array) -> Array:
+    inputs = search.problem.inputs
+
+    def noisy(keys: Array) -> Array:
+        draw = lambda key: jax.random.normal(key, inputs.shape[1:], inputs.dtype)  # noqa: E731
+        return inputs + jax.vmap(draw)(keys)
+
+    return _project(search, start_point(search, settings, start, noisy), radius * search.eps)
+
+
+def _ascend(inputs: Array, gradient: Array, length: Array, share: Array) -> Array:
+    """Equal steps along the signs of the largest share `[B]` of the gradient's entries."""
+    size = norms.flatten(jnp.abs(gradient))
+    count = size.shape[1]
+    place = jnp.clip((1.0 - share) * count, 0, count - 1).astype(jnp.int32)
+    threshold = jnp.take_along_axis(jnp.sort(size, axis=1), place[:, None], axis=1)[:, 0]
+    kept = jnp.abs(gradient) >= norms.per_example(threshold, gradient)
+    direction = jnp.where(kept, jnp.sign(gradient), 0.0)
+    return inputs + norms.per_example(length, inputs) * norms.normalize(direction, "l1")
+
+
+def _step(
+    search: Search, settings: Settings, plan: _Plan, ranked: Array | None, carry: _Carry
+) -> _Carry:
+    """One forward and backward pass: judge the current point, then move those that resist."""
+    progress, inputs = carry.progress, carry.inputs
+    active = ~progress.done
+    radius, steps, enters, checks, leaves, judged = (
+        jnp.asarray(column)[progress.event] for column in plan
+    )
+    radius = radius.astype(search.eps.dtype) * search.eps
+    aim = aim_of(settings, ranked, progress.start)
+    gradient, success, gain = evaluate(search, aim, inputs)
+    gradient = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
+    success &= judged
+
+    better = enters | (gain > carry.best_loss)
+    best = select(better, inputs, carry.best)
+    best_gradient = select(better, gradient, carry.best_gradient)
+    best_loss = jnp.where(better, gain, carry.best_loss)
+
+    changed = norms.distance(best - search.problem.inputs, "l0")
+    sparser = checks & (changed < 0.95 * carry.density)
+    smallest = _SMALLEST_STEP * radius
+    step_size = jnp.where(
+        enters | sparser,
+        radius,
+        jnp.where(checks, jnp.maximum(carry.step_size / _SPARSER, smallest), carry.step_size),
+    )
+    look = enters | checks
+    num_features = math.prod(inputs.shape[1:])
+    kept_features = jnp.where(look, changed / num_features / _SPARSER, carry.kept_features)
+    point = select(sparser, best, inputs)
+    gradient = select(sparser, best_gradient, gradient)
+    moved = _project(search, _ascend(point, gradient, step_size, kept_features), radius)
+    # The next stage begins at the best point of this one.
+    later = jnp.asarray(plan.radius)[jnp.minimum(progress.event + 1, len(plan.radius) - 1)]
+    moved = select(leaves, _project(search, best, later.astype(radius.dtype) * search.eps), moved)
+
+    progress, again = progress.after(
+        settings,
+        gain=gain,
+        success=success,
+        last=progress.event == len(plan.radius) - 1,
+        best=best,
+        best_loss=best_loss,
+        step=steps.astype(jnp.int32),
+    )
+    if settings.num_starts > 1:
+        moved = select(again, _begin(search, settings, plan.radius[0], progress.start), moved)
+    stopped = active & progress.done
+    moved = select(stopped, select(success, inputs, best), moved)
+    return _Carry(
+        progress=progress,
+        inputs=select(active, moved, inputs),
+        best=best,
+        best_gradient=best_gradient,
+        best_loss=best_loss,
+        density=jnp.where(look, changed, carry.density),
+        kept_features=kept_features,
+        step_size=step_size,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def run(search: Search, settings: Settings) -> AttackResult:
+    """The whole attack, for l1."""
+    problem = search.problem
+    plan = _Plan.of(settings.num_steps)
+    logits = problem.logits_fn(problem.inputs)
+    clean_success = problem.goal.reached_clean(logits)
+    ranked = ranked_targets(search, settings, logits)
+    progress = Progress.begin(search, settings, clean_success, len(plan.radius))
+    start = _begin(search, settings, plan.radius[0], progress.start)
+    zeros = jnp.zeros_like(search.eps)
+    carry = _Carry(
+        progress=progress,
+        inputs=start,
+        best=start,
+        best_gradient=jnp.zeros_like(start),
+        best_loss=zeros,
+        density=zeros,
+        kept_features=zeros,
+        step_size=zeros,
+    )
+    carry = jax.lax.while_loop(
+        lambda carry: jnp.any(~carry.progress.done),
+        functools.partial(_step, search, settings, plan, ranked),
+        carry,
+    )
+    return finish(
+        search,
+        settings,
+        carry.progress,
+        candidate=carry.inputs,
+        clean_success=clean_success,
+        aim=aim_of(settings, ranked, carry.progress.start),
+    )
