@@ -241,11 +241,13 @@ def _begin(search: Search, settings: Settings, start: Array) -> Array:
 
     def noisy(keys: Array) -> Array:
         shape, dtype = problem.inputs.shape[1:], problem.inputs.dtype
-        if settings.norm == "linf":  # on the surface of the ball, as the reference has it
-            draw = functools.partial(jax.random.uniform, minval=-1.0, maxval=1.0)
-        else:
-            draw = jax.random.normal
-        noise = jax.vmap(lambda key: draw(key, shape, dtype))(keys)
+
+        def draw(key: Array) -> Array:
+            if settings.norm == "linf":
+                return jax.random.uniform(key, shape, dtype, minval=-1.0, maxval=1.0)
+            return jax.random.normal(key, shape, dtype)
+
+        noise = jax.vmap(draw)(keys)  # stretched to the surface of the ball, as in the reference
         unit = norms.normalize(noise, settings.norm)
         return jnp.clip(
             problem.inputs + norms.per_example(search.eps, unit) * unit, *problem.bounds
