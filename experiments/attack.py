@@ -7,13 +7,15 @@
 The workdir is one of `python -m experiments.defend`; all of its networks are attacked, or those
 that --temperature, --seed and --generation choose. The results lie in WORKDIR/attacks, in a folder
 for each attack and choice of settings: a CSV with a row an example, the adversarial inputs as NPZ,
-and settings.json. What is there is not computed again.
+and settings.json. What is there is not computed again, and autoattack, the longest of them, goes on
+where it was stopped.
 """
 
 import dataclasses
 import sys
+import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import jax
@@ -25,7 +27,9 @@ from experiments import attack_options, attack_results, networks, workdir
 from experiments.progress import Progress
 from experiments.recipes import Recipe
 from jdistill import _validate, data, evaluate, nets, runtime, train
+from jdistill.typing import AttackFn
 
+_SECONDS_BETWEEN_SAVES = 20.0
 _ALL = tyro.conf.arg(help_behavior_hint="(default: all)")
 _PROGRAM = "python -m experiments.attack"
 _NOT_HERE = (
@@ -198,6 +202,15 @@ def _check(
     shape = dataset.test.inputs.shape[1:]
     step, state = networks.template(recipe, shape)
     attack = attack_options.bind(options.attack, settings, temperature=1.0)
+    if options.targets != "none" and not attack_options.takes_targets(options.attack):
+        raise ValueError(
+            f"expected --targets none with --attack {options.attack}, got {options.targets!r}; it "
+            "is after any class but the label"
+        )
+    if options.attack in attack_options.DRIVERS:
+        nobody = np.zeros((0, *shape), np.float32)
+        attack(train.logits_fn(step, state), jax.random.key(0), nobody, np.zeros(0, int))
+        return
     jax.eval_shape(
         lambda logits_fn, inputs: attack(logits_fn, jax.random.key(0), inputs, np.zeros(1, int)),
         train.logits_fn(step, state),
@@ -248,19 +261,22 @@ def _attack(
     index, targets = aim(options.targets, labels, logits, key)
     attack = attack_options.bind(options.attack, settings, network.temperature)
     stage = networks.title(*network[:3])
-    # The bar is there from the beginning, so that it knows how long the first batch takes.
-    progress({"event": "evaluate", "stage": stage, "done": 0, "total": len(index)})
-    outcome = evaluate.under_attack(
-        nets.stack([network.logits_fn]),
-        inputs[index],
-        labels[index],
-        evaluate.AttackPlan(attack, batch_size=options.batch_size),
-        key=key,
-        targets=targets,
-        vmapped=False,
-        callback=progress,
-        stage=stage,
-    )
+    if options.attack in attack_options.DRIVERS:
+        outcome = _drive(results, network, attack, (inputs, labels), options, progress)
+    else:
+        # The bar is there from the beginning, so that it knows how long the first batch takes.
+        progress({"event": "evaluate", "stage": stage, "done": 0, "total": len(index)})
+        outcome = evaluate.under_attack(
+            nets.stack([network.logits_fn]),
+            inputs[index],
+            labels[index],
+            evaluate.AttackPlan(attack, batch_size=options.batch_size),
+            key=key,
+            targets=targets,
+            vmapped=False,
+            callback=progress,
+            stage=stage,
+        )
     rows, arrays = attack_results.per_example(
         network,
         outcome,
@@ -273,6 +289,40 @@ def _attack(
         },
     )
     results.save(network, rows, arrays, batch_size=options.batch_size)
+
+
+def _drive(
+    results: attack_results.Folder,
+    network: networks.Trained,
+    attack: AttackFn,
+    examples: tuple[np.ndarray, np.ndarray],
+    options: Options,
+    progress: Progress,
+) -> evaluate.AttackOutcome:
+    """Run an attack that is a loop on the host, and keep its state on the way."""
+    stage = networks.title(*network[:3])
+    saved = time.monotonic()
+
+    def follow(event: Mapping[str, Any]) -> None:
+        nonlocal saved
+        progress({**event, "stage": f"{stage}, {event['attack']}"})
+        if time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
+            results.save_state(network, event["state"])
+            saved = time.monotonic()
+
+    start = results.load_state(network)
+    if start is not None:
+        progress.say(f"{stage}: going on where it was stopped")
+    driver: Any = attack
+    found = driver(
+        network.logits_fn,
+        jax.random.key(options.key),
+        *examples,
+        batch_size=options.batch_size,
+        start=start,
+        callback=follow,
+    )
+    return evaluate.summarize(jax.tree.map(lambda leaf: leaf[None], found))
 
 
 def aim(

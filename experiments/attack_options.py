@@ -1,6 +1,6 @@
 """The command line of each attack, out of the signature and the docstring of its function.
 
-An attack that is exported by `jdistill.attacks` and attacks examples one by one is offered as it
+An attack that is exported by `jdistill.attacks` and needs no more than settings is offered as it
 is; what is written here are only the functions that its options may name.
 """
 
@@ -38,7 +38,9 @@ _CHOICE_HELP = {
 }
 _FIRST = ("logits_fn", "key", "inputs", "labels")
 # Given otherwise, or not on a command line; every data set lies in the default bounds.
-_NOT_OFFERED = ("bounds", "targets", "init")
+_NOT_OFFERED = ("bounds", "targets", "init", "batch_size", "start", "callback")
+# Loops on the host that need no more than settings: they batch, report and resume by themselves.
+DRIVERS = ("autoattack",)
 _KINDS = {
     bool: "flag",
     int: "whole number",
@@ -53,9 +55,11 @@ _LONGEST_NAME = 200
 
 
 def _is_offered(function: Any) -> bool:
-    """Whether it attacks examples one by one: wrappers take other arguments, drivers a callback."""
+    """Whether settings are all it needs: wrappers and other drivers take functions."""
     names = tuple(inspect.signature(function).parameters)
-    return names[: len(_FIRST)] == _FIRST and "callback" not in names
+    if names[: len(_FIRST)] != _FIRST:
+        return False
+    return "callback" not in names or function.__name__ in DRIVERS
 
 
 ATTACKS: dict[str, Callable[..., attacks.AttackResult]] = {
@@ -98,6 +102,11 @@ def check_name(attack: str) -> None:
             f"expected --attack to be one of {', '.join(sorted(ATTACKS))}, got "
             f"{repr(attack) if attack else 'none'}; pick one"
         )
+
+
+def takes_targets(attack: str) -> bool:
+    """Whether it can be aimed at a class."""
+    return "targets" in inspect.signature(ATTACKS[attack]).parameters
 
 
 def options(attack: str) -> list[Option]:

@@ -3,6 +3,7 @@
 settings.json                    the attack, every setting, the networks, versions
 T100_seed0_g2_step3010.csv       a row an example
 T100_seed0_g2_step3010.npz       the adversarial inputs, and what else is an array
+T100_seed0_g2_step3010.partial.npz   how far autoattack got, until it is done
 """
 
 import csv
@@ -17,6 +18,7 @@ from etils import epath
 from experiments.networks import Trained
 from experiments.training import temperature_name
 from jdistill import evaluate, metrics, runtime
+from jdistill.attacks import EnsembleState
 
 Row = dict[str, Any]
 
@@ -81,6 +83,9 @@ class Folder:
 
     def forget(self, networks: Iterable[Trained]) -> None:
         """Let go of the networks' results, and of those of other settings."""
+        networks = list(networks)
+        for network in networks:
+            self._state_file(network).unlink(missing_ok=True)
         names = [_identity(network._asdict()) for network in networks]
         gone = [entry for entry in self._networks if _identity(entry) in names]
         self._networks = [entry for entry in self._networks if entry not in gone]
@@ -125,6 +130,29 @@ class Folder:
         self._networks.append({**entry, "run": self._runs.index(run)})
         self._networks.sort(key=_identity)
         self._write()
+        self._state_file(network).unlink(missing_ok=True)
+
+    def save_state(self, network: Trained, state: EnsembleState) -> None:
+        """Keep how far an attack got with a network."""
+        content = io.BytesIO()
+        np.savez(content, of=self._of(network), **state._asdict())
+        runtime.atomic_write(self._state_file(network), content.getvalue())
+
+    def load_state(self, network: Trained) -> EnsembleState | None:
+        """How far this attack got with these weights, or None."""
+        path = self._state_file(network)
+        if not path.exists():
+            return None
+        with np.load(io.BytesIO(path.read_bytes())) as file:
+            if file["of"] != self._of(network):
+                return None
+            return EnsembleState(*(file[name] for name in EnsembleState._fields))
+
+    def _of(self, network: Trained) -> np.ndarray:
+        return np.array(json.dumps([network.weights, self._settings]))
+
+    def _state_file(self, network: Trained) -> epath.Path:
+        return self.files(network)[1].with_suffix(".partial.npz")
 
     def rows(self, network: Trained) -> list[dict[str, str]]:
         """The network's rows, as text."""

@@ -42,11 +42,13 @@ from jdistill.attacks._iterative import bim, mim
 from jdistill.attacks._jsma import jsma, softmax, softmax_at
 from jdistill.attacks._pgd import pgd
 from jdistill.attacks._spatial import spatial
+from jdistill.attacks._survivors import EnsembleState
 from jdistill.attacks._universal import universal
 from jdistill.attacks._wrappers import bpda, expectation
 
 __all__ = [
     "AttackResult",
+    "EnsembleState",
     "apgd",
     "apgd_targeted",
     "bim",

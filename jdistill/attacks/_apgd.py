@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 
 from jdistill import _validate, losses
 from jdistill._precision import full_precision
@@ -105,6 +106,7 @@ def apgd(
         num_steps=num_steps,
         num_restarts=num_restarts,
         num_targets=None,
+        first_target=0,
         best_loss=best_loss,
         trace=trace,
     )
@@ -119,6 +121,7 @@ def apgd_targeted(
     eps: ArrayLike,
     norm: str = "linf",
     num_targets: int = 9,
+    first_target: ArrayLike = 0,
     num_steps: int = 100,
     num_restarts: int = 1,
     rho: ArrayLike = 0.75,
@@ -135,18 +138,21 @@ def apgd_targeted(
 
     Args:
         logits_fn: inputs `[B, ...]` to logits `[B, K]`.
-        key: one key, or `[B]` keys; None is enough with `init` and one restart. Target `t`,
-            restart `r` draws from `fold_in(example's key, t · num_restarts + r)`.
+        key: one key, or `[B]` keys; None is enough with `init` and one restart. The class of rank
+            `t` draws its restart `r` from `fold_in(example's key, t · num_restarts + r)`.
         inputs: `[B, ...]` float inside `bounds`.
         labels: `[B]` int, the true classes.
         eps: radius of the ball in input units, at least 0; scalar or `[B]`; may be traced.
         norm: `"linf"`, `"l2"` or `"l1"`.
-        num_targets: classes aimed at, at least 1, and at most the `K - 1` that there are; static.
+        num_targets: classes aimed at, at least 1, and at most as many as there are; static.
+        first_target: rank of the first class aimed at, 0 is the runner-up; in `0..K-2`; a scalar;
+            may be traced. With `num_targets=1` one class at a time, as `autoattack` does.
         num_steps: gradient steps a start, at least 1; static.
         num_restarts: starts for each class, at least 1; static. Only survivors take the next one.
         rho: as in `apgd`.
         bounds: the box of valid inputs.
-        targets: `[B]` int, the one class to aim at, and to reach: `num_targets` is then unused.
+        targets: `[B]` int, the one class to aim at, and to reach: `num_targets` and `first_target`
+            are then unused.
         init: `[B, ...]`, the first start towards each class instead.
         trace: keep the loss of every step.
 
@@ -157,7 +163,7 @@ def apgd_targeted(
         · num_restarts, num_steps + 1]`.
 
     Raises:
-        ValueError: as `apgd`; num_targets below 1.
+        ValueError: as `apgd`; num_targets below 1, first_target outside `0..K-2`.
 
     Example:
         >>> import jax
@@ -173,6 +179,12 @@ def apgd_targeted(
     _validate.count(num_targets=num_targets)
     problem = _base.prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
     num_classes = _base.num_classes(problem)
+    _validate.rank(0, first_target=first_target)
+    _validate.within(0, num_classes - 2, first_target=first_target)
+    if targets is not None:
+        num_targets, first_target = 1, 0
+    elif not _validate.is_traced(first_target):
+        num_targets = min(num_targets, num_classes - 1 - int(np.asarray(first_target)))
     return _search(
         problem,
         losses.targeted_dlr if num_classes >= 4 else _gap,
@@ -182,7 +194,8 @@ def apgd_targeted(
         norm=norm,
         num_steps=num_steps,
         num_restarts=num_restarts,
-        num_targets=1 if targets is not None else min(num_targets, num_classes - 1),
+        num_targets=min(num_targets, num_classes - 1),
+        first_target=first_target,
         best_loss=False,
         trace=trace,
     )
@@ -205,6 +218,7 @@ def _search(
     num_steps: int,
     num_restarts: int,
     num_targets: int | None,
+    first_target: ArrayLike,
     best_loss: bool,
     trace: bool,
 ) -> AttackResult:
@@ -222,6 +236,7 @@ def _search(
         _base.radius(eps, problem.inputs),
         _base.one_per_example(rho, problem.inputs, name="rho"),
         init,
+        jnp.asarray(first_target, jnp.int32),
     )
     settings = Settings(norm, num_steps, num_restarts, num_targets, best_loss, trace)
     run = _apgd_l1.run if norm == "l1" else _apgd_core.run

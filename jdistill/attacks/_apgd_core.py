@@ -25,6 +25,7 @@ class Search(NamedTuple):
     eps: Array  # [B]
     rho: Array  # [B]
     init: Array | None
+    first_target: Array  # scalar, its rank
 
 
 class Settings(NamedTuple):
@@ -133,7 +134,7 @@ def select(flags: Array, chosen: Array, other: Array) -> Array:
 
 
 def ranked_targets(search: Search, settings: Settings, logits: Array) -> Array | None:
-    """The classes to aim at, the largest clean logit first, `[B, num_targets]`."""
+    """The classes other than the label, the largest clean logit first, `[B, K - 1]`."""
     if settings.num_targets is None:
         return None
     goal = search.problem.goal
@@ -141,14 +142,15 @@ def ranked_targets(search: Search, settings: Settings, logits: Array) -> Array |
         return goal.targets[:, None]
     own = jax.nn.one_hot(goal.labels, logits.shape[1], dtype=bool)
     order = jnp.argsort(-jnp.where(own, -jnp.inf, logits), axis=1)
-    return order[:, : settings.num_targets].astype(jnp.int32)
+    return order[:, :-1].astype(jnp.int32)
 
 
-def aim_of(settings: Settings, ranked: Array | None, start: Array) -> Array | None:
+def aim_of(search: Search, settings: Settings, ranked: Array | None, start: Array) -> Array | None:
     """The class that each example's start aims at, `[B]`."""
     if ranked is None:
         return None
-    return jnp.take_along_axis(ranked, (start // settings.num_restarts)[:, None], axis=1)[:, 0]
+    rank = search.first_target + start // settings.num_restarts
+    return jnp.take_along_axis(ranked, rank[:, None], axis=1)[:, 0]
 
 
 def evaluate(search: Search, aim: Array | None, inputs: Array) -> tuple[Array, Array, Array]:
@@ -168,7 +170,8 @@ def start_point(
     if injected is not None and settings.num_restarts == 1:
         return injected
     base_keys = _base.need_key(search.problem, "random starts")
-    point = noisy(jax.vmap(jax.random.fold_in)(base_keys, start))
+    draw = search.first_target * settings.num_restarts + start
+    point = noisy(jax.vmap(jax.random.fold_in)(base_keys, draw))
     if injected is None:
         return point
     return select(start % settings.num_restarts == 0, injected, point)
@@ -268,7 +271,7 @@ def _step(search: Search, settings: Settings, ranked: Array | None, carry: _Carr
     """One forward and backward pass: judge the current point, then move those that resist."""
     progress, inputs = carry.progress, carry.inputs
     active, step, first = ~progress.done, progress.event, progress.event == 0
-    aim = aim_of(settings, ranked, progress.start)
+    aim = aim_of(search, settings, ranked, progress.start)
     gradient, success, gain = evaluate(search, aim, inputs)
 
     better = first | (gain > carry.best_loss)
@@ -363,5 +366,5 @@ def run(search: Search, settings: Settings) -> AttackResult:
         carry.progress,
         candidate=carry.inputs,
         clean_success=clean_success,
-        aim=aim_of(settings, ranked, carry.progress.start),
+        aim=aim_of(search, settings, ranked, carry.progress.start),
     )

@@ -137,7 +137,7 @@ def _step(
         jnp.asarray(column)[progress.event] for column in plan
     )
     radius = radius.astype(search.eps.dtype) * search.eps
-    aim = aim_of(settings, ranked, progress.start)
+    aim = aim_of(search, settings, ranked, progress.start)
     gradient, success, gain = evaluate(search, aim, inputs)
     gradient = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
     success &= judged
@@ -222,5 +222,5 @@ def run(search: Search, settings: Settings) -> AttackResult:
         carry.progress,
         candidate=carry.inputs,
         clean_success=clean_success,
-        aim=aim_of(settings, ranked, carry.progress.start),
+        aim=aim_of(search, settings, ranked, carry.progress.start),
     )

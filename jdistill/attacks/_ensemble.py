@@ -1,15 +1,16 @@
 """The worst case over several attacks, per example: a host loop."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate
-from jdistill.attacks import _base
+from jdistill.attacks import _base, _survivors
 from jdistill.attacks._base import AttackResult
+from jdistill.attacks._survivors import EnsembleState
 from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
 
 
@@ -24,6 +25,7 @@ def ensemble(
     batch_size: int = 250,
     bounds: tuple[float, float] = (0.0, 1.0),
     targets: ArrayLike | None = None,
+    start: EnsembleState | None = None,
     callback: Callback | None = None,
 ) -> AttackResult:
     """Worst case per example over any number of attacks, each run on the survivors only.
@@ -33,9 +35,9 @@ def ensemble(
     distances the earlier attack's.
 
     This is a driver: a loop on the host that gathers the survivors into batches, padded to the
-    next power of two so that few sizes are compiled. It cannot be called under `jit` or `vmap`.
-    Each example keeps its own key, so the results do not depend on `batch_size` or on who else
-    survives.
+    next power of two (16 at least) so that few sizes are compiled. It cannot be called under
+    `jit` or `vmap`. Each example keeps its own key, so the results do not depend on `batch_size`
+    or on who else survives.
 
     Args:
         logits_fn: inputs `[B, ...]` to logits `[B, K]`.
@@ -55,9 +57,12 @@ def ensemble(
         batch_size: the most examples at a time, at least 1.
         bounds: the box of valid inputs, for all attacks.
         targets: `[B]` int, classes to reach, for all attacks; None moves away from the labels.
+        start: the state of an earlier run of the same attacks on the same examples, to go on from:
+            what was done is not done again, and the result is that of a run without a stop.
         callback: called after every batch with `event="attack"`, `stage="ensemble"`, `attack` (the
-            name, or the index), and the numbers of examples `done` and in `total` of this attack,
-            and `survivors` so far.
+            name, or the index), the numbers of examples `done` and in `total` of this attack,
+            `survivors` so far, and `state`, the `EnsembleState`. Its arrays change as the run goes
+            on: save them, or copy them.
 
     Returns:
         The result. An example that no attack broke is what the last one returned. `queries` are
@@ -66,7 +71,7 @@ def ensemble(
 
     Raises:
         ValueError: no attacks, something that cannot be called, bound settings as above, a tracer
-            among the arguments, batch_size below 1; else as the attacks.
+            among the arguments, batch_size below 1, a start of other examples; else as the attacks.
 
     Example:
         >>> import functools
@@ -86,88 +91,18 @@ def ensemble(
     _validate.count(batch_size=batch_size)
     named = _named(attacks)
     problem = _base.prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
-    columns = (problem.inputs, problem.goal.labels, problem.goal.targets)
-    best = _Best.nothing(np.asarray(problem.inputs))
-    for index, (name, attack) in enumerate(named.items()):
-        keys = problem.keys
-        if keys is not None:
-            keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
-        # At distance 0 the clean input is a success, which nothing can better.
-        active = np.flatnonzero(best.distance > 0 if minimum_norm else ~best.success)
-        for start in range(0, len(active), batch_size):
-            rows = active[start : start + batch_size]
-            result = _run(attack, problem.logits_fn, keys, columns, rows, batch_size, bounds)
-            best.update(rows, result, index, minimum_norm)
-            if callback is not None:
-                callback(
-                    {
-                        "event": "attack",
-                        "stage": "ensemble",
-                        "attack": name,
-                        "done": start + len(rows),
-                        "total": len(active),
-                        "survivors": int(np.sum(~best.success)),
-                    }
-                )
-    if minimum_norm:
-        best.distance[~best.success] = np.inf
-    return AttackResult(
-        inputs=jnp.asarray(best.inputs),
-        success=jnp.asarray(best.success),
-        distance=jnp.asarray(best.distance),
-        queries=jnp.asarray(best.queries),
-        info={"broken_by": jnp.asarray(best.broken_by)},
+    state = _survivors.run(
+        named,
+        problem,
+        minimum_norm=minimum_norm,
+        batch_size=batch_size,
+        bounds=bounds,
+        start=start,
+        callback=callback,
+        stage="ensemble",
     )
-
-
-class _Best(NamedTuple):
-    """What each example is left with so far: arrays on the host, written in place."""
-
-    inputs: np.ndarray
-    success: np.ndarray
-    distance: np.ndarray
-    queries: np.ndarray
-    broken_by: np.ndarray
-
-    @classmethod
-    def nothing(cls, inputs: np.ndarray) -> "_Best":
-        size = len(inputs)
-        return cls(
-            inputs=inputs.copy(),
-            success=np.zeros(size, bool),
-            distance=np.full(size, np.inf, inputs.dtype),
-            queries=np.zeros(size, np.int32),
-            broken_by=np.full(size, -1, np.int32),
-        )
-
-    def update(self, rows: np.ndarray, result: AttackResult, index: int, minimum_norm: bool):
-        """Take over the attack's rows, or those of them that are closer."""
-        self.queries[rows] += result.queries
-        better = result.success & (result.distance < self.distance[rows])
-        taken = better if minimum_norm else np.ones(len(rows), bool)
-        self.inputs[rows[taken]] = result.inputs[taken]
-        self.success[rows[taken]] = result.success[taken]
-        self.distance[rows[taken]] = result.distance[taken]
-        needed = taken & result.success & (result.distance > 0)
-        self.broken_by[rows[needed]] = index
-
-
-def _run(
-    attack: Callable[..., Any],
-    logits_fn: LogitsFn,
-    keys: Array | None,
-    columns: tuple[Array, Array, Array | None],
-    rows: np.ndarray,
-    batch_size: int,
-    bounds: tuple[float, float],
-) -> AttackResult:
-    """The attack on these rows, as NumPy arrays without padding."""
-    size = min(1 << (len(rows) - 1).bit_length(), batch_size)
-    # Copies of a real row: its own work again, so they keep no loop going.
-    padded = np.concatenate([rows, np.repeat(rows[:1], size - len(rows))])
-    taken = [None if column is None else column[padded] for column in (keys, *columns)]
-    result = attack(logits_fn, *taken[:3], bounds=bounds, targets=taken[3])
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[: len(rows)], result._replace(info={}))
+    info = {"broken_by": jnp.asarray(state.broken_by)}
+    return _survivors.result(state, minimum_norm=minimum_norm, info=info)
 
 
 def _named(attacks: Any) -> dict[Any, Callable[..., Any]]:

@@ -1,0 +1,174 @@
+"""The host loop of the drivers: attack after attack, on those that need it, in padded batches."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jdistill.attacks._base import AttackResult, Problem
+from jdistill.typing import Array, Callback, LogitsFn
+
+_SMALLEST = 16  # fewer rows are not worth a program of their own
+
+
+class EnsembleState(NamedTuple):
+    """What is known of each example so far: arrays on the host, `[N]` and `[N, ...]`.
+
+    Attributes:
+        inputs: `[N, ...]`, the point that it is left with.
+        success: `[N]` bool.
+        distance: `[N]`, `inf` before the first attack.
+        queries: `[N]` int32, of all attacks run on it.
+        broken_by: `[N]` int32, the index of the attack whose point it is, -1 if none.
+        attacks_done: `[N]` int32, how many attacks it has been through.
+    """
+
+    inputs: np.ndarray
+    success: np.ndarray
+    distance: np.ndarray
+    queries: np.ndarray
+    broken_by: np.ndarray
+    attacks_done: np.ndarray
+
+
+def nothing(inputs: np.ndarray) -> EnsembleState:
+    """Before the first attack."""
+    size = len(inputs)
+    return EnsembleState(
+        inputs=inputs.copy(),
+        success=np.zeros(size, bool),
+        distance=np.full(size, np.inf, inputs.dtype),
+        queries=np.zeros(size, np.int32),
+        broken_by=np.full(size, -1, np.int32),
+        attacks_done=np.zeros(size, np.int32),
+    )
+
+
+def check_state(state: EnsembleState, problem: Problem, num_attacks: int) -> EnsembleState:
+    """A copy of a state to go on from, of the very examples that are attacked.
+
+    Raises:
+        ValueError: it is of other examples, or of more attacks.
+    """
+    inputs = np.asarray(problem.inputs)
+    size = len(inputs)
+    for name, value, empty in zip(EnsembleState._fields, state, nothing(inputs), strict=True):
+        if np.shape(value) != empty.shape:
+            raise ValueError(
+                f"expected start.{name} of shape {empty.shape}, got {np.shape(value)}; pass the "
+                f"state of a run on these {size} examples"
+            )
+    copied = EnsembleState(*(np.array(value) for value in state))
+    fresh = copied.attacks_done == 0
+    if np.any(copied.inputs[fresh] != inputs[fresh]):
+        raise ValueError(
+            "expected a start of these inputs, got a state that holds others; pass the state of a "
+            "run on the same examples in the same order"
+        )
+    if np.any(copied.attacks_done > num_attacks):
+        raise ValueError(
+            f"expected a start of {num_attacks} attacks at most, got one with "
+            f"{copied.attacks_done.max()} done; pass the state of a run of the same attacks"
+        )
+    return copied
+
+
+def run(
+    named: Mapping[Any, Callable[..., Any]],
+    problem: Problem,
+    *,
+    minimum_norm: bool,
+    batch_size: int,
+    bounds: tuple[float, float],
+    start: EnsembleState | None,
+    callback: Callback | None,
+    stage: str,
+) -> EnsembleState:
+    """Every attack, in order, on the examples that no earlier one broke.
+
+    Args:
+        named: the attacks; attack `a` draws from `fold_in(example's key, a)`.
+        problem: the checked arguments, of all examples.
+        minimum_norm: whether all attacks run on all examples, and the smallest distance wins.
+        batch_size: the most examples at a time.
+        bounds: the box.
+        start: a state to go on from.
+        callback: see `ensemble`.
+        stage: for the callback.
+    """
+    inputs = np.asarray(problem.inputs)
+    state = nothing(inputs) if start is None else check_state(start, problem, len(named))
+    columns = (problem.inputs, problem.goal.labels, problem.goal.targets)
+    for index, (name, attack) in enumerate(named.items()):
+        keys = problem.keys
+        if keys is not None:
+            keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
+        # At distance 0 the clean input is a success, which nothing can better.
+        needed = state.distance > 0 if minimum_norm else ~state.success
+        active = np.flatnonzero(needed & (state.attacks_done == index))
+        for first in range(0, len(active), batch_size):
+            rows = active[first : first + batch_size]
+            result = _attack(attack, problem.logits_fn, keys, columns, rows, batch_size, bounds)
+            _update(state, rows, result, index, minimum_norm)
+            if callback is not None:
+                callback(
+                    {
+                        "event": "attack",
+                        "stage": stage,
+                        "attack": name,
+                        "done": first + len(rows),
+                        "total": len(active),
+                        "survivors": int(np.sum(~state.success)),
+                        "state": state,
+                    }
+                )
+    return state
+
+
+def result(state: EnsembleState, *, minimum_norm: bool, info: dict[str, Array]) -> AttackResult:
+    """The state after the last attack, as a result."""
+    distance = state.distance
+    if minimum_norm:
+        distance = np.where(state.success, distance, np.inf).astype(distance.dtype)
+    return AttackResult(
+        inputs=jnp.asarray(state.inputs),
+        success=jnp.asarray(state.success),
+        distance=jnp.asarray(distance),
+        queries=jnp.asarray(state.queries),
+        info=info,
+    )
+
+
+def _update(
+    state: EnsembleState, rows: np.ndarray, found: AttackResult, index: int, minimum_norm: bool
+) -> None:
+    """Take over the attack's rows, or those of them that are closer."""
+    state.queries[rows] += found.queries
+    better = found.success & (found.distance < state.distance[rows])
+    taken = better if minimum_norm else np.ones(len(rows), bool)
+    state.inputs[rows[taken]] = found.inputs[taken]
+    state.success[rows[taken]] = found.success[taken]
+    state.distance[rows[taken]] = found.distance[taken]
+    needed = taken & found.success & (found.distance > 0)
+    state.broken_by[rows[needed]] = index
+    state.attacks_done[rows] = index + 1
+
+
+def _attack(
+    attack: Callable[..., Any],
+    logits_fn: LogitsFn,
+    keys: Array | None,
+    columns: tuple[Array, Array, Array | None],
+    rows: np.ndarray,
+    batch_size: int,
+    bounds: tuple[float, float],
+) -> AttackResult:
+    """The attack on these rows, as NumPy arrays without padding."""
+    size = min(max(1 << (len(rows) - 1).bit_length(), _SMALLEST), batch_size)
+    # Copies of a real row: its own work again, so they keep no loop going.
+    padded = np.concatenate([rows, np.repeat(rows[:1], size - len(rows))])
+    taken = [None if column is None else column[padded] for column in (keys, *columns)]
+    found = attack(logits_fn, *taken[:3], bounds=bounds, targets=taken[3])
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[: len(rows)], found._replace(info={}))
