@@ -33,8 +33,8 @@ _SECONDS_BETWEEN_SAVES = 20.0
 _ALL = tyro.conf.arg(help_behavior_hint="(default: all)")
 _PROGRAM = "python -m experiments.attack"
 _NOT_HERE = (
-    "Not here, since they need more than settings: ensemble, universal, expectation, bpda. They "
-    "are functions of jdistill.attacks."
+    "Not here, since they need more than settings: ensemble, transfer, universal, expectation, "
+    "bpda. They are functions of jdistill.attacks."
 )
 
 

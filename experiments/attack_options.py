@@ -23,7 +23,8 @@ Settings = dict[str, Any]  # by argument, as JSON can hold them
 # What stands for the functions that an option takes.
 CHOICES: dict[str, dict[str, Callable[..., Any]]] = {
     "loss": {
-        loss.__name__: loss for loss in (losses.cross_entropy, losses.margin, losses.soft_margin)
+        loss.__name__: loss
+        for loss in (losses.cross_entropy, losses.margin, losses.soft_margin, losses.dlr)
     },
     "output": {
         "softmax": attacks.softmax,
@@ -55,11 +56,14 @@ _LONGEST_NAME = 200
 
 
 def _is_offered(function: Any) -> bool:
-    """Whether settings are all it needs: wrappers and other drivers take functions."""
-    names = tuple(inspect.signature(function).parameters)
-    if names[: len(_FIRST)] != _FIRST:
+    """Whether settings are all it needs: wrappers take functions, other drivers all examples."""
+    parameters = inspect.signature(function).parameters
+    if tuple(parameters)[: len(_FIRST)] != _FIRST:
         return False
-    return "callback" not in names or function.__name__ in DRIVERS
+    settings = parameters.keys() - {*_FIRST, *_NOT_OFFERED, *CHOICES}
+    if any(parameters[name].annotation not in _KINDS for name in settings):
+        return False
+    return "callback" not in parameters or function.__name__ in DRIVERS
 
 
 ATTACKS: dict[str, Callable[..., attacks.AttackResult]] = {

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import attack, attack_options, training, workdir
+from experiments import attack, attack_options, attack_results, training, workdir
 from experiments.recipes import RECIPES, smoke
 from jdistill import attacks, data, losses, nets, runtime, train
 from jdistill.checkpoint import Checkpointer
@@ -304,6 +304,39 @@ def test_a_network_that_was_trained_again_is_attacked_again(fresh, monkeypatch):
     assert [row["distance"] for row in rows[0]] == [row["distance"] for row in rows[1]]
 
 
+def test_autoattack_goes_on_where_it_was_stopped(trained, fresh, monkeypatch, capsys):
+    arguments = ["--attack", "autoattack", "--eps", "0.1", "--version", "rand"]
+    arguments += ["--num-examples", "40", "--batch-size", "16", "--temperature", "5"]
+    monkeypatch.setattr(attack, "_SECONDS_BETWEEN_SAVES", -1.0)
+    run(trained, *arguments)
+    original, saves = attack_results.Folder.save_state, []
+
+    def stopping(self, network, state):
+        original(self, network, state)
+        saves.append(network)
+        if len(saves) == 2:
+            raise Stop
+
+    with monkeypatch.context() as patched:
+        patched.setattr(attack_results.Folder, "save_state", stopping)
+        with pytest.raises(Stop):
+            run(fresh, *arguments)
+    folder = next((fresh / "attacks").iterdir())
+    assert [path.suffixes for path in folder.iterdir()] == [[".partial", ".npz"]]
+    capsys.readouterr()
+    run(fresh, *arguments)
+    assert "going on where it was stopped" in capsys.readouterr().err
+    assert not list(folder.glob("*.partial.npz"))
+    for path in (trained / "attacks" / folder.name).glob("*.csv"):
+        assert (folder / path.name).read_bytes() == path.read_bytes()
+    rows = table(next(folder.glob("*.csv")))
+    assert {row["info_broken_by"] for row in rows} > {"-1", "0"}
+    with pytest.raises(ValueError, match="expected --targets none with --attack autoattack"):
+        run(fresh, *arguments, "--targets", "next")
+    with pytest.raises(ValueError, match="expected version to be one of"):
+        run(fresh, *arguments[:4], "--version", "custom")
+
+
 def test_settings_of_another_version_are_refused(fresh):
     run(fresh, *PGD)
     path = fresh / "attacks" / NAME / "settings.json"
@@ -435,7 +468,7 @@ def test_every_attack_on_single_examples_is_offered():
         if inspect.isfunction(getattr(attacks, name))
         and inspect.signature(getattr(attacks, name)).return_annotation is attacks.AttackResult
     }
-    assert set(attack_options.ATTACKS) == found - {"ensemble", "universal"}
+    assert set(attack_options.ATTACKS) == found - {"ensemble", "transfer", "universal"}
     assert len(attack_options.ATTACKS) >= 13
 
 
@@ -447,7 +480,7 @@ def test_every_loss_of_logits_and_labels_is_offered():
         and not name.startswith("_")
         and list(inspect.signature(loss).parameters)[:2] == ["logits", "labels"]
     }
-    assert set(attack_options.CHOICES["loss"]) == found - {"largest_other"}
+    assert set(attack_options.CHOICES["loss"]) == found - {"largest_other", "targeted_dlr"}
 
 
 @pytest.mark.parametrize("name", sorted(attack_options.ATTACKS))
@@ -456,6 +489,7 @@ def test_options_are_those_of_the_signature(name, capsys):
     options = attack_options.options(name)
     assert not {o.name for o in options} & {f.name for f in dataclasses.fields(attack.Options)}
     left_out = {"logits_fn", "key", "inputs", "labels", "bounds", "targets", "init"}
+    left_out |= {"batch_size", "start", "callback"}  # of a driver
     assert {o.name for o in options} - {"output_temperature"} == set(signature) - left_out
     needed = [word for o in options if o.required for word in (o.flag, "0.25")]
     _, settings = attack.parse(["somewhere", "--attack", name, *needed])
