@@ -29,6 +29,17 @@ class Case(NamedTuple):
 
 
 CASES = {
+    "apgd-linf": Case(functools.partial(attacks.apgd, num_steps=10), "linf", True, True),
+    "apgd-l2": Case(
+        functools.partial(attacks.apgd, norm="l2", num_steps=10, num_restarts=2),
+        "l2",
+        True,
+        True,
+    ),
+    "apgd-l1": Case(functools.partial(attacks.apgd, norm="l1", num_steps=10), "l1", True, True),
+    "apgd_targeted-linf": Case(
+        functools.partial(attacks.apgd_targeted, num_steps=8, num_targets=2), "linf", True, True
+    ),
     "bim-linf": Case(attacks.bim, "linf", True, False),
     "bim-l2": Case(functools.partial(attacks.bim, norm="l2", num_steps=5), "l2", True, False),
     "bim-l1": Case(functools.partial(attacks.bim, norm="l1", num_steps=5), "l1", True, False),
@@ -538,7 +549,7 @@ SCALES = (16.0, 128.0, 1024.0)
 SCALE_FREE = {
     name: {"output": jnp.positive} if name == "jsma" else {"loss": losses.margin}
     for name, case in CASES.items()
-    if case.budget or name == "jsma"
+    if name == "jsma" or (case.budget and "loss" in inspect.signature(case.attack).parameters)
 }
 # Their objective weighs the logits with a constant that is searched for: from below what any of
 # the scales needs, and by powers of two where the rounds keep the first constant that succeeds.
