@@ -17,7 +17,7 @@ pytest.importorskip("pyautoattack", reason="make parity installs it")
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]  # the peers' own warnings
 
 FULL = os.environ.get("JDISTILL_PARITY") == "full"
-NUM_IMAGES, NUM_TARGETS, NUM_STEPS = (100, 9, 100) if FULL else (20, 3, 20)
+NUM_IMAGES, NUM_TARGETS, NUM_STEPS = (100, 9, 100) if FULL else (20, 2, 15)
 NETWORKS = ["plain", "distilled", "robust"]
 RADII = {"plain": 0.1, "distilled": 0.1, "robust": 0.15}
 SAME = 0.01  # of the distance
