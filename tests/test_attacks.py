@@ -173,6 +173,18 @@ for _norm in ("linf", "l2", "l1", "l0"):
         ratio=2.0 if _norm == "l0" else 1.01,
         changes={"gamma": 0.1, "final_gamma": 0.01, "step_size": 0.3},
     )
+for _norm in ("linf", "l2", "l1"):
+    for _attack, _more in ((attacks.fab, {}), (attacks.fab_targeted, {"num_targets": 2})):
+        CASES[f"{_attack.__name__}-{_norm}"] = Case(
+            # From beyond the boundary the overshoots of a step cancel, and it ends in a tie; a
+            # smaller beta than the default's leads back across.
+            functools.partial(_attack, norm=_norm, num_steps=10, beta=0.75, **_more),
+            _norm,
+            False,
+            False,
+            closely={"num_targets": 3} if _more else {},
+            changes={"alpha_max": 0.2, "eta": 1.1, "beta": 0.8},
+        )
 # About half of the test network's examples fall.
 BUDGETS = {"linf": 0.1, "l2": 0.25, "l1": 0.4, "l0": 2}
 

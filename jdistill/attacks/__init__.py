@@ -36,6 +36,7 @@ from jdistill.attacks._ddn import ddn
 from jdistill.attacks._deepfool import deepfool
 from jdistill.attacks._ead import ead
 from jdistill.attacks._ensemble import ensemble
+from jdistill.attacks._fab import fab, fab_targeted
 from jdistill.attacks._fmn import fmn
 from jdistill.attacks._gradient import fgsm
 from jdistill.attacks._iterative import bim, mim
@@ -61,6 +62,8 @@ __all__ = [
     "ead",
     "ensemble",
     "expectation",
+    "fab",
+    "fab_targeted",
     "fgsm",
     "fmn",
     "jsma",
