@@ -36,12 +36,14 @@ from jdistill.attacks._ddn import ddn
 from jdistill.attacks._deepfool import deepfool
 from jdistill.attacks._ead import ead
 from jdistill.attacks._ensemble import ensemble
+from jdistill.attacks._estimated import nes, spsa
 from jdistill.attacks._fmn import fmn
 from jdistill.attacks._gradient import fgsm
 from jdistill.attacks._iterative import bim, mim
 from jdistill.attacks._jsma import jsma, softmax, softmax_at
 from jdistill.attacks._pgd import pgd
 from jdistill.attacks._spatial import spatial
+from jdistill.attacks._square import square
 from jdistill.attacks._survivors import EnsembleState
 from jdistill.attacks._universal import universal
 from jdistill.attacks._wrappers import bpda, expectation
@@ -65,9 +67,12 @@ __all__ = [
     "fmn",
     "jsma",
     "mim",
+    "nes",
     "pgd",
     "softmax",
     "softmax_at",
     "spatial",
+    "spsa",
+    "square",
     "universal",
 ]

@@ -22,6 +22,8 @@ _ATTACKS = {
     "apgd_dlr": "APGD-DLR",
     "fab": "FAB",
     "square": "Square",
+    "spsa": "SPSA",
+    "nes": "NES",
     "jsma": "JSMA",
     "ead": "EAD",
     "ddn": "DDN",

@@ -27,7 +27,9 @@ FOLLOW_OTHER = frozenset(
         "ead",
         "fab",
         "fmn",
+        "nes",
         "spatial",
+        "spsa",
         "square",
     }
 )
