@@ -40,7 +40,8 @@ def spsa(
 
     f is the margin max_{i≠y} z_i - z_y. No gradient of the network is used, only its logits: what
     hides a gradient cannot stop the attack, and δ looks past what is flat or shattered on a
-    smaller scale. Each estimate is divided by its size, so no scale of the logits matters.
+    smaller scale. Each estimate is divided by its size, so no scale of the logits matters. For l2
+    the step follows Adam's first moment alone, which is the steepest direction there.
 
     Points are clipped into the box before the network is asked; where that shortens a difference,
     the estimate is divided by what is left of it. Each example stops at its first success.
@@ -57,9 +58,9 @@ def spsa(
         num_samples: directions a step, at least 1; static. Each costs two queries, and the step
             one more.
         delta: δ in input units, above 0; scalar or `[B]`; may be traced.
-        learning_rate: of Adam, in input units, at least 0; scalar or `[B]`; may be traced. A step
-            changes each feature by about as much. None takes `eps / 10`, and for l2 that over the
-            square root of the number of features.
+        learning_rate: of Adam, at least 0; scalar or `[B]`; may be traced. In input units: a step
+            changes each feature by about as much; for l2 it is the step's length. None takes
+            `eps / 10`.
         num_parallel: directions of each example that are tried in one batch, of `2 · B ·
             num_parallel` inputs; static. None takes all. It bounds the memory and changes nothing
             else.
@@ -94,10 +95,7 @@ def spsa(
     _validate.positive(delta=delta)
     problem = _base.prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
     eps = _base.radius(eps, problem.inputs)
-    if learning_rate is None:
-        # The same length of a step in both norms, as a share of the radius.
-        num_features = problem.inputs[:1].size if norm == "l2" else 1
-        learning_rate = eps / (10 * max(num_features, 1) ** 0.5)
+    learning_rate = eps / 10 if learning_rate is None else learning_rate
     settings = _Settings(
         eps=eps,
         reach=_base.one_per_example(delta, problem.inputs, name="delta"),
@@ -248,8 +246,10 @@ class _Carry(NamedTuple):
 
 
 def _adam(settings: _Settings, norm: str, gradient: Array, state: Any) -> tuple[Array, Any]:
-    del settings, norm
-    return _search.per_example_adam().update(gradient, state)
+    del settings
+    direction, state = _search.per_example_adam().update(gradient, state)
+    # Dividing feature by feature turns every direction into one of signs.
+    return direction if norm == "linf" else norms.steepest(state.mu, norm), state
 
 
 def _averaged(settings: _Settings, norm: str, gradient: Array, state: Any) -> tuple[Array, Any]:
