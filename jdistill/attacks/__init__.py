@@ -28,6 +28,7 @@ Two are drivers, loops on the host that refuse tracers: `ensemble` (the worst ca
 """
 
 from jdistill.attacks._apgd import apgd, apgd_targeted
+from jdistill.attacks._autoattack import autoattack, autoattack_names
 from jdistill.attacks._base import AttackResult
 from jdistill.attacks._carlini_wagner import carlini_wagner_l2
 from jdistill.attacks._carlini_wagner_l0 import carlini_wagner_l0
@@ -36,6 +37,7 @@ from jdistill.attacks._ddn import ddn
 from jdistill.attacks._deepfool import deepfool
 from jdistill.attacks._ead import ead
 from jdistill.attacks._ensemble import ensemble
+from jdistill.attacks._estimated import nes, spsa
 from jdistill.attacks._fab import fab, fab_targeted
 from jdistill.attacks._fmn import fmn
 from jdistill.attacks._gradient import fgsm
@@ -43,6 +45,7 @@ from jdistill.attacks._iterative import bim, mim
 from jdistill.attacks._jsma import jsma, softmax, softmax_at
 from jdistill.attacks._pgd import pgd
 from jdistill.attacks._spatial import spatial
+from jdistill.attacks._square import square
 from jdistill.attacks._survivors import EnsembleState
 from jdistill.attacks._universal import universal
 from jdistill.attacks._wrappers import bpda, expectation
@@ -52,6 +55,8 @@ __all__ = [
     "EnsembleState",
     "apgd",
     "apgd_targeted",
+    "autoattack",
+    "autoattack_names",
     "bim",
     "bpda",
     "carlini_wagner_l0",
@@ -68,9 +73,12 @@ __all__ = [
     "fmn",
     "jsma",
     "mim",
+    "nes",
     "pgd",
     "softmax",
     "softmax_at",
     "spatial",
+    "spsa",
+    "square",
     "universal",
 ]

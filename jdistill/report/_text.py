@@ -23,6 +23,8 @@ _ATTACKS = {
     "fab": "FAB",
     "fab_targeted": "FAB-T",
     "square": "Square",
+    "spsa": "SPSA",
+    "nes": "NES",
     "jsma": "JSMA",
     "ead": "EAD",
     "ddn": "DDN",

@@ -28,7 +28,9 @@ FOLLOW_OTHER = frozenset(
         "fab",
         "fab_targeted",
         "fmn",
+        "nes",
         "spatial",
+        "spsa",
         "square",
     }
 )
