@@ -214,6 +214,8 @@ def _search(
         _base.one_per_example(beta, inputs, name="beta"),
         first_target,
     )
+    if problem.goal.targets is not None:
+        num_targets = 1
     settings = Settings(norm, num_steps, num_restarts, num_targets, eps is not None)
     with full_precision():
         return run(search, settings)
