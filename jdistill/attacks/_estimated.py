@@ -305,7 +305,7 @@ def _estimate(
     def draw(key: Array, sample: Array) -> Array:
         return method.draw(jax.random.fold_in(key, sample), shape, dtype)
 
-    def some(samples: Array) -> tuple[Array, Array, Array]:
+    def some(samples: Array) -> _Sums:
         """The sums over the directions of these numbers."""
         # Samples lead: the rows of the first sample, then those of the next one.
         directions = jax.vmap(jax.vmap(draw, in_axes=(0, None)), in_axes=(None, 0))(keys, samples)
@@ -323,24 +323,24 @@ def _estimate(
         )
 
     bounds = problem.bounds
-    whole, rest = divmod(counts.num_samples, counts.num_parallel)
     numbers = jnp.arange(counts.num_samples)
-    sums = some(numbers[counts.num_samples - rest :]) if rest else None
-    if whole > 1:
-        groups = numbers[: whole * counts.num_parallel].reshape(whole, counts.num_parallel)
-        zeros = tuple(jnp.zeros_like(inputs) for _ in range(3)) if sums is None else sums
-        sums, _ = jax.lax.scan(lambda total, group: (_add(total, some(group)), None), zeros, groups)
-    elif whole == 1:
-        first = some(numbers[: counts.num_parallel])
-        sums = first if sums is None else _add(first, sums)
-    assert sums is not None
-    slope, got, wanted = sums
+    whole, rest = divmod(counts.num_samples, counts.num_parallel)
+    if whole == 1 and not rest:
+        slope, got, wanted = some(numbers)
+    else:
+        groups = numbers[: counts.num_samples - rest].reshape(whole, counts.num_parallel)
+        nothing = (jnp.zeros_like(inputs),) * 3
+        sums, _ = jax.lax.scan(lambda sums, group: (_add(sums, some(group)), None), nothing, groups)
+        slope, got, wanted = _add(sums, some(numbers[-rest:])) if rest else sums
     # A feature at a bound moved to one side only: less far, and the margin rose by less.
     return slope * jnp.where(got > 0, wanted / jnp.where(got > 0, got, 1.0), 0.0)
 
 
-def _add(first: tuple[Array, ...], second: tuple[Array, ...]) -> tuple[Array, ...]:
-    return jax.tree.map(jnp.add, first, second)
+_Sums = tuple[Array, Array, Array]
+
+
+def _add(first: _Sums, second: _Sums) -> _Sums:
+    return first[0] + second[0], first[1] + second[1], first[2] + second[2]
 
 
 def _step(
