@@ -121,10 +121,10 @@ def measure(attack: Attack) -> dict[str, str]:
         "backward": f"{backward:,}",
         "saturated softmax": "succeeds" if masked.success[0] else "**fails**",
     }
-    if "eps" in parameters:
+    if np.isinf(resists.distance[0]):
+        cells["looks for"] = "smallest, or within `eps`" if "eps" in parameters else "smallest"
+    elif "eps" in parameters:
         cells["looks for"] = "within `eps`"
-    elif np.isinf(resists.distance[0]):
-        cells["looks for"] = "smallest"
     if "norm" not in parameters:
         cells["norms"] = _norm_of(breaks)
     return cells
@@ -185,7 +185,11 @@ def _call(
     attack: Attack, logits_fn: Any, inputs: jax.Array, labels: jax.Array, **settings: Any
 ) -> attacks.AttackResult:
     parameters = inspect.signature(attack).parameters
-    settings |= {name: REQUIRED[name] for name in REQUIRED if name in parameters}
+    settings |= {
+        name: value
+        for name, value in REQUIRED.items()
+        if name in parameters and parameters[name].default is inspect.Parameter.empty
+    }
     return attack(logits_fn, jax.random.key(0), inputs, labels, **settings)
 
 

@@ -319,6 +319,7 @@ def _drive(
         jax.random.key(options.key),
         *examples,
         batch_size=options.batch_size,
+        devices=jax.local_devices(),
         start=start,
         callback=follow,
     )

@@ -39,7 +39,7 @@ _CHOICE_HELP = {
 }
 _FIRST = ("logits_fn", "key", "inputs", "labels")
 # Given otherwise, or not on a command line; every data set lies in the default bounds.
-_NOT_OFFERED = ("bounds", "targets", "init", "batch_size", "start", "callback")
+_NOT_OFFERED = ("bounds", "targets", "init", "batch_size", "devices", "start", "callback")
 # Loops on the host that need no more than settings: they batch, report and resume by themselves.
 DRIVERS = ("autoattack",)
 _KINDS = {

@@ -10,6 +10,7 @@ more than JAX. The range beside each median shows whether it was at rest.
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 import sys
@@ -46,9 +47,11 @@ class Attacks:
     """File of images and labels, from the same program (none: the checkout's
     tests/parity/images.npz, the first test images of MNIST)."""
     batch_size: int = 100
-    """Images a call: the first so many that the network classifies correctly."""
+    """Images a call: the first so many that the network classifies correctly. AutoAttack has its
+    own number."""
     repeats: int = 5
-    """Timed calls of each attack, in turn with the toolkits', after one that warms up."""
+    """Timed calls of each attack, in turn with the toolkits', after one that warms up; AutoAttack's
+    is one."""
     slow_seconds: float = 120.0
     """A toolkit whose first call takes longer than so many seconds is not called again."""
     output: str | None = None
@@ -96,9 +99,10 @@ def run(options: Attacks) -> None:
     network = options.network or os.fspath(_FILES / "plain.npz")
     images = options.images or os.fspath(_FILES / "images.npz")
     params = npz_network.read_params(network)
-    subject = bench_attacks.make_subject(
-        params, *npz_network.read_images(images), options.batch_size
+    subject_of = functools.cache(
+        functools.partial(bench_attacks.make_subject, params, *npz_network.read_images(images))
     )
+    subject_of(options.batch_size)  # or its error comes after the first attacks
     conditions = {
         **runtime.describe(),
         "toolkits": bench_attacks.versions(),
@@ -119,8 +123,8 @@ def run(options: Attacks) -> None:
                 if comparison.attack in options.attacks:
                     row = bench_attacks.compare(
                         comparison,
-                        subject,
-                        repeats=options.repeats,
+                        subject_of(comparison.num_images or options.batch_size),
+                        repeats=1 if comparison.num_images else options.repeats,
                         slow_seconds=options.slow_seconds,
                         missing=missing,
                         after_call=_bar(progress, f"{comparison.attack} {comparison.norm}"),

@@ -36,6 +36,7 @@ COMPARISONS = (
     peers.jsma(features=112),
     peers.carlini_wagner_linf(steps=100, rate=0.05, const=0.1, factor=2.0),
     peers.carlini_wagner_l0(searches=1, steps=50, rate=0.1, const=1.0),
+    peers.autoattack(eps=0.1, num_images=500),
 )
 
 # The toolkits of `peers`: the module to import, and the package that has the version.
@@ -44,6 +45,7 @@ _TOOLKITS = {
     "foolbox": ("foolbox", "foolbox"),
     "adv-lib": ("adv_lib", "adv-lib"),
     "ART": ("art", "adversarial-robustness-toolbox"),
+    "pyautoattack": ("pyautoattack", "pyautoattack"),
 }
 _INSTALL = "run make bench, or python -m pip install --no-deps -r requirements-peers.txt"
 

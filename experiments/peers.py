@@ -30,6 +30,7 @@ class Comparison(NamedTuple):
         ours: `(logits_fn, key, inputs, labels) -> AttackResult`.
         peers: by toolkit.
         targeted: whether only the next class will do.
+        num_images: that it needs to mean something; None: as many as the others.
     """
 
     attack: str
@@ -38,6 +39,7 @@ class Comparison(NamedTuple):
     ours: Callable[..., attacks.AttackResult]
     peers: Mapping[str, Peer]
     targeted: bool = False
+    num_images: int | None = None
 
 
 def fgsm(eps: float) -> Comparison:
@@ -267,6 +269,27 @@ def deepfool(norm: str, steps: int) -> Comparison:
             "foolbox": _foolbox(f"{name}DeepFoolAttack", None, steps=steps),
             "adv-lib": _adv_lib("df", norm=order, steps=steps, return_unsuccessful=True),
         },
+    )
+
+
+def autoattack(eps: float, num_images: int) -> Comparison:
+    """The whole standard ensemble."""
+
+    def theirs(model: Any, inputs: Any, labels: Any) -> Any:
+        from pyautoattack import AutoAttack
+
+        attack = AutoAttack(model, norm="Linf", eps=eps, version="standard", device="cpu", seed=0)
+        attack.verbose = False
+        found, _ = attack.run_standard_evaluation(inputs, labels, batch_size=len(labels))
+        return found.detach()
+
+    return Comparison(
+        "autoattack",
+        "linf",
+        f"eps {eps:g}, standard, {num_images} images",
+        functools.partial(attacks.autoattack, eps=eps, batch_size=num_images),
+        {"pyautoattack": theirs},
+        num_images=num_images,
     )
 
 

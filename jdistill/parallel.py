@@ -61,6 +61,40 @@ def pad_batch(batch: Batch, multiple: int) -> Batch:
     return padded._replace(mask=np.concatenate([batch.mask, np.zeros(rows, batch.mask.dtype)]))
 
 
+def replicate(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
+    """The arrays of a tree, whole on every device: weights for a computation over a mesh.
+
+    Args:
+        tree: any pytree of arrays.
+        devices: one or more.
+
+    Returns:
+        The same tree, its arrays on these devices.
+
+    Example:
+        >>> replicate(jnp.zeros(3), jax.devices()[:1]).sharding.is_fully_replicated
+        True
+    """
+    return _spread(tree, NamedSharding(make_mesh(devices), PartitionSpec()))
+
+
+def split(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
+    """The arrays of a tree, each device with an equal share of the rows.
+
+    Args:
+        tree: any pytree of arrays `[B, ...]`, B a multiple of the number of devices.
+        devices: one or more.
+
+    Returns:
+        The same tree, its arrays on these devices.
+
+    Example:
+        >>> split(jnp.zeros((4, 3)), jax.devices()[:1]).shape
+        (4, 3)
+    """
+    return jax.device_put(tree, NamedSharding(make_mesh(devices), PartitionSpec(DATA_AXIS)))
+
+
 def compile_step(
     step: StepFn, mode: str = "jit", devices: Sequence[jax.Device] | None = None
 ) -> Callable[[PyTree, Batch, LossFn], tuple[PyTree, Metrics]]:

@@ -128,7 +128,6 @@ def reference_l1(center, x, eps, num_steps, look):
         x = project_l1(x, center, radius)
         period, best = max(int(0.04 * count), 1), None
         step_size, density = radius, np.count_nonzero(x - center)
-        share = density / D / 1.5
         for step in range(count + 1):
             value, slope, success = look(x)
             trace.append(value)
@@ -138,16 +137,17 @@ def reference_l1(center, x, eps, num_steps, look):
                 return trace, x
             if step and step % period == 0:
                 changed = np.count_nonzero(best[1] - center)
-                share = changed / D / 1.5
                 if changed / density < 0.95:
                     step_size = radius
                     _, x, slope = best
                 else:
                     step_size = max(step_size / 1.5, radius / 10)
                 density = changed
-            cut = np.sort(np.abs(slope))[int(np.clip((1 - share) * D, 0, D - 1))]
+            cut = np.sort(np.abs(slope))[min(D - math.ceil(2 * density / 3), D - 1)]
             direction = np.sign(slope) * (np.abs(slope) >= cut)
-            x = project_l1(x + step_size * direction / np.abs(direction).sum(), center, radius)
+            x = project_l1(
+                x + step_size * direction / max(np.abs(direction).sum(), 1), center, radius
+            )
         x = best[1]
     return trace, x
 
@@ -170,8 +170,14 @@ def run_reference(norm, eps, num_steps, loss, target=None):
 
 
 @pytest.mark.parametrize("size", [TINY, MIDDLING], ids=["tiny", "middling"])
-@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-@pytest.mark.parametrize("loss", ["cross_entropy", "dlr", "targeted_dlr"])
+@pytest.mark.parametrize(
+    ("norm", "loss"),
+    [
+        *itertools.product(["linf", "l2"], ["cross_entropy", "dlr", "targeted_dlr"]),
+        # Not the DLR loss: inside the larger balls its gradient is 0, and rounding has a sign.
+        *itertools.product(["l1"], ["cross_entropy", "targeted_dlr"]),
+    ],
+)
 def test_against_numpy_in_double_precision(loss, norm, size):
     eps, num_steps = size[norm], 40
     target = ORDER[:, 2] if loss == "targeted_dlr" else None
@@ -227,7 +233,7 @@ def test_starts_lie_on_the_sphere_and_are_the_examples_own(norm):
 
 
 def test_restarts_and_targets_are_for_survivors():
-    kwargs = {"eps": MIDDLING["linf"], "num_steps": 10}
+    kwargs = {"eps": 0.07, "num_steps": 10}
     inputs = INPUTS.astype(np.float32)
     three = attacks.apgd_targeted(make(), KEY, inputs, LABELS, num_targets=3, **kwargs)
     alone = [

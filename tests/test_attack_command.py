@@ -489,7 +489,7 @@ def test_options_are_those_of_the_signature(name, capsys):
     options = attack_options.options(name)
     assert not {o.name for o in options} & {f.name for f in dataclasses.fields(attack.Options)}
     left_out = {"logits_fn", "key", "inputs", "labels", "bounds", "targets", "init"}
-    left_out |= {"batch_size", "start", "callback"}  # of a driver
+    left_out |= {"batch_size", "devices", "start", "callback"}  # of a driver
     assert {o.name for o in options} - {"output_temperature"} == set(signature) - left_out
     needed = [word for o in options if o.required for word in (o.flag, "0.25")]
     _, settings = attack.parse(["somewhere", "--attack", name, *needed])

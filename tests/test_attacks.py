@@ -30,6 +30,17 @@ class Case(NamedTuple):
 
 
 CASES = {
+    "apgd-linf": Case(functools.partial(attacks.apgd, num_steps=10), "linf", True, True),
+    "apgd-l2": Case(
+        functools.partial(attacks.apgd, norm="l2", num_steps=10, num_restarts=2),
+        "l2",
+        True,
+        True,
+    ),
+    "apgd-l1": Case(functools.partial(attacks.apgd, norm="l1", num_steps=10), "l1", True, True),
+    "apgd_targeted-linf": Case(
+        functools.partial(attacks.apgd_targeted, num_steps=8, num_targets=2), "linf", True, True
+    ),
     "bim-linf": Case(attacks.bim, "linf", True, False),
     "bim-l2": Case(functools.partial(attacks.bim, norm="l2", num_steps=5), "l2", True, False),
     "bim-l1": Case(functools.partial(attacks.bim, norm="l1", num_steps=5), "l1", True, False),
@@ -176,6 +187,18 @@ for _norm in ("linf", "l2", "l1", "l0"):
         ratio=2.0 if _norm == "l0" else 1.01,
         changes={"gamma": 0.1, "final_gamma": 0.01, "step_size": 0.3},
     )
+for _norm in ("linf", "l2", "l1"):
+    for _attack, _more in ((attacks.fab, {}), (attacks.fab_targeted, {"num_targets": 2})):
+        CASES[f"{_attack.__name__}-{_norm}"] = Case(
+            # From beyond the boundary the overshoots of a step cancel, and it ends in a tie; a
+            # smaller beta than the default's leads back across.
+            functools.partial(_attack, norm=_norm, num_steps=10, beta=0.75, **_more),
+            _norm,
+            False,
+            False,
+            closely={"num_targets": 3} if _more else {},
+            changes={"alpha_max": 0.2, "eta": 1.1, "beta": 0.8},
+        )
 # About half of the test network's examples fall.
 BUDGETS = {"linf": 0.1, "l2": 0.25, "l1": 0.4, "l0": 2}
 
@@ -552,7 +575,7 @@ SCALES = (16.0, 128.0, 1024.0)
 SCALE_FREE = {
     name: {"output": jnp.positive} if name == "jsma" else {"loss": losses.margin}
     for name, case in CASES.items()
-    if (case.budget and "loss" in inspect.signature(case.attack).parameters) or name == "jsma"
+    if name == "jsma" or (case.budget and "loss" in inspect.signature(case.attack).parameters)
 }
 # Their objective weighs the logits with a constant that is searched for: from below what any of
 # the scales needs, and by powers of two where the rounds keep the first constant that succeeds.

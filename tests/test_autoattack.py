@@ -98,6 +98,11 @@ def test_batches_change_nothing(whole, batch_size):
     same(run(batch_size=batch_size), whole)
 
 
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_devices_change_nothing(whole, num_devices):
+    same(run(batch_size=30, devices=jax.devices()[:num_devices]), whole)
+
+
 def test_each_shape_is_compiled_once():
     shapes = []
 

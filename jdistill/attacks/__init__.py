@@ -28,6 +28,7 @@ Two are drivers, loops on the host that refuse tracers: `ensemble` (the worst ca
 """
 
 from jdistill.attacks._apgd import apgd, apgd_targeted
+from jdistill.attacks._autoattack import autoattack, autoattack_names
 from jdistill.attacks._base import AttackResult
 from jdistill.attacks._carlini_wagner import carlini_wagner_l2
 from jdistill.attacks._carlini_wagner_l0 import carlini_wagner_l0
@@ -37,6 +38,7 @@ from jdistill.attacks._deepfool import deepfool
 from jdistill.attacks._ead import ead
 from jdistill.attacks._ensemble import ensemble
 from jdistill.attacks._estimated import nes, spsa
+from jdistill.attacks._fab import fab, fab_targeted
 from jdistill.attacks._fmn import fmn
 from jdistill.attacks._gradient import fgsm
 from jdistill.attacks._iterative import bim, mim
@@ -53,6 +55,8 @@ __all__ = [
     "EnsembleState",
     "apgd",
     "apgd_targeted",
+    "autoattack",
+    "autoattack_names",
     "bim",
     "bpda",
     "carlini_wagner_l0",
@@ -63,6 +67,8 @@ __all__ = [
     "ead",
     "ensemble",
     "expectation",
+    "fab",
+    "fab_targeted",
     "fgsm",
     "fmn",
     "jsma",

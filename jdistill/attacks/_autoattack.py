@@ -2,9 +2,10 @@
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -39,6 +40,7 @@ def autoattack(
     version: str = "standard",
     batch_size: int = 250,
     bounds: tuple[float, float] = (0.0, 1.0),
+    devices: Sequence[jax.Device] | None = None,
     start: EnsembleState | None = None,
     callback: Callback | None = None,
 ) -> AttackResult:
@@ -70,6 +72,8 @@ def autoattack(
         version: `"standard"`, `"plus"` or `"rand"`.
         batch_size: the most examples at a time, at least 1.
         bounds: the box of valid inputs.
+        devices: to spread each batch over; None leaves everything where it is. The flags do not
+            depend on them.
         start: the state of an earlier run with the same arguments, to go on from: what was done is
             not done again.
         callback: called after every batch with `event="attack"`, `stage="autoattack"`, `attack`
@@ -88,7 +92,6 @@ def autoattack(
             labels outside `0..K-1`.
 
     Example:
-        >>> import jax
         >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1, 0, 0, 0.5], [1, -1, 0, 0.5, 0]])
         >>> x, y = jnp.array([[0.5, 0.5], [0.1, 0.1]]), jnp.array([0, 0])
         >>> result = autoattack(logits_fn, jax.random.key(0), x, y, eps=0.2)
@@ -113,6 +116,7 @@ def autoattack(
         minimum_norm=False,
         batch_size=batch_size,
         bounds=bounds,
+        devices=devices,
         start=start,
         callback=callback,
         stage="autoattack",

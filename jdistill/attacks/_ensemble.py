@@ -25,6 +25,7 @@ def ensemble(
     batch_size: int = 250,
     bounds: tuple[float, float] = (0.0, 1.0),
     targets: ArrayLike | None = None,
+    devices: Sequence[jax.Device] | None = None,
     start: EnsembleState | None = None,
     callback: Callback | None = None,
 ) -> AttackResult:
@@ -57,6 +58,8 @@ def ensemble(
         batch_size: the most examples at a time, at least 1.
         bounds: the box of valid inputs, for all attacks.
         targets: `[B]` int, classes to reach, for all attacks; None moves away from the labels.
+        devices: to spread each batch over; None leaves everything where it is. The flags do not
+            depend on them.
         start: the state of an earlier run of the same attacks on the same examples, to go on from:
             what was done is not done again, and the result is that of a run without a stop.
         callback: called after every batch with `event="attack"`, `stage="ensemble"`, `attack` (the
@@ -97,6 +100,7 @@ def ensemble(
         minimum_norm=minimum_norm,
         batch_size=batch_size,
         bounds=bounds,
+        devices=devices,
         start=start,
         callback=callback,
         stage="ensemble",

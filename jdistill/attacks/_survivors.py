@@ -1,14 +1,15 @@
 """The host loop of the drivers: attack after attack, on those that need it, in padded batches."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jdistill import parallel
 from jdistill.attacks._base import AttackResult, Problem
-from jdistill.typing import Array, Callback, LogitsFn
+from jdistill.typing import Array, Callback
 
 _SMALLEST = 16  # fewer rows are not worth a program of their own
 
@@ -82,6 +83,7 @@ def run(
     minimum_norm: bool,
     batch_size: int,
     bounds: tuple[float, float],
+    devices: Sequence[jax.Device] | None,
     start: EnsembleState | None,
     callback: Callback | None,
     stage: str,
@@ -94,6 +96,7 @@ def run(
         minimum_norm: whether all attacks run on all examples, and the smallest distance wins.
         batch_size: the most examples at a time.
         bounds: the box.
+        devices: to spread each batch over.
         start: a state to go on from.
         callback: see `ensemble`.
         stage: for the callback.
@@ -101,6 +104,9 @@ def run(
     inputs = np.asarray(problem.inputs)
     state = nothing(inputs) if start is None else check_state(start, problem, len(named))
     columns = (problem.inputs, problem.goal.labels, problem.goal.targets)
+    logits_fn = problem.logits_fn
+    if devices is not None:
+        logits_fn = parallel.replicate(logits_fn, devices)
     for index, (name, attack) in enumerate(named.items()):
         keys = problem.keys
         if keys is not None:
@@ -110,7 +116,13 @@ def run(
         active = np.flatnonzero(needed & (state.attacks_done == index))
         for first in range(0, len(active), batch_size):
             rows = active[first : first + batch_size]
-            result = _attack(attack, problem.logits_fn, keys, columns, rows, batch_size, bounds)
+            padded = _pad(rows, batch_size, 1 if devices is None else len(devices))
+            batch = [None if column is None else column[padded] for column in (keys, *columns)]
+            if devices is not None:
+                batch = parallel.split(batch, devices)
+            found = attack(logits_fn, *batch[:3], bounds=bounds, targets=batch[3])
+            found = found._replace(info={})  # of another shape for each attack
+            result = jax.tree.map(lambda leaf, rows=rows: np.asarray(leaf)[: len(rows)], found)
             _update(state, rows, result, index, minimum_norm)
             if callback is not None:
                 callback(
@@ -156,19 +168,11 @@ def _update(
     state.attacks_done[rows] = index + 1
 
 
-def _attack(
-    attack: Callable[..., Any],
-    logits_fn: LogitsFn,
-    keys: Array | None,
-    columns: tuple[Array, Array, Array | None],
-    rows: np.ndarray,
-    batch_size: int,
-    bounds: tuple[float, float],
-) -> AttackResult:
-    """The attack on these rows, as NumPy arrays without padding."""
+def _pad(rows: np.ndarray, batch_size: int, multiple: int) -> np.ndarray:
+    """The rows, and copies of the first one up to a size that few programs are compiled for.
+
+    Copies of a real row are its own work again, so they keep no loop going.
+    """
     size = min(max(1 << (len(rows) - 1).bit_length(), _SMALLEST), batch_size)
-    # Copies of a real row: its own work again, so they keep no loop going.
-    padded = np.concatenate([rows, np.repeat(rows[:1], size - len(rows))])
-    taken = [None if column is None else column[padded] for column in (keys, *columns)]
-    found = attack(logits_fn, *taken[:3], bounds=bounds, targets=taken[3])
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[: len(rows)], found._replace(info={}))
+    size += -size % multiple
+    return np.concatenate([rows, np.repeat(rows[:1], size - len(rows))])

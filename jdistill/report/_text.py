@@ -21,6 +21,7 @@ _ATTACKS = {
     "apgd_ce": "APGD-CE",
     "apgd_dlr": "APGD-DLR",
     "fab": "FAB",
+    "fab_targeted": "FAB-T",
     "square": "Square",
     "spsa": "SPSA",
     "nes": "NES",

@@ -26,6 +26,7 @@ FOLLOW_OTHER = frozenset(
         "deepfool",
         "ead",
         "fab",
+        "fab_targeted",
         "fmn",
         "nes",
         "spatial",

@@ -20,7 +20,7 @@ from jdistill.checkpoint import Checkpointer
 from jdistill.typing import Batch
 
 FOLDER = pathlib.Path(__file__).parent
-NUM_IMAGES = 200
+NUM_IMAGES = 520
 EPS, STEPS, EPOCHS, BATCH = 0.1, 7, 4, 100
 
 

@@ -85,7 +85,8 @@ def test_the_losses_go_the_same_way(name, rank, pair, all_images):
     ours, _, theirs, _ = (column[:NUM_TRACED] for column in runs(name, rank, pair, all_images))
     ours, theirs = ours[:, : SAME_STEPS + 1], theirs[:, : SAME_STEPS + 1]
     until_success = np.isfinite(ours)  # ours stops there
-    close = np.abs(ours - theirs) <= 1e-4 * np.abs(theirs) + 1e-7
+    # A loss near 0 is the difference of logits of about 20, which float32 rounds at 2e-6.
+    close = np.abs(ours - theirs) <= 1e-4 * np.abs(theirs) + 3e-6
     share = np.all(close | ~until_success, axis=1).mean()
     assert share >= 0.99
     assert until_success.mean() > 0.5
