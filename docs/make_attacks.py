@@ -234,8 +234,10 @@ def _logits(weights: dict[str, jax.Array], inputs: jax.Array) -> jax.Array:
 
 
 def _count(name: str, value: jax.Array) -> None:
-    # Under vmap the callback runs for each row, because it is given something of each.
-    jax.debug.callback(lambda _: PASSES.update([name]), jnp.sum(value))
+    # Under vmap the callback runs for each row, because it is given something of each. A batch of
+    # several rows, which all serve the one example, is as many passes.
+    rows = value.shape[0]
+    jax.debug.callback(lambda _: PASSES.update({name: rows}), jnp.sum(value))
 
 
 @jax.custom_vjp

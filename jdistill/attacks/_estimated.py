@@ -14,6 +14,7 @@ from jdistill.attacks._base import AttackResult, Goal, Problem
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 _NORMS = ("linf", "l2")
+_Sums = tuple[Array, Array, Array]
 
 
 def spsa(
@@ -62,8 +63,7 @@ def spsa(
             changes each feature by about as much; for l2 it is the step's length. None takes
             `eps / 10`.
         num_parallel: directions of each example that are tried in one batch, of `2 · B ·
-            num_parallel` inputs; static. None takes all. It bounds the memory and changes nothing
-            else.
+            num_parallel` inputs; static. None takes all; fewer need less memory.
         bounds: the box of valid inputs.
         targets: `[B]` int, classes to move towards; None moves away from the labels.
         trace: keep the margin after every step.
@@ -130,12 +130,10 @@ def nes(
         x ← project(x + step_size · steepest(m))
 
     f is the margin max_{i≠y} z_i - z_y. No gradient of the network is used, only its logits. The
-    published σ is small: it follows the network's own gradient closely, and where logits are
-    rounded or flat a larger one is needed. Each estimate is divided by its size, so no scale of
-    the logits matters.
+    published σ is small: where logits are rounded or flat a larger one is needed. Each estimate is
+    divided by its size, so no scale of the logits matters.
 
-    Points are clipped into the box before the network is asked; where that shortens a difference,
-    the estimate is divided by what is left of it. Each example stops at its first success.
+    Points are clipped into the box, and each example stops at its first success, as in `spsa`.
 
     Args:
         logits_fn: inputs `[B, ...]` to logits `[B, K]`; it is never differentiated.
@@ -153,9 +151,7 @@ def nes(
             None takes `eps / 10`.
         momentum: share of the direction before that is kept, in `[0, 1]`; 0 follows each estimate
             alone; scalar or `[B]`; may be traced.
-        num_parallel: directions of each example that are tried in one batch, of `2 · B ·
-            num_parallel` inputs; static. None takes all. It bounds the memory and changes nothing
-            else.
+        num_parallel: directions of each example that are tried in one batch; static. None: all.
         bounds: the box of valid inputs.
         targets: `[B]` int, classes to move towards; None moves away from the labels.
         trace: keep the margin after every step.
@@ -164,9 +160,7 @@ def nes(
         The result, as of `spsa`.
 
     Raises:
-        ValueError: eps or step_size below 0 or NaN, sigma not above 0, momentum outside `[0, 1]`,
-            inputs not finite or outside the box, labels or targets outside `0..K-1`, wrong ranks,
-            an unknown norm, counts below 1, no key.
+        ValueError: as `spsa`; step_size below 0, sigma not above 0, momentum outside `[0, 1]`.
 
     Example:
         >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [1.0, -1.0]]) - jnp.array([[0.6, 0]])
@@ -208,21 +202,16 @@ class _Settings(NamedTuple):
 
 
 class _Method(NamedTuple):
-    """What the two attacks do not share; static.
+    """What the two attacks do not share; static."""
 
-    Attributes:
-        draw: `(key, shape, dtype)`, one random direction, of mean 0 and variance 1.
-        init: `inputs [B, ...] -> state`.
-        turn: `(settings, norm, gradient [B, ...], state) -> (direction [B, ...], state)`.
-    """
-
-    draw: Callable[..., Array]
-    init: Callable[[Array], Any]
+    draw: Callable[..., Array]  # (key, shape, dtype): a direction of mean 0 and variance 1
+    init: Callable[[Array], Any]  # inputs [B, ...] -> state
+    # (settings, norm, gradient [B, ...], state) -> direction [B, ...] and state
     turn: Callable[[_Settings, str, Array, Any], tuple[Array, Any]]
 
 
 class _Counts(NamedTuple):
-    """What is static beside the method."""
+    """What else is static."""
 
     norm: str
     num_steps: int
@@ -248,7 +237,7 @@ class _Carry(NamedTuple):
 def _adam(settings: _Settings, norm: str, gradient: Array, state: Any) -> tuple[Array, Any]:
     del settings
     direction, state = _search.per_example_adam().update(gradient, state)
-    # Dividing feature by feature turns every direction into one of signs.
+    # Divided feature by feature a direction is one of signs, which is not the steepest for l2.
     return direction if norm == "linf" else norms.steepest(state.mu, norm), state
 
 
@@ -302,13 +291,14 @@ def _estimate(
     keys = fold_in(_base.need_key(problem, "random directions"), step)
     shape, dtype = inputs.shape[1:], inputs.dtype
 
-    def draw(key: Array, sample: Array) -> Array:
-        return method.draw(jax.random.fold_in(key, sample), shape, dtype)
+    def draw(sample: Array) -> Array:
+        own = fold_in(keys, jnp.broadcast_to(sample, keys.shape))
+        return jax.vmap(lambda key: method.draw(key, shape, dtype))(own)
 
-    def some(samples: Array) -> tuple[Array, Array, Array]:
+    def some(samples: Array) -> _Sums:
         """The sums over the directions of these numbers."""
         # Samples lead: the rows of the first sample, then those of the next one.
-        directions = jax.vmap(jax.vmap(draw, in_axes=(0, None)), in_axes=(None, 0))(keys, samples)
+        directions = jax.vmap(draw)(samples)
         offsets = norms.per_example(settings.reach, inputs)[None] * directions
         ends = jnp.clip(jnp.stack([inputs[None] + offsets, inputs[None] - offsets]), *bounds)
         repeated = jax.tree.map(lambda column: jnp.tile(column, 2 * len(samples)), problem.goal)
@@ -323,24 +313,18 @@ def _estimate(
         )
 
     bounds = problem.bounds
-    whole, rest = divmod(counts.num_samples, counts.num_parallel)
     numbers = jnp.arange(counts.num_samples)
-    sums = some(numbers[counts.num_samples - rest :]) if rest else None
-    if whole > 1:
-        groups = numbers[: whole * counts.num_parallel].reshape(whole, counts.num_parallel)
-        zeros = tuple(jnp.zeros_like(inputs) for _ in range(3)) if sums is None else sums
-        sums, _ = jax.lax.scan(lambda total, group: (_add(total, some(group)), None), zeros, groups)
-    elif whole == 1:
-        first = some(numbers[: counts.num_parallel])
-        sums = first if sums is None else _add(first, sums)
-    assert sums is not None
-    slope, got, wanted = sums
+    whole, rest = divmod(counts.num_samples, counts.num_parallel)
+    if whole == 1 and not rest:
+        slope, got, wanted = some(numbers)
+    else:
+        groups = numbers[: counts.num_samples - rest].reshape(whole, counts.num_parallel)
+        add = functools.partial(jax.tree.map, jnp.add)
+        sums: _Sums = (jnp.zeros_like(inputs),) * 3
+        sums, _ = jax.lax.scan(lambda sums, group: (add(sums, some(group)), None), sums, groups)
+        slope, got, wanted = add(sums, some(numbers[-rest:])) if rest else sums
     # A feature at a bound moved to one side only: less far, and the margin rose by less.
     return slope * jnp.where(got > 0, wanted / jnp.where(got > 0, got, 1.0), 0.0)
-
-
-def _add(first: tuple[Array, ...], second: tuple[Array, ...]) -> tuple[Array, ...]:
-    return jax.tree.map(jnp.add, first, second)
 
 
 def _step(
@@ -382,8 +366,7 @@ def _estimated(
     problem: Problem, settings: _Settings, method: _Method, counts: _Counts
 ) -> AttackResult:
     inputs = problem.inputs
-    logits = problem.logits_fn(inputs)
-    clean_success = problem.goal.reached_clean(logits)
+    clean_success = problem.goal.reached_clean(problem.logits_fn(inputs))
     zeros = jnp.zeros(clean_success.shape, jnp.int32)
     shape = (1, counts.num_steps) if counts.trace else (0, 0)
     carry = jax.lax.while_loop(

@@ -56,8 +56,8 @@ def bump(window: Window, turned: Array, shape: tuple[int, ...], dtype: jnp.dtype
     # them from its ring on.
     ring = jnp.maximum(jnp.abs(along - middle), jnp.abs(across - breadth // 2))
     largest = jnp.maximum(middle, breadth // 2)
-    sums = np.cumsum(1.0 / np.arange(1, max(shape[1:3]) + 2) ** 2)
-    sums = jnp.asarray(np.concatenate([[0.0], sums]), dtype)
+    heights = 1.0 / np.arange(1, max(shape[1:3]) + 2) ** 2
+    sums = jnp.asarray(np.concatenate([[0.0], np.cumsum(heights)]), dtype)
     value = jnp.take(sums, largest + 1, mode="clip") - jnp.take(sums, ring, mode="clip")
     inside = window.inside(shape)
     halves = [_unit(jnp.where(inside & part, value, 0.0)) for part in (upper, ~upper)]

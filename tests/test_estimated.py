@@ -1,0 +1,203 @@
+"""SPSA and NES: estimates against true gradients, exact optima, and logits alone."""
+
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jdistill import attacks, nets, norms
+from jdistill.attacks import _base, _estimated
+
+B, SHAPE, D = 3, (3, 4), 12
+RNG = np.random.default_rng(4)
+WEIGHTS = RNG.normal(0, 1, (D, 2)).astype(np.float32)
+SLOPE = (WEIGHTS[:, 1] - WEIGHTS[:, 0]).astype(float)  # of the margin of class 0
+INPUTS = RNG.uniform(0.4, 0.6, (B, *SHAPE)).astype(np.float32)
+LABELS = np.zeros(B, int)
+KEYS = jax.random.split(jax.random.key(9), B)
+ROWS = collections.Counter()
+METHODS = {"spsa": (attacks.spsa, _estimated._SPSA), "nes": (attacks.nes, _estimated._NES)}
+REACH = {"spsa": {"delta": 0.01}, "nes": {"sigma": 0.01}}
+
+both = pytest.mark.parametrize("name", METHODS)
+
+
+def network(weights, inputs):
+    matrix, bias = weights
+    return inputs.reshape(inputs.shape[0], -1) @ matrix + bias[None]
+
+
+def make(lead=20.0, scale=1.0):
+    """A linear network in which class 0 leads by so much in the middle of the box."""
+    bias = np.array([lead, SLOPE.sum() * -0.5], np.float32)
+    weights = (jnp.asarray(scale * WEIGHTS), jnp.asarray(scale * bias))
+    return nets.callable_logits_fn(network, weights)
+
+
+@functools.partial(jax.jit, static_argnames=("name", "counts"))
+def estimate(name, counts, model, inputs, reach):
+    problem = _base.prepare(
+        model, KEYS, inputs, jnp.asarray(LABELS), targets=None, bounds=(0.0, 1.0)
+    )
+    settings = _estimated._Settings(reach, reach, reach, None)
+    step = jnp.zeros(B, jnp.int32)
+    return _estimated._estimate(problem, settings, METHODS[name][1], counts, problem.inputs, step)
+
+
+def counts_of(num_samples, num_parallel):
+    return _estimated._Counts("linf", 1, num_samples, num_parallel, False)
+
+
+@both
+def test_the_estimate_converges_to_the_gradient(name):
+    inputs = INPUTS.copy()
+    inputs[0].flat[:6] = [0, 1, 0, 1, 0.004, 0.996]  # on and near the faces of the box
+    reach = jnp.full(B, 0.01)
+    errors = []
+    for num_samples in (256, 4096):
+        found = estimate(name, counts_of(num_samples, 256), make(), inputs, reach)
+        # Two ends, so many samples, and a direction of variance 1.
+        found = np.asarray(found).reshape(B, D) / (2 * 0.01 * num_samples)
+        errors.append(np.linalg.norm(found - SLOPE, axis=1) / np.linalg.norm(SLOPE))
+    # The error is that of a mean of random directions.
+    assert np.all(errors[1] < 2.5 * np.sqrt(D / 4096))
+    assert errors[1].mean() < 0.5 * errors[0].mean()
+
+
+@both
+@pytest.mark.parametrize("num_parallel", [3, 6, 10])
+def test_the_number_in_parallel_changes_nothing(name, num_parallel):
+    reach = jnp.array([0.01, 0.02, 0.005])
+    found = estimate(name, counts_of(10, num_parallel), make(), INPUTS, reach)
+    one_by_one = estimate(name, counts_of(10, 1), make(), INPUTS, reach)
+    np.testing.assert_allclose(found, one_by_one, rtol=1e-4, atol=1e-6)
+    assert np.all(np.asarray(found) != 0)
+
+
+@both
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_optimum_of_a_linear_network(name, norm):
+    eps = np.array([0.05, 0.1, 0.2], np.float32)
+    settings = {"eps": eps, "norm": norm, "num_steps": 60, "num_samples": 48} | REACH[name]
+    attack = METHODS[name][0]
+    result = attack(make(), KEYS, INPUTS, LABELS, trace=True, **settings)
+    assert not result.success.any()
+    np.testing.assert_array_equal(result.queries, 60 * (2 * 48 + 1) + 2)
+    np.testing.assert_array_equal(result.info["first_success"], -1)
+    delta = np.asarray(result.inputs - INPUTS, float).reshape(B, D)
+    gain = delta @ SLOPE
+    best = eps * np.linalg.norm(SLOPE, {"linf": 1, "l2": 2}[norm])
+    assert np.all(gain <= best * (1 + 1e-4))
+    assert np.all(gain >= 0.98 * best)
+    # The iterate of the largest margin is the one that is returned.
+    logits = np.asarray(make()(result.inputs))
+    margins = np.asarray(result.info["margin"])
+    np.testing.assert_allclose(margins.max(1), logits[:, 1] - logits[:, 0], atol=1e-4)
+    assert margins.shape == (B, 60)
+    # No scale of the logits changes a thing.
+    scaled = attack(make(scale=1024.0), KEYS, INPUTS, LABELS, trace=True, **settings)
+    np.testing.assert_array_equal(scaled.inputs, result.inputs)
+    # A success ends the example, and its flag is true.
+    easy = attack(make(lead=0.05), KEYS, INPUTS, LABELS, trace=True, **settings)
+    assert easy.success.any()
+    for b in np.flatnonzero(easy.success):
+        steps = int(easy.info["first_success"][b])
+        trail = np.asarray(easy.info["margin"][b])
+        if steps:
+            assert trail[steps - 1] > 0
+            assert np.all(trail[: steps - 1] <= 0)
+            assert easy.queries[b] == steps * (2 * 48 + 1) + 2
+        assert np.all(np.isnan(trail[steps:]))
+
+
+@jax.custom_vjp
+def secretive(inputs):
+    """Logits that are rounded, and a gradient that cannot be had; counts its rows."""
+    rows = inputs.shape[0]
+    jax.debug.callback(lambda _: ROWS.update(rows=rows), inputs[0].sum())
+    sums = inputs.reshape(rows, -1).mean(axis=1)
+    return jnp.round(200 * jnp.stack([0.5 + 0 * sums, sums], axis=1))
+
+
+def _no_gradient(*_):
+    raise AssertionError("a gradient was asked for")
+
+
+secretive.defvjp(_no_gradient, _no_gradient)
+
+
+@both
+@pytest.mark.parametrize(("eps", "breaks"), [(0.2, True), (0.02, False)])
+def test_only_logits_are_asked_for_and_counted(name, eps, breaks):
+    inputs = np.full((1, *SHAPE), 0.45, np.float32)
+    settings = {"num_steps": 30, "num_samples": 10, "num_parallel": 4}
+    settings |= {"delta": 0.05} if name == "spsa" else {"sigma": 0.05}
+    ROWS.clear()
+    result = METHODS[name][0](secretive, KEYS[:1], inputs, np.array([0]), eps=eps, **settings)
+    jax.block_until_ready(result)
+    jax.effects_barrier()
+    assert bool(result.success[0]) == breaks
+    assert ROWS["rows"] == result.queries[0]
+    steps = int(result.info["first_success"][0]) if breaks else 30
+    assert result.queries[0] == steps * (2 * 10 + 1) + 2
+
+
+@both
+def test_broken_logits_are_no_guide_and_no_success(name):
+    # Half of what could be asked is broken; the other half leads to class 1.
+    def logits_of(x):
+        flat = x.reshape(x.shape[0], -1)
+        good = jnp.stack([jnp.full_like(flat[:, 0], 0.52), flat[:, 1:].mean(axis=1)], axis=1)
+        return jnp.where(flat[:, :1] > 0.5, jnp.nan, good)
+
+    inputs = np.full((B, *SHAPE), 0.5, np.float32)
+    settings = {"eps": 0.1, "num_steps": 40, "num_samples": 32} | REACH[name]
+    result = METHODS[name][0](logits_of, KEYS, inputs, LABELS, **settings)
+    assert np.all(np.isfinite(result.inputs))
+    flat = np.asarray(result.inputs).reshape(B, D)
+    broken = flat[:, 0] > 0.5
+    np.testing.assert_array_equal(result.success, ~broken & (flat[:, 1:].mean(1) > 0.52))
+    assert not broken.any()
+    assert result.success.any()
+
+
+@both
+def test_everything_is_asked_for_inside_the_box(name):
+    seen = []
+
+    def logits_of(x):
+        jax.debug.callback(lambda low, high: seen.append((float(low), float(high))), *ends(x))
+        return x.reshape(x.shape[0], -1)[:, :2] + jnp.array([[9.0, 0.0]])
+
+    def ends(x):
+        return x.min(), x.max()
+
+    inputs = RNG.integers(0, 2, (B, *SHAPE)).astype(np.float32)
+    settings = {"eps": 0.1, "num_steps": 3, "num_samples": 4} | REACH[name]
+    result = METHODS[name][0](logits_of, KEYS, inputs, LABELS, **settings)
+    jax.block_until_ready(result)
+    jax.effects_barrier()
+    assert len(seen) >= 8
+    assert min(low for low, _ in seen) >= 0
+    assert max(high for _, high in seen) <= 1
+    assert np.all(norms.distance(result.inputs - inputs, "linf") > 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "message"),
+    [
+        ("spsa", {"norm": "l1"}, "expected norm to be one of 'linf', 'l2', got 'l1'"),
+        ("spsa", {"delta": 0.0}, r"expected delta > 0, got 0\.0"),
+        ("nes", {"sigma": -1.0}, r"expected sigma > 0, got -1\.0"),
+        ("nes", {"momentum": 1.5}, r"expected momentum in \[0, 1\], got 1\.5"),
+        ("nes", {"num_parallel": 0}, "expected num_parallel to be a whole number >= 1, got 0"),
+        ("nes", {"key": None}, "expected a PRNG key for random directions, got None"),
+    ],
+)
+def test_bad_settings_are_named(name, kwargs, message):
+    arguments = {"key": KEYS, "eps": 0.1} | kwargs
+    with pytest.raises(ValueError, match=message):
+        METHODS[name][0](make(), arguments.pop("key"), INPUTS, LABELS, **arguments)
