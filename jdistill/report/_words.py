@@ -120,8 +120,8 @@ def reading(network: Network, baseline: Network | None) -> Reading:
     """Reads a network's zero gradients together with the attacks on it.
 
     * "masked": the gradient is exactly zero on at least half of the examples, an attack that
-      follows it (FGSM, BIM, MIM, PGD, APGD-CE, JSMA) fails on at least half, and either an attack of the
-      same norm and budget that does not follow it succeeds on at least 10 points more (95 %
+      follows it (FGSM, BIM, MIM, PGD, APGD-CE, JSMA) fails on at least half, and either an attack
+      of the same norm and budget that does not follow it succeeds on at least 10 points more (95 %
       intervals apart), or a minimum-norm attack that does not follow it succeeds on at least 95 %
       at a median distance of at most 1.5 times the baseline's.
     * "blind": the gradient is zero on at least half, without that second piece of evidence.
