@@ -327,7 +327,7 @@ def test_random_starts_are_at_half_the_radius():
     model = nets.callable_logits_fn(lambda _, x: x, ())
     problem = _base.prepare(model, KEY, inputs, np.zeros(3, int), targets=None, bounds=(0, 1))
     eps = jnp.array([0.4, 0.4, jnp.inf])
-    search = _fab_core.Search(problem, eps, eps, eps, eps)
+    search = _fab_core.Search(problem, eps, eps, eps, eps, jnp.int32(0))
     for norm, widest in (("linf", 1.0), ("l2", 40**0.5)):
         settings = _fab_core.Settings(norm, 1, 3, None, False)
         begin = jax.jit(lambda start, best, s=settings: _fab_core._begin(search, s, start, best))

@@ -3,12 +3,11 @@
 from collections.abc import Callable
 
 import jax.numpy as jnp
-import numpy as np
 
 from jdistill import _validate, losses
 from jdistill._precision import full_precision
 from jdistill._pytree import as_pytree
-from jdistill.attacks import _apgd_core, _apgd_l1, _base
+from jdistill.attacks import _aims, _apgd_core, _apgd_l1, _base
 from jdistill.attacks._apgd_core import Search, Settings
 from jdistill.attacks._base import AttackResult, Problem
 from jdistill.attacks._gradient import _NORMS
@@ -106,7 +105,7 @@ def apgd(
         num_steps=num_steps,
         num_restarts=num_restarts,
         num_targets=None,
-        first_target=0,
+        first_target=jnp.zeros((), jnp.int32),
         best_loss=best_loss,
         trace=trace,
     )
@@ -176,26 +175,19 @@ def apgd_targeted(
     References:
         Croce & Hein 2020, section 4.1, equation 7, and section 5.
     """
-    _validate.count(num_targets=num_targets)
     problem = _base.prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
-    num_classes = _base.num_classes(problem)
-    _validate.rank(0, first_target=first_target)
-    _validate.within(0, num_classes - 2, first_target=first_target)
-    if targets is not None:
-        num_targets, first_target = 1, 0
-    elif not _validate.is_traced(first_target):
-        num_targets = min(num_targets, num_classes - 1 - int(np.asarray(first_target)))
+    num_targets, first = _aims.check(problem, num_targets, first_target)
     return _search(
         problem,
-        losses.targeted_dlr if num_classes >= 4 else _gap,
+        losses.targeted_dlr if _base.num_classes(problem) >= 4 else _gap,
         eps,
         rho,
         init,
         norm=norm,
         num_steps=num_steps,
         num_restarts=num_restarts,
-        num_targets=min(num_targets, num_classes - 1),
-        first_target=first_target,
+        num_targets=num_targets,
+        first_target=first,
         best_loss=False,
         trace=trace,
     )
@@ -218,7 +210,7 @@ def _search(
     num_steps: int,
     num_restarts: int,
     num_targets: int | None,
-    first_target: ArrayLike,
+    first_target: Array,
     best_loss: bool,
     trace: bool,
 ) -> AttackResult:
@@ -236,7 +228,7 @@ def _search(
         _base.radius(eps, problem.inputs),
         _base.one_per_example(rho, problem.inputs, name="rho"),
         init,
-        jnp.asarray(first_target, jnp.int32),
+        first_target,
     )
     settings = Settings(norm, num_steps, num_restarts, num_targets, best_loss, trace)
     run = _apgd_l1.run if norm == "l1" else _apgd_core.run

@@ -10,8 +10,10 @@ import numpy as np
 
 from jdistill import norms
 from jdistill.attacks import _base
+from jdistill.attacks._aims import Aims
 from jdistill.attacks._base import AttackResult, Goal, Problem
 from jdistill.attacks._gradient import _gain_gradient
+from jdistill.attacks._search import select
 from jdistill.typing import Array
 
 _MOMENTUM = 0.25  # the share of the step before
@@ -128,29 +130,16 @@ class Progress(NamedTuple):
         ), again
 
 
-def select(flags: Array, chosen: Array, other: Array) -> Array:
-    """`chosen` where the flag `[B]` is set, of arrays `[B, ...]`."""
-    return jnp.where(norms.per_example(flags, chosen) > 0, chosen, other)
-
-
-def ranked_targets(search: Search, settings: Settings, logits: Array) -> Array | None:
-    """The classes other than the label, the largest clean logit first, `[B, K - 1]`."""
+def aims_of(search: Search, settings: Settings, logits: Array) -> Aims | None:
+    """From the clean logits; None where the loss aims at no class."""
     if settings.num_targets is None:
         return None
-    goal = search.problem.goal
-    if goal.targets is not None:
-        return goal.targets[:, None]
-    own = jax.nn.one_hot(goal.labels, logits.shape[1], dtype=bool)
-    order = jnp.argsort(-jnp.where(own, -jnp.inf, logits), axis=1)
-    return order[:, :-1].astype(jnp.int32)
+    return Aims.of(search.problem.goal, logits, search.first_target)
 
 
-def aim_of(search: Search, settings: Settings, ranked: Array | None, start: Array) -> Array | None:
+def aim_of(settings: Settings, aims: Aims | None, start: Array) -> Array | None:
     """The class that each example's start aims at, `[B]`."""
-    if ranked is None:
-        return None
-    rank = search.first_target + start // settings.num_restarts
-    return jnp.take_along_axis(ranked, rank[:, None], axis=1)[:, 0]
+    return None if aims is None else aims.at(start // settings.num_restarts)
 
 
 def evaluate(search: Search, aim: Array | None, inputs: Array) -> tuple[Array, Array, Array]:
@@ -267,11 +256,11 @@ def _into(search: Search, settings: Settings, inputs: Array) -> Array:
     )
 
 
-def _step(search: Search, settings: Settings, ranked: Array | None, carry: _Carry) -> _Carry:
+def _step(search: Search, settings: Settings, aims: Aims | None, carry: _Carry) -> _Carry:
     """One forward and backward pass: judge the current point, then move those that resist."""
     progress, inputs = carry.progress, carry.inputs
     active, step, first = ~progress.done, progress.event, progress.event == 0
-    aim = aim_of(search, settings, ranked, progress.start)
+    aim = aim_of(settings, aims, progress.start)
     gradient, success, gain = evaluate(search, aim, inputs)
 
     better = first | (gain > carry.best_loss)
@@ -338,7 +327,7 @@ def run(search: Search, settings: Settings) -> AttackResult:
     problem = search.problem
     logits = problem.logits_fn(problem.inputs)
     clean_success = problem.goal.reached_clean(logits)
-    ranked = ranked_targets(search, settings, logits)
+    aims = aims_of(search, settings, logits)
     progress = Progress.begin(search, settings, clean_success, settings.num_steps + 1)
     start = _begin(search, settings, progress.start)
     zeros = jnp.zeros_like(search.eps)
@@ -357,7 +346,7 @@ def run(search: Search, settings: Settings) -> AttackResult:
     )
     carry = jax.lax.while_loop(
         lambda carry: jnp.any(~carry.progress.done),
-        functools.partial(_step, search, settings, ranked),
+        functools.partial(_step, search, settings, aims),
         carry,
     )
     return finish(
@@ -366,5 +355,5 @@ def run(search: Search, settings: Settings) -> AttackResult:
         carry.progress,
         candidate=carry.inputs,
         clean_success=clean_success,
-        aim=aim_of(search, settings, ranked, carry.progress.start),
+        aim=aim_of(settings, aims, carry.progress.start),
     )

@@ -9,18 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import norms
+from jdistill.attacks._aims import Aims
 from jdistill.attacks._apgd_core import (
     Progress,
     Search,
     Settings,
     aim_of,
+    aims_of,
     evaluate,
     finish,
-    ranked_targets,
-    select,
     start_point,
 )
 from jdistill.attacks._base import AttackResult
+from jdistill.attacks._search import select
 from jdistill.typing import Array
 
 _RADII = (3.0, 2.0, 1.0)  # in units of eps
@@ -131,7 +132,7 @@ def _ascend(inputs: Array, gradient: Array, length: Array, density: Array) -> Ar
 
 
 def _step(
-    search: Search, settings: Settings, plan: _Plan, ranked: Array | None, carry: _Carry
+    search: Search, settings: Settings, plan: _Plan, aims: Aims | None, carry: _Carry
 ) -> _Carry:
     """One forward and backward pass: judge the current point, then move those that resist."""
     progress, inputs = carry.progress, carry.inputs
@@ -140,7 +141,7 @@ def _step(
         jnp.asarray(column)[progress.event] for column in plan
     )
     radius = radius.astype(search.eps.dtype) * search.eps
-    aim = aim_of(search, settings, ranked, progress.start)
+    aim = aim_of(settings, aims, progress.start)
     gradient, success, gain = evaluate(search, aim, inputs)
     gradient = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
     success &= judged
@@ -198,7 +199,7 @@ def run(search: Search, settings: Settings) -> AttackResult:
     plan = _Plan.of(settings.num_steps)
     logits = problem.logits_fn(problem.inputs)
     clean_success = problem.goal.reached_clean(logits)
-    ranked = ranked_targets(search, settings, logits)
+    aims = aims_of(search, settings, logits)
     progress = Progress.begin(search, settings, clean_success, len(plan.radius))
     start = _begin(search, settings, plan.radius[0], progress.start)
     zeros = jnp.zeros_like(search.eps)
@@ -213,7 +214,7 @@ def run(search: Search, settings: Settings) -> AttackResult:
     )
     carry = jax.lax.while_loop(
         lambda carry: jnp.any(~carry.progress.done),
-        functools.partial(_step, search, settings, plan, ranked),
+        functools.partial(_step, search, settings, plan, aims),
         carry,
     )
     return finish(
@@ -222,5 +223,5 @@ def run(search: Search, settings: Settings) -> AttackResult:
         carry.progress,
         candidate=carry.inputs,
         clean_success=clean_success,
-        aim=aim_of(search, settings, ranked, carry.progress.start),
+        aim=aim_of(settings, aims, carry.progress.start),
     )

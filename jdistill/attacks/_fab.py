@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from jdistill import _validate
 from jdistill._precision import full_precision
-from jdistill.attacks import _base
+from jdistill.attacks import _aims, _base
 from jdistill.attacks._base import AttackResult, Problem
 from jdistill.attacks._fab_core import Search, Settings, run
 from jdistill.attacks._gradient import _NORMS
@@ -98,6 +98,7 @@ def fab(
         num_steps=num_steps,
         num_restarts=num_restarts,
         num_targets=None,
+        first_target=jnp.zeros((), jnp.int32),
     )
 
 
@@ -110,6 +111,7 @@ def fab_targeted(
     eps: ArrayLike | None = None,
     norm: str = "linf",
     num_targets: int = 9,
+    first_target: ArrayLike = 0,
     num_steps: int = 100,
     num_restarts: int = 1,
     alpha_max: ArrayLike = 0.1,
@@ -134,7 +136,9 @@ def fab_targeted(
             example then ends with the start that succeeded. None looks for the smallest distance
             over all of them.
         norm: `"linf"`, `"l2"` or `"l1"`.
-        num_targets: classes aimed at, at least 1, and at most the `K - 1` that there are; static.
+        num_targets: classes aimed at, at least 1, and at most as many as there are; static.
+        first_target: rank of the first class aimed at, 0 is the runner-up; in `0..K-2`; a scalar;
+            may be traced. With `num_targets=1` one class at a time, as `autoattack` does.
         num_steps: steps a start, at least 1; static. Each costs two forward passes and one
             backward pass.
         num_restarts: starts for each class, at least 1; static; as in `fab`.
@@ -151,7 +155,7 @@ def fab_targeted(
         `target [B]` int32 too, the class aimed at in the start that the returned point is from.
 
     Raises:
-        ValueError: as `fab`; num_targets below 1.
+        ValueError: as `fab`; num_targets below 1, first_target outside `0..K-2`.
 
     Example:
         >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [1.0, -1.0]]) - jnp.array([[0.8, 0]])
@@ -165,8 +169,8 @@ def fab_targeted(
         Diverse Parameter-free Attacks" (FAB-T), after the same authors' "Minimally distorted
         Adversarial Examples with a Fast Adaptive Boundary Attack". `targets` are ours.
     """
-    _validate.count(num_targets=num_targets)
     problem = _base.prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
+    num_targets, first = _aims.check(problem, num_targets, first_target)
     return _search(
         problem,
         eps,
@@ -176,7 +180,8 @@ def fab_targeted(
         norm=norm,
         num_steps=num_steps,
         num_restarts=num_restarts,
-        num_targets=min(num_targets, _base.num_classes(problem) - 1),
+        num_targets=num_targets,
+        first_target=first,
     )
 
 
@@ -191,6 +196,7 @@ def _search(
     num_steps: int,
     num_restarts: int,
     num_targets: int | None,
+    first_target: Array,
 ) -> AttackResult:
     """Check the arguments that both attacks share, and run."""
     _validate.one_of(_NORMS, norm=norm)
@@ -206,6 +212,7 @@ def _search(
         _base.one_per_example(alpha_max, inputs, name="alpha_max"),
         _base.radius(eta, inputs, name="eta"),
         _base.one_per_example(beta, inputs, name="beta"),
+        first_target,
     )
     if problem.goal.targets is not None:
         num_targets = 1

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jdistill import norms
 from jdistill.attacks import _base, _hyperplane
+from jdistill.attacks._aims import Aims
 from jdistill.attacks._base import AttackResult, Problem
 from jdistill.attacks._search import select
 from jdistill.typing import Array
@@ -21,6 +22,7 @@ class Search(NamedTuple):
     alpha_max: Array  # [B]
     eta: Array  # [B]
     beta: Array  # [B]
+    first_target: Array  # scalar, its rank
 
 
 class Settings(NamedTuple):
@@ -50,25 +52,6 @@ class _Carry(NamedTuple):
     best_start: Array
     first_success: Array
     queries: Array
-
-
-def _ranked(search: Search, settings: Settings, logits: Array) -> Array | None:
-    """The classes to aim at, the largest clean logit first, `[B, num_targets]`; None: at none."""
-    goal = search.problem.goal
-    if settings.num_targets is None:
-        return None
-    if goal.targets is not None:
-        return goal.targets[:, None]
-    own = jax.nn.one_hot(goal.labels, logits.shape[1], dtype=bool)
-    order = jnp.argsort(-jnp.where(own, -jnp.inf, logits), axis=1)
-    return order[:, : settings.num_targets].astype(jnp.int32)
-
-
-def _aim(settings: Settings, ranked: Array | None, start: Array) -> Array | None:
-    """The class that each example's start aims at, `[B]`."""
-    if ranked is None:
-        return None
-    return jnp.take_along_axis(ranked, (start // settings.num_restarts)[:, None], axis=1)[:, 0]
 
 
 def _boundary(problem: Problem, norm: str, aim: Array | None, inputs: Array) -> tuple[Array, Array]:
@@ -126,7 +109,8 @@ def _begin(search: Search, settings: Settings, start: Array, best_distance: Arra
     if settings.num_restarts == 1:
         return clean
     low, high = problem.bounds
-    keys = jax.vmap(jax.random.fold_in)(_base.need_key(problem, "random starts"), start)
+    place = search.first_target * settings.num_restarts + start
+    keys = jax.vmap(jax.random.fold_in)(_base.need_key(problem, "random starts"), place)
     draw = jax.random.normal
     if settings.norm == "linf":
         draw = functools.partial(jax.random.uniform, minval=-1.0, maxval=1.0)
@@ -138,11 +122,11 @@ def _begin(search: Search, settings: Settings, start: Array, best_distance: Arra
     return select(start % settings.num_restarts == 0, clean, jnp.clip(clean + noise, low, high))
 
 
-def _step(search: Search, settings: Settings, ranked: Array | None, carry: _Carry) -> _Carry:
+def _step(search: Search, settings: Settings, aims: Aims | None, carry: _Carry) -> _Carry:
     """One step to the boundary, and back a little where it was crossed."""
     problem, norm = search.problem, settings.norm
     clean, active = problem.inputs, ~carry.done
-    aim = _aim(settings, ranked, carry.start)
+    aim = None if aims is None else aims.at(carry.start // settings.num_restarts)
     normal, gap = _boundary(problem, norm, aim, carry.inputs)
     moved = _move(search, norm, carry.inputs, normal, gap)
 
@@ -181,7 +165,9 @@ def run(search: Search, settings: Settings) -> AttackResult:
     problem = search.problem
     logits = problem.logits_fn(problem.inputs)
     clean_success = problem.goal.reached_clean(logits)
-    ranked = _ranked(search, settings, logits)
+    aims = None
+    if settings.num_targets is not None:
+        aims = Aims.of(problem.goal, logits, search.first_target)
     zeros = jnp.zeros(clean_success.shape, jnp.int32)
     carry = _Carry(
         inputs=problem.inputs,
@@ -196,11 +182,11 @@ def run(search: Search, settings: Settings) -> AttackResult:
     )
     carry = jax.lax.while_loop(
         lambda carry: jnp.any(~carry.done),
-        functools.partial(_step, search, settings, ranked),
+        functools.partial(_step, search, settings, aims),
         carry,
     )
     info = {"first_success": carry.first_success, "restart": carry.best_start}
-    aim = _aim(settings, ranked, carry.best_start)
+    aim = None if aims is None else aims.at(carry.best_start // settings.num_restarts)
     if aim is not None:
         info["target"] = aim
     return _base.finish(
