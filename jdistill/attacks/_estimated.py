@@ -349,7 +349,8 @@ def _step(
     better = active & (margin > carry.best_margin)
     step = carry.step + active
     return _Carry(
-        inputs=_search.select(active, moved, carry.inputs),
+        # From where logits are broken no difference would lead back.
+        inputs=_search.select(active & (margin > -jnp.inf), moved, carry.inputs),
         state=_search.select(active, state, carry.state),
         step=step,
         done=carry.done | success | (step == counts.num_steps),
