@@ -29,6 +29,7 @@ Two are drivers, loops on the host that refuse tracers: `ensemble` (the worst ca
 
 from jdistill.attacks._apgd import apgd, apgd_targeted
 from jdistill.attacks._base import AttackResult
+from jdistill.attacks._boundary import boundary
 from jdistill.attacks._carlini_wagner import carlini_wagner_l2
 from jdistill.attacks._carlini_wagner_l0 import carlini_wagner_l0
 from jdistill.attacks._carlini_wagner_linf import carlini_wagner_linf
@@ -38,10 +39,12 @@ from jdistill.attacks._ead import ead
 from jdistill.attacks._ensemble import ensemble
 from jdistill.attacks._fmn import fmn
 from jdistill.attacks._gradient import fgsm
+from jdistill.attacks._hop_skip_jump import hop_skip_jump
 from jdistill.attacks._iterative import bim, mim
 from jdistill.attacks._jsma import jsma, softmax, softmax_at
 from jdistill.attacks._pgd import pgd
 from jdistill.attacks._spatial import spatial
+from jdistill.attacks._transfer import transfer
 from jdistill.attacks._universal import universal
 from jdistill.attacks._wrappers import bpda, expectation
 
@@ -50,6 +53,7 @@ __all__ = [
     "apgd",
     "apgd_targeted",
     "bim",
+    "boundary",
     "bpda",
     "carlini_wagner_l0",
     "carlini_wagner_l2",
@@ -61,11 +65,13 @@ __all__ = [
     "expectation",
     "fgsm",
     "fmn",
+    "hop_skip_jump",
     "jsma",
     "mim",
     "pgd",
     "softmax",
     "softmax_at",
     "spatial",
+    "transfer",
     "universal",
 ]
