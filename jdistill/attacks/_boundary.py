@@ -22,8 +22,6 @@ _CHECK_EVERY = 10
 _NUM_CHECKS, _CHECK_RANGE = 10, (0.2, 0.5)
 _NUM_MOVES, _MOVE_RANGE = 30, (0.1, 0.25)
 _ADAPTATION = 1.5
-# A relative step below this is lost in rounding.
-_CONVERGED = 1e-6
 
 
 def boundary(
@@ -97,7 +95,7 @@ def boundary(
         Against Black-Box Machine Learning Models", section 2. The differences: the bisection
         before the walk; every number that adapts is the example's own, and adapts after 10
         orthogonal and 30 whole tries (the released code: 100 and 30, both counted every tenth
-        try); the walk ends with its budget, or when ε is below 1e-6.
+        try); the walk ends with its budget, or when ε is below 1e-5.
     """
     _decision.check_counts(num_queries, num_starts)
     _validate.positive(orthogonal_step=orthogonal_step, source_step=source_step)
@@ -218,7 +216,7 @@ def _step(oracle: Oracle, keys: Array, carry: _Carry) -> _Carry:
         source_step=jnp.where(active, source_step, carry.source_step),
         checks=checks,
         moves=moves,
-        done=carry.done | (source_step < _CONVERGED) | ~_decision.affordable(oracle, ledger),
+        done=carry.done | (source_step < _decision.CLOSER) | ~_decision.affordable(oracle, ledger),
     )
 
 

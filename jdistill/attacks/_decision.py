@@ -18,6 +18,9 @@ from jdistill.typing import Array
 
 # The clean input, one more point, and the verification.
 _LEAST_QUERIES = 3
+# By what share of the distance a point is closer: more than rounding, which must not decide where
+# points of equal distance are compared.
+CLOSER = 1e-5
 
 
 class Oracle(NamedTuple):
@@ -73,7 +76,7 @@ def ask(oracle: Oracle, ledger: Ledger, candidate: Array, active: Array) -> tupl
     problem = oracle.problem
     adversarial = active & problem.goal.reached(problem.logits_fn(candidate))
     distance = norms.distance(candidate - problem.inputs, oracle.norm)
-    better = adversarial & (distance < ledger.best_distance)
+    better = adversarial & (distance < (1 - CLOSER) * ledger.best_distance)
     seen = jnp.where(adversarial, distance, jnp.inf)
     first = adversarial & (ledger.first_success < 0)
     return adversarial, Ledger(
