@@ -54,7 +54,7 @@ CASES = {
         changes={"orthogonal_step": 0.1, "source_step": 0.02},
     ),
     "hop_skip_jump-l2": Case(
-        functools.partial(attacks.hop_skip_jump, num_queries=150, num_samples=20),
+        functools.partial(attacks.hop_skip_jump, norm="l2", num_queries=150, num_samples=20),
         "l2",
         False,
         True,

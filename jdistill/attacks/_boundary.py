@@ -70,14 +70,14 @@ def boundary(
             is rarely of a given class: pass `init` as well.
         init: `[B, ...]`, tried as a start before the random ones (clipped into the box): an
             input of another class, or of the target's.
-        trace: keep the distance found after every query.
+        trace: keep the distance found within every smaller budget.
 
     Returns:
         The result, the closest of all adversarial points that were asked for. Where no start was
         found: the clean input, `success=False`, `distance=inf`. `distance` is the L2 distance.
         `info`: `first_success [B]` int32, the query that found the first adversarial (0: the clean
-        input), -1 if none did; with `trace`, `distance [B, num_queries]`, the smallest distance
-        known after each query, `inf` before there is one: what a smaller budget would have found.
+        input), -1 if none did; with `trace`, `distance [B, num_queries]`, whose entry `q - 1`
+        is what `num_queries=q` would have found (`inf`: nothing).
 
     Raises:
         ValueError: num_queries below 3, num_starts below 1, a step not above 0, no key, inputs

@@ -38,7 +38,8 @@ class Ledger(NamedTuple):
     best: Array  # the closest adversarial; the clean input before there is one
     best_distance: Array  # inf before there is one
     first_success: Array  # the query that found the first one
-    distances: Array  # [B, 1, num_queries], of each query's adversarial, or [B, 0, 0]
+    distances: Array  # [B, 1, num_queries], of each query's adversarial at the least budget that
+    # lets it be verified; or [B, 0, 0]
 
     @property
     def found(self) -> Array:
@@ -85,7 +86,7 @@ def ask(oracle: Oracle, ledger: Ledger, candidate: Array, active: Array) -> tupl
         best_distance=jnp.where(better, distance, ledger.best_distance),
         first_success=jnp.where(first, ledger.queries, ledger.first_success),
         distances=_base.record(
-            ledger.distances, active, seen, jnp.zeros_like(ledger.queries), ledger.queries
+            ledger.distances, active, seen, jnp.zeros_like(ledger.queries), ledger.queries + 1
         ),
     )
 

@@ -16,7 +16,7 @@ from jdistill.attacks._search import select
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 # The norms, and the power of the number of features in θ.
-_TOLERANCE = {"l2": 1.5, "linf": 2.0}
+_TOLERANCE = {"linf": 2.0, "l2": 1.5}
 # What an example's next query is for.
 _SEARCH, _SAMPLE, _STEP = 0, 1, 2
 # Of the box's width: the size of the first samples, when the distance is still that of noise.
@@ -33,7 +33,7 @@ def hop_skip_jump(
     inputs: ArrayLike,
     labels: ArrayLike,
     *,
-    norm: str = "l2",
+    norm: str = "linf",
     num_queries: int = 10_000,
     num_samples: int = 100,
     max_samples: int = 10_000,
@@ -63,7 +63,7 @@ def hop_skip_jump(
         key: one key, or `[B]` keys.
         inputs: `[B, ...]` float inside `bounds`.
         labels: `[B]` int, the true classes.
-        norm: `"l2"` or `"linf"`.
+        norm: `"linf"` or `"l2"`.
         num_queries: the most forward passes for an example, those of the clean input and of the
             verification included, at least 3; static.
         num_samples: samples of the first round, at least 1; static.
@@ -76,15 +76,14 @@ def hop_skip_jump(
             is rarely of a given class: pass `init` as well.
         init: `[B, ...]`, tried as a start before the random ones (clipped into the box): an
             input of another class, or of the target's.
-        trace: keep the distance found after every query.
+        trace: keep the distance found within every smaller budget.
 
     Returns:
         The result, the closest of all adversarial points that were asked for. Where no start was
         found: the clean input, `success=False`, `distance=inf`. `info`: `first_success [B]` int32,
         the query that found the first adversarial (0: the clean input), -1 if none did; `rounds
-        [B]` int32, how many were begun; with `trace`, `distance [B, num_queries]`, the smallest
-        distance known after each query, `inf` before there is one: what a smaller budget would
-        have found.
+        [B]` int32, how many were begun; with `trace`, `distance [B, num_queries]`, whose
+        entry `q - 1` is what `num_queries=q` would have found (`inf`: nothing).
 
     Raises:
         ValueError: an unknown norm, num_queries below 3, other counts below 1, gamma not above 0,
@@ -93,7 +92,8 @@ def hop_skip_jump(
     Example:
         >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [1.0, -1.0]]) - jnp.array([[0.8, 0]])
         >>> x, y = jnp.array([[0.4, 0.4]]), jnp.array([0])
-        >>> result = hop_skip_jump(logits_fn, jax.random.key(0), x, y, gamma=0.01, num_queries=500)
+        >>> result = hop_skip_jump(
+        ...     logits_fn, jax.random.key(0), x, y, norm="l2", gamma=0.01, num_queries=500)
         >>> bool(result.success[0]), bool(0.28 < result.distance[0] < 0.30)  # exactly: 0.283
         (True, True)
 
