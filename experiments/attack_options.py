@@ -53,9 +53,12 @@ _LONGEST_NAME = 200
 
 
 def _is_offered(function: Any) -> bool:
-    """Whether it attacks examples one by one: wrappers take other arguments, drivers a callback."""
+    """Whether it attacks one network's examples one by one.
+
+    Wrappers take other arguments, drivers a callback, and `transfer` a second network.
+    """
     names = tuple(inspect.signature(function).parameters)
-    return names[: len(_FIRST)] == _FIRST and "callback" not in names
+    return names[: len(_FIRST)] == _FIRST and not {"callback", "source"} & set(names)
 
 
 ATTACKS: dict[str, Callable[..., attacks.AttackResult]] = {

@@ -19,6 +19,7 @@ FOLLOW_CROSS_ENTROPY = frozenset({"fgsm", "bim", "mim", "pgd", "universal", "jsm
 FOLLOW_OTHER = frozenset(
     {
         "pgd_margin",
+        "boundary",
         "carlini_wagner_l0",
         "carlini_wagner_l2",
         "carlini_wagner_linf",
@@ -27,6 +28,7 @@ FOLLOW_OTHER = frozenset(
         "ead",
         "fab",
         "fmn",
+        "hop_skip_jump",
         "spatial",
         "square",
     }
