@@ -53,7 +53,9 @@ def reference(weights, x, key, num_queries):
     draw = 0
     while best is None:
         start_key = jax.random.fold_in(jax.random.fold_in(key, 0), draw)
-        ask(np.asarray(jax.random.uniform(start_key, (D,)), np.float64))
+        *noise, first, second = np.asarray(jax.random.uniform(start_key, (D + 2,)), np.float64)
+        first, second = (first, second) if draw % 2 else (0, 1)
+        ask(first + (second - first) * np.array(noise))
         draw += 1
     start, low, high = best, 0.0, 1.0
     for _ in range(10):

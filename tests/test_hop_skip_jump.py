@@ -98,7 +98,9 @@ def reference(weights, x, key, norm, num_queries, gamma=0.1):
         draw = 0
         while True:
             folded = jax.random.fold_in(jax.random.fold_in(key, 0), draw)
-            start = np.asarray(jax.random.uniform(folded, (D,)), np.float64)
+            *draws, first, second = np.asarray(jax.random.uniform(folded, (D + 2,)), np.float64)
+            first, second = (first, second) if draw % 2 else (0, 1)
+            start = first + (second - first) * np.array(draws)
             if ask(start):
                 break
             draw += 1

@@ -24,7 +24,9 @@ def train(inputs, labels, seed, scale=10.0):
     first = rng.normal(0, 0.15, (inputs[0].size, 150))
     offset = rng.normal(0, 0.5, 150)
     hidden = np.tanh((inputs.reshape(len(inputs), -1) - 0.5) @ first + offset)
-    second = np.linalg.solve(hidden.T @ hidden + 10 * np.eye(150), hidden.T @ (np.eye(10)[labels] - 0.1))
+    second = np.linalg.solve(
+        hidden.T @ hidden + 10 * np.eye(150), hidden.T @ (np.eye(10)[labels] - 0.1)
+    )
     weights = [np.float32(array) for array in (first, offset, scale * second)]
     return nets.callable_logits_fn(network, weights)
 

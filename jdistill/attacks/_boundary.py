@@ -64,7 +64,8 @@ def boundary(
             verification included, at least 3; static.
         orthogonal_step: the first δ, relative to the distance, above 0; scalar or `[B]`.
         source_step: the first ε, relative to the distance, above 0; scalar or `[B]`.
-        num_starts: the most draws for a first adversarial, uniform in the box, at least 1; static.
+        num_starts: the most draws for a first adversarial, at least 1; static. They are uniform in
+            the box, every second one in a random range of values inside it.
         bounds: the box of valid inputs.
         targets: `[B]` int, classes to reach; None takes any class but the label. A random point
             is rarely of a given class: pass `init` as well.

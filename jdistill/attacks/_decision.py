@@ -5,6 +5,7 @@ anything. So each query is one row of one forward pass, counted here and nowhere
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -94,14 +95,17 @@ def ask(oracle: Oracle, ledger: Ledger, candidate: Array, active: Array) -> tupl
 def find_start(
     oracle: Oracle, ledger: Ledger, init: Array | None, num_starts: int, done: Array
 ) -> Ledger:
-    """The ledger with a first adversarial: `init`, or one of `num_starts` uniform draws."""
+    """The ledger with a first adversarial: `init`, or one of `num_starts` draws."""
     problem = oracle.problem
     num_tries = num_starts + (init is not None)
     keys = stream(problem, 0)
 
     def body(carry: tuple[Ledger, Array, Array]) -> tuple[Ledger, Array, Array]:
         ledger, tried, done = carry
-        candidate = _uniform(jax.vmap(jax.random.fold_in)(keys, tried), problem)
+        # Some networks take all noise of one contrast for the same class.
+        candidate = jax.vmap(functools.partial(_start, problem=problem))(
+            jax.vmap(jax.random.fold_in)(keys, tried), tried % 2 == 1
+        )
         if init is not None:
             candidate = select(tried == 0, jnp.clip(init, *problem.bounds), candidate)
         active = ~done & affordable(oracle, ledger)
@@ -135,9 +139,15 @@ def uniform(keys: Array, like: Array) -> Array:
     )
 
 
-def _uniform(keys: Array, problem: Problem) -> Array:
+def _start(key: Array, narrow: Array, problem: Problem) -> Array:
+    """One random point of the box, or of a random range between its bounds."""
     low, high = problem.bounds
-    return jnp.clip(low + (high - low) * uniform(keys, problem.inputs), low, high)
+    shape = problem.inputs.shape[1:]
+    size = math.prod(shape)
+    draws = jax.random.uniform(key, (size + 2,), problem.inputs.dtype)
+    ends = jnp.where(narrow, draws[size:], jnp.arange(2.0, dtype=draws.dtype))
+    point = ends[0] + (ends[1] - ends[0]) * draws[:size].reshape(shape)
+    return jnp.clip(low + (high - low) * point, low, high)
 
 
 def close(oracle: Oracle, ledger: Ledger, clean_success: Array, *, trace: bool) -> AttackResult:

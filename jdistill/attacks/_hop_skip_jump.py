@@ -70,7 +70,8 @@ def hop_skip_jump(
         max_samples: the most samples of any round, at least 1; static.
         gamma: γ, above 0; scalar or `[B]`. Few features (D below 100, say) need less than 1 to
             find more than one or two digits of the distance.
-        num_starts: the most draws for a first adversarial, uniform in the box, at least 1; static.
+        num_starts: the most draws for a first adversarial, at least 1; static. They are uniform in
+            the box, every second one in a random range of values inside it.
         bounds: the box of valid inputs.
         targets: `[B]` int, classes to reach; None takes any class but the label. A random point
             is rarely of a given class: pass `init` as well.
