@@ -136,6 +136,21 @@ def test_the_trace_is_what_a_smaller_budget_finds(attack):
     np.testing.assert_array_equal(smaller.queries, np.where(RIGHT, 60, 1))
 
 
+def test_a_network_that_takes_uniform_noise_for_the_label_has_starts():
+    # Class 1 is dark or bright: the mean of uniform draws in 64 dimensions is neither.
+    def network(weights, x):
+        off = jnp.abs(jnp.mean(x, axis=1) - weights)
+        return jnp.stack([0 * off, off - 0.15], axis=1)
+
+    uniform = np.random.default_rng(0).uniform(0, 1, (10_000, 64)).astype(np.float32)
+    logits_fn = nets.callable_logits_fn(network, jnp.float32(0.5))
+    assert np.all(np.argmax(logits_fn(uniform), axis=1) == 0)
+    result = attacks.boundary(
+        logits_fn, jax.random.key(0), uniform[:B], np.zeros(B, int), num_queries=60
+    )
+    assert np.all(result.success)
+
+
 @l2_cases
 def test_an_init_of_the_target_is_tried_first(attack):
     # The target is so rare that no random draw is of its class.

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]  # the p
 
 FULL = os.environ.get("JDISTILL_PARITY") == "full"
 NUM_IMAGES = 20
-NUM_QUERIES = 2000 if FULL else 250
+NUM_QUERIES = 2000 if FULL else 200
 MARGIN = 1.25
 ORDERS = {"l2": 2, "linf": np.inf}
 CASES = {
