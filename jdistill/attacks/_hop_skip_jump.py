@@ -68,8 +68,8 @@ def hop_skip_jump(
             verification included, at least 3; static.
         num_samples: samples of the first round, at least 1; static.
         max_samples: the most samples of any round, at least 1; static.
-        gamma: γ, above 0; scalar or `[B]`. Few features (D below 100, say) need less than 1 to
-            find more than one or two digits of the distance.
+        gamma: scale γ of the bisection's end and of the samples, above 0; scalar or `[B]`. With
+            fewer than 100 features or so, less than 1 finds the distance more exactly.
         num_starts: the most draws for a first adversarial, at least 1; static. They are uniform in
             the box, every second one in a random range of values inside it.
         bounds: the box of valid inputs.
