@@ -196,6 +196,8 @@ def _call(
         for name, value in REQUIRED.items()
         if name in parameters and parameters[name].default is inspect.Parameter.empty
     }
+    if "batch_size" in parameters:
+        settings["batch_size"] = len(inputs)  # a driver pads no further
     return attack(logits_fn, jax.random.key(0), inputs, labels, **settings)
 
 
