@@ -1,8 +1,16 @@
-"""FAB-T against AutoAttack's own: nothing is random, so the norms are the same, image by image."""
+"""FAB-T against AutoAttack's own: nothing is random, so the norms are the same, image by image.
 
+Until rounding decides: an iterate at a ReLU's kink, or on the boundary. There the reference in
+float32 parts from itself in float64, and from ours.
+"""
+
+import contextlib
+import copy
 import functools
 import os
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -42,6 +50,31 @@ def smallest_distances(model, inputs, labels, norm):
     return np.min(found, axis=0)
 
 
+@contextlib.contextmanager
+def double_precision():
+    """Both sides in float64; the reference casts to float32 by `float()` alone."""
+    single = torch.Tensor.float
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+    try:
+        with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+            yield
+    finally:
+        torch.Tensor.float = single
+        torch.set_default_dtype(torch.float32)
+
+
+def double_distances(logits_fn, model, inputs, labels, settings):
+    """Ours and theirs in float64."""
+    with double_precision():
+        doubles = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), logits_fn)
+        found = attacks.fab_targeted(doubles, None, inputs.astype(float), labels, **settings)
+        images, classes = torch_side.torch_batch(inputs, labels)
+        model = copy.deepcopy(model).double()
+        theirs = smallest_distances(model, images.double(), classes, settings["norm"])
+        return np.asarray(found.distance), theirs
+
+
 def share_of_same(ours, theirs):
     """Of the examples that both broke by a change, how many are equally far."""
     both = np.isfinite(ours) & np.isfinite(theirs) & (theirs > 0)
@@ -72,7 +105,15 @@ def test_the_norms_are_the_same(name, norm, pair, all_images, record):
     record(comparison, name, "mean distance", ours[both].mean(), means)
     record(comparison, name, "norms within 1 %, %", 100 * share, {})
     assert np.mean(np.isfinite(ours) != np.isfinite(theirs)) <= 0.01
-    assert share >= 0.99
+    assert share >= 0.95
+    # Of the others float32 decides: in float64 both go the same way.
+    parted = both & (np.abs(ours / np.where(both, theirs, 1) - 1) > SAME)
+    if (name, norm) == ("plain", "linf"):
+        parted[np.flatnonzero(both)[0]] = True  # so that float64 is looked at in any case
+    if not parted.any():
+        return
+    ours, theirs = double_distances(logits_fn, model, inputs[parted], labels[parted], settings)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", NETWORKS if FULL else NETWORKS[:1])
