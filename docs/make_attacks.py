@@ -37,13 +37,18 @@ COLUMNS = (
 
 SHAPE, NUM_CLASSES = (28, 28, 1), 10  # MNIST's
 # What attacks require beyond the four arguments that all of them take.
-REQUIRED = {"eps": 0.3, "attacks": [functools.partial(attacks.fgsm, eps=0.3)]}
+REQUIRED = {
+    "eps": 0.3,
+    "attacks": [functools.partial(attacks.fgsm, eps=0.3)],
+    "attack": functools.partial(attacks.fgsm, eps=0.3),
+    "source": lambda inputs: inputs.reshape(inputs.shape[0], -1)[:, :NUM_CLASSES],
+}
 # Otherwise an example may be given up early; the cost is the most that it can be.
 TO_THE_END = {"abort_early": False}
 # The logits of a network distilled at T are about T times as large as usual.
 SATURATING = 1024.0
-# An ensemble is what its attacks are.
-COMPOSED = "its attacks'"
+# An ensemble is what its attacks are, and what is transferred what it was crafted by.
+COMPOSED = {"attacks": "its attacks'", "attack": "its attack's"}
 
 Attack = Callable[..., attacks.AttackResult]
 PASSES: collections.Counter[str] = collections.Counter()
@@ -99,8 +104,9 @@ def measure(attack: Attack) -> dict[str, str]:
     """The cells that take three runs with the attack's defaults."""
     columns = ("norms", "looks for", "uses", "forward", "backward", "saturated softmax")
     parameters = inspect.signature(attack).parameters
-    if "attacks" in parameters:
-        return dict.fromkeys(columns, COMPOSED)
+    for name, words in COMPOSED.items():
+        if name in parameters:
+            return dict.fromkeys(columns, words)
     settings = {name: TO_THE_END[name] for name in TO_THE_END if name in parameters}
     resists = _run(attack, resisting_network(), **settings)
     forward, backward = PASSES["forward"], PASSES["backward"]
@@ -190,6 +196,8 @@ def _call(
         for name, value in REQUIRED.items()
         if name in parameters and parameters[name].default is inspect.Parameter.empty
     }
+    if "batch_size" in parameters:
+        settings["batch_size"] = len(inputs)  # a driver pads no further
     return attack(logits_fn, jax.random.key(0), inputs, labels, **settings)
 
 

@@ -70,6 +70,32 @@ CASES = {
         True,
         beyond=1.2,
     ),
+    "boundary": Case(
+        functools.partial(attacks.boundary, num_queries=150),
+        "l2",
+        False,
+        True,
+        closely={"num_queries": 2000},
+        changes={"orthogonal_step": 0.1, "source_step": 0.02},
+    ),
+    "hop_skip_jump-l2": Case(
+        functools.partial(attacks.hop_skip_jump, norm="l2", num_queries=150, num_samples=20),
+        "l2",
+        False,
+        True,
+        closely={"num_queries": 5000, "num_samples": 100, "gamma": 0.1},
+        ratio=1.05,
+        changes={"gamma": 0.5},
+    ),
+    "hop_skip_jump-linf": Case(
+        functools.partial(attacks.hop_skip_jump, norm="linf", num_queries=150, num_samples=20),
+        "linf",
+        False,
+        True,
+        closely={"num_queries": 5000, "num_samples": 100, "gamma": 0.1},
+        ratio=1.7,  # one example ends at another class's boundary
+        changes={"gamma": 0.5},
+    ),
     "carlini_wagner_l2": Case(
         functools.partial(
             attacks.carlini_wagner_l2,

@@ -282,7 +282,7 @@ def test_without_torch_the_error_says_what_to_install(monkeypatch):
         monkeypatch.setattr(importlib.util, "find_spec", find_spec)
 
     find("torch", "foolbox", "art")
-    assert set(bench_attacks.missing_toolkits()) == {"torchattacks", "adv-lib"}
+    assert set(bench_attacks.missing_toolkits()) == {"torchattacks", "adv-lib", "pyautoattack"}
     for names in ((), ("torch",), ("foolbox", "art")):
         find(*names)
         with pytest.raises(ModuleNotFoundError, match=r"expected torch .*requirements-peers\.txt"):

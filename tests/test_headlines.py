@@ -6,6 +6,7 @@ one teacher assistant; `tests/parity/make_networks.py` says how they were made.
 
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -39,3 +40,18 @@ def test_distillation_stops_the_saliency_map_attack_that_it_was_published_agains
     assert jsma_success_rate("distilled") <= 0.05
     # Carlini & Wagner 2016: at the softmax of its training the same network falls.
     assert jsma_success_rate("distilled", output=attacks.softmax_at(100.0)) >= 0.9
+
+
+@pytest.mark.slow
+def test_distillation_hides_from_the_cross_entropy_of_autoattack_alone():
+    settings = {"eps": 0.15, "num_steps": 30}
+    broken = {}
+    for name in ("plain", "distilled"):
+        arguments = (network(name), jax.random.key(0), *IMAGES)
+        by_ce = attacks.apgd(*arguments, **settings).success.mean()
+        by_targets = attacks.apgd_targeted(*arguments, num_targets=3, **settings).success.mean()
+        broken[name] = (float(by_ce), float(by_targets))
+    plain, distilled = broken["plain"], broken["distilled"]
+    assert distilled[0] <= 0.1
+    assert distilled[1] >= distilled[0] + 0.3
+    assert abs(plain[1] - plain[0]) <= 0.1

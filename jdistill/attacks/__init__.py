@@ -30,6 +30,7 @@ Two are drivers, loops on the host that refuse tracers: `ensemble` (the worst ca
 from jdistill.attacks._apgd import apgd, apgd_targeted
 from jdistill.attacks._autoattack import autoattack, autoattack_names
 from jdistill.attacks._base import AttackResult
+from jdistill.attacks._boundary import boundary
 from jdistill.attacks._carlini_wagner import carlini_wagner_l2
 from jdistill.attacks._carlini_wagner_l0 import carlini_wagner_l0
 from jdistill.attacks._carlini_wagner_linf import carlini_wagner_linf
@@ -41,12 +42,14 @@ from jdistill.attacks._estimated import nes, spsa
 from jdistill.attacks._fab import fab, fab_targeted
 from jdistill.attacks._fmn import fmn
 from jdistill.attacks._gradient import fgsm
+from jdistill.attacks._hop_skip_jump import hop_skip_jump
 from jdistill.attacks._iterative import bim, mim
 from jdistill.attacks._jsma import jsma, softmax, softmax_at
 from jdistill.attacks._pgd import pgd
 from jdistill.attacks._spatial import spatial
 from jdistill.attacks._square import square
 from jdistill.attacks._survivors import EnsembleState
+from jdistill.attacks._transfer import transfer
 from jdistill.attacks._universal import universal
 from jdistill.attacks._wrappers import bpda, expectation
 
@@ -58,6 +61,7 @@ __all__ = [
     "autoattack",
     "autoattack_names",
     "bim",
+    "boundary",
     "bpda",
     "carlini_wagner_l0",
     "carlini_wagner_l2",
@@ -71,6 +75,7 @@ __all__ = [
     "fab_targeted",
     "fgsm",
     "fmn",
+    "hop_skip_jump",
     "jsma",
     "mim",
     "nes",
@@ -80,5 +85,6 @@ __all__ = [
     "spatial",
     "spsa",
     "square",
+    "transfer",
     "universal",
 ]

@@ -173,7 +173,8 @@ def apgd_targeted(
         (True, 1)
 
     References:
-        Croce & Hein 2020, section 4.1, equation 7, and section 5.
+        Croce & Hein 2020, "Reliable Evaluation of Adversarial Robustness with an Ensemble of
+        Diverse Parameter-free Attacks", section 4.1, equation 7, and section 5.
     """
     problem = _base.prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
     num_targets, first = _aims.check(problem, num_targets, first_target)

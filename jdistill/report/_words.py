@@ -15,10 +15,14 @@ from jdistill.report._table import Attacked, AttackKey, Network, Row, Stat, atta
 # T = 1, the gradient whose zeros `zero_gradient_fraction` counts (or of the softmax, as JSMA: it is
 # zero where that one is); and those that are known to follow something else. An attack in neither
 # is reported without a word on what it follows.
-FOLLOW_CROSS_ENTROPY = frozenset({"fgsm", "bim", "mim", "pgd", "universal", "jsma"})
+FOLLOW_CROSS_ENTROPY = frozenset({"fgsm", "bim", "mim", "pgd", "apgd", "universal", "jsma"})
 FOLLOW_OTHER = frozenset(
     {
+        "apgd_dlr",
+        "apgd_targeted",
+        "autoattack",
         "pgd_margin",
+        "boundary",
         "carlini_wagner_l0",
         "carlini_wagner_l2",
         "carlini_wagner_linf",
@@ -29,6 +33,7 @@ FOLLOW_OTHER = frozenset(
         "fab_targeted",
         "fmn",
         "nes",
+        "hop_skip_jump",
         "spatial",
         "spsa",
         "square",
@@ -117,8 +122,8 @@ def reading(network: Network, baseline: Network | None) -> Reading:
     """Reads a network's zero gradients together with the attacks on it.
 
     * "masked": the gradient is exactly zero on at least half of the examples, an attack that
-      follows it (FGSM, BIM, MIM, PGD, JSMA) fails on at least half, and either an attack of the
-      same norm and budget that does not follow it succeeds on at least 10 points more (95 %
+      follows it (FGSM, BIM, MIM, PGD, APGD-CE, JSMA) fails on at least half, and either an attack
+      of the same norm and budget that does not follow it succeeds on at least 10 points more (95 %
       intervals apart), or a minimum-norm attack that does not follow it succeeds on at least 95 %
       at a median distance of at most 1.5 times the baseline's.
     * "blind": the gradient is zero on at least half, without that second piece of evidence.
