@@ -390,8 +390,8 @@ def test_unfinished_networks_are_named(fresh):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "--attack to be one of bim, carlini_wagner_l0,"),
-        (["--attack", "foo"], "pgd, spatial, got 'foo'"),
+        ([], "--attack to be one of apgd, apgd_targeted, autoattack,"),
+        (["--attack", "foo"], "spatial, spsa, square, got 'foo'"),
         (["--attack", "pgd"], "--eps with --attack pgd, got none; pass it: Radius"),
         (["--attack", "pgd", "--eps", "x"], "--eps to be a number, got 'x'"),
         (["--attack", "pgd", "--eps", "1/0"], "--eps to be a number, got '1/0'"),
@@ -401,7 +401,7 @@ def test_unfinished_networks_are_named(fresh):
         (["elsewhere", "--attack", "deepfool"], "got elsewhere"),
         (
             ["--attack", "fgsm", "--eps", "1", "--loss", "l"],
-            "'cross_entropy', 'margin', 'soft_margin', got 'l'",
+            "'cross_entropy', 'margin', 'soft_margin', 'dlr', got 'l'",
         ),
         (["--attack", "jsma", "--output-temperature", "2"], "--output softmax_at beside"),
         (
