@@ -22,9 +22,11 @@ The contract of every attack:
   An empty batch gives an empty result, where the `logits_fn` itself takes one.
 * Matrix products run at full float32 precision unless `jax_default_matmul_precision` is set.
 
-Two are drivers, loops on the host that refuse tracers: `ensemble` (the worst case over attacks) and
-`universal` (one perturbation for all inputs, the exception to "stands alone"). `expectation` and
-`bpda` make a `logits_fn` of a defense that is random or not differentiable.
+Three are drivers, loops on the host that refuse tracers: `ensemble` (the worst case over attacks),
+`autoattack` (the standard one), and `universal` (one perturbation for all inputs, the exception to
+"stands alone"). The first two can be stopped and go on from their state. `expectation` and `bpda`
+make a `logits_fn` of a defense that is random or not differentiable; `transfer` judges on one
+network what an attack crafted on another.
 """
 
 from jdistill.attacks._apgd import apgd, apgd_targeted
