@@ -202,11 +202,6 @@ def _check(
     shape = dataset.test.inputs.shape[1:]
     step, state = networks.template(recipe, shape)
     attack = attack_options.bind(options.attack, settings, temperature=1.0)
-    if options.targets != "none" and not attack_options.takes_targets(options.attack):
-        raise ValueError(
-            f"expected --targets none with --attack {options.attack}, got {options.targets!r}; it "
-            "is after any class but the label"
-        )
     if options.attack in attack_options.DRIVERS:
         nobody = np.zeros((0, *shape), np.float32)
         attack(train.logits_fn(step, state), jax.random.key(0), nobody, np.zeros(0, int))
@@ -262,7 +257,8 @@ def _attack(
     attack = attack_options.bind(options.attack, settings, network.temperature)
     stage = networks.title(*network[:3])
     if options.attack in attack_options.DRIVERS:
-        outcome = _drive(results, network, attack, (inputs, labels), options, progress)
+        examples = (inputs[index], labels[index])
+        outcome = _drive(results, network, attack, examples, targets, options, progress)
     else:
         # The bar is there from the beginning, so that it knows how long the first batch takes.
         progress({"event": "evaluate", "stage": stage, "done": 0, "total": len(index)})
@@ -296,6 +292,7 @@ def _drive(
     network: networks.Trained,
     attack: AttackFn,
     examples: tuple[np.ndarray, np.ndarray],
+    targets: np.ndarray | None,
     options: Options,
     progress: Progress,
 ) -> evaluate.AttackOutcome:
@@ -318,6 +315,7 @@ def _drive(
         network.logits_fn,
         jax.random.key(options.key),
         *examples,
+        targets=targets,
         batch_size=options.batch_size,
         devices=jax.local_devices(),
         start=start,

@@ -108,11 +108,6 @@ def check_name(attack: str) -> None:
         )
 
 
-def takes_targets(attack: str) -> bool:
-    """Whether it can be aimed at a class."""
-    return "targets" in inspect.signature(ATTACKS[attack]).parameters
-
-
 def options(attack: str) -> list[Option]:
     """The options of an attack, in the order of its signature."""
     function = ATTACKS[attack]

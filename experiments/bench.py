@@ -102,7 +102,9 @@ def run(options: Attacks) -> None:
     subject_of = functools.cache(
         functools.partial(bench_attacks.make_subject, params, *npz_network.read_images(images))
     )
-    subject_of(options.batch_size)  # or its error comes after the first attacks
+    chosen = [comparison for comparison in COMPARISONS if comparison.attack in options.attacks]
+    for comparison in chosen:  # or its error comes after the first attacks
+        subject_of(comparison.num_images or options.batch_size)
     conditions = {
         **runtime.describe(),
         "toolkits": bench_attacks.versions(),
@@ -119,19 +121,18 @@ def run(options: Attacks) -> None:
     try:
         with Progress() as progress:
             progress.say(heading)
-            for comparison in COMPARISONS:
-                if comparison.attack in options.attacks:
-                    row = bench_attacks.compare(
-                        comparison,
-                        subject_of(comparison.num_images or options.batch_size),
-                        repeats=1 if comparison.num_images else options.repeats,
-                        slow_seconds=options.slow_seconds,
-                        missing=missing,
-                        after_call=_bar(progress, f"{comparison.attack} {comparison.norm}"),
-                    )
-                    rows.append(row)
-                    if output is not None:
-                        _write(output, conditions, rows)
+            for comparison in chosen:
+                row = bench_attacks.compare(
+                    comparison,
+                    subject_of(comparison.num_images or options.batch_size),
+                    repeats=1 if comparison.num_images else options.repeats,
+                    slow_seconds=options.slow_seconds,
+                    missing=missing,
+                    after_call=_bar(progress, f"{comparison.attack} {comparison.norm}"),
+                )
+                rows.append(row)
+                if output is not None:
+                    _write(output, conditions, rows)
     except KeyboardInterrupt as error:
         if rows:
             print(bench_attacks.text(rows), end="")

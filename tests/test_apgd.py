@@ -268,6 +268,37 @@ def test_best_loss_goes_on_and_returns_the_worst_point():
     np.testing.assert_array_equal(worst.info["first_success"] >= 0, until.success)
 
 
+def test_best_loss_attacks_what_is_wrong_to_begin_with():
+    wrong = (LABELS + 1) % K
+    inputs = INPUTS.astype(np.float32)
+    result = attacks.apgd(make(), KEY, inputs, wrong, eps=0.05, num_steps=5, best_loss=True)
+    assert np.all(result.distance > 0)
+    assert np.all(
+        losses.cross_entropy(make()(result.inputs), wrong)
+        > losses.cross_entropy(make()(inputs), wrong)
+    )
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_logits_of_fewer_bits(norm):
+    half = nets.callable_logits_fn(lambda x: make()(x).astype(jnp.bfloat16))
+    kwargs = {"eps": MIDDLING[norm], "norm": norm, "num_steps": 5}
+    result = attacks.apgd(half, KEY, INPUTS.astype(np.float32), LABELS, **kwargs)
+    assert result.success.any()
+    with double():
+        inputs = INPUTS.astype(np.float32)
+        attacks.apgd(make(), jax.random.key(1), inputs, LABELS, **kwargs)
+
+
+def test_a_traced_first_target_stays_among_the_classes():
+    inputs = INPUTS.astype(np.float32)
+    kwargs = {"eps": TINY["linf"], "num_steps": 2}
+    traced = jax.jit(
+        lambda rank: attacks.apgd_targeted(make(), KEY, inputs, LABELS, first_target=rank, **kwargs)
+    )(2)
+    assert np.all((traced.info["target"] >= 0) & (traced.info["target"] < K))
+
+
 @pytest.mark.parametrize("num_classes", [2, 3])
 def test_few_classes_take_the_difference_of_two_logits(num_classes):
     weights = jnp.asarray(SECOND[:, :num_classes], jnp.float32)
@@ -318,7 +349,8 @@ def test_bad_targets_are_named():
     )
     with pytest.raises(ValueError, match="expected num_targets"):
         run(num_targets=0)
-    with pytest.raises(ValueError, match="expected first_target"):
-        run(first_target=K - 1)
+    for wrong in (K - 1, -1, 1.5):
+        with pytest.raises(ValueError, match="expected first_target"):
+            run(first_target=wrong)
     with pytest.raises(ValueError, match="expected a PRNG key"):
         attacks.apgd(make(), None, INPUTS.astype(np.float32), LABELS, eps=0.1)

@@ -155,8 +155,7 @@ def test_attacks_have_one_signature(function):
     for name in names[4:]:
         assert parameters[name].kind == inspect.Parameter.KEYWORD_ONLY
     assert parameters["bounds"].default == (0.0, 1.0)
-    if function is not attacks.autoattack:  # it aims at all classes
-        assert parameters["targets"].default is None
+    assert parameters["targets"].default is None
     if "norm" in parameters:
         # DeepFool is known by the l2 form that its paper prints.
         assert parameters["norm"].default == {"deepfool": "l2"}.get(function.__name__, "linf")

@@ -35,7 +35,9 @@ class Aims(NamedTuple):
 
     def at(self, place: Array) -> Array:
         """The class of each example's `place` `[B]` in the order, from the first one aimed at."""
-        return jnp.take_along_axis(self.ranked, (self.first + place)[:, None], axis=1)[:, 0]
+        # A traced first rank may leave fewer classes than starts: the last one is then repeated.
+        rank = jnp.minimum(self.first + place, self.ranked.shape[1] - 1)
+        return jnp.take_along_axis(self.ranked, rank[:, None], axis=1)[:, 0]
 
 
 def check(problem: Problem, num_targets: int, first_target: ArrayLike) -> tuple[int, Array]:
@@ -51,6 +53,7 @@ def check(problem: Problem, num_targets: int, first_target: ArrayLike) -> tuple[
     if problem.goal.targets is not None:
         num_targets, first_target = 1, 0
     elif not _validate.is_traced(first_target):
+        _validate.count(minimum=0, first_target=first_target)
         number: Any = np.asarray(first_target)
         num_targets = min(num_targets, last + 1 - int(number))
     return min(num_targets, last + 1), jnp.asarray(first_target, jnp.int32)

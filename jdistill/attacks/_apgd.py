@@ -41,9 +41,9 @@ def apgd(
     halved where the loss grew in too few of the steps since the last one, or where the best loss
     has not changed; the example then goes on from its best point. Nothing has to be chosen.
 
-    For l1 the steps follow the signs of the largest gradients alone, as sparse as the best point
-    was at the last checkpoint, without momentum; each start runs through balls of 3, 2 and 1 times
-    the radius, with 30, 30 and 40 % of the steps.
+    For l1 the steps follow the signs of the largest gradients alone, two thirds as many as the best
+    point had changed features at the last checkpoint, without momentum; each start runs through
+    balls of 3, 2 and 1 times the radius, with 30, 30 and 40 % of the steps.
 
     With `loss=jdistill.losses.cross_entropy` this is APGD-CE, which a distilled network's
     saturated softmax defeats; with `loss=jdistill.losses.dlr` it is APGD-DLR. For APGD-T see
@@ -65,8 +65,9 @@ def apgd(
         init: `[B, ...]`, the first start instead (projected into ball and box).
         loss: per-example loss `(logits [B, K], labels [B]) -> [B]`, maximized (for targets:
             minimized). Bind numbers as in `fgsm`.
-        best_loss: go on after a success, and return the point of the largest loss of all starts,
-            as training on adversarial examples wants it; static.
+        best_loss: go on after a success, attack what is wrong to begin with too, and return the
+            point of the largest loss of all starts, as training on adversarial examples wants it;
+            static.
         trace: keep the loss of every step.
 
     Returns:

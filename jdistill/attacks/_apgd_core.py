@@ -148,7 +148,14 @@ def evaluate(search: Search, aim: Array | None, inputs: Array) -> tuple[Array, A
     if aim is not None:
         loss, goal = functools.partial(loss, targets=aim), Goal(goal.labels, None)
     gradient, logits, gain = _gain_gradient(problem, goal, loss, inputs)
+    gain = gain.astype(search.eps.dtype)  # of a network of fewer bits
     return gradient, problem.goal.reached(logits), jnp.where(jnp.isnan(gain), -jnp.inf, gain)
+
+
+def needs_no_attack(search: Search, settings: Settings, logits: Array) -> Array:
+    """Which examples succeed already, `[B]`; for the largest loss all are attacked."""
+    reached = search.problem.goal.reached_clean(logits)
+    return jnp.zeros_like(reached) if settings.best_loss else reached
 
 
 def start_point(
@@ -326,7 +333,7 @@ def run(search: Search, settings: Settings) -> AttackResult:
     """The whole attack, for linf and l2."""
     problem = search.problem
     logits = problem.logits_fn(problem.inputs)
-    clean_success = problem.goal.reached_clean(logits)
+    clean_success = needs_no_attack(search, settings, logits)
     aims = aims_of(search, settings, logits)
     progress = Progress.begin(search, settings, clean_success, settings.num_steps + 1)
     start = _begin(search, settings, progress.start)

@@ -18,6 +18,7 @@ from jdistill.attacks._apgd_core import (
     aims_of,
     evaluate,
     finish,
+    needs_no_attack,
     start_point,
 )
 from jdistill.attacks._base import AttackResult
@@ -178,7 +179,7 @@ def _step(
         step=steps.astype(jnp.int32),
     )
     if settings.num_starts > 1:
-        moved = select(again, _begin(search, settings, plan.radius[0], progress.start), moved)
+        moved = select(again, _begin(search, settings, _RADII[0], progress.start), moved)
     stopped = active & progress.done
     moved = select(stopped, select(success, inputs, best), moved)
     return _Carry(
@@ -198,10 +199,10 @@ def run(search: Search, settings: Settings) -> AttackResult:
     problem = search.problem
     plan = _Plan.of(settings.num_steps)
     logits = problem.logits_fn(problem.inputs)
-    clean_success = problem.goal.reached_clean(logits)
+    clean_success = needs_no_attack(search, settings, logits)
     aims = aims_of(search, settings, logits)
     progress = Progress.begin(search, settings, clean_success, len(plan.radius))
-    start = _begin(search, settings, plan.radius[0], progress.start)
+    start = _begin(search, settings, _RADII[0], progress.start)
     zeros = jnp.zeros_like(search.eps)
     carry = _Carry(
         progress=progress,

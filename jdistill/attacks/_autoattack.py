@@ -40,6 +40,7 @@ def autoattack(
     version: str = "standard",
     batch_size: int = 250,
     bounds: tuple[float, float] = (0.0, 1.0),
+    targets: ArrayLike | None = None,
     devices: Sequence[jax.Device] | None = None,
     start: EnsembleState | None = None,
     callback: Callback | None = None,
@@ -60,7 +61,8 @@ def autoattack(
     This is a driver, as `ensemble` is: a loop on the host over batches padded to powers of two.
     The classes of `apgd-t` and `fab-t` and the starts of `apgd-ce` and `apgd-dlr` are steps of
     their own, so that whatever breaks leaves before the next one. Each example keeps its own
-    key: the flags do not depend on `batch_size`, nor on stopping and resuming.
+    key: beyond ties and rounding the flags do not depend on `batch_size`, nor on stopping and
+    resuming.
 
     Args:
         logits_fn: inputs `[B, ...]` to logits `[B, K]`.
@@ -72,6 +74,8 @@ def autoattack(
         version: `"standard"`, `"plus"` or `"rand"`.
         batch_size: the most examples at a time, at least 1.
         bounds: the box of valid inputs.
+        targets: `[B]` int, classes to reach; `apgd-t` and `fab-t` then aim at these alone. None
+            takes any class but the label.
         devices: to spread each batch over; None leaves everything where it is. The flags do not
             depend on them.
         start: the state of an earlier run with the same arguments, to go on from: what was done is
@@ -89,7 +93,7 @@ def autoattack(
     Raises:
         ValueError: eps below 0, NaN or not a scalar, an unknown norm or version, batch_size below
             1, no key, a tracer, a start of other examples; inputs not finite or outside the box,
-            labels outside `0..K-1`.
+            labels or targets outside `0..K-1`.
 
     Example:
         >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1, 0, 0, 0.5], [1, -1, 0, 0.5, 0]])
@@ -103,13 +107,15 @@ def autoattack(
         Diverse Parameter-free Attacks", section 5; the version for l1 from Croce & Hein 2021,
         "Mind the box".
     """
-    _base.refuse_tracers("autoattack", logits_fn, key, inputs, labels, eps)
+    _base.refuse_tracers("autoattack", logits_fn, key, inputs, labels, eps, targets)
     _validate.count(batch_size=batch_size)
     _validate.rank(0, eps=eps)
     _validate.non_negative(eps=eps)
-    problem = _base.prepare(logits_fn, key, inputs, labels, targets=None, bounds=bounds)
+    problem = _base.prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
     _base.need_key(problem, "random starts")
-    named, component = _steps(norm, version, float(np.asarray(eps)), _base.num_classes(problem))
+    named, component = _steps(
+        norm, version, float(np.asarray(eps)), _base.num_classes(problem), targets is not None
+    )
     state = _survivors.run(
         named,
         problem,
@@ -120,6 +126,7 @@ def autoattack(
         start=start,
         callback=callback,
         stage="autoattack",
+        settings=(float(np.asarray(eps)), norm, version),
     )
     broken_by = np.where(state.broken_by < 0, -1, component[state.broken_by]).astype(np.int32)
     order = np.arange(component[-1] + 1)
@@ -151,14 +158,15 @@ def autoattack_names(version: str = "standard", norm: str = "linf") -> tuple[str
 
 
 def _steps(
-    norm: str, version: str, eps: float, num_classes: int
+    norm: str, version: str, eps: float, num_classes: int, targeted: bool
 ) -> tuple[dict[str, Attack], np.ndarray]:
     """The steps by name, and of each the place of its attack in the version."""
     names = autoattack_names(version, norm)
     _say_what_is_undefined(names, num_classes)
     num_starts = 5 if version == "plus" or (version, norm) == ("standard", "l1") else 1
     few = 5 if (version, norm) == ("standard", "l1") else _NUM_TARGETS
-    targets = {"apgd-t": min(few, num_classes - 1), "fab-t": min(_NUM_TARGETS, num_classes - 1)}
+    others = 1 if targeted else num_classes - 1
+    targets = {"apgd-t": min(few, others), "fab-t": min(_NUM_TARGETS, others)}
     budget: dict[str, Any] = {"eps": eps, "norm": norm}
     dlr = losses.dlr if num_classes >= 3 else losses.margin
     of_name: dict[str, list[Attack]] = {

@@ -1,5 +1,6 @@
 """The host loop of the drivers: attack after attack, on those that need it, in padded batches."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ class EnsembleState(NamedTuple):
         queries: `[N]` int32, of all attacks run on it.
         broken_by: `[N]` int32, the index of the attack whose point it is, -1 if none.
         attacks_done: `[N]` int32, how many attacks it has been through.
+        of: `[16]` uint8, a hash of the examples, the keys and the settings that it belongs to.
     """
 
     inputs: np.ndarray
@@ -32,9 +34,10 @@ class EnsembleState(NamedTuple):
     queries: np.ndarray
     broken_by: np.ndarray
     attacks_done: np.ndarray
+    of: np.ndarray
 
 
-def nothing(inputs: np.ndarray) -> EnsembleState:
+def nothing(inputs: np.ndarray, of: np.ndarray) -> EnsembleState:
     """Before the first attack."""
     size = len(inputs)
     return EnsembleState(
@@ -44,36 +47,38 @@ def nothing(inputs: np.ndarray) -> EnsembleState:
         queries=np.zeros(size, np.int32),
         broken_by=np.full(size, -1, np.int32),
         attacks_done=np.zeros(size, np.int32),
+        of=of,
     )
 
 
-def check_state(state: EnsembleState, problem: Problem, num_attacks: int) -> EnsembleState:
-    """A copy of a state to go on from, of the very examples that are attacked.
+def fingerprint(problem: Problem, *settings: Any) -> np.ndarray:
+    """A hash of the examples, their keys and what has a `repr` of its own, `[16]` uint8."""
+    digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
+    keys = None if problem.keys is None else jax.random.key_data(problem.keys)
+    columns = (problem.inputs, problem.goal.labels, problem.goal.targets, keys, *problem.bounds)
+    for column in columns:
+        digest.update(b"-" if column is None else np.asarray(column).tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
+def check_state(state: EnsembleState, fresh: EnsembleState) -> EnsembleState:
+    """A copy of a state to go on from; `fresh` is that of this run before the first attack.
 
     Raises:
-        ValueError: it is of other examples, or of more attacks.
+        ValueError: it is of another run.
     """
-    inputs = np.asarray(problem.inputs)
-    size = len(inputs)
-    for name, value, empty in zip(EnsembleState._fields, state, nothing(inputs), strict=True):
+    for name, value, empty in zip(EnsembleState._fields, state, fresh, strict=True):
         if np.shape(value) != empty.shape:
             raise ValueError(
                 f"expected start.{name} of shape {empty.shape}, got {np.shape(value)}; pass the "
-                f"state of a run on these {size} examples"
+                f"state of a run on these {len(fresh.inputs)} examples"
             )
-    copied = EnsembleState(*(np.array(value) for value in state))
-    fresh = copied.attacks_done == 0
-    if np.any(copied.inputs[fresh] != inputs[fresh]):
+    if not np.array_equal(state.of, fresh.of):
         raise ValueError(
-            "expected a start of these inputs, got a state that holds others; pass the state of a "
-            "run on the same examples in the same order"
+            "expected a start of this run, got the state of another one; go on with the same "
+            "inputs, labels, key and settings, or begin anew with start=None"
         )
-    if np.any(copied.attacks_done > num_attacks):
-        raise ValueError(
-            f"expected a start of {num_attacks} attacks at most, got one with "
-            f"{copied.attacks_done.max()} done; pass the state of a run of the same attacks"
-        )
-    return copied
+    return EnsembleState(*(np.array(value) for value in state))
 
 
 def run(
@@ -87,6 +92,7 @@ def run(
     start: EnsembleState | None,
     callback: Callback | None,
     stage: str,
+    settings: Any = None,
 ) -> EnsembleState:
     """Every attack, in order, on the examples that no earlier one broke.
 
@@ -100,9 +106,15 @@ def run(
         start: a state to go on from.
         callback: see `ensemble`.
         stage: for the callback.
+        settings: what else a state must agree in, besides the attacks' names.
     """
+    if devices is not None and not devices:
+        raise ValueError("expected one device or more, got none; pass jax.devices(), or None")
     inputs = np.asarray(problem.inputs)
-    state = nothing(inputs) if start is None else check_state(start, problem, len(named))
+    of = fingerprint(problem, stage, settings, list(named), minimum_norm)
+    state = nothing(inputs, of)
+    if start is not None:
+        state = check_state(start, state)
     columns = (problem.inputs, problem.goal.labels, problem.goal.targets)
     logits_fn = problem.logits_fn
     if devices is not None:
@@ -159,7 +171,8 @@ def _update(
     """Take over the attack's rows, or those of them that are closer."""
     state.queries[rows] += found.queries
     better = found.success & (found.distance < state.distance[rows])
-    taken = better if minimum_norm else np.ones(len(rows), bool)
+    # An attack for the smallest distance that finds nothing leaves nothing to take.
+    taken = better if minimum_norm else found.success | np.isfinite(found.distance)
     state.inputs[rows[taken]] = found.inputs[taken]
     state.success[rows[taken]] = found.success[taken]
     state.distance[rows[taken]] = found.distance[taken]

@@ -27,9 +27,9 @@ SAME_STEPS = 20
 
 
 def start_of(inputs, eps):
-    """On the surface of the ball, as both draw it; the draw is NumPy's."""
+    """Somewhere in the ball and the box; the draw is NumPy's."""
     noise = np.random.default_rng(0).uniform(-1, 1, inputs.shape).astype(np.float32)
-    return np.clip(inputs + eps * np.sign(noise) * np.abs(noise), 0, 1)
+    return np.clip(inputs + eps * noise, 0, 1)
 
 
 def theirs(model, inputs, labels, start, eps, rank):
