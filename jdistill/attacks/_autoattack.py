@@ -96,8 +96,9 @@ def autoattack(
             labels or targets outside `0..K-1`.
 
     Example:
-        >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1, 0, 0, 0.5], [1, -1, 0, 0.5, 0]])
-        >>> x, y = jnp.array([[0.5, 0.5], [0.1, 0.1]]), jnp.array([0, 0])
+        >>> weights = jnp.array([[1.0, -1, 0, 0, 0.5], [1, -1, 0, 0.5, 0]])
+        >>> logits_fn = lambda x: x @ weights - jnp.array([[0.3, 0, 0, 0, 0]])
+        >>> x, y = jnp.array([[0.5, 0.5], [0.3, 0.3]]), jnp.array([0, 0])
         >>> result = autoattack(logits_fn, jax.random.key(0), x, y, eps=0.2)
         >>> result.success.tolist()
         [False, True]
