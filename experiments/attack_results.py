@@ -135,7 +135,7 @@ class Folder:
     def save_state(self, network: Trained, state: EnsembleState) -> None:
         """Keep how far an attack got with a network."""
         content = io.BytesIO()
-        np.savez(content, of=self._of(network), **state._asdict())
+        np.savez(content, network=self._of(network), **state._asdict())
         runtime.atomic_write(self._state_file(network), content.getvalue())
 
     def load_state(self, network: Trained) -> EnsembleState | None:
@@ -144,7 +144,7 @@ class Folder:
         if not path.exists():
             return None
         with np.load(io.BytesIO(path.read_bytes())) as file:
-            if file["of"] != self._of(network):
+            if file["network"] != self._of(network):
                 return None
             return EnsembleState(*(file[name] for name in EnsembleState._fields))
 
