@@ -11,6 +11,7 @@ from jdistill import _validate, norms
 from jdistill._precision import full_precision
 from jdistill.attacks import _base, _square_bumps
 from jdistill.attacks._base import AttackResult, Problem
+from jdistill.attacks._search import select
 from jdistill.attacks._square_bumps import Window
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
@@ -258,10 +259,6 @@ def _init(search: _Search, settings: _Settings, clean_success: Array) -> _Carry:
     )
 
 
-def _select(flags: Array, new: Array, old: Array) -> Array:
-    return jnp.where(norms.per_example(flags, new) > 0, new, old)
-
-
 def _step(search: _Search, settings: _Settings, carry: _Carry) -> _Carry:
     """One query: judge each candidate, keep it if it is better, and make the next one."""
     problem, active = search.problem, ~carry.done
@@ -271,7 +268,7 @@ def _step(search: _Search, settings: _Settings, carry: _Carry) -> _Carry:
     success = active & problem.goal.reached(logits)
 
     def better_of(pair: tuple[Array, Array], better: Array) -> tuple[Array, Array]:
-        return _select(better, carry.candidate, pair[0]), jnp.where(better, margin, pair[1])
+        return select(better, (carry.candidate, margin), pair)
 
     # A start is kept whatever it is worth, since the proposals change it and not the input.
     best = better_of(carry.best, active & ((carry.event == 0) | (margin > carry.best[1])))
@@ -287,7 +284,7 @@ def _step(search: _Search, settings: _Settings, carry: _Carry) -> _Carry:
     event = jnp.where(again, 0, carry.event + (active & ~success & ~over))
     candidate = _propose(search, settings, restart, event, best[0])
     if settings.num_restarts > 1:
-        candidate = _select(again, _begin(search, settings, restart), candidate)
+        candidate = select(again, _begin(search, settings, restart), candidate)
     return _Carry(
         candidate=candidate,
         event=event,
