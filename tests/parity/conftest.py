@@ -19,7 +19,7 @@ FULL = os.environ.get("JDISTILL_PARITY") == "full"
 TABLE = pathlib.Path(__file__).parents[2] / "docs" / "parity.md"
 
 FOLDER = pathlib.Path(__file__).parent
-NAMES = ("plain", "distilled", "robust")
+NAMES = ("plain", "distilled", "robust", "plain_small", "distilled_small", "robust_small")
 
 
 def images(count):
@@ -41,8 +41,9 @@ def weights(name):
 
 def jax_network(name):
     """The `logits_fn`."""
-    width = 0.5 if name == "robust" else 1.0
-    return nets.logits_fn(nets.mnist_net(width=width), {"params": weights(name)})
+    params = weights(name)
+    width = params["dense_0"]["bias"].size / 200
+    return nets.logits_fn(nets.mnist_net(width=width), {"params": params})
 
 
 class Pair(NamedTuple):
@@ -109,7 +110,8 @@ Written by `make parity`: each attack beside the toolkits that have it, in one p
 weights, images and budget; a row that is measured again takes the place of the one before. MNIST's
 first 100 test images (20 for Carlini & Wagner's L0 and Linf, 500 for APGD, Square and AutoAttack);
 `plain` is an ordinary network, `distilled` the student of a chain at T = 100, `robust` a smaller
-network trained on PGD examples (linf, 0.1); `tests/parity/make_networks.py` makes them.
+network trained on PGD examples (linf, 0.1); `plain_small`, `distilled_small` and `robust_small`
+(linf, 0.3) are narrower ones. `tests/parity/make_networks.py` makes them.
 
 A mean distance is over the images that all of them fool, and the lower one is the better attack. A
 toolkit that fools fewer than half of the images stands with that share and without a mean, which

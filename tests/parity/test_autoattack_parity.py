@@ -18,12 +18,13 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 FULL = os.environ.get("JDISTILL_PARITY") == "full"
 NUM_IMAGES = 500 if FULL else 10
-CASES = [("plain", 0.1), ("distilled", 0.1), ("robust", 0.3)] if FULL else [("plain", 0.1)]
+# Narrow networks: on the papers' own the reference takes half an hour each.
+CASES = [("plain_small", 0.1), ("distilled_small", 0.1), ("robust_small", 0.3)]
 # In points of robust accuracy; among few images, one of them.
 MARGIN = 0.6 if FULL else 100 / NUM_IMAGES
 
 
-@pytest.mark.parametrize(("name", "eps"), CASES)
+@pytest.mark.parametrize(("name", "eps"), CASES if FULL else CASES[:1])
 def test_robust_accuracy_is_the_references(name, eps, pair, all_images, record):
     logits_fn, model = pair(name)
     images = all_images(NUM_IMAGES)
