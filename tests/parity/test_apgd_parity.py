@@ -19,22 +19,25 @@ reference = pytest.importorskip("pyautoattack.autopgd_base", reason="make parity
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 FULL = os.environ.get("JDISTILL_PARITY") == "full"
-EPS = {"linf": 0.1, "l2": 1.5}
+EPS = {
+    "plain_small": {"linf": 0.1, "l2": 1.5},
+    "robust_small": {"linf": 0.3, "l2": 3.0},
+}
 NUM_TRACED = 100 if FULL else 20
 NUM_FLAGGED = 500 if FULL else 40
 NUM_STEPS = 100 if FULL else 25  # a checkpoint among them
 SAME_STEPS = 20
 
 
-def start_of(inputs, norm):
+def start_of(inputs, eps, norm):
     """Somewhere in the ball and the box; the draw is NumPy's."""
     noise = np.random.default_rng(0).uniform(-1, 1, inputs.shape).astype(np.float32)
     if norm == "l2":
         noise /= np.linalg.norm(noise.reshape(len(noise), -1), axis=1)[:, None, None, None]
-    return np.clip(inputs + EPS[norm] * noise, 0, 1)
+    return np.clip(inputs + eps * noise, 0, 1)
 
 
-def theirs(model, inputs, labels, start, norm, rank):
+def theirs(model, inputs, labels, start, eps, norm, rank):
     """The reference's single run: its losses `[steps + 1, B]`, and which examples it breaks."""
     logits = []
 
@@ -42,7 +45,7 @@ def theirs(model, inputs, labels, start, norm, rank):
         logits.append(model(x))
         return logits[-1]
 
-    kwargs = {"n_iter": NUM_STEPS, "norm": norm.capitalize(), "eps": EPS[norm], "device": "cpu"}
+    kwargs = {"n_iter": NUM_STEPS, "norm": norm.capitalize(), "eps": eps, "device": "cpu"}
     if rank is None:
         attack = reference.APGDAttack(recorded, loss="ce", **kwargs)
     else:
@@ -68,10 +71,11 @@ def runs(name, norm, rank, pair, all_images):
     inputs, labels = all_images(NUM_FLAGGED)
     right = np.asarray(logits_fn(inputs)).argmax(1) == labels
     inputs, labels = inputs[right], labels[right]
-    start = start_of(inputs, norm)
+    eps = EPS[name][norm]
+    start = start_of(inputs, eps, norm)
     batch = (*torch_side.torch_batch(inputs, labels), torch_side.torch_batch(start, labels)[0])
-    their_losses, their_flags = theirs(model, *batch, norm, rank)
-    kwargs = {"eps": EPS[norm], "norm": norm, "num_steps": NUM_STEPS, "init": start, "trace": True}
+    their_losses, their_flags = theirs(model, *batch, eps, norm, rank)
+    kwargs = {"eps": eps, "norm": norm, "num_steps": NUM_STEPS, "init": start, "trace": True}
     if rank is None:
         result = attacks.apgd(logits_fn, None, inputs, labels, **kwargs)
     else:
@@ -83,7 +87,7 @@ def runs(name, norm, rank, pair, all_images):
 
 CASES = {
     f"{name}-{norm}-{'ce' if rank is None else f'targeted-{rank}'}": (name, norm, rank)
-    for name in ("plain", "robust")
+    for name in EPS
     for norm, rank in [("linf", None), ("linf", 0), ("linf", 3), ("l2", None), ("l2", 0)]
 }
 
@@ -109,7 +113,8 @@ def test_the_same_examples_break(case, pair, all_images, record):
     comparison = peers.Comparison(
         "apgd" if rank is None else "apgd_targeted",
         norm,
-        f"eps {EPS[norm]:g}, {NUM_STEPS} steps" + ("" if rank is None else f", class {rank + 1}"),
+        f"eps {EPS[name][norm]:g}, {NUM_STEPS} steps"
+        + ("" if rank is None else f", class {rank + 1}"),
         attacks.apgd,
         {},
     )
