@@ -123,11 +123,12 @@ class Terms:
 
 @dataclass(frozen=True)
 class Folded:
-    """Blocks that a reader opens."""
+    """Blocks that a reader opens; on paper they are open, or left out."""
 
     kind: ClassVar[str] = "folded"
     title: str
     blocks: "tuple[Block, ...]"
+    on_paper: bool = True
 
 
 Block = Words | Heading | Table | Pairs | Picture | Cards | Items | Terms | Folded

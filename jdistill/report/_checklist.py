@@ -69,10 +69,11 @@ class _Run:
             return ""
         bad = sum(check["outcome"] == "masked" for check in made)
         open_ones = sum(check["outcome"] == "undecided" for check in made)
-        text = f"Checked on {_text.count(len(made), 'network')}"
+        text = _text.count(len(made), "check")
         if bad:
             worst = next(check for check in made if check["outcome"] == "masked")
-            return f"{text}: {bad} of them point to masking. {_text.sentence(worst['finding'])}"
+            which = "which points" if len(made) == bad == 1 else f"of which {bad} point"
+            return f"{text}, {which} to masking. {_text.sentence(worst['finding'])}"
         if open_ones:
             return f"{text}: none points to masking, {open_ones} could not be decided."
         return f"{text}: none points to masking."
@@ -155,9 +156,10 @@ def _one_step(run: _Run) -> str:
                 compared += 1
                 if all(hit.interval[0] > other.interval[1] for other in many):
                     better.append(f"T = {net.temperature:g} ({net.role})")
+    checked = run.check("one_step")
     if not compared:
-        return ""
-    text = f"Compared {compared} times at the same budget: "
+        return checked
+    text = f"{checked} Compared {_text.count(compared, 'time')} at the same budget: ".lstrip()
     if better:
         where = _text.join(better)
         return f"{text}one step of FGSM succeeds clearly more often at {where}, a sign of masking."
@@ -345,7 +347,7 @@ _ITEMS: tuple[tuple[str, Callable[[_Run], str], str], ...] = (
     (
         "Compare one step with many",
         _one_step,
-        "No network has FGSM and an iterative attack on the cross-entropy at the same budget.",
+        "Neither that check of the verdict, nor FGSM and an iterative attack at the same budget.",
     ),
     (
         "Show that more steps and restarts change nothing",

@@ -47,15 +47,25 @@ class Claim(NamedTuple):
         row = self.row
         against = _text.chain_name(int(row["baseline_generation"]))
         text = f"At T = {self.network.temperature:g} the {quantity(row)} of "
-        text += f"{_text.chain_name(self.network.generation)} differs from that of {against} by "
-        text += f"{_text.points(float(row['difference']), 2)} points"
-        details = []
+        text += f"{_text.chain_name(self.network.generation)} differs from that of {against}"
+        return f"{text} by {self.figures}."
+
+    @property
+    def next_sentence(self) -> str:
+        """The same after a sentence that has named the two networks."""
+        return f"The {quantity(self.row)} differs by {self.figures}."
+
+    @property
+    def figures(self) -> str:
+        """The difference, what is known of its uncertainty, and what follows."""
+        row, details = self.row, []
         if not blank(row["low"]) and not blank(row["high"]):
             details.append(f"95 % interval {interval(row)}")
         if not blank(row["p_value"]):
             details.append(_text.p_value(float(row["p_value"])))
         details.append(over(row, self.network))
-        return f"{text} ({', '.join(details)}): {self.conclusion}."
+        points = _text.points(float(row["difference"]), 2)
+        return f"{points} points ({', '.join(details)}): {self.conclusion}"
 
 
 def claims(found: Sequence[Network], rows: Sequence[Row]) -> list[Claim]:
@@ -91,29 +101,38 @@ def support(row: Row, number: int) -> Support:
     return "shown" if float(row["p_value"]) < LEVEL / max(number, 1) else "one of many"
 
 
-def effect(student: Network, found: Sequence[Network], rows: Sequence[Row]) -> str:
-    """What assistants changed for the subject of the answer; nothing where it was not tested."""
+def effect(student: Network, found: Sequence[Network], rows: Sequence[Row]) -> tuple[str, str]:
+    """What assistants changed for the subject of the answer: in short, and the rest.
+
+    Args:
+        student: The subject.
+        found: All networks.
+        rows: The rows of `comparisons.csv`.
+
+    Returns:
+        The most telling comparison with how many of all showed anything, and the other ones; both
+        empty where the subject was not compared.
+    """
+    every = [claim for claim in claims(found, rows) if claim.network.dataset == student.dataset]
     made = [
         claim
-        for claim in claims(found, rows)
+        for claim in every
         if claim.network == student and int(claim.row["baseline_generation"]) == 1
     ]
     if not made:
-        return ""
-    # First the accuracy that everybody pays for, then those under attack; the table has them all.
-    made.sort(key=lambda claim: claim.row["quantity"] != "test_accuracy")
-    sentences = [claim.sentence for claim in made[:3]]
-    every = [claim for claim in claims(found, rows) if claim.network.dataset == student.dataset]
+        return "", ""
+    # The defense is for accuracy under attack; what it costs without one comes second.
+    made.sort(key=lambda claim: claim.row["quantity"] == "test_accuracy")
+    short, rest = made[0].sentence, [claim.sentence for claim in made[1:2]]
+    rest += [claim.next_sentence for claim in made[2:4]]
     if len(every) > 1:
         shown = sum(claim.support == "shown" for claim in every)
         verb = "shows" if shown == 1 else "show"
-        sentences.append(
-            f"Of all {len(every)} comparisons of chain lengths {shown or 'none'} {verb} a "
-            "difference."
-        )
+        short += f" Of all {len(every)} comparisons of chain lengths {shown or 'none'} {verb} a "
+        short += "difference."
     if any(not blank(claim.row["seed"]) for claim in made):
-        sentences.append("A test within one seed says nothing about the next seed's networks.")
-    return " ".join(sentences)
+        rest.append("A test within one seed says nothing about the next seed's networks.")
+    return short, " ".join(rest)
 
 
 def quantity(row: Row) -> str:

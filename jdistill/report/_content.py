@@ -78,8 +78,8 @@ _CAPTIONS = {
     ),
     "sensitivity-bins": (
         "Sensitivity of the softmax, in the bins of Papernot et al. (2016)",
-        "The share of examples by log10 of the mean |∂ softmax / ∂x| at T = 1. To the left of −40 "
-        "nothing is left to follow in float32.",
+        "The share of examples by log10 of the mean |∂ softmax / ∂x| at T = 1. The normal numbers "
+        "of float32 end near −38.",
     ),
     "distances": (
         "Distance to the adversarial examples found, by norm",
@@ -299,7 +299,7 @@ def _calibration(
     blocks = of_each(lambda own: _if(_tables.calibration, own, rows))
     if blocks:
         note = "Of the softmax at T = 1. A network whose mean confidence is far above its accuracy "
-        note += "is too sure of itself, as training at a high temperature makes it."
+        note += "is too sure of itself."
         blocks.append(Words((note,), True))
     return blocks
 

@@ -18,7 +18,7 @@ from jdistill.report._networks import Network, Stat
 from jdistill.report._optional import optional
 
 _DPI = 160
-_WIDTH = 6.4  # inches
+_WIDTH = 6.4  # inches; one panel alone is narrower, so that a phone shows it legibly
 INK, _FAINT = "#222222", "#dddddd"
 # Okabe and Ito's colors, in an order in which neighbors differ in lightness too; the teacher is
 # ink. Markers repeat the distinction for print and for eyes that see few colors.
@@ -75,7 +75,7 @@ def panels(number: int, height: float = 2.6) -> tuple[Any, list[Any]]:
     """A figure of equal panels, at most three a row; `height` in inches each."""
     columns = 2 if number == 4 else min(number, 3)
     rows = math.ceil(number / columns)
-    size = (_WIDTH if columns < 3 else 8.8, 3.6 if number == 1 else 0.6 + height * rows)
+    size = ({1: 5.7, 2: _WIDTH}.get(columns, 8.8), 3.6 if number == 1 else 0.6 + height * rows)
     figure_module = optional("matplotlib.figure")
     figure = figure_module.Figure(figsize=size, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jdistill.report import _tables, _text, _verdict_words
-from jdistill.report._blocks import Block, Card, Cards, Folded, Heading, Items, Table, Words
+from jdistill.report._blocks import Block, Card, Cards, Folded, Heading, Items, Words
 from jdistill.report._measure_figures import headline
 from jdistill.report._table import Row
 from jdistill.report._verdicts import Judged
@@ -56,14 +56,13 @@ def evidence(judged: Sequence[Judged]) -> tuple[Block, ...]:
             if item.network == student:
                 blocks += [Heading(title), *_of(item)]
             else:
-                blocks.append(Folded(title, _of(item)))
+                blocks.append(Folded(title, _of(item), on_paper=False))
         if len(shown) > 1:
-            blocks += [Heading(f"{intro}every check on every network".capitalize())]
-            blocks += [_checks_of(shown)]
+            blocks += [Heading(f"{intro}every check, network by network".capitalize())]
+            blocks.append(_tables.checks(shown))
         hidden = len(own) - len(shown)
         if hidden:
-            verb = "is" if hidden == 1 else "are"
-            text = f"The evidence on {_text.count(hidden, 'more network')} {verb} in verdicts.json."
+            text = f"The evidence on {_text.count(hidden, 'more network')} is in verdicts.json."
             blocks.append(Words((text,), note=True))
     return tuple(blocks)
 
@@ -80,17 +79,20 @@ def checklist_blocks(cards: Sequence[Card]) -> tuple[Block, ...]:
 
 
 def _long_forms(judged: Sequence[Judged]) -> tuple[str, ...]:
-    """The verdicts in long form; networks with the same one together."""
-    forms: dict[str, list[str]] = {}
+    """The verdicts in long form; networks with the same one together, by temperature."""
+    forms: dict[str, dict[str, list[str]]] = {}
     for item in judged:
         for seed, found in zip(item.seeds, item.verdicts, strict=True):
-            name = _text.network_name(item.network)
+            name = item.network.role
             name += f" (seed {seed})" if len(set(item.labels)) > 1 else ""
-            forms.setdefault(_verdict_words.long_form(found), []).append(name)
-    return tuple(
-        f"{_text.sentence(_text.join(list(dict.fromkeys(names))))[:-1]}: {form}."
-        for form, names in forms.items()
-    )
+            places = forms.setdefault(_verdict_words.long_form(found), {})
+            names = places.setdefault(f"T = {item.network.temperature:g}", [])
+            names += [name] * (name not in names)
+    lines = []
+    for form, places in forms.items():
+        where = "; ".join(f"{place} ({', '.join(names)})" for place, names in places.items())
+        lines.append(f"{where}: {form}.")
+    return tuple(lines)
 
 
 def _title(item: Judged) -> str:
@@ -122,7 +124,3 @@ def _card(check: Mapping[str, Any]) -> Card:
         text=str(check["finding"]),
         notes=tuple((name, str(value)) for name, value in notes if value),
     )
-
-
-def _checks_of(shown: Sequence[Judged]) -> Table:
-    return _tables.checks(shown)

@@ -78,7 +78,7 @@ def _table(table: Table) -> str:
         for number, line in enumerate(group.lines):
             first = (Cell(group.name if number == 0 else ""),) if table.grouped else ()
             rows.append((*first, *line))
-    return _grid(table.heads, rows, table.left)
+    return _grid(table.heads, rows, table.left + table.grouped)
 
 
 def _grid(heads: Sequence[tuple[str, str]], rows: Iterable[Sequence[Cell]], left: int) -> str:

@@ -67,7 +67,8 @@ def verdict_figure(judged: Sequence[Judged]) -> Any:
         above, below = {"ha": "center", "fontsize": 8.5, "color": color, "zorder": 5}, y - 0.26
         near = abs(naive - worst) < 7
         if near:  # one label for both, or they would be written over each other
-            text = f"{_text.percent(item.naive.mean)} → {_text.percent(item.worst_case.mean)}"
+            ends = [_text.percent(item.naive.mean), _text.percent(item.worst_case.mean)]
+            text = " → ".join(dict.fromkeys(ends))
             axes.text((naive + worst) / 2, below, text, va="center", **above)
         else:
             axes.text(naive, below, _text.percent(item.naive.mean), va="center", **above)

@@ -47,7 +47,6 @@ def results(found: Sequence[Network]) -> Table:
 
 def verdicts(judged: Sequence[Judged]) -> Table:
     """The two numbers and the verdict of every judged network."""
-    by_network = {item.network: item for item in judged}
     heads = [
         ("Verdict", ""),
         ("The usual attack", "% accuracy"),
@@ -57,7 +56,7 @@ def verdicts(judged: Sequence[Judged]) -> Table:
     ]
 
     def line(network: Network) -> Cells:
-        item = by_network[network]
+        item = next(item for item in judged if item.network is network)
         numbers = [_percent(number, 1) for number in (item.naive, item.worst_case, item.clean)]
         nonfinite = max(int(found["num_nonfinite"]) for found in item.verdicts)
         small = f"{nonfinite:,} with NaN or infinite logits" if nonfinite else ""
@@ -91,7 +90,7 @@ def attacks(found: Row) -> Table:
     for attack in found["attacks"]:
         share = stat([attack["robust_accuracy"]], "value", ("low", "high"))
         lines.append((Cell(str(attack["name"])), Cell(str(attack["settings"])), _percent(share, 1)))
-    heads = (("Attack", ""), ("Settings", ""), ("Accuracy left", "%"))
+    heads = (("Attack", ""), ("Settings", ""), ("Accuracy left", "%, after it and all before it"))
     return Table("Attacks of the verdict", heads, (Group("", tuple(lines)),), left=2)
 
 
@@ -100,25 +99,22 @@ def comparisons(claims: Sequence[_comparison_words.Claim]) -> Table:
     lines = []
     for claim in claims:
         row, against = claim.row, int(claim.row["baseline_generation"])
-        given = row["p_value"] is not None
-        small = str(row["test"] or "")
-        pair = f"{_text.line_name(claim.network.generation)}, against {_text.line_name(against)}"
-        lines.append(
-            (
-                f"{claim.network.temperature:g}",
-                (
-                    Cell(pair, _comparison_words.over(row, claim.network)),
-                    Cell(_text.sentence(_comparison_words.quantity(row))[:-1]),
-                    Cell(claim.conclusion),
-                    Cell(_text.points(float(row["difference"]), 2)),
-                    Cell(_comparison_words.interval(row)),
-                    Cell(_text.p_value(float(row["p_value"]))[4:] if given else "–", small),
-                ),
-            )
+        tested = _text.p_value(float(row["p_value"]))[2:] if row["p_value"] is not None else "–"
+        line = (
+            Cell(
+                _text.sentence(_text.line_name(claim.network.generation))[:-1],
+                f"against {_text.line_name(against)}",
+            ),
+            Cell(_text.sentence(_comparison_words.quantity(row))[:-1]),
+            Cell(_text.sentence(claim.conclusion)[:-1]),
+            Cell(_text.points(float(row["difference"]), 2), _comparison_words.interval(row)),
+            Cell(tested.removeprefix("= "), str(row["test"] or "")),
+            Cell(_comparison_words.over(row, claim.network)),
         )
+        lines.append((f"{claim.network.temperature:g}", line))
     heads = (
         *(("T", ""), ("Network", ""), ("Quantity", ""), ("What follows", "")),
-        *(("Difference", "points"), ("95 % interval", "points"), ("p", "")),
+        *(("Difference", "points, 95 % interval"), ("p", ""), ("Over", "")),
     )
     groups = tuple(
         Group(name, tuple(cells for _, cells in lines))

@@ -12,8 +12,13 @@ from jdistill.report._networks import Network, Stat
 from jdistill.report._verdicts import LABELS, Judged
 
 
-def verdict(network: Network, baseline: Network | None, judged: Sequence[Judged]) -> str:
-    """The answer of a report that has verdicts, in one paragraph.
+def verdict(judged: Judged) -> str:
+    """The verdict on one network with its two numbers: what the first screen says."""
+    return f"{_numbers(judged)} {_meaning(judged)}"
+
+
+def reasons(network: Network, baseline: Network | None, judged: Sequence[Judged]) -> str:
+    """Why, what is left of the gain, and the verdicts at the other temperatures.
 
     Args:
         network: What the answer is about, one of the judged.
@@ -22,7 +27,7 @@ def verdict(network: Network, baseline: Network | None, judged: Sequence[Judged]
     """
     one = next(item for item in judged if item.network == network)
     other = next((item for item in judged if item.network == baseline), None)
-    sentences = [_numbers(one), _meaning(one), _text.sentence(one.verdicts[one.shown]["reason"])]
+    sentences = _because(one)
     if baseline is not None:
         sentences.append(_gain(one, other) if other else _no_baseline(baseline))
     return " ".join([*sentences, *_elsewhere(network, judged)])
@@ -51,10 +56,9 @@ def label(judged: Judged) -> str:
 
 def _numbers(judged: Judged) -> str:
     examples = _text.of(judged.num_examples, "example")
-    text = f"Within {judged.budget}, on {examples}, the usual attack leaves "
-    text += f"{_text.network_name(judged.network)} {_share(judged.naive)} accuracy; "
-    text += f"everything that was tried together leaves {_share(judged.worst_case)}"
-    return f"{text}{_text.range_of(judged.worst_case, digits=1)}."
+    text = f"Within {judged.budget}, on {examples}, the usual attack leaves {_share(judged.naive)} "
+    text += f"accuracy to {_text.network_name(judged.network)}; everything that was tried together "
+    return f"{text}leaves {_share(judged.worst_case)}{_text.range_of(judged.worst_case, digits=1)}."
 
 
 def _meaning(judged: Judged) -> str:
@@ -70,10 +74,26 @@ def _meaning(judged: Judged) -> str:
     return f"{text}attack may find more."
 
 
+def _because(judged: Judged) -> list[str]:
+    """What speaks for the label: the first check that does, or what would tell."""
+    found = judged.verdicts[judged.shown]
+    if judged.label == "inconclusive":
+        return [_text.sentence(found["reason"])]
+    run = [check for check in found["checks"] if check["outcome"] != "not run"]
+    against = [check for check in run if check["outcome"] == "masked"]
+    if not against:
+        return []
+    says = "says" if len(against) == 1 else "say"
+    count = f"{len(against)} of {_text.count(len(run), 'check')} {says} that the usual attack "
+    count += "fails for reasons of its own."
+    return [count, _text.sentence(against[0]["finding"])]
+
+
 def _gain(one: Judged, other: Judged) -> str:
     """What the defense seems to gain, and what is left of it against everything tried."""
     whom = _text.teacher_name(other.network, full=True)
-    text = f"The same attacks leave {whom}, {_share(other.naive)} and {_share(other.worst_case)}"
+    text = f"By the same two measures {whom}, keeps {_share(other.naive)} and "
+    text += _share(other.worst_case)
     if one.num_examples != other.num_examples:
         size = _text.of(other.num_examples, "example")
         return f"{text}, on {size}: not the same ones, so no difference is drawn."
@@ -83,7 +103,7 @@ def _gain(one: Judged, other: Judged) -> str:
     text += f"{_text.points(true)} points by everything that was tried"
     if one.worst_case.overlaps(other.worst_case):
         what = "95 % intervals" if one.worst_case.seeds == 1 else "ranges over the seeds"
-        text += f" (of the latter two numbers the {what} overlap)"
+        text += f", where the {what} overlap"
     return f"{text}."
 
 

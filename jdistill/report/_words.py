@@ -65,14 +65,15 @@ def paragraphs(
         student = subject(chosen, own)
         baseline = base(chosen, student)
         body = [_accuracy(student, baseline), _attacks(student, baseline)]
-        effect = _comparison_words.effect(student, chosen, comparisons) or _assistants(chosen)
+        short, more = _comparison_words.effect(student, chosen, comparisons)
+        short = short or _assistants(chosen)
         if own:
-            verdict = _verdict_words.verdict(student, baseline, own)
-            opening += [intro + verdict, effect]
-            rest += body
+            one = next(item for item in own if item.network == student)
+            opening += [intro + _verdict_words.verdict(one), short]
+            rest += [_verdict_words.reasons(student, baseline, own), more, *body]
         else:
             zeros = [*reading(student, baseline).sentences, *_elsewhere(chosen)]
-            opening += [intro + body[0], body[1], " ".join(zeros), effect]
+            opening += [intro + body[0], body[1], " ".join(zeros), short, more]
     rest.append(_bounds(found))
     if not judged:
         opening, rest = opening + rest, []
