@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jdistill import attacks
-from jdistill.report import _text, _words
-from jdistill.report._table import AttackKey
+from jdistill.report import _reading, _text
+from jdistill.report._networks import AttackKey
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "attacks.md").read_text(encoding="utf-8")
@@ -82,8 +82,8 @@ def test_the_networks_are_what_the_table_says():
 
 def test_the_report_knows_which_attacks_saturation_stops():
     stopped = {name for name, row in ROWS.items() if row["saturated softmax"] == "**fails**"}
-    assert stopped == _words.FOLLOW_CROSS_ENTROPY
-    assert set(ROWS) - stopped - {"ensemble", "transfer"} < _words.FOLLOW_OTHER
+    assert stopped == _reading.FOLLOW_CROSS_ENTROPY
+    assert set(ROWS) - stopped - {"ensemble", "transfer"} < _reading.FOLLOW_OTHER
     # And the page says so in words.
     (sentence,) = re.findall(r"attacks that climb the cross-entropy \((.*?)\)", PAGE, re.DOTALL)
     climbing = {name for name, row in ROWS.items() if row["default loss"] == "`cross_entropy`"}
