@@ -6,7 +6,7 @@ import numpy as np
 
 from jdistill import metrics
 from jdistill.diagnose import _thresholds as limits
-from jdistill.diagnose._evidence import Evidence, survivors
+from jdistill.diagnose._evidence import Evidence
 from jdistill.diagnose._verdict import Check
 
 _ATHALYE = 'Athalye, Carlini & Wagner 2018, "Obfuscated Gradients Give a False Sense of Security"'
@@ -123,7 +123,7 @@ def zero_gradients(evidence: Evidence) -> Check:
 
 def temperature_probe(evidence: Evidence) -> Check:
     """The same attack on the cross-entropy at a temperature."""
-    outcome, figures = _gap(evidence, evidence.broken["temperature"])
+    outcome, figures = _gap(evidence, evidence.broken_by("temperature"))
     figures["temperature"] = evidence.probe_temperature
     name = f"the same attack at T = {evidence.probe_temperature:.3g}"
     return Check(
@@ -139,7 +139,7 @@ def temperature_probe(evidence: Evidence) -> Check:
 
 def loss_gap(evidence: Evidence) -> Check:
     """The same attack on losses that do not know the logits' scale."""
-    by = evidence.broken["margin"] | evidence.broken["dlr"]
+    by = evidence.broken_by("margin", "dlr")
     outcome, figures = _gap(evidence, by)
     figures["margin_alone"] = _share(evidence.standing & evidence.broken["margin"])
     return Check(
@@ -161,9 +161,7 @@ def black_box(evidence: Evidence) -> Check:
         return Check("black_box", title, "not run", {}, _GAP, finding, source)
     square = evidence.broken["square"]
     outcome, figures = _gap(evidence, square)
-    by_gradients = np.any(
-        [evidence.broken[name] for name in ("half", "temperature", "margin", "dlr")], axis=0
-    )
+    by_gradients = evidence.broken_by("half", "temperature", "margin", "dlr", "target", "more")
     figures["beyond_every_gradient"] = _share(evidence.standing & square & ~by_gradients)
     finding = _gap_finding(figures, "Square Attack")
     if figures["gap"]:
@@ -258,14 +256,13 @@ def unbounded(evidence: Evidence) -> Check:
 
 def eps_curve(evidence: Evidence) -> Check:
     """Robust accuracy must fall as the radius grows."""
-    within = evidence.correct & ~survivors(evidence.correct, evidence.broken)
+    within = evidence.correct & ~evidence.survivors
     outcome, figures = _doubt(within & ~evidence.double)
-    half = evidence.correct & ~evidence.half
     figures |= {
-        "robust_accuracy_at_half": _share(half),
+        "robust_accuracy_at_half": _share(evidence.correct & ~evidence.broken["half"]),
         "robust_accuracy_at_eps": _share(evidence.standing),
         "robust_accuracy_at_double": _share(evidence.correct & ~evidence.double),
-        "only_at_half": _share(evidence.standing & evidence.half),
+        "only_at_half": _share(evidence.standing & evidence.broken["half"]),
     }
     rates = " / ".join(
         percent(figures[f"robust_accuracy_at_{name}"]) for name in ("half", "eps", "double")
@@ -286,7 +283,7 @@ def eps_curve(evidence: Evidence) -> Check:
 
 def more_effort(evidence: Evidence) -> Check:
     """Further starts after everything else."""
-    share = metrics.proportion(int(evidence.broken["more"].sum()), evidence.labels.size)
+    share = metrics.proportion(int(evidence.broken_by("more").sum()), evidence.labels.size)
     helps = share.value >= limits.MORE and share.low >= limits.MORE_LOW
     return Check(
         "more_effort",
@@ -302,19 +299,18 @@ def more_effort(evidence: Evidence) -> Check:
 
 
 def still_moving(evidence: Evidence) -> Check:
-    """The usual attack's loss over its last steps."""
-    share = _of(evidence.moving, evidence.standing)
-    on_margin = _of(evidence.moving_margin, evidence.standing & ~evidence.broken["margin"])
+    """The margin over the last steps of the attack on it."""
+    share = _of(evidence.moving, evidence.standing & ~evidence.broken["margin"])
     return Check(
         "still_moving",
         "The loss over the last steps",
         "undecided" if share > limits.MOVING_SHARE else "clear",
-        {"moving": share, "moving_margin": on_margin},
-        f"undecided where more than {limits.MOVING_SHARE:.0%} of the examples left have a loss "
+        {"moving": share},
+        f"undecided where more than {limits.MOVING_SHARE:.0%} of the examples left have a margin "
         f"whose best value rose by more than {limits.MOVING:.0%} of its whole rise in the last "
         f"{limits.LAST_STEPS} steps",
-        f"The loss of the usual attack still rose for {percent(share)} of the examples that it "
-        "left.",
+        f"The margin still rose in the last {limits.LAST_STEPS} steps for {percent(share)} of the "
+        "examples that PGD on it left.",
         f"{_PINTOR}",
     )
 

@@ -1,40 +1,19 @@
-"""Everything that is tried on a network, and what came of it, example by example."""
+"""What came of everything that is tried on a network, example by example."""
 
-import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
-from jdistill import attacks, losses, norms
+from jdistill import losses
 from jdistill._precision import full_precision
 from jdistill._pytree import call
-from jdistill.attacks import AttackResult
 from jdistill.attacks._base import Problem
-from jdistill.diagnose import _probes, _thresholds
-from jdistill.diagnose._rows import Rows
-from jdistill.typing import Array, LogitsFn
-
-NUM_STEPS = 40  # of the usual attack, and of those that differ from it in one thing
-NUM_AUTO_STEPS = 50
-NUM_TARGETS = 3
-NUM_NOISE = 64
-NUM_MORE = 2
-
-
-class Settings(NamedTuple):
-    """What is asked, beside the examples."""
-
-    eps: float
-    norm: str
-    box: tuple[float, float]
-    train_temperature: float
-    surrogate: LogitsFn | None
-    num_queries: int
+from jdistill.diagnose import _attacks, _probes, _thresholds
+from jdistill.diagnose._attacks import Planned, Settings
+from jdistill.diagnose._rows import Found, Rows
+from jdistill.typing import Array
 
 
 class Evidence(NamedTuple):
@@ -43,27 +22,29 @@ class Evidence(NamedTuple):
     Attributes:
         labels: int.
         num_classes: a number.
+        plan: the attacks within eps, the usual one first.
         finite: the clean logits are.
         correct: right without an attack.
         gradients: of each loss, the largest entry (float); NaN where one is not finite.
         agreement: of gradient and function.
         probe_temperature: of the temperature probe, a number.
         standing: right under the usual attack.
-        broken: by each attack within eps, the usual one and those on the path included.
-        half: the usual attack breaks it at the smaller radius.
-        double: the usual attack breaks it at the larger radius, or did at a smaller one.
+        broken: by each attack of the plan, by name; False where it was not run.
+        double: the usual attack breaks it at the larger radius, or at eps.
         unbounded: it stands against the usual attack in the whole box.
-        unbounded_margin: ... and against the same on the margin.
+        unbounded_margin: ... and against everything else, and the margin in the whole box.
         on_path: the usual attack met a success, and did not return it.
         lapsed: the usual attack returned a success that is none when asked again.
         nonfinite: the logits where the usual attack ended are not finite.
-        moving: the usual attack's loss still rose over its last steps.
-        flat: it never changed.
-        moving_margin: as `moving`, of the margin; False where that attack succeeded.
+        flat: the usual attack's loss never changed.
+        moving: the margin still rose over the last steps of the attack on it; False where that
+            succeeded. The cross-entropy would not do: it grows exponentially with the margin, so
+            that its last steps are always the largest.
     """
 
     labels: np.ndarray
     num_classes: int
+    plan: tuple[Planned, ...]
     finite: np.ndarray
     correct: np.ndarray
     gradients: _probes.Gradients
@@ -71,16 +52,23 @@ class Evidence(NamedTuple):
     probe_temperature: float
     standing: np.ndarray
     broken: dict[str, np.ndarray]
-    half: np.ndarray
     double: np.ndarray
     unbounded: np.ndarray
     unbounded_margin: np.ndarray
     on_path: np.ndarray
     lapsed: np.ndarray
     nonfinite: np.ndarray
-    moving: np.ndarray
     flat: np.ndarray
-    moving_margin: np.ndarray
+    moving: np.ndarray
+
+    def broken_by(self, *names: str) -> np.ndarray:
+        """Which examples an attack whose name begins so broke, `[N]`."""
+        return _any(self.broken, names, self.correct)
+
+    @property
+    def survivors(self) -> np.ndarray:
+        """Which examples are right under everything, `[N]`."""
+        return self.correct & ~np.any(list(self.broken.values()), axis=0)
 
 
 def gather(problem: Problem, rows: Rows, settings: Settings) -> Evidence:
@@ -91,188 +79,68 @@ def gather(problem: Problem, rows: Rows, settings: Settings) -> Evidence:
         rows: runs functions on some of the examples.
         settings: what is asked.
     """
-    eps, norm = settings.eps, settings.norm
-    network, num_inputs = problem.logits_fn, math.prod(problem.inputs.shape[1:])
-    everything = np.ones(len(problem.inputs), bool)
+    labels = np.asarray(problem.goal.labels)
+    everything = np.ones(len(labels), bool)
 
-    logits = rows.run("clean", functools.partial(_logits, network), everything)
+    def logits_of(keys: Array, inputs: Array, labels: Array) -> Array:
+        del keys, labels
+        with full_precision():
+            return call(problem.logits_fn, inputs)
+
+    logits = rows.run("clean", logits_of, everything)
     finite = np.isfinite(logits).all(axis=1)
-    correct = finite & (logits.argmax(axis=1) == np.asarray(problem.goal.labels))
+    correct = finite & (logits.argmax(axis=1) == labels)
     probe_temperature = settings.train_temperature
     if probe_temperature == 1:
         probe_temperature = own_temperature(logits[correct])
 
-    sizes = rows.run(
-        "gradients",
-        lambda keys, x, y: _probes.gradients(network, x, y, jnp.float32(probe_temperature)),
-        everything,
-    )
-    feature = {"linf": 1.0, "l2": math.sqrt(num_inputs), "l1": float(num_inputs)}[norm]
-    agrees = rows.run(
-        "agreement",
-        lambda keys, x, y: _probes.agreement(
-            network, keys, x, y, jnp.asarray(eps / feature, x.dtype), problem.bounds
-        ),
-        everything,
-    )
-
-    whole = (settings.box[1] - settings.box[0]) * feature
-    at_one = Partial(losses.cross_entropy, temperature=jnp.float32(1.0))
-    tempered = Partial(losses.cross_entropy, temperature=jnp.float32(probe_temperature))
-
-    def descend(loss: Callable[..., Array], radius: float, *, random: bool = True) -> Any:
-        """PGD, one program for all radii, starts and temperatures."""
-
-        def attack(keys: Array, x: Array, y: Array) -> AttackResult:
-            init = x + norms.random_start(keys, x, radius, norm) if random else x
-            return attacks.pgd(
-                network,
-                None,
-                x,
-                y,
-                eps=radius,
-                norm=norm,
-                num_steps=NUM_STEPS,
-                init=jnp.clip(init, *problem.bounds),
-                bounds=settings.box,
-                loss=loss,
-                trace=True,
-            )
-
-        return attack
-
-    broken: dict[str, np.ndarray] = {}
-    naive = rows.attack("naive", descend(at_one, eps), correct)
+    usual = _attacks.usual(problem, settings)
+    naive = rows.attack(usual.name, usual.attack, correct)
     on_path = (naive.info["first_success"] >= 0) & correct & ~naive.success
     standing = correct & ~naive.success
-    broken["naive"] = naive.success | on_path
-    # Where the usual attack ended, seen once more, in another program.
-    ended = rows.run(
-        "recheck", functools.partial(_logits, network), correct, inputs=naive.inputs
-    )
-    reached = np.isfinite(ended).all(axis=1) & (
-        ended.argmax(axis=1) != np.asarray(problem.goal.labels)
-    )
-    lapsed = correct & naive.success & ~reached
-    nonfinite = correct & ~np.isfinite(ended).all(axis=1)
+    # Where it ended, seen once more, by another program.
+    ended = rows.run("recheck", logits_of, correct, inputs=naive.inputs)
+    ended_finite = np.isfinite(ended).all(axis=1)
+    right_again = ~ended_finite | (ended.argmax(axis=1) == labels)
 
-    # Each of these sees all that the usual attack left, so that what it breaks there is the gap;
-    # the first ones differ from it in one thing alone, and start where it did.
-    broken["half"] = rows.attack(
-        "half eps", descend(at_one, _thresholds.SMALLER_RADIUS * eps), correct
-    ).success
-    broken["temperature"] = rows.attack(
-        "temperature", descend(tempered, eps), standing, draws="naive"
-    ).success
-    on_margin = rows.attack("margin", descend(losses.margin, eps), standing, draws="naive")
-    broken["margin"] = on_margin.success
-    one_step = functools.partial(
-        attacks.fgsm, network, eps=eps, norm=norm, bounds=settings.box, loss=at_one
-    )
-    broken["one_step"] = rows.attack("one step", one_step, standing).success
-    broken["noise"] = rows.run(
-        "noise",
-        lambda keys, x, y: _probes.noise_breaks(
-            network,
-            keys,
-            x,
-            y,
-            jnp.asarray(eps, x.dtype),
-            problem.bounds,
-            norm=norm,
-            num_draws=NUM_NOISE,
-        ),
-        standing,
-    )
-    if norm != "l1":
-        square = functools.partial(
-            attacks.square,
-            network,
-            eps=eps,
-            norm=norm,
-            num_queries=settings.num_queries,
-            bounds=settings.box,
-        )
-        broken["square"] = rows.attack("square", square, standing).success
-    if settings.surrogate is not None:
-        transfer = functools.partial(
-            attacks.transfer,
-            network,
-            source=settings.surrogate,
-            attack=functools.partial(_far, eps=eps, norm=norm),
-            bounds=settings.box,
-        )
-        broken["transfer"] = rows.attack("transfer", transfer, standing).success
-    automatic: dict[str, Any] = {
-        "eps": eps,
-        "norm": norm,
-        "num_steps": NUM_AUTO_STEPS,
-        "bounds": settings.box,
-    }
-    num_classes = logits.shape[1]
-    dlr = functools.partial(
-        attacks.apgd, network, loss=losses.dlr if num_classes >= 3 else losses.margin, **automatic
-    )
-    broken["dlr"] = rows.attack("APGD-DLR", dlr, standing & ~broken["margin"]).success
+    broken = {usual.name: naive.success | on_path}
+    plan = _attacks.others(problem, settings, probe_temperature, logits.shape[1])
+    results: dict[str, Found] = {}
+    for planned in plan:
+        skipped = list(broken) if planned.skips is None else planned.skips
+        mask = correct & ~_any(broken, skipped, correct)
+        results[planned.name] = rows.attack(planned.name, planned.attack, mask, draws=planned.draws)
+        broken[planned.name] = results[planned.name].success
 
-    # And these what everything before left.
-    left = survivors(standing, broken)
-    for rank in range(min(NUM_TARGETS, num_classes - 1)):
-        targeted = functools.partial(
-            attacks.apgd_targeted, network, num_targets=1, first_target=rank, **automatic
-        )
-        found = rows.attack(f"APGD-T {rank + 1}", targeted, left)
-        broken["targeted"] = broken.get("targeted", np.zeros_like(left)) | found.success
-        left &= ~found.success
-    for again in range(NUM_MORE):
-        found = rows.attack(f"more {again + 1}", descend(losses.margin, eps), left)
-        broken["more"] = broken.get("more", np.zeros_like(left)) | found.success
-        left &= ~found.success
-
-    double = rows.attack(
-        "double eps", descend(at_one, _thresholds.LARGER_RADIUS * eps), standing
-    ).success
-    everywhere = rows.attack(
-        "whole box", descend(at_one, whole, random=False), standing & ~double
-    ).success
-    unbounded = standing & ~double & ~everywhere
-    everywhere = rows.attack(
-        "whole box, margin",
-        descend(losses.margin, whole, random=False),
-        unbounded & survivors(standing, broken),
-    ).success
-
-    moving, flat = still_moving(naive.info["loss"][:, 0])
+    larger = _thresholds.LARGER_RADIUS * settings.eps
+    double = _attacks.descend(problem, settings, _attacks.at(1.0), radius=larger)
+    left = standing & ~rows.attack("double", double, standing).success
+    unbounded, unbounded_margin = _unbounded(problem, rows, settings, left, broken)
+    resisted = standing & ~broken["margin"]
     return Evidence(
-        labels=np.asarray(problem.goal.labels),
-        num_classes=num_classes,
+        labels=labels,
+        num_classes=logits.shape[1],
+        plan=(usual, *plan),
         finite=finite,
         correct=correct,
-        gradients=sizes,
-        agreement=agrees,
+        gradients=_gradients(problem, rows, probe_temperature),
+        agreement=_agreement(problem, rows, settings),
         probe_temperature=probe_temperature,
         standing=standing,
         broken=broken,
-        half=broken["half"],
-        double=correct & ~(standing & ~double),
+        double=correct & ~left,
         unbounded=unbounded,
-        unbounded_margin=unbounded & survivors(standing, broken) & ~everywhere,
+        unbounded_margin=unbounded_margin,
         on_path=on_path,
-        lapsed=lapsed,
-        nonfinite=nonfinite,
-        moving=moving & standing,
-        flat=flat & standing,
-        moving_margin=still_moving(on_margin.info["loss"][:, 0])[0] & standing & ~broken["margin"],
+        lapsed=correct & naive.success & right_again,
+        nonfinite=correct & ~ended_finite,
+        flat=standing & (np.ptp(naive.info["loss"][:, 0], axis=1) == 0),
+        moving=resisted & still_moving(results["margin"].info["loss"][:, 0]),
     )
 
 
-def survivors(standing: np.ndarray, broken: dict[str, np.ndarray]) -> np.ndarray:
-    """Which of those standing none of the attacks broke, `[N]`."""
-    return standing & ~np.any(list(broken.values()), axis=0)
-
-
 def own_temperature(logits: np.ndarray) -> float:
-    """The temperature that brings the logits `[M, K]` to a scale where the softmax is not saturated.
+    """A temperature at which the softmax of the logits `[M, K]` is not saturated.
 
     The median over examples of what `losses.soft_margin` divides by.
     """
@@ -282,39 +150,64 @@ def own_temperature(logits: np.ndarray) -> float:
     return spread / (4.0 + math.log(logits.shape[1] - 1)) if spread > 0 else 1.0
 
 
-def still_moving(trace: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whether the best loss so far rose in the last steps, and whether it never changed, `[N]`.
+def still_moving(trace: np.ndarray) -> np.ndarray:
+    """Whether the best loss so far still rose in the last steps, `[N]`.
 
     Args:
-        trace: `[N, num_steps]`, NaN where the example had stopped.
+        trace: `[N, num_steps]`; a row with a NaN, where the example had stopped, gives False.
     """
-    complete = np.isfinite(trace).all(axis=1)
-    best = np.maximum.accumulate(np.where(complete[:, None], trace, 0.0), axis=1)
-    rise = best[:, -1] - best[:, 0]
+    best = np.maximum.accumulate(trace, axis=1)
     last = best[:, -1] - best[:, -1 - _thresholds.LAST_STEPS]
-    constant = np.ptp(np.where(complete[:, None], trace, 0.0), axis=1) == 0
-    return complete & (last > _thresholds.MOVING * rise), complete & constant
+    return last > _thresholds.MOVING * (best[:, -1] - best[:, 0])
 
 
-def _logits(network: LogitsFn, keys: Array, x: Array, y: Array) -> Array:
-    del keys, y
-    with full_precision():
-        return call(network, x)
+def _any(
+    broken: dict[str, np.ndarray], prefixes: list[str] | tuple[str, ...], like: np.ndarray
+) -> np.ndarray:
+    """Which examples any of the attacks whose names begin so broke."""
+    masks = [mask for name, mask in broken.items() if name.startswith(tuple(prefixes))]
+    return np.any([np.zeros_like(like), *masks], axis=0)
 
 
-def _far(
-    source: LogitsFn, keys: Array, x: Array, y: Array, *, eps: float, norm: str, **options: Any
-) -> AttackResult:
-    """As far beyond the source's boundary as the ball allows: what only just passes stays behind."""
-    return attacks.apgd(
-        source,
-        keys,
-        x,
-        y,
-        eps=eps,
-        norm=norm,
-        num_steps=NUM_AUTO_STEPS,
-        loss=losses.margin,
-        best_loss=True,
-        **options,
-    )
+def _gradients(problem: Problem, rows: Rows, temperature: float) -> _probes.Gradients:
+    """The sizes of the losses' gradients at the clean inputs, of all examples."""
+
+    def probe(keys: Array, inputs: Array, labels: Array) -> _probes.Gradients:
+        del keys
+        return _probes.gradients(problem.logits_fn, inputs, labels, jnp.float32(temperature))
+
+    return rows.run("gradients", probe, np.ones(len(problem.inputs), bool))
+
+
+def _agreement(problem: Problem, rows: Rows, settings: Settings) -> _probes.Agreement:
+    """Gradient and function at the clean inputs, of all examples."""
+    step = settings.eps / _attacks.per_feature(settings.norm, problem.inputs.shape[1:])
+
+    def probe(keys: Array, inputs: Array, labels: Array) -> _probes.Agreement:
+        radius = jnp.asarray(step, inputs.dtype)
+        return _probes.agreement(problem.logits_fn, keys, inputs, labels, radius, problem.bounds)
+
+    return rows.run("agreement", probe, np.ones(len(problem.inputs), bool))
+
+
+def _unbounded(
+    problem: Problem,
+    rows: Rows,
+    settings: Settings,
+    left: np.ndarray,
+    broken: dict[str, np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """What stands in the whole box against the usual attack, and what against any.
+
+    From the input itself: a random point of the box is of another class without any attack.
+    """
+    unit = _attacks.per_feature(settings.norm, problem.inputs.shape[1:])
+    whole = (settings.box[1] - settings.box[0]) * unit
+
+    def without(stage: str, loss: _attacks.Loss, mask: np.ndarray) -> np.ndarray:
+        attack = _attacks.descend(problem, settings, loss, radius=whole, random_start=False)
+        return mask & ~rows.attack(stage, attack, mask).success
+
+    unbounded = without("whole box", _attacks.at(1.0), left)
+    unbroken = unbounded & ~_any(broken, list(broken), unbounded)
+    return unbounded, without("whole box, margin", losses.margin, unbroken)

@@ -3,15 +3,15 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate, metrics, nets
 from jdistill.attacks import _base
-from jdistill.diagnose import _attempts, _checks, _label
-from jdistill.diagnose._evidence import Settings, gather, survivors
+from jdistill.diagnose import _checks, _label
+from jdistill.diagnose._attacks import Settings
+from jdistill.diagnose._evidence import Evidence, gather
 from jdistill.diagnose._rows import Rows
-from jdistill.diagnose._verdict import Verdict
+from jdistill.diagnose._verdict import Attempt, Verdict
 from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
 
 _NORMS = ("linf", "l2", "l1")
@@ -70,7 +70,8 @@ def masking(
             `0..K-1`.
 
     Example:
-        >>> import numpy as np
+        >>> import jax, numpy as np
+        >>> from jdistill import nets
         >>> weights = np.array([[4.0, -4.0], [4.0, -4.0]], np.float32)
         >>> network = nets.callable_logits_fn(lambda w, x: (x - 0.5) @ w, weights)
         >>> masked = nets.callable_logits_fn(lambda w, x: 1000 * ((x - 0.5) @ w), weights)
@@ -143,7 +144,8 @@ def masking_of_stack(
         ValueError: no stack, a temperature of another shape; else as `masking`.
 
     Example:
-        >>> import numpy as np
+        >>> import jax, jax.numpy as jnp, numpy as np
+        >>> from jdistill import nets
         >>> def network(scale, x):
         ...     return scale * ((x - 0.5) @ jnp.array([[4.0, -4.0], [4.0, -4.0]]))
         >>> stack = nets.callable_logits_fn(network, jnp.array([1.0, 1000.0]))
@@ -235,11 +237,10 @@ def _masking(
     )
     evidence = gather(problem, rows, settings)
     checks = _checks.all_checks(evidence)
-    attempts = _attempts.attempts(evidence, settings)
-    worst = survivors(evidence.standing, evidence.broken)
+    attempts = _attempts(evidence)
     clean, naive, worst_case = (
         metrics.proportion(int(mask.sum()), mask.size)
-        for mask in (evidence.correct, evidence.standing, worst)
+        for mask in (evidence.correct, evidence.standing, evidence.survivors)
     )
     label, reason = _label.label(evidence, checks, naive, worst_case)
     return Verdict(
@@ -254,5 +255,16 @@ def _masking(
         num_nonfinite=int(np.sum(~evidence.finite)),
         attacks=attempts,
         checks=checks,
-        budget=_attempts.budget(attempts, evidence, settings),
+        budget=f"{', '.join(attempt.name for attempt in attempts)}, at {norm} {settings.eps:g}, "
+        f"{evidence.labels.size} examples",
     )
+
+
+def _attempts(evidence: Evidence) -> tuple[Attempt, ...]:
+    """The attacks of the worst case, in order, with what stands after each."""
+    left, rows = evidence.correct, []
+    for planned in evidence.plan:
+        left = left & ~evidence.broken[planned.name]
+        share = metrics.proportion(int(left.sum()), left.size)
+        rows.append(Attempt(planned.title, share, planned.settings))
+    return tuple(rows)

@@ -15,6 +15,8 @@ from jdistill.typing import Array, LogitsFn
 class Gradients(NamedTuple):
     """The largest entry of each loss's input gradient, `[B]`; NaN where one is not finite.
 
+    Compiled code returns JAX's arrays, `Rows.run` NumPy's.
+
     Attributes:
         cross_entropy: at T = 1.
         cross_entropy_at_temperature: at the temperature of the probe.
@@ -22,10 +24,10 @@ class Gradients(NamedTuple):
         dlr: of the difference of logits ratio; the margin's below three classes.
     """
 
-    cross_entropy: Array
-    cross_entropy_at_temperature: Array
-    margin: Array
-    dlr: Array
+    cross_entropy: Any
+    cross_entropy_at_temperature: Any
+    margin: Any
+    dlr: Any
 
 
 def gradients(logits_fn: LogitsFn, inputs: Array, labels: Array, temperature: Array) -> Gradients:
@@ -65,9 +67,9 @@ class Agreement(NamedTuple):
         unrepeated: the same input has other logits when asked again.
     """
 
-    local: Array
-    jump: Array
-    unrepeated: Array
+    local: Any
+    jump: Any
+    unrepeated: Any
 
 
 def agreement(

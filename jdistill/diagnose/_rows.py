@@ -14,6 +14,20 @@ from jdistill.typing import Array, Callback
 _SMALLEST = 16  # fewer rows are not worth a program of their own
 
 
+class Found(NamedTuple):
+    """What an attack returned, on the host.
+
+    Attributes:
+        success: `[N]` bool; False where it was not run.
+        inputs: `[N, ...]`.
+        info: as the attack's.
+    """
+
+    success: np.ndarray
+    inputs: np.ndarray
+    info: dict[str, np.ndarray]
+
+
 class Rows(NamedTuple):
     """All examples, and how to run something on those of a mask.
 
@@ -57,17 +71,17 @@ class Rows(NamedTuple):
         rows = np.flatnonzero(mask)
         number = zlib.crc32((draws or stage).encode())
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(self.keys, number)
-        inputs = self.inputs if inputs is None else jnp.asarray(inputs)
+        columns = self.inputs if inputs is None else jnp.asarray(inputs)
         if not len(rows):
-            shapes = jax.eval_shape(fun, keys[:1], inputs[:1], self.labels[:1])
+            shapes = jax.eval_shape(fun, keys[:1], columns[:1], self.labels[:1])
             return jax.tree.map(lambda s: np.zeros((len(mask), *s.shape[1:]), s.dtype), shapes)
         size = _size(len(rows), min(self.batch_size, len(mask)))
         chunks = []
         for first in range(0, len(rows), size):
             chunk = rows[first : first + size]
             padded = np.concatenate([chunk, np.repeat(rows[:1], size - len(chunk))])
-            output = jax.device_get(fun(keys[padded], inputs[padded], self.labels[padded]))
-            chunks.append(jax.tree.map(lambda leaf, count=len(chunk): leaf[:count], output))
+            output = jax.device_get(fun(keys[padded], columns[padded], self.labels[padded]))
+            chunks.append(jax.tree.map(lambda leaf, real=chunk.size: leaf[:real], output))
             if self.callback is not None:
                 done = min(first + size, len(rows))
                 progress = {"stage": stage, "done": done, "total": len(rows)}
@@ -88,9 +102,10 @@ class Rows(NamedTuple):
         mask: np.ndarray,
         *,
         draws: str | None = None,
-    ) -> AttackResult:
+    ) -> Found:
         """As `run`, of an attack `(keys, inputs, labels) -> AttackResult`."""
-        return self.run(stage, attack, mask, draws=draws)
+        result = self.run(stage, attack, mask, draws=draws)
+        return Found(result.success, result.inputs, result.info)
 
 
 def _size(count: int, largest: int) -> int:

@@ -139,14 +139,12 @@ class Verdict:
             f"  clean      {_share(self.clean)}",
             f"  naive      {_share(self.naive)}   PGD-40 on the cross-entropy at T = 1",
             f"  worst case {_share(self.worst_case)}   of everything tried",
-            *(f"  {check.outcome}: {check.title}. {check.finding}" for check in spoke),
+            *(f"  {check.name}, {check.outcome}: {check.finding}" for check in spoke),
         ]
-        quiet = [check.title.lower() for check in self.checks if check.outcome == "clear"]
-        if quiet:
-            lines.append(f"  clear: {'; '.join(quiet)}")
-        silent = [check.title.lower() for check in self.checks if check.outcome == "not run"]
-        if silent:
-            lines.append(f"  not run: {'; '.join(silent)}")
+        for outcome in ("clear", "not run"):
+            names = [check.name for check in self.checks if check.outcome == outcome]
+            if names:
+                lines.append(f"  {outcome}: {', '.join(names)}")
         lines.append(f"  budget: {self.budget}")
         return "\n".join(
             textwrap.fill(line, 100, subsequent_indent="    ", break_on_hyphens=False)
