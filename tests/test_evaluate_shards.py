@@ -220,7 +220,8 @@ def test_names_tell_networks_apart():
     shards = {}
     whole = run()
     for r, name in enumerate(("first", "second")):
-        alone = run(shards, stack=nets.stack([networks()[r]]), names=[name])
+        options = {"names": [name], "stage": f"pgd {r + 1}/2", "shard_name": "pgd"}
+        alone = run(shards, stack=nets.stack([networks()[r]]), **options)
         np.testing.assert_array_equal(alone.inputs[0], whole.inputs[r])
     size = len(shards)
     assert_same(run(shards, names=["first", "second"]), whole)
