@@ -259,6 +259,8 @@ class _Job(NamedTuple):
 
     def shards(self, store: Store, name: str, names: Sequence[str] | None) -> Shards:
         """The store's shards for this job: what they are called, and what they must say."""
+        from jdistill import __version__
+
         num_runs = len(self.runs.temperatures)
         names = [f"network-{run}" for run in range(num_runs)] if names is None else names
         if len(names) != num_runs or len(set(names)) != num_runs:
@@ -276,7 +278,11 @@ class _Job(NamedTuple):
             for run in range(num_runs)
         ]
         precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-        shared = {"attack": attack, "matmul_precision": precision or "highest"}
+        shared = {
+            "attack": attack,
+            "jdistill": __version__,
+            "matmul_precision": precision or "highest",
+        }
         examples = {unit.batch: self._examples(unit) for unit in self.units}
         called, settings = {}, {}
         for run, batch in (place for unit in self.units for place in unit.places):
