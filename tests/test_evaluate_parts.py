@@ -383,6 +383,23 @@ def test_one_call_is_its_parts(results):
     assert nothing.distances == nothing.eps_curves == nothing.transfer == {}
 
 
+def restarting(logits_fn, key, inputs, labels, *, eps=EPS, num_steps=2):
+    """PGD whose steps begin anew, though its settings do not say so."""
+    result = attacks.pgd(logits_fn, key, inputs, labels, eps=eps, num_steps=num_steps)
+    return result._replace(info={**result.info, "restart": result.info["first_success"] > 0})
+
+
+def test_steps_of_several_starts_have_no_curve_by_default():
+    plans = {"starts": evaluate.AttackPlan(restarting), "pgd": PLANS["pgd"]}
+    result = evaluate.evaluate(STACK, INPUTS, LABELS, attacks=plans, key=KEY)
+    assert result.attacks["starts"].info["restart"].any()
+    assert set(result.step_curves) == {"pgd"}
+    assert result.attacks["starts"].norm is None
+    named = {"distance l2": PLANS["pgd"]}
+    with pytest.raises(ValueError, match="got 'distance l2'; rename the attack"):
+        evaluate.evaluate(STACK, INPUTS, LABELS, attacks=named, distances=DISTANCES)
+
+
 def test_queries_have_a_curve_where_the_attack_counts_them():
     square = functools.partial(attacks.square, eps=0.08, num_queries=30)
     plans = {"square": evaluate.AttackPlan(square), "fgsm": PLANS["fgsm"]}
