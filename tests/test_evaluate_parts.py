@@ -546,6 +546,11 @@ def test_logits_that_are_not_finite_are_counted(vmapped):
         # An attack that walks into a hole has found nothing there.
         assert not outcome.success[inside & ~holes].any()
     assert (result.attacks["pgd"].num_nonfinite >= holes.sum()).all()
+    hollow_one = nets.callable_logits_fn(hollow, jnp.asarray(WEIGHTS[0]))
+    networks = [NETWORKS[0], hollow_one]
+    matrix = evaluate.transfer_matrix(networks, INPUTS, LABELS, PLANS["pgd"], vmapped=vmapped)
+    assert matrix.success[0, 1, holes].all()  # judged on the clean inputs already
+    assert not matrix.success[0, 0, holes].all()
 
 
 def test_a_set_of_one_class_is_refused():

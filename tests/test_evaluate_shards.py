@@ -75,6 +75,14 @@ def places(shards):
     return {tuple(name.split("/")) for name in shards}
 
 
+@pytest.fixture(scope="module")
+def made():
+    """The shards of a whole run."""
+    shards = {}
+    run(shards)
+    return shards
+
+
 class Stop(Exception):
     """What stops a run from its callback."""
 
@@ -122,6 +130,14 @@ def test_what_is_there_is_not_computed_again():
     np.testing.assert_array_equal(first.inputs, second.inputs)
 
 
+@pytest.mark.parametrize("vmapped", [False, True], ids=["looped", "vmapped"])
+def test_one_missing_shard_leaves_the_others_as_they_are(made, vmapped):
+    shards, name = dict(made), "pgd/network-1/00001"
+    del shards[name]
+    assert_same(run(shards, vmapped=vmapped), run(vmapped=vmapped))
+    assert {other for other in shards if shards[other] is not made[other]} == {name}
+
+
 def dense_run(shards, callback=None):
     """A run that another process does alike."""
     dense = linen.Dense(K)
@@ -159,14 +175,6 @@ def test_what_a_killed_process_did_is_not_done_again(tmp_path):
 
 
 # What is refused
-
-
-@pytest.fixture(scope="module")
-def made():
-    """The shards of a whole run."""
-    shards = {}
-    run(shards)
-    return shards
 
 
 @pytest.mark.parametrize(
