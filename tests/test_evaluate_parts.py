@@ -383,6 +383,23 @@ def test_one_call_is_its_parts(results):
     assert nothing.distances == nothing.eps_curves == nothing.transfer == {}
 
 
+def restarting(logits_fn, key, inputs, labels, *, eps=EPS, num_steps=2):
+    """PGD whose steps begin anew, though its settings do not say so."""
+    result = attacks.pgd(logits_fn, key, inputs, labels, eps=eps, num_steps=num_steps)
+    return result._replace(info={**result.info, "restart": result.info["first_success"] > 0})
+
+
+def test_steps_of_several_starts_have_no_curve_by_default():
+    plans = {"starts": evaluate.AttackPlan(restarting), "pgd": PLANS["pgd"]}
+    result = evaluate.evaluate(STACK, INPUTS, LABELS, attacks=plans, key=KEY)
+    assert result.attacks["starts"].info["restart"].any()
+    assert set(result.step_curves) == {"pgd"}
+    assert result.attacks["starts"].norm is None
+    named = {"distance l2": PLANS["pgd"]}
+    with pytest.raises(ValueError, match="got 'distance l2'; rename the attack"):
+        evaluate.evaluate(STACK, INPUTS, LABELS, attacks=named, distances=DISTANCES)
+
+
 def test_queries_have_a_curve_where_the_attack_counts_them():
     square = functools.partial(attacks.square, eps=0.08, num_queries=30)
     plans = {"square": evaluate.AttackPlan(square), "fgsm": PLANS["fgsm"]}
@@ -529,6 +546,11 @@ def test_logits_that_are_not_finite_are_counted(vmapped):
         # An attack that walks into a hole has found nothing there.
         assert not outcome.success[inside & ~holes].any()
     assert (result.attacks["pgd"].num_nonfinite >= holes.sum()).all()
+    hollow_one = nets.callable_logits_fn(hollow, jnp.asarray(WEIGHTS[0]))
+    networks = [NETWORKS[0], hollow_one]
+    matrix = evaluate.transfer_matrix(networks, INPUTS, LABELS, PLANS["pgd"], vmapped=vmapped)
+    assert matrix.success[0, 1, holes].all()  # judged on the clean inputs already
+    assert not matrix.success[0, 0, holes].all()
 
 
 def test_a_set_of_one_class_is_refused():

@@ -1,6 +1,7 @@
 """Evaluations that are stopped and go on: what is kept, what is refused, what is done anew."""
 
 import functools
+import json
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ import pytest
 from flax import linen
 
 from jdistill import attacks, evaluate, nets, runtime
+from jdistill.evaluate import _identity
 
 N, D, K, R, BATCH = 11, 4, 3, 2, 4
 NUM_BATCHES = 3
@@ -73,6 +75,14 @@ def places(shards):
     return {tuple(name.split("/")) for name in shards}
 
 
+@pytest.fixture(scope="module")
+def made():
+    """The shards of a whole run."""
+    shards = {}
+    run(shards)
+    return shards
+
+
 class Stop(Exception):
     """What stops a run from its callback."""
 
@@ -120,6 +130,14 @@ def test_what_is_there_is_not_computed_again():
     np.testing.assert_array_equal(first.inputs, second.inputs)
 
 
+@pytest.mark.parametrize("vmapped", [False, True], ids=["looped", "vmapped"])
+def test_one_missing_shard_leaves_the_others_as_they_are(made, vmapped):
+    shards, name = dict(made), "pgd/network-1/00001"
+    del shards[name]
+    assert_same(run(shards, vmapped=vmapped), run(vmapped=vmapped))
+    assert {other for other in shards if shards[other] is not made[other]} == {name}
+
+
 def dense_run(shards, callback=None):
     """A run that another process does alike."""
     dense = linen.Dense(K)
@@ -157,14 +175,6 @@ def test_what_a_killed_process_did_is_not_done_again(tmp_path):
 
 
 # What is refused
-
-
-@pytest.fixture(scope="module")
-def made():
-    """The shards of a whole run."""
-    shards = {}
-    run(shards)
-    return shards
 
 
 @pytest.mark.parametrize(
@@ -212,15 +222,55 @@ def test_attacks_that_close_over_different_numbers_differ():
     shards = {}
     run(shards, evaluate.AttackPlan(attack_of(0.1)))
     run(shards, evaluate.AttackPlan(attack_of(0.1)))  # another function that does the same
-    with pytest.raises(ValueError, match=r"attack\.function"):
-        run(shards, evaluate.AttackPlan(attack_of(0.2)))
+    for other in (
+        attack_of(0.2),
+        lambda f, key, x, y: attacks.fgsm(f, key, x, y, eps=0.1),
+        lambda f, key, x, y: attacks.bim(f, key, x, y, eps=0.1),
+    ):
+        with pytest.raises(ValueError, match=r"attack\.function"):
+            run(shards, evaluate.AttackPlan(other))
+
+
+def test_functions_are_told_apart_by_what_they_do():
+    describe = _identity.describe
+    functions = [
+        lambda x: x + 1,
+        lambda x: x + 2,
+        lambda x: jnp.sin(x),
+        lambda x: jnp.cos(x),
+        lambda x, y=1: x + y,
+        lambda x, y=2: x + y,
+        lambda x, *, y=1: x + y,
+        lambda x, *, y=2: x + y,
+        lambda x: [jnp.sin(each) for each in x],
+        lambda x: [jnp.cos(each) for each in x],
+        functools.partial(linear, 1.0),
+        functools.partial(linear, np.ones(2)),
+        functools.partial(linear, np.zeros(2)),
+        jax.tree_util.Partial(linear, jnp.full(2, np.nan)),
+        jax.jit(linear),
+        linen.Dense(3).apply,
+        linen.Dense(4).apply,
+    ]
+    texts = [json.dumps(describe(function)) for function in functions]
+    assert len(set(texts)) == len(functions)
+    assert not [text for text in texts if " 0x" in text]
+
+    def recursive(n):
+        return recursive(n - 1) if n else 0
+
+    assert "recursive" in describe(recursive)
+    assert describe(attacks.pgd) == "jdistill.attacks._pgd.pgd"  # the version says the rest
+    assert describe({"b", "a"}) == describe({"a", "b"})
+    assert describe(jax.random.key(0)) == describe(jax.random.key(0)) != describe(jax.random.key(1))
 
 
 def test_names_tell_networks_apart():
     shards = {}
     whole = run()
     for r, name in enumerate(("first", "second")):
-        alone = run(shards, stack=nets.stack([networks()[r]]), names=[name])
+        options = {"names": [name], "stage": f"pgd {r + 1}/2", "shard_name": "pgd"}
+        alone = run(shards, stack=nets.stack([networks()[r]]), **options)
         np.testing.assert_array_equal(alone.inputs[0], whole.inputs[r])
     size = len(shards)
     assert_same(run(shards, names=["first", "second"]), whole)

@@ -17,7 +17,7 @@ from jdistill.evaluate._shards import Piece, Shards, Store
 from jdistill.typing import Array, ArrayLike, AttackFn, Callback, LogitsFn
 
 # Loops on the host, which cannot be put under vmap.
-_DRIVERS = (attacks.autoattack, attacks.ensemble)
+_DRIVERS = (attacks.autoattack, attacks.ensemble, attacks.universal)
 
 
 class AttackPlan(NamedTuple):
@@ -82,6 +82,7 @@ def under_attack(
     callback: Callback | None = None,
     stage: str = "attack",
     shards: Store | None = None,
+    shard_name: str | None = None,
     names: Sequence[str] | None = None,
 ) -> AttackOutcome:
     """What one attack does to every network of a stack.
@@ -101,10 +102,11 @@ def under_attack(
         vmapped: whether to run the stack under `vmap`; None does so except on CPU, and for the
             attacks that are loops of the host.
         callback: see `evaluate`.
-        stage: a name for the callback and the shards: that of the attack.
+        stage: a name for the callback.
         shards: where to keep what was done to one network on one batch, such as
             `runtime.ShardFolder(path)` or a dict; None keeps nothing. A shard says by which
             attack, network, examples and key it was made; one made by others is refused.
+        shard_name: the attack's, for the shards; None takes `stage`.
         names: `[R]`, of the networks, for the shards; None numbers them as `network-0`. Name them
             where the stack is not always put together alike.
 
@@ -128,7 +130,7 @@ def under_attack(
         columns = job.columns
         piece = job.runs.map(job.attacked, stage, plan.batch_size, *columns, eager=True)
     else:
-        kept = job.shards(shards, stage, names)
+        kept = job.shards(shards, shard_name or stage, names)
         host, num_hosts = jax.process_index(), jax.process_count()
         done = job.work(kept, stage, host, num_hosts)
         piece = joined(done.pieces if num_hosts == 1 else _of_all_hosts(job.units, kept))
@@ -155,6 +157,7 @@ def attack_shards(
     vmapped: bool | None = None,
     callback: Callback | None = None,
     stage: str = "attack",
+    shard_name: str | None = None,
     names: Sequence[str] | None = None,
 ) -> int:
     """One host's share of `under_attack`, for hosts that know nothing of each other.
@@ -175,7 +178,8 @@ def attack_shards(
         temperature: of the test.
         vmapped: the same on all hosts.
         callback: told of this host's share.
-        stage: the attack's name.
+        stage: a name for the callback.
+        shard_name: the attack's; None takes `stage`.
         names: `[R]`, the networks' names.
 
     Returns:
@@ -185,7 +189,8 @@ def attack_shards(
         ValueError: as `under_attack`; a host outside `0..num_hosts-1`.
     """
     job = _job(stack, inputs, labels, plan, key, targets, temperature, vmapped, callback)
-    return job.work(job.shards(shards, stage, names), stage, host, num_hosts).num_computed
+    kept = job.shards(shards, shard_name or stage, names)
+    return job.work(kept, stage, host, num_hosts).num_computed
 
 
 def summarize(
@@ -252,8 +257,10 @@ class _Job(NamedTuple):
         compute = self.runs.computer(self.attacked, *self.columns, eager=True)
         return _shards.work(units, compute, kept, self.runs.announcer(stage, units))
 
-    def shards(self, store: Store, stage: str, names: Sequence[str] | None) -> Shards:
+    def shards(self, store: Store, name: str, names: Sequence[str] | None) -> Shards:
         """The store's shards for this job: what they are called, and what they must say."""
+        from jdistill import __version__
+
         num_runs = len(self.runs.temperatures)
         names = [f"network-{run}" for run in range(num_runs)] if names is None else names
         if len(names) != num_runs or len(set(names)) != num_runs:
@@ -271,25 +278,30 @@ class _Job(NamedTuple):
             for run in range(num_runs)
         ]
         precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+        shared = {
+            "attack": attack,
+            "jdistill": __version__,
+            "matmul_precision": precision or "highest",
+        }
+        examples = {unit.batch: self._examples(unit) for unit in self.units}
         called, settings = {}, {}
-        for unit in self.units:
-            rows = unit.rows[: unit.num_real]
-            columns = ("inputs", "labels", "key", "targets")
-            for place in unit.places:
-                run, batch = place
-                called[place] = f"{stage}/{names[run]}/{batch:05d}"
-                settings[place] = {
-                    "attack": attack,
-                    "network": networks[run],
-                    "examples": {"first": int(rows[0]), "count": unit.num_real},
-                    "batch_size": len(unit.rows),
-                    "matmul_precision": precision or "highest",
-                    **{
-                        name: None if column is None else _identity.describe(column[rows])
-                        for name, column in zip(columns, self.columns, strict=True)
-                    },
-                }
+        for run, batch in (place for unit in self.units for place in unit.places):
+            called[run, batch] = f"{name}/{names[run]}/{batch:05d}"
+            settings[run, batch] = {"network": networks[run], **examples[batch], **shared}
         return Shards(store, called, settings)
+
+    def _examples(self, unit: Unit) -> dict[str, Any]:
+        """What a shard says of its examples."""
+        rows = unit.rows[: unit.num_real]
+        names = ("inputs", "labels", "key", "targets")
+        return {
+            "examples": {"first": int(rows[0]), "count": unit.num_real},
+            "batch_size": len(unit.rows),
+            **{
+                name: None if column is None else _identity.describe(column[rows])
+                for name, column in zip(names, self.columns, strict=True)
+            },
+        }
 
 
 def _job(

@@ -30,8 +30,8 @@ class Evaluation(NamedTuple):
             leave within that radius, the minimum-norm ones included.
         eps_curves: by norm of which there is a minimum-norm attack, `[R]`: robust accuracy against
             the radius, the worst case over all attacks in that norm.
-        step_curves: by name of each fixed-budget attack of one start that says at which step it
-            succeeded, `[R]`: robust accuracy after each step.
+        step_curves: by name of each fixed-budget attack that says at which step it succeeded, and
+            needed one start only, `[R]`: robust accuracy after each step.
         query_curves: by name of each fixed-budget attack that counts its queries, `[R]`.
         transfer: by name of each attack asked for, one matrix for each chain.
     """
@@ -129,10 +129,12 @@ def evaluate(
         case per example, curves against the budget, transfer).
     """
     refuse_tracers(stack, inputs, labels, key)
+    num_runs = num_networks(stack)
     by_norm = {} if distances is None else dict(distances)
-    named = {**attacks, **{f"distance {norm}": plan for norm, plan in by_norm.items()}}
-    _check_names(attacks, named, transfer := list(transfer), chains, num_networks(stack))
+    transfer = list(transfer)
+    _check_names(attacks, by_norm, transfer, chains, num_runs)
     check_distance_plans(by_norm)
+    named = {**attacks, **{_of_norm(norm): plan for norm, plan in by_norm.items()}}
     _check_classes(inputs, labels, named)
     measures = clean(
         stack,
@@ -157,7 +159,7 @@ def evaluate(
         for name, plan in attacks.items()
     }
     found = _distances(stack, inputs, labels, by_norm, **shared)
-    everything = {**outcomes, **{f"distance {norm}": outcome for norm, outcome in found.items()}}
+    everything = {**outcomes, **{_of_norm(norm): outcome for norm, outcome in found.items()}}
     return Evaluation(
         clean=measures,
         attacks=outcomes,
@@ -176,7 +178,7 @@ def evaluate(
                 _transferred(
                     np.array(chain), stack, inputs, labels, attacks[name], outcomes[name], vmapped
                 )
-                for chain in (chains or [range(num_networks(stack))])
+                for chain in (chains or [range(num_runs)])
             ]
             for name in transfer
         },
@@ -185,6 +187,11 @@ def evaluate(
 
 # `evaluate` has an argument of this name.
 _distances = distances
+
+
+def _of_norm(norm: str) -> str:
+    """What the attack for distances in a norm is called beside the others."""
+    return f"distance {norm}"
 
 
 def _worst_cases(outcomes: Mapping[str, AttackOutcome]) -> dict[Budget, list[metrics.WorstCase]]:
@@ -220,11 +227,11 @@ def _step_curves(
     curves = {}
     for name, outcome in outcomes.items():
         settings = _settings.bound_settings(plans[name].attack)
-        one_start = settings.get("num_restarts", 1) == 1
-        if outcome.eps is not None and one_start and "first_success" in outcome.info:
-            num_steps = settings.get("num_steps")
-            if isinstance(num_steps, int):
-                curves[name] = _curves.accuracy_against_steps(outcome, range(num_steps + 1))
+        num_steps = settings.get("num_steps")
+        if outcome.eps is None or num_steps is None or "first_success" not in outcome.info:
+            continue
+        if "restart" not in outcome.info or not outcome.info["restart"].any():
+            curves[name] = _curves.accuracy_against_steps(outcome, range(num_steps + 1))
     return curves
 
 
@@ -254,12 +261,18 @@ def _transferred(
 
 def _check_names(
     attacks: Mapping[str, AttackPlan],
-    named: Mapping[str, AttackPlan],
+    distances: Mapping[str, AttackPlan],
     transfer: Sequence[str],
     chains: Sequence[Sequence[int]] | None,
     num_runs: int,
 ) -> None:
-    """Everything referred to is there."""
+    """Everything referred to is there, and once."""
+    for norm in distances:
+        if _of_norm(norm) in attacks:
+            raise ValueError(
+                f"expected names of attacks other than those for distances, got {_of_norm(norm)!r};"
+                " rename the attack"
+            )
     missing = [name for name in transfer if name not in attacks]
     if missing:
         raise ValueError(

@@ -1,10 +1,12 @@
 """What a result depends on, as JSON that is the same in every process."""
 
+import contextlib
 import functools
 import hashlib
 import inspect
 import json
 import re
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +32,10 @@ def describe(value: Any) -> Any:
         return {str(name): describe(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [describe(entry) for entry in value]
+    if isinstance(value, (set, frozenset)):  # whose order is another one in every process
+        return sorted(json.dumps(describe(entry), sort_keys=True) for entry in value)
+    if inspect.ismethod(value):
+        return {"method": describe(value.__func__), "of": describe(value.__self__)}
     function = inspect.unwrap(value) if callable(value) else value
     if inspect.isfunction(function):
         return _function(function)
@@ -74,15 +80,33 @@ def _array(value: Any) -> Any:
     return f"{array.dtype}{list(array.shape)} {digest}"
 
 
-def _function(function: Any) -> Any:
-    """A function's name; of one without a name of its own also what it does and closes over."""
+def _function(function: Any) -> str:
+    """A function's name; of one from elsewhere also a hash of what it does and closes over.
+
+    What it calls by name is not followed.
+    """
     name = f"{function.__module__}.{function.__qualname__}"
-    if "<" not in name:
+    if name.startswith("jdistill.") and "<" not in name:
         return name
-    code = (function.__code__.co_code.hex(), _plain(function.__code__.co_consts))
-    cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    inside = {"code": list(code), "closure": describe(cells), "defaults": function.__defaults__}
+    defaults = (function.__defaults__, function.__kwdefaults__)
+    inside = [_code(function.__code__), describe(defaults)]
+    for variable, cell in zip(
+        function.__code__.co_freevars, function.__closure__ or (), strict=True
+    ):
+        # A function that calls itself closes over itself, by its own name.
+        if variable != function.__name__:
+            with contextlib.suppress(ValueError):  # a variable that has no value yet
+                inside.append(describe(cell.cell_contents))
     return f"{name} {fingerprint(inside)}"
+
+
+def _code(code: types.CodeType) -> list[Any]:
+    """What a piece of code does, without where it stands."""
+    constants = [
+        _code(each) if isinstance(each, types.CodeType) else describe(each)
+        for each in code.co_consts
+    ]
+    return [code.co_code.hex(), list(code.co_names), constants]
 
 
 def _plain(value: Any) -> str:

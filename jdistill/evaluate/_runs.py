@@ -135,15 +135,13 @@ class Runs(NamedTuple):
 
 def joined(pieces: Mapping[Place, Any]) -> Any:
     """The results of all places as one: every leaf `[R, N, ...]`."""
-    num_runs, num_batches = (max(axis) + 1 for axis in zip(*pieces, strict=True))
-    rows = [
-        jax.tree.map(
-            lambda *leaves: np.concatenate(leaves),
-            *(pieces[run, batch] for batch in range(num_batches)),
-        )
-        for run in range(num_runs)
-    ]
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+    num_runs = 1 + max(run for run, _ in pieces)
+
+    def one(*leaves: np.ndarray) -> np.ndarray:
+        rows = np.concatenate(leaves)  # all examples of the first network, then of the next
+        return rows.reshape(num_runs, len(rows) // num_runs, *rows.shape[1:])
+
+    return jax.tree.map(one, *(pieces[place] for place in sorted(pieces)))
 
 
 @functools.lru_cache(maxsize=64)

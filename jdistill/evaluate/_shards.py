@@ -52,8 +52,8 @@ class Shards(NamedTuple):
         if not text or _checksum(text, shard) != checksum:
             _log.warning("shard %r is damaged; it is computed again", name)
             return None
-        found = _identity.differences(json.loads(text), dict(self.settings[place]))
-        if found:
+        if text != self._text(place):
+            found = _identity.differences(json.loads(text), dict(self.settings[place]))
             raise ValueError(
                 f"expected shard {name!r} to be of this run, got one with "
                 f"{'; '.join(found[:5])}; pass the settings that it was made with, or other shards"
@@ -68,9 +68,12 @@ class Shards(NamedTuple):
         info = arrays.pop("info")
         arrays |= {"finite": piece.finite, **{_INFO + name: info[name] for name in info}}
         arrays = {name: np.asarray(values) for name, values in arrays.items()}
-        text = json.dumps(self.settings[place], sort_keys=True)
+        text = self._text(place)
         marks = {"settings": np.array(text), "checksum": np.array(_checksum(text, arrays))}
         self.store[self.names[place]] = {**arrays, **marks}
+
+    def _text(self, place: Place) -> str:
+        return json.dumps(self.settings[place], sort_keys=True)
 
 
 class Progressed(NamedTuple):
