@@ -129,7 +129,7 @@ def _adaptive(run: _Run) -> str:
     if made:
         verb = "does" if len(made) == 1 else "do"
         text += f"{_text.join(made)} {verb} not depend on the scale of the logits. "
-    return text + (f"Temperature probe: {probe}" if probe else "")
+    return (text + (f"Temperature probe: {probe}" if probe else "")).strip()
 
 
 def _clean(run: _Run) -> str:

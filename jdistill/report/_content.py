@@ -37,8 +37,7 @@ _CAPTIONS = {
     "verdict": (
         "The usual attack's number against the worst case",
         "Open: accuracy under the usual attack. Filled: what no attack of the verdict broke. The "
-        "thin lines are 95 % intervals over the examples (over several seeds, the lowest and the "
-        "highest).",
+        "thin lines are 95 % intervals over the examples (of several seeds, all of them).",
     ),
     "attacks": (
         "Success of every attack against temperature",
@@ -64,8 +63,9 @@ _CAPTIONS = {
     ),
     "curve-eps": (
         "Accuracy under attack against its budget",
-        "The teacher at T = 1 and the student of the longest chain at each temperature. A line "
-        "that does not fall as the budget grows shows an attack that has stopped working.",
+        "The teacher at T = 1 and the student of the longest chain at each temperature; bands are "
+        "95 % intervals over the examples (of several seeds, all of them). A line that does not "
+        "fall as the budget grows shows an attack that has stopped working.",
     ),
     "curve-steps": (
         "Accuracy under attack against its steps",
@@ -121,10 +121,9 @@ def page(
 
     # Without a verdict the attacks themselves are the first figure.
     first = "verdict" if judged else "attacks"
-    others = [name for name in ("attacks", "accuracy", "sensitivity") if name != first]
-    # The same quantity in more norms: one of the two figures is enough.
-    if not every["distances"]:
-        others.insert(1, "robustness")
+    others = [
+        name for name in ("attacks", "robustness", "accuracy", "sensitivity") if name != first
+    ]
 
     def of_each(build: Callable[[list[Network]], list[Block]]) -> list[Block]:
         blocks: list[Block] = []

@@ -27,7 +27,7 @@ def overview(judged: Sequence[Judged], verdicts: Sequence[Row]) -> tuple[Block, 
         note += f"{len(verdicts) - number} verdicts at other budgets are in verdicts.json. "
     if any(len(item.seeds) > 1 for item in judged):
         note += "Over several seeds the gravest label stands, and the numbers are means; below "
-        note += "them the lowest and the highest seed."
+        note += "them the 95 % intervals of all seeds, from the lowest end to the highest."
     else:
         note += "Below a number stands its 95 % interval over the examples."
     by_dataset: dict[str, list[Judged]] = {}

@@ -58,7 +58,7 @@ def _numbers(judged: Judged) -> str:
     examples = _text.of(judged.num_examples, "example")
     text = f"Within {judged.budget}, on {examples}, the usual attack leaves {_share(judged.naive)} "
     text += f"accuracy to {_text.network_name(judged.network)}; everything that was tried together "
-    return f"{text}leaves {_share(judged.worst_case)}{_text.range_of(judged.worst_case, digits=1)}."
+    return f"{text}leaves {_share(judged.worst_case)}{_range(judged.worst_case)}."
 
 
 def _meaning(judged: Judged) -> str:
@@ -102,8 +102,7 @@ def _gain(one: Judged, other: Judged) -> str:
     text += f": a difference of {_text.points(claimed)} points by the usual attack and of "
     text += f"{_text.points(true)} points by everything that was tried"
     if one.worst_case.overlaps(other.worst_case):
-        what = "95 % intervals" if one.worst_case.seeds == 1 else "ranges over the seeds"
-        text += f", where the {what} overlap"
+        text += ", where the 95 % intervals overlap"
     return f"{text}."
 
 
@@ -139,3 +138,11 @@ def last_judged(judged: Sequence[Judged]) -> list[Judged]:
 
 def _share(stat: Stat) -> str:
     return f"{_text.percent(stat.mean)} %"
+
+
+def _range(stat: Stat) -> str:
+    if not stat.low < stat.high:
+        return ""
+    ends = f"{_text.percent(stat.low)} to {_text.percent(stat.high)} %"
+    seeds = "" if stat.seeds == 1 else f", over all of {stat.seeds} seeds"
+    return f" (95 % interval {ends}{seeds})"

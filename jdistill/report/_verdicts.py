@@ -14,7 +14,7 @@ from etils import epath
 
 from jdistill._files import PathLike, as_path, write_whole
 from jdistill.report import _text
-from jdistill.report._networks import Network, Stat, budget_of, stat
+from jdistill.report._networks import Network, Stat, budget_of, widest
 from jdistill.report._table import NETWORK, Row, blank
 
 LABELS = ("masked", "inconclusive", "no sign of masking")
@@ -252,7 +252,7 @@ def judge(found: Sequence[Network], verdicts: Iterable[Row]) -> list[Judged]:
 
 def _judged(network: Network, norm: str, eps: float, rows: list[dict[str, Any]]) -> Judged:
     stats = {
-        name: stat([row["verdict"][name] for row in rows], "value", ("low", "high"))
+        name: widest([row["verdict"][name] for row in rows], "value")
         for name in ("naive", "worst_case", "clean")
     }
     return Judged(
