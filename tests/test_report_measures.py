@@ -241,7 +241,7 @@ def test_the_masked_verdict_in_words():
     [
         ("masked", "This is gradient masking: the first"),
         ("no sign of masking", "There is no sign of masking under PGD-40, APGD-CE, APGD-T, Square"),
-        ("inconclusive", "The verdict is inconclusive: PGD-40, APGD-CE, APGD-T, Square (1,000"),
+        ("inconclusive", "The verdict is inconclusive: what was tried cannot tell whether"),
     ],
 )
 def test_the_answer_goes_with_the_verdict(label, words):
@@ -546,13 +546,15 @@ def test_histograms_share_out_all_examples():
     rows = MEASURES["sensitivity"]
     edges = _measure_figures.bins(rows)
     assert edges[0] == (-math.inf, -40.0)
-    assert edges[-1] == (-3.0, math.inf)
+    assert edges[-1] == (-3.0, 0.0)  # nothing lies above, so that bin is not drawn
+    above = [{**row, "count": 5} if row["low"] == 0.0 else row for row in rows]
+    assert _measure_figures.bins(above)[-1] == (0.0, math.inf)
     figure = _measure_figures.bins_figure(found, rows)
     for axes, network in zip(figure.axes, _measure_figures.shown(found), strict=True):
         heights = [bar.get_height() for bar in axes.patches]
         assert sum(heights) == pytest.approx(100)
         own = [row["count"] for row in rows if _verdicts.is_of(row, network)]
-        np.testing.assert_allclose(heights, np.array(own) / 5)
+        np.testing.assert_allclose(heights, np.array(own[:-1]) / 5)
 
 
 def test_transfer_matrices_have_source_and_target_apart():

@@ -265,7 +265,9 @@ def _assistants(found: Sequence[Network], rows: Sequence[Row]) -> tuple[Block, .
     claims = _comparison_words.claims(found, rows)
     if not claims:
         return ()
-    note = "Every pair was tested on the same examples."
+    tests = sorted({str(claim.row["test"]) for claim in claims if claim.row["test"]})
+    note = "Both networks of a pair were tested on the same examples"
+    note += f": {'; '.join(tests)}." if tests else "."
     if any(claim.row["seed"] is not None for claim in claims):
         note += " A test within one seed is about two networks; what the next seed would give, it "
         note += "does not say."

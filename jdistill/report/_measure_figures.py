@@ -159,15 +159,21 @@ def curve_figure(found: Sequence[Network], rows: Sequence[Row], curve: str) -> A
 
 
 def bins(rows: Sequence[Row]) -> list[tuple[float, float]]:
-    """The bins of the sensitivity in order, as log10; unbounded ends are infinite."""
-    return sorted({_bin(row) for row in rows})
+    """The bins of the sensitivity in order, as log10; unbounded ends are infinite.
+
+    A bin above all others is left out where nothing is in it: no softmax is that sensitive.
+    """
+    counts: dict[tuple[float, float], int] = {}
+    for row in rows:
+        counts[_bin(row)] = counts.get(_bin(row), 0) + int(row["count"])
+    return sorted(edge for edge, count in counts.items() if count or math.isfinite(edge[1]))
 
 
 def shares(network: Network, rows: Sequence[Row], edges: Sequence[tuple[float, float]]) -> Any:
     """The share of a network's examples in each bin, over all seeds; None without a row."""
     counts = dict.fromkeys(edges, 0)
     for row in rows:
-        if is_of(row, network):
+        if is_of(row, network) and row["count"]:
             counts[_bin(row)] += int(row["count"])
     total = sum(counts.values())
     return np.array([count / total for count in counts.values()]) if total else None

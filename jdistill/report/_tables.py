@@ -108,7 +108,7 @@ def comparisons(claims: Sequence[_comparison_words.Claim]) -> Table:
             Cell(_text.sentence(_comparison_words.quantity(row))[:-1]),
             Cell(_text.sentence(claim.conclusion)[:-1]),
             Cell(_text.points(float(row["difference"]), 2), _comparison_words.interval(row)),
-            Cell(tested.removeprefix("= "), str(row["test"] or "")),
+            Cell(tested.removeprefix("= ")),
             Cell(_comparison_words.over(row, claim.network)),
         )
         lines.append((f"{claim.network.temperature:g}", line))

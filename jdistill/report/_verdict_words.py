@@ -68,17 +68,17 @@ def _meaning(judged: Judged) -> str:
     if judged.label == "masked":
         return f"This is gradient masking{some}: the first of these numbers is not to be believed."
     if judged.label == "inconclusive":
-        text = f"The verdict is inconclusive{some}: {found['budget']} cannot tell whether the "
-        return f"{text}first of these numbers is to be believed."
+        text = (
+            f"The verdict is inconclusive{some}: what was tried cannot tell whether the first of "
+        )
+        return f"{text}these numbers is to be believed. {_text.sentence(found['reason'])}"
     text = f"There is no sign of masking under {found['budget']}; that is no proof, and another "
     return f"{text}attack may find more."
 
 
 def _because(judged: Judged) -> list[str]:
-    """What speaks for the label: the first check that does, or what would tell."""
+    """What speaks for masking: how many checks, and the first of them."""
     found = judged.verdicts[judged.shown]
-    if judged.label == "inconclusive":
-        return [_text.sentence(found["reason"])]
     run = [check for check in found["checks"] if check["outcome"] != "not run"]
     against = [check for check in run if check["outcome"] == "masked"]
     if not against:
