@@ -470,7 +470,7 @@ def test_nothing_of_the_checklist_is_done_without_a_run():
 def test_the_checklist_says_what_came_out():
     cards = checklist(ROWS, MEASURES)
     gradients = cards["Check that the gradients are of use"].text
-    assert gradients.startswith("18 checks, of which 6 point to masking. The check zero_gradients")
+    assert gradients.startswith("18 checks: 6 of them point to masking. The check zero_gradients")
     assert "l∞ ≤ 0.1" in cards["State a precise threat model"].text
     assert "one step of FGSM nowhere" in cards["Compare one step with many"].text
     worse = [make_row(FGSM, 0.9), make_row(PGD, 0.5)]
@@ -714,6 +714,15 @@ def test_outside_text_is_shown_as_it_is(tmp_path):
     text = paths["markdown"].read_text()
     assert "<script>" not in text.replace("\\<script\\>", "")
     assert r"\<script\>alert(1)\</script\> \| \*x\*" in text
+
+
+def test_a_figure_of_ones_own_is_shown_under_its_name(tmp_path):
+    rows = [make_row(FGSM)]
+    figures = report.write_figures(rows, tmp_path)
+    own = {"loss_landscape": figures["attacks"]}
+    page = Page(report.write_html(tmp_path / "x.html", rows=rows, figures=own))
+    assert "loss landscape." in page.text
+    assert [tag for tag, _ in page.tags].count("img") == 1
 
 
 def test_two_data_sets_have_parts_of_their_own(tmp_path):

@@ -125,6 +125,8 @@ def page(
         name for name in ("attacks", "robustness", "accuracy", "sensitivity") if name != first
     ]
 
+    unknown = [name for name in figures if name.partition("_")[0] not in _CAPTIONS]
+
     def of_each(build: Callable[[list[Network]], list[Block]]) -> list[Block]:
         blocks: list[Block] = []
         for dataset in datasets:
@@ -143,7 +145,14 @@ def page(
             (*of_each(lambda own: [_tables.results(own)]), Words((_results_note(found),), True)),
         ),
         Section("Does an assistant help?", "assistants", _assistants(found, every["comparisons"])),
-        Section("Against temperature", "temperature", tuple(draw(*others))),
+        Section(
+            "Against temperature",
+            "temperature",
+            (
+                *draw(*others),
+                *(_picture(name, figures[name], found, datasets) for name in unknown),
+            ),
+        ),
         Section(
             "Against the attack's budget",
             "budget",
@@ -341,8 +350,8 @@ def _picture(
     name: str, path: epath.Path, found: Sequence[Network], datasets: Sequence[str]
 ) -> Picture:
     base, _, dataset = name.partition("_")
-    title, caption = _CAPTIONS[base]
-    if len(datasets) > 1:
+    title, caption = _CAPTIONS.get(base, (name.replace("_", " "), ""))
+    if len(datasets) > 1 and dataset in datasets:
         title = f"{title}, {dataset}"
     temperatures = sorted({net.temperature for net in found})
     alt = f"Chart: {title.lower()}, T from {temperatures[0]:g} to {temperatures[-1]:g}; its "
