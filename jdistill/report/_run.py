@@ -57,7 +57,8 @@ class Run:
         if bad:
             worst = next(check for check in made if check["outcome"] == "masked")
             which = "it" if len(made) == 1 else f"{bad} of them"
-            return f"{text}: {which} point{'s' if bad == 1 else ''} to masking. {_text.sentence(worst['finding'])}"
+            which += " points" if bad == 1 else " point"
+            return f"{text}: {which} to masking. {_text.sentence(worst['finding'])}"
         if open_ones:
             return f"{text}: none points to masking, {open_ones} could not be decided."
         return f"{text}: none points to masking."
