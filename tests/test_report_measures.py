@@ -12,6 +12,7 @@ from jdistill import report
 from jdistill.report import (
     _checklist,
     _comparison_words,
+    _evidence,
     _measure_figures,
     _networks,
     _settings,
@@ -276,6 +277,22 @@ def test_one_masked_seed_is_enough():
     low, high = verdicts[0]["verdict"]["worst_case"]["low"], item.worst_case.high
     assert (item.worst_case.low, item.worst_case.mean) == (low, pytest.approx(0.7))
     assert high == verdicts[0]["verdict"]["worst_case"]["high"]
+
+
+def test_long_forms_differ_where_more_than_the_probe_differs():
+    budgets = ["PGD-40, PGD-40 at T = 0.238, at linf 0.1", "PGD-40, PGD-40 at T = 31, at linf 0.1"]
+    verdicts = judged_rows(
+        *(
+            (t, 2, 0, make_verdict("masked", 0.9, 0.5, budget=budgets[t > 20]))
+            for t in (20.0, 100.0)
+        ),
+        (1.0, 0, 0, make_verdict("no sign of masking", 0.7, 0.7, budget=budgets[0])),
+    )
+    judged = _verdicts.judge(_networks.networks(ROWS), verdicts)
+    plain, masked = _evidence.overview(judged, verdicts)[1].items
+    assert plain == f"T = 1 (teacher): no sign of masking under {budgets[0]}."
+    assert masked.startswith("T = 20 (student); T = 100 (student): masked: the usual")
+    assert "(PGD-40, PGD-40 at a T of its own, at linf 0.1)" in masked
 
 
 def test_verdicts_on_other_examples_are_not_subtracted():

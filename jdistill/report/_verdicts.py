@@ -44,8 +44,11 @@ def write_verdicts(path: PathLike, verdicts: Iterable[Row]) -> epath.Path:
         ValueError: A verdict lacks something, a number is NaN or infinite, a label or an outcome
             is unknown, or two verdicts are about the same network and budget. Nothing is written.
     """
-    rows = sorted(checked_verdicts(verdicts), key=_key)
-    text = json.dumps(rows, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    rows = [
+        {**{name: row[name] for name in (*NETWORK, "verdict")}, **row}
+        for row in sorted(checked_verdicts(verdicts), key=_key)
+    ]
+    text = json.dumps(rows, indent=1, allow_nan=False, ensure_ascii=False)
     return write_whole(path, f"{text}\n".encode())
 
 
