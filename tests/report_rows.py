@@ -130,7 +130,7 @@ class Page(html.parser.HTMLParser):
 
 # --- What a run measures beside results.csv ------------------------------------------------------
 
-EDGES = (None, -40.0, -35.0, -30.0, -25.0, -20.0, -15.0, -10.0, -5.0, -3.0, None)
+EDGES = (None, -40.0, -35.0, -30.0, -25.0, -20.0, -15.0, -10.0, -5.0, -3.0, 0.0, None)
 CHECKS = {
     "zero_gradients": "Gradients that are exactly zero",
     "temperature_probe": "Cross-entropy at the temperature of training",
@@ -227,9 +227,9 @@ def make_measures(rows, label=None):
         measures["verdicts"].append({**network, "verdict": make_verdict(own, naive, worst)})
         measures["curves"] += _curves(network, naive, worst)
         centre = -3.5 - 36 * level**2
-        sizes = draw.normal(centre, 2 + 12 * level, 500)
+        sizes = np.minimum(draw.normal(centre, 2 + 12 * level, 500), -0.1)
         edges = [-math.inf, *EDGES[1:-1], math.inf]
-        for low, high in zip(range(10), range(1, 11), strict=True):
+        for low, high in zip(range(11), range(1, 12), strict=True):
             inside = ((sizes >= edges[low]) & (sizes < edges[high])).sum()
             row = {"low": EDGES[low], "high": EDGES[high], "count": int(inside)}
             measures["sensitivity"].append({**network, **row})
@@ -304,6 +304,6 @@ def make_comparison(quantity="test_accuracy", generation=2, **changes):
         "high": 0.007,
         "p_value": 0.4,
         "num_examples": 10000 if quantity == "test_accuracy" else 500,
-        "test": "exact McNemar test",
+        "test": "exact McNemar test and Bonett-Price interval over examples",
     }
     return {**row, **changes}

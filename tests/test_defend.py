@@ -61,6 +61,7 @@ def test_run_leaves_the_whole_workdir(finished):
         "results.csv",
         "figures",
         "report.html",
+        "report.md",
     }
     rows = report.read_results(finished / "results.csv")
     attacks = {"fgsm", "pgd", "pgd_margin", "carlini_wagner_l2"}

@@ -250,7 +250,7 @@ def test_figures_do_not_depend_on_the_callers_style(tmp_path):
     for name, path in plain.items():
         assert path.read_bytes() == styled[name].read_bytes()
         width, height = struct.unpack(">II", path.read_bytes()[16:24])
-        assert width >= 900
+        assert width >= 800
         assert height >= 400
         assert len(path.read_bytes()) > 10_000
 

@@ -8,12 +8,12 @@ References:
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from jdistill.report import _reading, _text
 from jdistill.report._blocks import Card
-from jdistill.report._networks import AttackKey, Network, attack_keys
+from jdistill.report._networks import Network
+from jdistill.report._run import Run
 from jdistill.report._table import Row
 from jdistill.report._verdicts import Judged
 
@@ -24,59 +24,6 @@ _SCALE_FREE = (
     *("deepfool", "cw", "ead", "ddn", "fmn"),
 )
 _ONE_STEP, _ITERATIVE = ("fgsm",), ("bim", "mim", "pgd", "apgd")
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What the rules look at."""
-
-    found: Sequence[Network]
-    judged: Sequence[Judged]
-    measures: Mapping[str, Sequence[Row]]
-    config: Mapping[str, Any]
-    has_weights: bool
-
-    @property
-    def keys(self) -> list[AttackKey]:
-        return attack_keys(self.found)
-
-    def tried(self, names: Sequence[str]) -> list[str]:
-        """The attacks, of `results.csv` and of the verdicts, that have one of the names."""
-        made = [_text.attack_name(key) for key in self.keys]
-        for item in self.judged:
-            made += [str(a["name"]) for found in item.verdicts for a in found["attacks"]]
-        letters = {name: "".join(c for c in name.lower() if c.isalnum()) for name in made}
-        return [
-            name
-            for name in letters
-            # Short names are meant at the start alone: there is a "nes" in "ones".
-            if any(
-                letters[name].startswith(wanted) or (len(wanted) > 4 and wanted in letters[name])
-                for wanted in names
-            )
-        ]
-
-    def check(self, *names: str) -> str:
-        """What the verdicts' checks of these names found; nothing where none was run."""
-        made = [
-            check
-            for item in self.judged
-            for found in item.verdicts
-            for check in found["checks"]
-            if check["name"] in names and check["outcome"] != "not run"
-        ]
-        if not made:
-            return ""
-        bad = sum(check["outcome"] == "masked" for check in made)
-        open_ones = sum(check["outcome"] == "undecided" for check in made)
-        text = _text.count(len(made), "check")
-        if bad:
-            worst = next(check for check in made if check["outcome"] == "masked")
-            which = "which points" if len(made) == bad == 1 else f"of which {bad} point"
-            return f"{text}, {which} to masking. {_text.sentence(worst['finding'])}"
-        if open_ones:
-            return f"{text}: none points to masking, {open_ones} could not be decided."
-        return f"{text}: none points to masking."
 
 
 def checklist(
@@ -96,7 +43,7 @@ def checklist(
         config: The settings of the run.
         has_weights: Whether the networks' weights lie beside the report.
     """
-    run = _Run(found, judged, measures, config, has_weights)
+    run = Run(found, judged, measures, config, has_weights)
     cards = []
     for title, rule, missing in _ITEMS:
         text = rule(run)
@@ -109,7 +56,7 @@ def checklist(
 # --- The rules: what was found, or nothing -------------------------------------------------------
 
 
-def _threat_model(run: _Run) -> str:
+def _threat_model(run: Run) -> str:
     limits = [_text.budget(key) for key in run.keys if key.eps is not None]
     limits += [item.budget for item in run.judged]
     if not limits:
@@ -120,7 +67,7 @@ def _threat_model(run: _Run) -> str:
     )
 
 
-def _adaptive(run: _Run) -> str:
+def _adaptive(run: Run) -> str:
     probe = run.check("temperature_probe")
     made = run.tried(_SCALE_FREE)
     if not probe and not made:
@@ -129,10 +76,10 @@ def _adaptive(run: _Run) -> str:
     if made:
         verb = "does" if len(made) == 1 else "do"
         text += f"{_text.join(made)} {verb} not depend on the scale of the logits. "
-    return text + (f"Temperature probe: {probe}" if probe else "")
+    return (text + (f"Temperature probe: {probe}" if probe else "")).strip()
 
 
-def _clean(run: _Run) -> str:
+def _clean(run: Run) -> str:
     known = [net.accuracy.mean for net in run.found if net.accuracy.known]
     if len(known) < len(run.found):
         return ""
@@ -141,7 +88,7 @@ def _clean(run: _Run) -> str:
     return f"{low} to {high} % of {tested}." if low != high else f"{low} % of {tested}."
 
 
-def _one_step(run: _Run) -> str:
+def _one_step(run: Run) -> str:
     better, compared = [], 0
     for net in run.found:
         for key, hit in net.attacks.items():
@@ -166,10 +113,10 @@ def _one_step(run: _Run) -> str:
     return f"{text}one step of FGSM nowhere succeeds clearly more often (95 % intervals apart)."
 
 
-def _more_effort(run: _Run) -> str:
+def _more_effort(run: Run) -> str:
     text = run.check("more_effort")
     drops = []
-    for (_, _), points in _curves(run, "steps").items():
+    for (_, _), points in run.curves("steps").items():
         half = [y for x, y in points if x <= points[-1][0] / 2]
         if half and len(points) > 1:
             drops.append(half[-1] - points[-1][1])
@@ -180,9 +127,9 @@ def _more_effort(run: _Run) -> str:
     return text.strip()
 
 
-def _growing(run: _Run) -> str:
+def _growing(run: Run) -> str:
     text = run.check("eps_curve")
-    curves = _curves(run, "eps")
+    curves = run.curves("eps")
     if curves:
         rising = sum(
             any(later > earlier + 1e-9 for (_, earlier), (_, later) in itertools.pairwise(p))
@@ -193,7 +140,7 @@ def _growing(run: _Run) -> str:
     return text.strip()
 
 
-def _unbounded(run: _Run) -> str:
+def _unbounded(run: Run) -> str:
     text = run.check("unbounded")
     rates = [
         hit.success.mean
@@ -202,27 +149,27 @@ def _unbounded(run: _Run) -> str:
         if key.eps is None and key.attack in _reading.FOLLOW_OTHER - _text.NO_NORM
     ]
     if rates:
-        text += " The attacks without a bound on the distance succeed on "
-        text += f"{_text.percent(min(rates))} % or more, on every network that they were run on."
+        least = f"{_text.percent(min(rates))} %{'' if min(rates) == 1 else ' or more'}"
+        text += f" On every network the attacks without a bound on the distance succeed on {least}."
     return text.strip()
 
 
-def _curve_drawn(run: _Run) -> str:
-    number = len(_curves(run, "eps"))
+def _curve_drawn(run: Run) -> str:
+    number = len(run.curves("eps"))
     return f"{_text.sentence(_text.count(number, 'curve'))[:-1]}, drawn above." if number else ""
 
 
-def _gradient_free(run: _Run) -> str:
+def _gradient_free(run: Run) -> str:
     made, text = run.tried(_GRADIENT_FREE), run.check("black_box")
     return f"{_text.join(made)}. {text}".lstrip(". ").strip() if made or text else ""
 
 
-def _hard_label(run: _Run) -> str:
+def _hard_label(run: Run) -> str:
     made = run.tried(_HARD_LABEL)
     return f"{_text.join(made)}." if made else ""
 
 
-def _transfer(run: _Run) -> str:
+def _transfer(run: Run) -> str:
     text, rows = run.check("transfer"), run.measures["transfer"]
     if rows:
         white = {
@@ -243,11 +190,11 @@ def _transfer(run: _Run) -> str:
     return text.strip()
 
 
-def _noise(run: _Run) -> str:
+def _noise(run: Run) -> str:
     return run.check("random_noise")
 
 
-def _undefended(run: _Run) -> str:
+def _undefended(run: Run) -> str:
     plain = [net for net in run.found if net.generation == 0 and net.temperature == 1]
     judged = [item for item in run.judged if item.network in plain]
     if not judged and not any(net.attacks for net in plain):
@@ -255,7 +202,7 @@ def _undefended(run: _Run) -> str:
     return "The teacher at T = 1, an ordinarily trained network, was attacked in the same way."
 
 
-def _worst_case(run: _Run) -> str:
+def _worst_case(run: Run) -> str:
     if not run.judged:
         return ""
     return (
@@ -264,15 +211,15 @@ def _worst_case(run: _Run) -> str:
     )
 
 
-def _gradients(run: _Run) -> str:
+def _gradients(run: Run) -> str:
     return run.check("gradient_agreement", "zero_gradients")
 
 
-def _converged(run: _Run) -> str:
+def _converged(run: Run) -> str:
     return run.check("still_moving")
 
 
-def _settings(run: _Run) -> str:
+def _settings(run: Run) -> str:
     settings = any(
         a["settings"] for item in run.judged for v in item.verdicts for a in v["attacks"]
     )
@@ -281,7 +228,7 @@ def _settings(run: _Run) -> str:
     return "Under “What was run”" + (" and beside each attack of a verdict." if settings else ".")
 
 
-def _by_distance(run: _Run) -> str:
+def _by_distance(run: Run) -> str:
     norms = [row["norm"] for row in run.measures["distances"] if row["mean"] is not None]
     for net in run.found:
         for key, hit in net.attacks.items():
@@ -293,7 +240,7 @@ def _by_distance(run: _Run) -> str:
     return f"Mean and median distance in {names}, beside the success rate."
 
 
-def _norms(run: _Run) -> str:
+def _norms(run: Run) -> str:
     norms = {key.norm for key in run.keys if key.norm and key.attack not in _text.NO_NORM}
     norms |= {item.norm for item in run.judged}
     norms |= {str(row["norm"]) for row in run.measures["distances"]}
@@ -302,32 +249,20 @@ def _norms(run: _Run) -> str:
     return f"{_text.join([_text.norm_name(norm) for norm in sorted(norms)])}."
 
 
-def _weights(run: _Run) -> str:
+def _weights(run: Run) -> str:
     return "In checkpoints/ beside this report; publish them with it." if run.has_weights else ""
 
 
-def _prior_work(run: _Run) -> str:
+def _prior_work(run: Run) -> str:
     del run  # a report knows its own run alone
     return ""
-
-
-def _curves(run: _Run, curve: str) -> dict[tuple[Any, ...], list[tuple[float, float]]]:
-    """The points of each curve of one network, seed and attack, from left to right."""
-    curves: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
-    for row in run.measures["curves"]:
-        if row["curve"] == curve:
-            network = tuple(row[name] for name in ("dataset", "temperature", "seed", "generation"))
-            attack = tuple(row[name] for name in ("attack", "norm", "eps"))
-            point = (float(row["x"]), float(row["robust_accuracy"]))
-            curves.setdefault((network, attack), []).append(point)
-    return {key: sorted(points) for key, points in curves.items()}
 
 
 def _place(row: Row) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("dataset", "temperature", "seed", "attack", "norm", "eps"))
 
 
-_ITEMS: tuple[tuple[str, Callable[[_Run], str], str], ...] = (
+_ITEMS: tuple[tuple[str, Callable[[Run], str], str], ...] = (
     (
         "State a precise threat model",
         _threat_model,

@@ -37,8 +37,7 @@ _CAPTIONS = {
     "verdict": (
         "The usual attack's number against the worst case",
         "Open: accuracy under the usual attack. Filled: what no attack of the verdict broke. The "
-        "thin lines are 95 % intervals over the examples (over several seeds, the lowest and the "
-        "highest).",
+        "thin lines are 95 % intervals over the examples (of several seeds, all of them).",
     ),
     "attacks": (
         "Success of every attack against temperature",
@@ -64,8 +63,9 @@ _CAPTIONS = {
     ),
     "curve-eps": (
         "Accuracy under attack against its budget",
-        "The teacher at T = 1 and the student of the longest chain at each temperature. A line "
-        "that does not fall as the budget grows shows an attack that has stopped working.",
+        "The teacher at T = 1 and the student of the longest chain at each temperature; bands are "
+        "95 % intervals over the examples (of several seeds, all of them). A line that does not "
+        "fall as the budget grows shows an attack that has stopped working.",
     ),
     "curve-steps": (
         "Accuracy under attack against its steps",
@@ -121,10 +121,11 @@ def page(
 
     # Without a verdict the attacks themselves are the first figure.
     first = "verdict" if judged else "attacks"
-    others = [name for name in ("attacks", "accuracy", "sensitivity") if name != first]
-    # The same quantity in more norms: one of the two figures is enough.
-    if not every["distances"]:
-        others.insert(1, "robustness")
+    others = [
+        name for name in ("attacks", "robustness", "accuracy", "sensitivity") if name != first
+    ]
+
+    unknown = [name for name in figures if name.partition("_")[0] not in _CAPTIONS]
 
     def of_each(build: Callable[[list[Network]], list[Block]]) -> list[Block]:
         blocks: list[Block] = []
@@ -144,7 +145,14 @@ def page(
             (*of_each(lambda own: [_tables.results(own)]), Words((_results_note(found),), True)),
         ),
         Section("Does an assistant help?", "assistants", _assistants(found, every["comparisons"])),
-        Section("Against temperature", "temperature", tuple(draw(*others))),
+        Section(
+            "Against temperature",
+            "temperature",
+            (
+                *draw(*others),
+                *(_picture(name, figures[name], found, datasets) for name in unknown),
+            ),
+        ),
         Section(
             "Against the attack's budget",
             "budget",
@@ -266,7 +274,9 @@ def _assistants(found: Sequence[Network], rows: Sequence[Row]) -> tuple[Block, .
     claims = _comparison_words.claims(found, rows)
     if not claims:
         return ()
-    note = "Every pair was tested on the same examples."
+    tests = sorted({str(claim.row["test"]) for claim in claims if claim.row["test"]})
+    note = "Both networks of a pair were tested on the same examples"
+    note += f": {'; '.join(tests)}." if tests else "."
     if any(claim.row["seed"] is not None for claim in claims):
         note += " A test within one seed is about two networks; what the next seed would give, it "
         note += "does not say."
@@ -340,8 +350,8 @@ def _picture(
     name: str, path: epath.Path, found: Sequence[Network], datasets: Sequence[str]
 ) -> Picture:
     base, _, dataset = name.partition("_")
-    title, caption = _CAPTIONS[base]
-    if len(datasets) > 1:
+    title, caption = _CAPTIONS.get(base, (name.replace("_", " "), ""))
+    if len(datasets) > 1 and dataset in datasets:
         title = f"{title}, {dataset}"
     temperatures = sorted({net.temperature for net in found})
     alt = f"Chart: {title.lower()}, T from {temperatures[0]:g} to {temperatures[-1]:g}; its "

@@ -184,7 +184,7 @@ def finish(
     figure.legend(
         handles=[*handles, *extra],
         loc="outside upper center",
-        ncols=3 if len(handles) + len(extra) != 4 else 2,
+        ncols=2 if len(cells) == 1 or len(handles) + len(extra) == 4 else 3,
         frameon=False,
         fontsize=9.5,
         handlelength=2.8,

@@ -1,5 +1,6 @@
 """The parts of a report that are about verdicts: their overview, their evidence, the checklist."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ def overview(judged: Sequence[Judged], verdicts: Sequence[Row]) -> tuple[Block, 
         note += f"{len(verdicts) - number} verdicts at other budgets are in verdicts.json. "
     if any(len(item.seeds) > 1 for item in judged):
         note += "Over several seeds the gravest label stands, and the numbers are means; below "
-        note += "them the lowest and the highest seed."
+        note += "them the 95 % intervals of all seeds, from the lowest end to the highest."
     else:
         note += "Below a number stands its 95 % interval over the examples."
     by_dataset: dict[str, list[Judged]] = {}
@@ -80,18 +81,24 @@ def checklist_blocks(cards: Sequence[Card]) -> tuple[Block, ...]:
 
 def _long_forms(judged: Sequence[Judged]) -> tuple[str, ...]:
     """The verdicts in long form; networks with the same one together, by temperature."""
-    forms: dict[str, dict[str, list[str]]] = {}
+    # The temperature of a probe is each network's own; but for it, they were attacked alike.
+    groups: dict[str, dict[str, list[str]]] = {}
+    forms: dict[str, set[str]] = {}
     for item in judged:
         for seed, found in zip(item.seeds, item.verdicts, strict=True):
             name = item.network.role
             name += f" (seed {seed})" if len(set(item.labels)) > 1 else ""
-            places = forms.setdefault(_verdict_words.long_form(found), {})
+            form = _verdict_words.long_form(found)
+            alike = re.sub(r"\bT = [-+.\de]*\d", "a T of its own", form)
+            forms.setdefault(alike, set()).add(form)
+            places = groups.setdefault(alike, {})
             names = places.setdefault(f"T = {item.network.temperature:g}", [])
             names += [name] * (name not in names)
     lines = []
-    for form, places in forms.items():
+    for alike, places in groups.items():
         where = "; ".join(f"{place} ({', '.join(names)})" for place, names in places.items())
-        lines.append(f"{where}: {form}.")
+        exact = forms[alike]
+        lines.append(f"{where}: {alike if len(exact) > 1 else next(iter(exact))}.")
     return tuple(lines)
 
 
@@ -113,8 +120,7 @@ def _of(item: Judged) -> tuple[Block, ...]:
 
 def _card(check: Mapping[str, Any]) -> Card:
     figures = ", ".join(
-        f"{name.replace('_', ' ')} {'–' if value is None else _text.number(float(value))}"
-        for name, value in check["figures"].items()
+        f"{name.replace('_', ' ')} {_figure(value)}" for name, value in check["figures"].items()
     )
     notes = [("Figures", figures), ("Threshold", check["threshold"]), ("Source", check["source"])]
     return Card(
@@ -124,3 +130,9 @@ def _card(check: Mapping[str, Any]) -> Card:
         text=str(check["finding"]),
         notes=tuple((name, str(value)) for name, value in notes if value),
     )
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if float(value).is_integer() else _text.number(float(value))

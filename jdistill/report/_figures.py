@@ -71,7 +71,10 @@ def _of_measures(
         f"curve-{curve}": partial(_measure_figures.curve_figure, rows=every["curves"], curve=curve)
         for curve in ("eps", "steps", "queries")
     }
+    # The same quantity in more norms: one of the two figures is enough.
+    replaced = {"robustness": lambda found: None} if every["distances"] else {}
     return {
+        **replaced,
         "verdict": lambda found: _measure_figures.verdict_figure(judge(found, every["verdicts"])),
         **curves,
         "sensitivity-bins": partial(_measure_figures.bins_figure, rows=every["sensitivity"]),

@@ -163,7 +163,7 @@ JUDGED_TERMS = (
     ),
     (
         "No sign of masking",
-        "None of the checks points to masking, under the budget named. How much the network "
+        "No check points to masking, under the budget named. How much the network "
         "withstands is the number beside it, not this label.",
     ),
     (

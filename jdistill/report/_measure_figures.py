@@ -13,7 +13,7 @@ import numpy as np
 
 from jdistill.report import _text, _verdict_words
 from jdistill.report._drawing import COLORS, INK, MARKERS, finish, handle, lines, panels, styled
-from jdistill.report._networks import AttackKey, Network, Stat, attack_key, stat
+from jdistill.report._networks import AttackKey, Network, Stat, attack_key, stat, widest
 from jdistill.report._optional import optional
 from jdistill.report._table import Row
 from jdistill.report._verdicts import Judged, is_of
@@ -67,8 +67,8 @@ def verdict_figure(judged: Sequence[Judged]) -> Any:
         above, below = {"ha": "center", "fontsize": 8.5, "color": color, "zorder": 5}, y - 0.26
         near = abs(naive - worst) < 7
         if near:  # one label for both, or they would be written over each other
-            ends = [_text.percent(item.naive.mean), _text.percent(item.worst_case.mean)]
-            text = " → ".join(dict.fromkeys(ends))
+            both = [_text.percent(item.naive.mean), _text.percent(item.worst_case.mean)]
+            text = " → ".join(dict.fromkeys(both))
             axes.text((naive + worst) / 2, below, text, va="center", **above)
         else:
             axes.text(naive, below, _text.percent(item.naive.mean), va="center", **above)
@@ -122,8 +122,7 @@ def curve_lines(
             for row in own:
                 points.setdefault(float(f"{float(row['x']):.6g}"), []).append(row)
             places = sorted(points)
-            ends = ("low", "high")
-            stats = tuple(stat(points[place], "robust_accuracy", ends) for place in places)
+            stats = tuple(widest(points[place], "robust_accuracy") for place in places)
             if places:
                 drawn.setdefault(key, []).append(Line(network, np.array(places), stats))
     return drawn
@@ -160,15 +159,21 @@ def curve_figure(found: Sequence[Network], rows: Sequence[Row], curve: str) -> A
 
 
 def bins(rows: Sequence[Row]) -> list[tuple[float, float]]:
-    """The bins of the sensitivity in order, as log10; unbounded ends are infinite."""
-    return sorted({_bin(row) for row in rows})
+    """The bins of the sensitivity in order, as log10; unbounded ends are infinite.
+
+    A bin above all others is left out where nothing is in it: no softmax is that sensitive.
+    """
+    counts: dict[tuple[float, float], int] = {}
+    for row in rows:
+        counts[_bin(row)] = counts.get(_bin(row), 0) + int(row["count"])
+    return sorted(edge for edge, count in counts.items() if count or math.isfinite(edge[1]))
 
 
 def shares(network: Network, rows: Sequence[Row], edges: Sequence[tuple[float, float]]) -> Any:
     """The share of a network's examples in each bin, over all seeds; None without a row."""
     counts = dict.fromkeys(edges, 0)
     for row in rows:
-        if is_of(row, network):
+        if is_of(row, network) and row["count"]:
             counts[_bin(row)] += int(row["count"])
     total = sum(counts.values())
     return np.array([count / total for count in counts.values()]) if total else None
@@ -238,9 +243,7 @@ def matrices(dataset: str, rows: Sequence[Row]) -> list[Matrix]:
             where = (int(row["source_generation"]), int(row["target_generation"]))
             cells.setdefault(where, []).append(row)
         generations = tuple(sorted({generation for where in cells for generation in where}))
-        stats = {
-            where: stat(group, "success_rate", ("low", "high")) for where, group in cells.items()
-        }
+        stats = {where: widest(group, "success_rate") for where, group in cells.items()}
         number = max(int(row["num_examples"]) for row in own)
         found.append(Matrix(temperature, key, generations, stats, number))
     return sorted(found, key=lambda matrix: (str(matrix.key), matrix.temperature))

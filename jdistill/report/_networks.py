@@ -223,3 +223,18 @@ def stat(rows: Sequence[Row], name: str, ends: tuple[str, str] | None = None) ->
         high=max(high, default=math.nan),
         seeds=len(values),
     )
+
+
+def widest(rows: Sequence[Row], name: str) -> Stat:
+    """As `stat`, of rows with `low` and `high`; over several seeds all of their intervals.
+
+    Two seeds on the same few examples may agree by chance: the lowest and the highest of them would
+    hide what the examples leave open.
+    """
+    values = _values(rows, name)
+    return Stat(
+        mean=_mean(values),
+        low=min([*values, *_values(rows, "low")], default=math.nan),
+        high=max([*values, *_values(rows, "high")], default=math.nan),
+        seeds=len(values),
+    )

@@ -6,7 +6,7 @@ from itertools import groupby
 from jdistill.report import _comparison_words, _measure_figures, _text, _verdict_words
 from jdistill.report._blocks import Cell, Group, Table
 from jdistill.report._measure_figures import Line, Matrix
-from jdistill.report._networks import Attacked, AttackKey, Network, Stat, attack_keys, stat
+from jdistill.report._networks import Attacked, AttackKey, Network, Stat, attack_keys, stat, widest
 from jdistill.report._table import Row
 from jdistill.report._verdicts import Judged, is_of
 
@@ -88,7 +88,7 @@ def attacks(found: Row) -> Table:
     """The attacks behind one verdict, with their settings."""
     lines = []
     for attack in found["attacks"]:
-        share = stat([attack["robust_accuracy"]], "value", ("low", "high"))
+        share = widest([attack["robust_accuracy"]], "value")
         lines.append((Cell(str(attack["name"])), Cell(str(attack["settings"])), _percent(share, 1)))
     heads = (("Attack", ""), ("Settings", ""), ("Accuracy left", "%, after it and all before it"))
     return Table("Attacks of the verdict", heads, (Group("", tuple(lines)),), left=2)
@@ -108,7 +108,7 @@ def comparisons(claims: Sequence[_comparison_words.Claim]) -> Table:
             Cell(_text.sentence(_comparison_words.quantity(row))[:-1]),
             Cell(_text.sentence(claim.conclusion)[:-1]),
             Cell(_text.points(float(row["difference"]), 2), _comparison_words.interval(row)),
-            Cell(tested.removeprefix("= "), str(row["test"] or "")),
+            Cell(tested.removeprefix("= ")),
             Cell(_comparison_words.over(row, claim.network)),
         )
         lines.append((f"{claim.network.temperature:g}", line))

@@ -187,11 +187,11 @@ def teacher_name(network: Network, *, full: bool = False) -> str:
     return name
 
 
-def range_of(stat: Stat, digits: int = 2) -> str:
+def range_of(stat: Stat) -> str:
     """Where the number may lie: over the seeds, or over the examples of one."""
     if not stat.low < stat.high:
         return ""
-    ends = f"{percent(stat.low, digits)} to {percent(stat.high, digits)} %"
+    ends = f"{percent(stat.low, 2)} to {percent(stat.high, 2)} %"
     if stat.seeds > 1:
         return f" (mean of {stat.seeds} seeds, {ends})"
     return f" (95 % interval {ends})"

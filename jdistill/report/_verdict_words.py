@@ -58,7 +58,7 @@ def _numbers(judged: Judged) -> str:
     examples = _text.of(judged.num_examples, "example")
     text = f"Within {judged.budget}, on {examples}, the usual attack leaves {_share(judged.naive)} "
     text += f"accuracy to {_text.network_name(judged.network)}; everything that was tried together "
-    return f"{text}leaves {_share(judged.worst_case)}{_text.range_of(judged.worst_case, digits=1)}."
+    return f"{text}leaves {_share(judged.worst_case)}{_range(judged.worst_case)}."
 
 
 def _meaning(judged: Judged) -> str:
@@ -68,17 +68,17 @@ def _meaning(judged: Judged) -> str:
     if judged.label == "masked":
         return f"This is gradient masking{some}: the first of these numbers is not to be believed."
     if judged.label == "inconclusive":
-        text = f"The verdict is inconclusive{some}: {found['budget']} cannot tell whether the "
-        return f"{text}first of these numbers is to be believed."
+        text = (
+            f"The verdict is inconclusive{some}: what was tried cannot tell whether the first of "
+        )
+        return f"{text}these numbers is to be believed. {_text.sentence(found['reason'])}"
     text = f"There is no sign of masking under {found['budget']}; that is no proof, and another "
     return f"{text}attack may find more."
 
 
 def _because(judged: Judged) -> list[str]:
-    """What speaks for the label: the first check that does, or what would tell."""
+    """What speaks for masking: how many checks, and the first of them."""
     found = judged.verdicts[judged.shown]
-    if judged.label == "inconclusive":
-        return [_text.sentence(found["reason"])]
     run = [check for check in found["checks"] if check["outcome"] != "not run"]
     against = [check for check in run if check["outcome"] == "masked"]
     if not against:
@@ -102,8 +102,7 @@ def _gain(one: Judged, other: Judged) -> str:
     text += f": a difference of {_text.points(claimed)} points by the usual attack and of "
     text += f"{_text.points(true)} points by everything that was tried"
     if one.worst_case.overlaps(other.worst_case):
-        what = "95 % intervals" if one.worst_case.seeds == 1 else "ranges over the seeds"
-        text += f", where the {what} overlap"
+        text += ", where the 95 % intervals overlap"
     return f"{text}."
 
 
@@ -139,3 +138,11 @@ def last_judged(judged: Sequence[Judged]) -> list[Judged]:
 
 def _share(stat: Stat) -> str:
     return f"{_text.percent(stat.mean)} %"
+
+
+def _range(stat: Stat) -> str:
+    if not stat.low < stat.high:
+        return ""
+    ends = f"{_text.percent(stat.low)} to {_text.percent(stat.high)} %"
+    seeds = "" if stat.seeds == 1 else f", over all of {stat.seeds} seeds"
+    return f" (95 % interval {ends}{seeds})"

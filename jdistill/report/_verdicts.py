@@ -14,7 +14,7 @@ from etils import epath
 
 from jdistill._files import PathLike, as_path, write_whole
 from jdistill.report import _text
-from jdistill.report._networks import Network, Stat, budget_of, stat
+from jdistill.report._networks import Network, Stat, budget_of, widest
 from jdistill.report._table import NETWORK, Row, blank
 
 LABELS = ("masked", "inconclusive", "no sign of masking")
@@ -44,8 +44,11 @@ def write_verdicts(path: PathLike, verdicts: Iterable[Row]) -> epath.Path:
         ValueError: A verdict lacks something, a number is NaN or infinite, a label or an outcome
             is unknown, or two verdicts are about the same network and budget. Nothing is written.
     """
-    rows = sorted(checked_verdicts(verdicts), key=_key)
-    text = json.dumps(rows, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    rows = [
+        {**{name: row[name] for name in (*NETWORK, "verdict")}, **row}
+        for row in sorted(checked_verdicts(verdicts), key=_key)
+    ]
+    text = json.dumps(rows, indent=1, allow_nan=False, ensure_ascii=False)
     return write_whole(path, f"{text}\n".encode())
 
 
@@ -252,7 +255,7 @@ def judge(found: Sequence[Network], verdicts: Iterable[Row]) -> list[Judged]:
 
 def _judged(network: Network, norm: str, eps: float, rows: list[dict[str, Any]]) -> Judged:
     stats = {
-        name: stat([row["verdict"][name] for row in rows], "value", ("low", "high"))
+        name: widest([row["verdict"][name] for row in rows], "value")
         for name in ("naive", "worst_case", "clean")
     }
     return Judged(
