@@ -201,11 +201,13 @@ def others(
         )
         words = f"towards class {rank + 1} in the order of the clean logits, on what is left"
         plan.append(
-            Planned(f"target {rank}", f"APGD-T {NUM_AUTO_STEPS}, {rank + 1}", words, attack, None)
+            Planned(
+                f"target {rank}", f"APGD-T {NUM_AUTO_STEPS} (class {rank + 1})", words, attack, None
+            )
         )
     for number in range(NUM_MORE):
         words = "another random start, on what is left"
-        title = f"PGD-{NUM_STEPS} on the margin, again {number + 1}"
+        title = f"PGD-{NUM_STEPS} on the margin (start {number + 2})"
         plan.append(Planned(f"more {number}", title, words, on_margin, None))
     return plan
 
