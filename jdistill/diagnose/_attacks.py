@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 from jdistill import attacks, losses, norms
 from jdistill.attacks import AttackResult
 from jdistill.attacks._base import Problem
-from jdistill.diagnose import _probes, _thresholds
+from jdistill.diagnose import _probes, _thresholds, _words
 from jdistill.typing import Array, LogitsFn
 
 NUM_STEPS = 40  # of the usual attack, and of those that differ from it in one thing
@@ -128,7 +128,7 @@ def others(
     network, eps = problem.logits_fn, settings.eps
     budget: dict[str, Any] = {"eps": eps, "norm": settings.norm, "bounds": settings.box}
     automatic = budget | {"num_steps": NUM_AUTO_STEPS}
-    smaller, temperature = _thresholds.SMALLER_RADIUS, f"T = {probe_temperature:.3g}"
+    smaller, temperature = _thresholds.SMALLER_RADIUS, f"T = {_words.number(probe_temperature)}"
     num_targets = min(NUM_TARGETS, num_classes - 1)
     auto_title, auto_loss = ("DLR", losses.dlr) if num_classes >= 3 else ("margin", losses.margin)
     on_margin = descend(problem, settings, losses.margin, radius=eps)
@@ -201,11 +201,13 @@ def others(
         )
         words = f"towards class {rank + 1} in the order of the clean logits, on what is left"
         plan.append(
-            Planned(f"target {rank}", f"APGD-T {NUM_AUTO_STEPS}, {rank + 1}", words, attack, None)
+            Planned(
+                f"target {rank}", f"APGD-T {NUM_AUTO_STEPS} (class {rank + 1})", words, attack, None
+            )
         )
     for number in range(NUM_MORE):
         words = "another random start, on what is left"
-        title = f"PGD-{NUM_STEPS} on the margin, again {number + 1}"
+        title = f"PGD-{NUM_STEPS} on the margin (start {number + 2})"
         plan.append(Planned(f"more {number}", title, words, on_margin, None))
     return plan
 

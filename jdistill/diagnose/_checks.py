@@ -8,6 +8,7 @@ from jdistill import metrics
 from jdistill.diagnose import _thresholds as limits
 from jdistill.diagnose._evidence import Evidence
 from jdistill.diagnose._verdict import Check
+from jdistill.diagnose._words import number, percent
 
 _ATHALYE = 'Athalye, Carlini & Wagner 2018, "Obfuscated Gradients Give a False Sense of Security"'
 _CARLINI = 'Carlini et al. 2019, "On Evaluating Adversarial Robustness"'
@@ -44,11 +45,6 @@ def all_checks(evidence: Evidence) -> tuple[Check, ...]:
         finite_logits(evidence),
         classes(evidence),
     )
-
-
-def percent(share: float) -> str:
-    """A share for a sentence."""
-    return f"{100 * share:.1f} %"
 
 
 def _share(mask: np.ndarray) -> float:
@@ -125,7 +121,7 @@ def temperature_probe(evidence: Evidence) -> Check:
     """The same attack on the cross-entropy at a temperature."""
     outcome, figures = _gap(evidence, evidence.broken_by("temperature"))
     figures["temperature"] = evidence.probe_temperature
-    name = f"the same attack at T = {evidence.probe_temperature:.3g}"
+    name = f"the same attack at T = {number(evidence.probe_temperature)}"
     return Check(
         "temperature_probe",
         "Cross-entropy at T = 1 against a temperature that does not saturate",

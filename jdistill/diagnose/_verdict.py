@@ -146,13 +146,18 @@ class Verdict:
             if names:
                 lines.append(f"  {outcome}: {', '.join(names)}")
         lines.append(f"  budget: {self.budget}")
-        return "\n".join(
-            textwrap.fill(line, 100, subsequent_indent="    ", break_on_hyphens=False)
-            for line in lines
-        )
+        return "\n".join(_wrapped(line) for line in lines)
 
 
 def _share(interval: Interval) -> str:
     """A share in percent with its interval."""
     value, low, high = (f"{100 * number:.1f}" for number in interval)
     return f"{value:>5} % [{low}, {high}]"
+
+
+def _wrapped(line: str) -> str:
+    """The line in lines of at most 100 characters, no number apart from its percent sign."""
+    line = line.replace(" %", "\u00a0%")
+    # A non-breaking space is none to textwrap.
+    line = textwrap.fill(line, 100, subsequent_indent="    ", break_on_hyphens=False)
+    return line.replace("\u00a0", " ")
