@@ -74,7 +74,7 @@ def test_run_leaves_the_whole_workdir(finished):
     assert sorted(found) == sorted(expected)
     assert all(row["num_test"] == 32 for row in rows)
     assert {r["num_attacked"] for r in rows if r["attack"] == "fgsm"} == {16}
-    for name in ("accuracy.png", "sensitivity.png", "robustness.png", "pictures_T20.png"):
+    for name in ("accuracy.png", "sensitivity.png", "distances.png", "pictures_T20.png"):
         assert (finished / "figures" / name).stat().st_size > 5000
     page = (finished / "report.html").read_text()
     assert page.count("data:image/png;base64") >= 4
