@@ -1,4 +1,4 @@
-"""The pages of `docs/`: tables are what the code says and measures, examples print as shown."""
+"""The pages of `docs/`: tables are what the code says and costs, examples print what is shown."""
 
 import contextlib
 import importlib.util

@@ -161,9 +161,8 @@ def black_box(evidence: Evidence) -> Check:
     figures["beyond_every_gradient"] = _share(evidence.standing & square & ~by_gradients)
     finding = _gap_finding(figures, "Square Attack")
     if figures["gap"]:
-        finding += (
-            f" No attack with gradients breaks {percent(figures['beyond_every_gradient'])} of all."
-        )
+        beyond = percent(figures["beyond_every_gradient"])
+        finding += f" {beyond} of all fall to it and to no attack with gradients."
     return Check("black_box", title, outcome, figures, _GAP, finding, source)
 
 

@@ -1,5 +1,6 @@
 """The diagnosis of one network, or of each of a stack."""
 
+import collections
 from typing import Any
 
 import jax
@@ -255,9 +256,14 @@ def _masking(
         num_nonfinite=int(np.sum(~evidence.finite)),
         attacks=attempts,
         checks=checks,
-        budget=f"{', '.join(attempt.name for attempt in attempts)}, at {norm} {settings.eps:g}, "
-        f"{evidence.labels.size} examples",
+        budget=f"{_tried(attempts)}, at {norm} {settings.eps:g}, {evidence.labels.size} examples",
     )
+
+
+def _tried(attempts: tuple[Attempt, ...]) -> str:
+    """The attacks in one line, those that differ in the class or the start alone counted."""
+    counts = collections.Counter(attempt.name.split(" (")[0] for attempt in attempts)
+    return ", ".join(name if count == 1 else f"{count} x {name}" for name, count in counts.items())
 
 
 def _attempts(evidence: Evidence) -> tuple[Attempt, ...]:
