@@ -18,7 +18,7 @@ demo: .venv/installed
 	.venv/bin/python -m experiments.defend digits --workdir runs/demo
 
 test: .venv/installed
-	.venv/bin/python -m pytest -n 2 -m "not parity" $(TEST_OPTIONS)
+	.venv/bin/python -m pytest -n 2 --dist loadgroup -m "not parity" $(TEST_OPTIONS)
 
 lint: .venv/installed
 	.venv/bin/ruff check .
@@ -38,7 +38,7 @@ bench: .venv/peers
 	.venv/bin/python -m experiments.bench attacks --output runs/bench-attacks.md
 
 floor: .venv-floor/installed
-	.venv-floor/bin/python -m pytest -n 2 -m floor $(TEST_OPTIONS)
+	.venv-floor/bin/python -m pytest -n 2 --dist loadgroup -m floor $(TEST_OPTIONS)
 
 install: .venv/installed
 

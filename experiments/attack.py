@@ -188,11 +188,7 @@ def _check(
     checksum: str,
 ) -> None:
     """Everything that can be wrong, before anything is computed or written."""
-    if dataset.checksum != checksum:
-        raise ValueError(
-            f"expected the {dataset.name} of the run (checksum {checksum}), got another one "
-            f"({dataset.checksum}); pass the --data-dir that the run was made with"
-        )
+    workdir.check_dataset(dataset, checksum)
     if options.num_examples > len(dataset.test.labels):
         raise ValueError(
             f"expected num_examples <= {len(dataset.test.labels)}, the test set of "

@@ -96,6 +96,19 @@ def read_workdir(path: str) -> tuple[epath.Path, Recipe, str]:
         ) from None
 
 
+def check_dataset(dataset: Dataset, checksum: str) -> None:
+    """Refuse a data set that is not the run's.
+
+    Raises:
+        ValueError: its checksum is another one.
+    """
+    if dataset.checksum != checksum:
+        raise ValueError(
+            f"expected the {dataset.name} of the run (checksum {checksum}), got another one "
+            f"({dataset.checksum}); pass the --data-dir that the run was made with"
+        )
+
+
 @contextlib.contextmanager
 def recorded(folder: epath.Path, *, started: float, parallel: str) -> Iterator[None]:
     """Write `run.json` when the block ends, however it ends.

@@ -1,11 +1,11 @@
 """What every test shares: 8 CPU devices, strict broadcasting, a compilation cache on disk."""
 
 import gc
-import os
 import pathlib
 import signal
 
 import jax
+import pytest
 
 jax.config.update("jax_platforms", "cpu")
 # One process plays 8 devices, so that sharded code is tested everywhere. Code that places nothing
@@ -16,10 +16,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Compiling is most of a run's time, and a third of it buys speed that no test needs.
 jax.config.update("jax_disable_most_optimizations", True)
-# A second run finds its programs here. One folder per worker of pytest-xdist, because JAX writes
-# the entries in place, and per version of JAX.
-_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
-_CACHE = pathlib.Path(__file__).parents[1] / ".jax_cache" / jax.__version__ / _WORKER
+# A second run finds its programs here. The workers of pytest-xdist share them: two that write one
+# entry at once are rare (see `pytest_collection_modifyitems`), and a torn entry is compiled again.
+_CACHE = pathlib.Path(__file__).parents[1] / ".jax_cache" / jax.__version__
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -35,6 +34,15 @@ def pytest_configure(config):
     config.addinivalue_line(
         "filterwarnings", "ignore:Error (reading|writing) persistent compilation cache"
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    # With --dist loadgroup a file's tests run on one worker, so that what they share is compiled
+    # and trained once; the battery's go by attack.
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 # A compiled attack takes about 165 maps of memory, and Linux allows a process 65,530: XLA ends with

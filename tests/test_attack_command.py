@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import attack, attack_options, attack_results, training, workdir
+from experiments import attack, attack_options, attack_results, training, transfer, workdir
 from experiments.recipes import RECIPES, smoke
 from jdistill import attacks, data, losses, nets, runtime, train
 from jdistill.checkpoint import Checkpointer
@@ -535,3 +535,56 @@ def test_values_and_names():
     cut = {attack_options.folder_name("jsma", settings, {"x": ("y" * 300 + c, "")}) for c in "ab"}
     assert len(cut) == 2
     assert {len(name) for name in cut} == {200}
+
+
+# -------------------------------------------------------------------------------------------------
+# experiments.transfer
+
+
+def test_transfer_is_judged_by_every_network(fresh, capsys):
+    settings = ["--num-examples", "24", "--num-searches", "3", "--num-steps", "20"]
+    transfer.main([str(fresh), "--confidences", "30", "0", *settings])
+    rows = table(fresh / "transfer" / "transfer.csv")
+    assert len(rows) == 2 * 4
+    dataset = data.load("digits")
+    inputs, labels = dataset.test.inputs[:24], dataset.test.labels[:24]
+    source, judge = network(fresh, 1, 0), network(fresh, 5, 1)
+    crafted = attacks.carlini_wagner_l2(
+        source,
+        None,
+        inputs,
+        labels,
+        confidence=30.0,
+        num_searches=3,
+        num_steps=20,
+        learning_rate=RECIPES["digits"].cw_learning_rate,
+        initial_const=RECIPES["digits"].cw_initial_const,
+    )
+    right = np.logical_and(
+        *(np.asarray(one(inputs)).argmax(1) == labels for one in (source, judge))
+    )
+    fooled = np.asarray(judge(crafted.inputs)).argmax(1) != labels
+    (row,) = (
+        row
+        for row in rows
+        if (row["confidence"], row["temperature"], row["generation"]) == ("30.0", "5.0", "1")
+    )
+    assert int(row["num_examples"]) == right.sum()
+    assert float(row["success_rate"]) == pytest.approx(fooled[right].mean())
+    itself = [row for row in rows if (row["temperature"], row["generation"]) == ("1.0", "0")]
+    assert float(itself[0]["success_rate"]) > 0.5  # the white-box attack
+    printed = capsys.readouterr().out
+    assert "κ = 0  κ = 30" in printed
+    assert (fresh / "transfer" / "transfer.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [(["-1"], "expected confidences >= 0, got -1.0"), ([], "expected at least one confidence")],
+)
+def test_transfer_names_what_is_wrong(fresh, given, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        transfer.main([str(fresh), "--confidences", *given])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (fresh / "transfer").exists()

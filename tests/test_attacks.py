@@ -228,19 +228,24 @@ for _norm in ("linf", "l2", "l1"):
 # About half of the test network's examples fall.
 BUDGETS = {"linf": 0.1, "l2": 0.25, "l1": 0.4, "l0": 2}
 
-all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-budget_cases = pytest.mark.parametrize(
-    "case", [c for c in CASES.values() if c.budget], ids=[n for n, c in CASES.items() if c.budget]
-)
-minimum_cases = pytest.mark.parametrize(
+
+def for_each(argument, values):
+    """A test for each value by an attack's name; an attack's tests run where it is compiled."""
+    return pytest.mark.parametrize(
+        argument,
+        [
+            pytest.param(value, id=name, marks=pytest.mark.xdist_group(f"battery {name}"))
+            for name, value in values.items()
+        ],
+    )
+
+
+all_cases = for_each("case", CASES)
+budget_cases = for_each("case", {name: case for name, case in CASES.items() if case.budget})
+minimum_cases = for_each("case", {name: case for name, case in CASES.items() if not case.budget})
+optimum_cases = for_each(
     "case",
-    [c for c in CASES.values() if not c.budget],
-    ids=[n for n, c in CASES.items() if not c.budget],
-)
-optimum_cases = pytest.mark.parametrize(
-    "case",
-    [c for c in CASES.values() if not c.budget and c.ratio < np.inf],
-    ids=[n for n, c in CASES.items() if not c.budget and c.ratio < np.inf],
+    {name: case for name, case in CASES.items() if not case.budget and case.ratio < np.inf},
 )
 
 B, SHAPE, D, H, K = 8, (3, 2), 6, 8, 4
@@ -446,7 +451,7 @@ def test_the_box_may_be_any(case):
         assert np.any(result.distance[2:] > 0.5)
 
 
-@pytest.mark.parametrize("name", ["fgsm-linf", "pgd-l2", "carlini_wagner_l2"])
+@for_each("name", {name: name for name in ("fgsm-linf", "pgd-l2", "carlini_wagner_l2")})
 def test_one_input_axis(name):
     # Tabular inputs [B, D] behave as images [B, ...] of the same numbers.
     case = CASES[name]
@@ -613,7 +618,7 @@ SEARCHING = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in SEARCHING])
+@for_each("name", {name: name for name in CASES if name not in SEARCHING})
 def test_no_scale_of_the_logits_changes_a_scale_free_attack(name):
     settings = SCALE_FREE.get(name, {})
     plain = run(CASES[name], make(), INPUTS, LABELS, **settings)
@@ -624,7 +629,7 @@ def test_no_scale_of_the_logits_changes_a_scale_free_attack(name):
         np.testing.assert_array_equal(result.inputs, plain.inputs)
 
 
-@pytest.mark.parametrize("name", SEARCHING)
+@for_each("name", {name: name for name in SEARCHING})
 def test_no_scale_of_the_logits_hides_anything_from_a_search(name):
     settings = CASES[name].closely | SEARCHING[name]
     plain = run(CASES[name], make(), INPUTS, LABELS, **settings)
@@ -635,7 +640,7 @@ def test_no_scale_of_the_logits_hides_anything_from_a_search(name):
         np.testing.assert_allclose(result.distance.mean(), plain.distance.mean(), rtol=0.01)
 
 
-@pytest.mark.parametrize("name", SCALE_FREE)
+@for_each("name", {name: name for name in SCALE_FREE})
 def test_the_scale_of_the_logits_masks_the_gradient_of_the_softmax(name):
     # Distillation's "robustness": the same decisions, and the published attack finds less and less.
     case, settings = CASES[name], SCALE_FREE[name]
@@ -696,7 +701,7 @@ def test_order_split_and_padding_of_the_batch_change_nothing(case):
     np.testing.assert_array_equal(padded.queries[4:], padded.queries[:1].repeat(4))
 
 
-@pytest.mark.parametrize("name", ["pgd-linf", "carlini_wagner_l2"])
+@for_each("name", {name: name for name in ("pgd-linf", "carlini_wagner_l2")})
 def test_the_trace_does_not_depend_on_the_neighbors(name):
     # An example that stops early keeps what it recorded while the others go on.
     whole = run(CASES[name], MODEL, INPUTS, LABELS, key=KEYS, trace=True)
@@ -889,7 +894,7 @@ def test_bad_input_is_named(case, change, message):
         run(case, **arguments)
 
 
-@pytest.mark.parametrize("name", [*(n for n in SCALE_FREE if n != "jsma"), "ddn", "fmn-l2"])
+@for_each("name", {name: name for name in (*SCALE_FREE, "ddn", "fmn-l2") if name != "jsma"})
 @pytest.mark.parametrize("loss", [lambda z, y: z, lambda z, y: jnp.mean(z)], ids=["rows", "mean"])
 def test_a_loss_of_a_wrong_shape_is_named(name, loss):
     with pytest.raises(ValueError, match=r"expected loss to return one value per example, \[B\] ="):
@@ -971,7 +976,7 @@ def test_bad_eps_arrays_and_norms_are_named(case):
         case.attack(MODEL, KEY, INPUTS, LABELS)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.random])
+@for_each("name", {name: name for name, case in CASES.items() if case.random})
 @pytest.mark.parametrize(
     ("key", "message"),
     [

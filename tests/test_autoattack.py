@@ -10,13 +10,13 @@ import pytest
 from jdistill import attacks, nets
 from jdistill.attacks import _autoattack
 
-B, SHAPE, D, H, K = 40, (6, 6, 1), 36, 16, 5
+B, SHAPE, D, H, K = 64, (6, 6, 1), 36, 16, 5
 RNG = np.random.default_rng(6)
 FIRST = RNG.normal(0, 0.6, (D, H)).astype(np.float32)
 SECOND = RNG.normal(0, 1, (H, K)).astype(np.float32)
 INPUTS = RNG.uniform(0.02, 0.98, (B, *SHAPE)).astype(np.float32)
 KEY = jax.random.key(2)
-EPS = 0.045
+EPS = 0.035
 
 
 def network(weights, inputs):
@@ -93,7 +93,7 @@ def test_the_first_part_is_apgd_on_the_cross_entropy(whole):
     np.testing.assert_array_equal(alone.success, ~whole.info["robust_after"][:, 0])
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 24])
+@pytest.mark.parametrize("batch_size", [1, 7, 24])  # and `whole`, of one batch
 def test_batches_change_nothing(whole, batch_size):
     same(run(batch_size=batch_size), whole)
 
@@ -233,7 +233,9 @@ def test_any_shape():
 
 
 def test_distillation_hides_from_apgd_ce_and_not_from_apgd_t():
-    plain, distilled = run(), run(make(scale=2048.0))
+    plain = run()
+    with pytest.warns(UserWarning, match=r"apgd-ce left \d+ of 64 .* the cross-entropy saturates"):
+        distilled = run(make(scale=2048.0))
     np.testing.assert_array_equal(plain.success, distilled.success)
     after_ce = distilled.info["robust_after"][:, 0].mean()
     after_t = distilled.info["robust_after"][:, 1].mean()

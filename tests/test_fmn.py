@@ -252,6 +252,15 @@ def test_the_trace_holds_the_margin_after_every_step():
         assert positive[0] + 1 == first[b]
 
 
+@all_norms
+def test_logits_of_fewer_bits(norm):
+    half = nets.callable_logits_fn(lambda x: make()(x).astype(jnp.bfloat16))
+    labels = np.asarray(half(INPUTS)).argmax(1)
+    result = attacks.fmn(half, None, INPUTS, labels, norm=norm, num_steps=20)
+    assert result.success.all()
+    assert np.all(np.asarray(half(result.inputs)).argmax(1) != labels)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

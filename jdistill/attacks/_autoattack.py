@@ -25,6 +25,9 @@ _VERSIONS = {
     "rand": ("apgd-ce", "apgd-dlr"),
 }
 _NUM_TARGETS = 9
+# Two losses differ by some points on any network. Where the second breaks this share of all
+# examples, and this many, after the cross-entropy did not, the cross-entropy is what failed.
+_GAP, _GAP_EXAMPLES = 0.1, 5
 
 Attack = Callable[..., AttackResult]
 
@@ -89,6 +92,8 @@ def autoattack(
         The result; robust accuracy is `1 - mean(success)`. `info`: `broken_by [B]` int32, the
         place of the attack in the version's order (`autoattack_names`), -1 where none was needed
         or none succeeded; `robust_after [B, attacks]` bool, whether the example stood after each.
+        A warning says where `apgd-ce` left a tenth of the examples or more that the attack after
+        it then broke.
 
     Raises:
         ValueError: eps below 0, NaN or not a scalar, an unknown norm or version, batch_size below
@@ -132,6 +137,7 @@ def autoattack(
     broken_by = np.where(state.broken_by < 0, -1, component[state.broken_by]).astype(np.int32)
     order = np.arange(component[-1] + 1)
     robust_after = ~state.success[:, None] | (broken_by[:, None] > order)
+    _say_where_blind(robust_after, autoattack_names(version, norm))
     info = {"broken_by": jnp.asarray(broken_by), "robust_after": jnp.asarray(robust_after)}
     return _survivors.result(state, minimum_norm=False, info=info)
 
@@ -206,4 +212,18 @@ def _say_what_is_undefined(names: tuple[str, ...], num_classes: int) -> None:
             f"the {' and the '.join(replaced)} loss is not defined for {num_classes} classes; "
             "autoattack takes the margin instead",
             stacklevel=4,
+        )
+
+
+def _say_where_blind(robust_after: np.ndarray, names: tuple[str, ...]) -> None:
+    """A warning where the cross-entropy leaves many examples that the next loss breaks."""
+    by_cross_entropy, by_next = robust_after[:, :2].sum(axis=0)
+    gap = int(by_cross_entropy - by_next)
+    if gap >= max(_GAP_EXAMPLES, _GAP * len(robust_after)):
+        warnings.warn(
+            f"{names[0]} left {by_cross_entropy} of {len(robust_after)} examples standing and "
+            f"{names[1]} then broke {gap} of them: a sign that the cross-entropy saturates on this "
+            "network, which is gradient masking. Attacks that follow it (FGSM, PGD) overstate how "
+            "much the network withstands",
+            stacklevel=3,
         )

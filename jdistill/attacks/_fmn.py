@@ -152,14 +152,15 @@ class _Carry(NamedTuple):
 
 def _init(problem: Problem, gradient: Array, gain: Array, clean_success: Array) -> _Carry:
     inputs = problem.inputs
+    radius = jnp.zeros(gain.shape, inputs.dtype)  # the logits, and so the gain, may have fewer bits
     return _Carry(
         delta=jnp.zeros_like(inputs),
         gradient=gradient,
         gain=gain,
         adversarial=clean_success,
-        radius=jnp.zeros_like(gain),
+        radius=radius,
         best=inputs,
-        best_distance=jnp.full_like(gain, jnp.inf),
+        best_distance=jnp.full_like(radius, jnp.inf),
         first_success=jnp.where(clean_success, 0, -1),
     )
 

@@ -107,9 +107,9 @@ HEAD = """# Parity with other toolkits
 
 Written by `make parity`: each attack beside the toolkits that have it, in one process, on the same
 weights, images and budget; a row that is measured again takes the place of the one before. MNIST's
-first 100 test images (20 for Carlini & Wagner's L0 and Linf); `plain` is an ordinary network,
-`distilled` the student of a chain at T = 100, `robust` a smaller network trained on PGD examples
-(linf, 0.1); `tests/parity/make_networks.py` makes them.
+first 100 test images (20 for Carlini & Wagner's L0 and Linf, 500 for APGD, Square and AutoAttack);
+`plain` is an ordinary network, `distilled` the student of a chain at T = 100, `robust` a smaller
+network trained on PGD examples (linf, 0.1); `tests/parity/make_networks.py` makes them.
 
 A mean distance is over the images that all of them fool, and the lower one is the better attack. A
 toolkit that fools fewer than half of the images stands with that share and without a mean, which
