@@ -100,6 +100,10 @@ def test_a_gap_that_a_larger_radius_does_not_close(name):
     assert masked(with_broken(HONEST, **{name: gap})) == GAPS[name] | {"eps_curve"}
     # Six of those left at twice the radius are fewer than half of the gap: strength.
     assert not masked(with_broken(HONEST, **{name: between(76, 96)}))
+    _, label, reason = judge(with_broken(HONEST, **{name: between(70, 90)}))
+    assert label == "no sign of masking"
+    assert "weak here: it leaves 60.0 %" in reason
+    assert "the number to report, is 40.0 %" in reason
     # Nine examples are no gap.
     assert not masked(with_broken(HONEST, **{name: between(91, 100)}))
     # What the usual attack broke too is none either.

@@ -46,6 +46,12 @@ def label(
         if check.outcome == "undecided" and _matters(check):
             remedy = _REMEDIES.get(check.name, _MORE_EXAMPLES)
             return "inconclusive", f"{check.finding.rstrip('.')}; to tell, {remedy}."
+    if naive.value - worst_case.value >= limits.GAP:
+        return "no sign of masking", (
+            f"nothing hides from the usual attack, but it is weak here: it leaves "
+            f"{percent(naive.value)}, and the worst case of everything tried, the number to "
+            f"report, is {percent(worst_case.value)}."
+        )
     return "no sign of masking", (
         f"nothing that was tried speaks against the naive {percent(naive.value)}; the worst case "
         f"of everything tried is {percent(worst_case.value)}."
