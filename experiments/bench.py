@@ -1,9 +1,12 @@
-"""Time the library beside what else there is, on this machine's CPU.
+"""Time the library: its attacks beside what else there is, and its evaluation of a stack.
 
     python -m experiments.bench attacks
     python -m experiments.bench attacks --attacks pgd ddn --batch-size 20 --repeats 3
     python -m experiments.bench attacks --output runs/bench-attacks.md
+    python -m experiments.bench evaluate
     python -m experiments.bench attacks --help
+
+The attacks run on the CPU, where the other toolkits do; the evaluation where JAX runs by default.
 
 Run it on a machine at rest: what disturbs it slows PyTorch's threads, which wait for each other,
 more than JAX. The range beside each median shows whether it was at rest.
@@ -20,7 +23,7 @@ from typing import Any, Literal
 import jax
 import tyro
 
-from experiments import bench_attacks, npz_network
+from experiments import bench_attacks, bench_evaluate, npz_network
 from experiments.bench_attacks import COMPARISONS, Row
 from experiments.progress import Progress
 from jdistill import _validate, runtime
@@ -70,20 +73,53 @@ class Attacks:
             )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """The evaluation of several networks in one call against one call each: seconds and ratios.
+
+    Clean measures, FGSM and PGD. One call is timed both ways that a stack can be run: in a loop
+    over its networks, which is the default on a CPU, and under `vmap`, the default elsewhere.
+    """
+
+    num_networks: int = 9
+    """How many networks: the file's weights, each time disturbed a little."""
+    num_examples: int = 200
+    """Images."""
+    batch_size: int = 100
+    """Images at a time."""
+    num_steps: int = 10
+    """Steps of PGD."""
+    repeats: int = 3
+    """Timed calls of each way, in turn, after one that warms up."""
+    network: str | None = None
+    """As of `attacks`."""
+    images: str | None = None
+    """As of `attacks`."""
+
+    def __post_init__(self) -> None:
+        """Check every option, and name the one that is wrong."""
+        for field in ("num_networks", "num_examples", "batch_size", "num_steps", "repeats"):
+            _validate.count(**{field: getattr(self, field)})
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and run."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    jax.config.update("jax_platforms", "cpu")  # where the other toolkits run
+    if isinstance(options, Attacks):
+        jax.config.update("jax_platforms", "cpu")  # where the other toolkits run
     # What is compiled is to be timed, not read from a disk.
     jax.config.update("jax_enable_compilation_cache", False)
     runtime.add_cpu_flags()
-    run(options)
+    if isinstance(options, Attacks):
+        run(options)
+    else:
+        run_evaluate(options)
 
 
-def parse(arguments: Sequence[str]) -> Attacks:
+def parse(arguments: Sequence[str]) -> Attacks | Evaluate:
     """The options of a command line; `--help` explains each."""
     return tyro.extras.subcommand_cli_from_dict(
-        {"attacks": Attacks},
+        {"attacks": Attacks, "evaluate": Evaluate},
         prog="python -m experiments.bench",
         description=__doc__,
         args=list(arguments),
@@ -141,6 +177,31 @@ def run(options: Attacks) -> None:
         )
         raise
     print(f"{heading}\n{bench_attacks.text(rows)}", end="")
+
+
+def run_evaluate(options: Evaluate) -> None:
+    """Compare one call with single ones; print the table."""
+    params = npz_network.read_params(options.network or os.fspath(_FILES / "plain.npz"))
+    inputs, labels = npz_network.read_images(options.images or os.fspath(_FILES / "images.npz"))
+    size = min(options.num_examples, len(labels))
+    device = jax.devices()[0]
+    with Progress() as progress:
+        timings = bench_evaluate.compare(
+            bench_evaluate.make_networks(params, inputs.shape[1:], options.num_networks),
+            inputs[:size],
+            labels[:size],
+            num_steps=options.num_steps,
+            batch_size=options.batch_size,
+            repeats=options.repeats,
+            after_call=_bar(progress, "evaluate"),
+        )
+    print(
+        f"{device.platform} ({device.device_kind}), {_cores()} cores, JAX {jax.__version__}; "
+        f"{size} images, "
+        f"{options.batch_size} at a time, PGD of {options.num_steps} steps; medians of "
+        f"{options.repeats}\n\n{bench_evaluate.text(timings, options.num_networks)}",
+        end="",
+    )
 
 
 def _write(output: pathlib.Path, conditions: Mapping[str, Any], rows: Sequence[Row]) -> None:

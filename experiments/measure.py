@@ -1,26 +1,30 @@
-"""Measuring and attacking all networks of a run, row by row into `results.csv`.
+"""Measuring and attacking all networks of a run, chain by chain, into the tables of the workdir.
 
-The table is also what a stopped run goes on from: a network's row for an attack that is there is
-not computed again. It is written whole after every network on CPU, after every attack elsewhere.
+What was done to a network lies in `shards`, a file for each network, attack and batch; a stopped
+run goes on from there, and the tables are made of it. They are written after every chain.
 """
 
+import hashlib
 import io
+import json
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
+from experiments import evidence
+from experiments.evidence import Chain, Clean
 from experiments.progress import Progress
 from experiments.recipes import Recipe
 from experiments.training import Network, temperature_name
-from jdistill import data, evaluate, nets, report, runtime, train
+from jdistill import data, diagnose, evaluate, nets, report, runtime, train
 
-_NAMES = ("temperature", "seed", "generation")
 _PICTURED = "carlini_wagner_l2"
 _NUM_PICTURES = 8
+_TRANSFERRED = "pgd_margin"
 
 Row = dict[str, Any]
 
@@ -28,7 +32,7 @@ Row = dict[str, Any]
 def measure(
     folder: epath.Path, recipe: Recipe, networks: Sequence[Network], examples: data.Split
 ) -> list[Row]:
-    """Evaluate and attack every network that the workdir's results do not hold yet.
+    """Evaluate and attack every network, as far as the workdir's shards do not say it already.
 
     Args:
         folder: the workdir.
@@ -39,53 +43,29 @@ def measure(
     Returns:
         The rows of `results.csv`, one a network and attack.
     """
-    path = folder / "results.csv"
-    rows = report.read_results(path) if path.exists() else []
+    shards = runtime.ShardFolder(folder / "shards")
+    plans = recipe.attack_plans()
+    chains: list[Chain] = []
+    tables: dict[str, list[Row]] = {kind: [] for kind in report.TABLES}
     with Progress() as progress:
-        for name, (plan, norm, eps) in recipe.attack_plans().items():
-            done = {_identity(row) for row in rows if row["attack"] == name}
-            pending = [network for network in networks if _identity(network) not in done]
-            if done:
-                progress.say(f"{name}: {len(networks) - len(pending)} of {len(networks)} done")
-            if not pending:
-                continue
-            measures = _clean(recipe, pending, rows, examples, progress)
-            for number, group in enumerate(_groups(pending), start=1):
-                # The key is the attack's, so that networks are compared on the same draws.
-                outcome = evaluate.under_attack(
-                    nets.stack([network.logits_fn for network in group]),
-                    *examples,
-                    plan,
-                    key=jax.random.key(zlib.crc32(name.encode())),
-                    callback=progress,
-                    stage=name if len(group) == len(pending) else f"{name} {number}/{len(pending)}",
-                )
-                if name == _PICTURED:
-                    _save_pictures(folder, group, outcome, examples)
-                rows += [
-                    {
-                        "dataset": recipe.dataset,
-                        **{column: getattr(network, column) for column in _NAMES},
-                        **measures[_identity(network)],
-                        "attack": name,
-                        "norm": norm,
-                        "eps": eps,
-                        **_attack_columns(outcome, index),
-                    }
-                    for index, network in enumerate(group)
-                ]
-                report.write_results(path, rows)
-    return report.read_results(path)
-
-
-def _groups(networks: Sequence[Network]) -> list[list[Network]]:
-    """Networks to attack at once: all on an accelerator, where a stack runs under `vmap`.
-
-    On CPU a stack runs one network after another, so each may as well have its rows kept at once.
-    """
-    if jax.default_backend() == "cpu":
-        return [[network] for network in networks]
-    return [list(networks)]
+        for members in _chains(networks):
+            chain = _measured(members, recipe, examples, shards, progress)
+            chains.append(chain)
+            _save_pictures(folder, chain, examples)
+            tables["results"] += evidence.results(chain)
+            tables["curves"] += evidence.curves(chain)
+            tables["sensitivity"] += evidence.sensitivity(chain)
+            tables["calibration"] += evidence.calibration(chain)
+            tables["distances"] += evidence.distances(chain)
+            tables["comparisons"] += evidence.comparisons(chain)
+            if _TRANSFERRED in plans:
+                plan = plans[_TRANSFERRED]
+                tables["transfer"] += evidence.transfer(chain, _TRANSFERRED, plan, examples)
+            _write(folder, tables)
+        tables["comparisons"] += evidence.comparisons_over_seeds(chains)
+        _write(folder, tables)
+        _write_verdicts(folder, recipe, networks, examples, shards, progress)
+    return report.read_results(folder / "results.csv")
 
 
 def pictures(folder: epath.Path, recipe: Recipe) -> dict[float, Any]:
@@ -98,57 +78,172 @@ def pictures(folder: epath.Path, recipe: Recipe) -> dict[float, Any]:
     return found
 
 
-def _identity(row: Any) -> tuple[float, int, int]:
-    """What names a network, in a row of results or in a `Network`."""
-    values = row if isinstance(row, Mapping) else row._asdict()
-    return float(values["temperature"]), int(values["seed"]), int(values["generation"])
+def _chains(networks: Sequence[Network]) -> list[list[Network]]:
+    """The networks of each temperature and seed, by generation."""
+    found: dict[tuple[float, int], list[Network]] = {}
+    for network in networks:
+        found.setdefault((network.temperature, network.seed), []).append(network)
+    return [sorted(chain, key=lambda network: network.generation) for chain in found.values()]
+
+
+def _measured(
+    members: Sequence[Network],
+    recipe: Recipe,
+    examples: data.Split,
+    shards: runtime.ShardFolder,
+    progress: Progress,
+) -> Chain:
+    """Everything that is done to a chain: each network alone, on CPU, or the stack at once."""
+    stack = nets.stack([network.logits_fn for network in members])
+    names = [_name(network) for network in members]
+    progress.prefix = f"T={members[0].temperature:g}, seed {members[0].seed}, "
+    clean = [_clean(network, recipe, examples, shards, progress) for network in members]
+
+    def outcome(name: str, plan: evaluate.AttackPlan) -> evaluate.AttackOutcome:
+        return evaluate.under_attack(
+            stack,
+            *examples,
+            plan,
+            # The key is the attack's, so that networks are compared on the same draws.
+            key=jax.random.key(zlib.crc32(name.encode())),
+            callback=progress,
+            stage=name,
+            shards=shards,
+            names=names,
+        )
+
+    found = Chain(
+        dataset=recipe.dataset,
+        networks=members,
+        clean=clean,
+        attacks={name: outcome(name, plan) for name, plan in recipe.attack_plans().items()},
+        distances={
+            norm: outcome(f"distance_{norm}", plan)
+            for norm, plan in recipe.distance_plans().items()
+        },
+    )
+    progress.prefix = ""
+    return found
 
 
 def _clean(
+    network: Network,
     recipe: Recipe,
-    networks: Sequence[Network],
-    rows: Iterable[Row],
     examples: data.Split,
+    shards: runtime.ShardFolder,
     progress: Progress,
-) -> dict[tuple[float, int, int], Row]:
-    """The columns without an attack, from the rows at hand or computed."""
-    columns = report.COLUMNS[4 : report.COLUMNS.index("attack")]
-    known = {_identity(row): {column: row[column] for column in columns} for row in rows}
-    new = [network for network in networks if _identity(network) not in known]
-    if new:
+) -> Clean:
+    """The measures without an attack, out of their shard or computed."""
+    name = f"clean/{_name(network)}"
+    of = _fingerprint(network)
+    kept = shards.get(name)
+    if kept is None or str(kept["of"]) != of:
         measures = evaluate.clean(
-            nets.stack([network.logits_fn for network in new]),
+            nets.stack([network.logits_fn]),
             *examples,
             num_sensitivity=recipe.sensitivity_examples,
             callback=progress,
         )
-        for index, network in enumerate(new):
-            accuracy = measures.accuracy[index]
-            known[_identity(network)] = {
-                "num_test": len(examples.labels),
-                "test_accuracy": accuracy.value,
-                "test_accuracy_low": accuracy.low,
-                "test_accuracy_high": accuracy.high,
-                "mean_abs_logit": float(measures.mean_abs_logit[index]),
-                "num_sensitivity": measures.log10_sensitivity_softmax_examples.shape[1],
-                "sensitivity_logits": float(measures.sensitivity_logits[index]),
-                "log10_sensitivity_softmax": float(measures.log10_sensitivity_softmax[index]),
-                "zero_gradient_fraction": float(measures.zero_gradient_fraction[index]),
+        accuracy, calibrated = measures.accuracy[0], measures.calibration[0]
+        sensitivities = measures.log10_sensitivity_softmax_examples[0]
+        columns = {
+            "num_test": len(examples.labels),
+            "test_accuracy": accuracy.value,
+            "test_accuracy_low": accuracy.low,
+            "test_accuracy_high": accuracy.high,
+            "mean_abs_logit": float(measures.mean_abs_logit[0]),
+            "num_sensitivity": len(sensitivities),
+            "sensitivity_logits": float(measures.sensitivity_logits[0]),
+            "log10_sensitivity_softmax": float(measures.log10_sensitivity_softmax[0]),
+            "zero_gradient_fraction": float(measures.zero_gradient_fraction[0]),
+        }
+        wanted = report.TABLES["calibration"][4:]
+        calibration = {column: getattr(calibrated, column) for column in wanted}
+        kept = {
+            "of": np.array(of),
+            "correct": measures.correct[0],
+            "sensitivities": sensitivities,
+            "columns": np.array(json.dumps(columns)),
+            "calibration": np.array(json.dumps(calibration)),
+        }
+        shards[name] = kept
+    return Clean(
+        kept["correct"],
+        kept["sensitivities"],
+        json.loads(str(kept["columns"])),
+        json.loads(str(kept["calibration"])),
+    )
+
+
+def _write(folder: epath.Path, tables: Mapping[str, Sequence[Row]]) -> None:
+    for kind, rows in tables.items():
+        if rows or kind == "results":
+            report.write_table(folder / f"{kind}.csv", kind, rows)
+
+
+def _write_verdicts(
+    folder: epath.Path,
+    recipe: Recipe,
+    networks: Sequence[Network],
+    examples: data.Split,
+    shards: runtime.ShardFolder,
+    progress: Progress,
+) -> None:
+    """The verdict on the last student of each temperature and on the plain teacher, first seed.
+
+    The plain teacher is what transferred examples are crafted on.
+    """
+    if not recipe.verdict_examples:
+        return
+    inputs, labels = (column[: recipe.verdict_examples] for column in examples)
+    of_seed = [network for network in networks if network.seed == recipe.seeds[0]]
+    plain = min(of_seed, key=lambda network: (network.temperature, network.generation))
+    last = max(network.generation for network in of_seed)
+    judged = [plain, *(network for network in of_seed if network.generation == last)]
+    rows = []
+    for network in judged:
+        name = f"verdict/{_name(network)}"
+        of = _fingerprint(network)
+        kept = shards.get(name)
+        if kept is None or str(kept["of"]) != of:
+            progress.prefix = f"verdict on T={network.temperature:g}, "
+            verdict = diagnose.masking(
+                network.logits_fn,
+                jax.random.key(zlib.crc32(b"verdict")),
+                inputs,
+                labels,
+                eps=recipe.eps,
+                train_temperature=network.temperature,
+                surrogate=None if network is plain else plain.logits_fn,
+                callback=progress,
+            )
+            kept = {"of": np.array(of), "verdict": np.array(json.dumps(verdict.as_dict()))}
+            shards[name] = kept
+            progress.prefix = ""
+        rows.append(
+            {
+                "dataset": recipe.dataset,
+                "temperature": network.temperature,
+                "seed": network.seed,
+                "generation": network.generation,
+                "verdict": json.loads(str(kept["verdict"])),
             }
-    return known
+        )
+        report.write_verdicts(folder / "verdicts.json", rows)
 
 
-def _attack_columns(outcome: evaluate.AttackOutcome, index: int) -> Row:
-    rate = outcome.success_rate[index]
-    return {
-        "num_attacked": outcome.success.shape[1],
-        "success_rate": rate.value,
-        "success_rate_low": rate.low,
-        "success_rate_high": rate.high,
-        "mean_distance": float(outcome.mean_distance[index]),
-        "median_distance": float(outcome.median_distance[index]),
-        "mean_queries": float(outcome.queries[index].mean()),
-    }
+def _name(network: Network) -> str:
+    """A network's name among the shards."""
+    temperature = temperature_name(network.temperature)
+    return f"T{temperature}_seed{network.seed}_g{network.generation}"
+
+
+def _fingerprint(network: Network) -> str:
+    """A hash of the network's weights."""
+    digest = hashlib.blake2b(digest_size=8)
+    for leaf in jax.tree.leaves(network.logits_fn):
+        digest.update(np.ascontiguousarray(leaf).data)
+    return digest.hexdigest()
 
 
 def _picture_path(folder: epath.Path, temperature: float, seed: int, generation: int) -> epath.Path:
@@ -156,17 +251,17 @@ def _picture_path(folder: epath.Path, temperature: float, seed: int, generation:
     return folder / "figures" / name
 
 
-def _save_pictures(
-    folder: epath.Path,
-    networks: Sequence[Network],
-    outcome: evaluate.AttackOutcome,
-    examples: data.Split,
-) -> None:
+def _save_pictures(folder: epath.Path, chain: Chain, examples: data.Split) -> None:
     """A few examples of each network's adversarials, for the report."""
+    outcome = chain.attacks.get(_PICTURED)
+    if outcome is None:
+        return
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    for index, network in enumerate(networks):
+    for index, network in enumerate(chain.networks):
         adversarial = outcome.inputs[index, :_NUM_PICTURES]
-        path = _picture_path(folder, *_identity(network))
+        path = _picture_path(folder, network.temperature, network.seed, network.generation)
+        if path.exists():
+            continue
         content = io.BytesIO()
         np.savez(
             content,

@@ -6,6 +6,7 @@ The library in one screen:
 * `train`, `distill`: one pure step, and chains teacher → assistants → student;
 * `attacks`: compiled attacks on any `logits_fn`; `losses`, `norms`: what they are made of;
 * `metrics`, `evaluate`: accuracy, two sensitivities, robustness, for whole stacks of networks;
+* `diagnose`: whether a robust accuracy is to be believed, and why;
 * `parallel`: the step on one device or many;
 * `checkpoint`, `runtime`, `report`: storage, start-up and files, loaded on first use.
 
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from jdistill import (
     attacks,
     data,
+    diagnose,
     distill,
     evaluate,
     losses,
@@ -43,6 +45,7 @@ __all__ = [
     "attacks",
     "checkpoint",
     "data",
+    "diagnose",
     "distill",
     "evaluate",
     "losses",

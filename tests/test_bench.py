@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import bench, bench_attacks, npz_network, timing, torch_side
+from experiments import bench, bench_attacks, bench_evaluate, npz_network, timing, torch_side
 from experiments.bench_attacks import COMPARISONS, Outcome, Row
 from experiments.peers import Comparison
 from experiments.timing import Timing
@@ -446,3 +446,55 @@ def test_stopped_run_prints_what_it_has(stubbed, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "| pgd " in printed
     assert output.read_text().endswith(printed)
+
+
+# One call against single ones
+
+
+def test_the_three_ways_of_an_evaluation_are_timed():
+    def linear(weights, inputs):
+        return inputs @ weights
+
+    networks = [nets.callable_logits_fn(linear, jax.numpy.eye(3) + number) for number in range(2)]
+    inputs, labels = np.full((4, 3), 0.5, np.float32), np.arange(4) % 3
+    calls = []
+    timings = bench_evaluate.compare(
+        networks,
+        inputs,
+        labels,
+        num_steps=1,
+        batch_size=2,
+        repeats=2,
+        after_call=lambda done, total: calls.append((done, total)),
+    )
+    assert list(timings) == ["single calls", "one call, looped", "one call, vmapped"]
+    assert all(len(found.warm) == 2 for found in timings.values())
+    assert calls[-1] == (9, 9)
+
+
+def test_the_ratio_is_that_to_the_single_calls():
+    seconds = {"single calls": (4.0, 2.0, 3.0), "one call, looped": (3.0, 9.0, 1.5)}
+    timings = {name: Timing(9.5, warm) for name, warm in seconds.items()}
+    assert bench_evaluate.text(timings, 9).splitlines()[2:] == [
+        "| 9 single calls | 3 (2–4) | 9.5 | 1.00 |",
+        "| one call, looped | 3 (1.5–9) | 9.5 | 1.00 |",
+    ]
+    timings["one call, looped"] = Timing(9.5, (1.5,))
+    assert bench_evaluate.text(timings, 9).splitlines()[3].endswith("| 9.5 | 0.50 |")
+
+
+def test_networks_of_the_bench_differ_in_their_weights_alone():
+    model = nets.ConvNet(features=((2,),), hidden=(3,), num_classes=4)
+    params, _ = nets.init(model, jax.random.key(0), (8, 8, 1))
+    params = jax.tree.map(np.asarray, params)
+    one, other = bench_evaluate.make_networks(params, (8, 8, 1), 2)
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    leaves = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    assert any(np.abs(a - b).max() > 0 for a, b in leaves)
+
+
+def test_options_of_the_evaluation():
+    options = bench.parse(["evaluate", "--num-networks", "3", "--num-steps", "2"])
+    assert (options.num_networks, options.num_steps, options.repeats) == (3, 2, 3)
+    with pytest.raises(ValueError, match=r"num_examples .*got 0"):
+        bench.Evaluate(num_examples=0)

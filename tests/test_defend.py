@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,11 @@ import pytest
 
 from experiments import defend, measure, training
 from experiments.recipes import RECIPES, smoke
-from jdistill import report
+from jdistill import report, runtime
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMOKE = ["digits", "--smoke"]
+TABLES = [f"{kind}.csv" for kind in report.TABLES]
 
 
 def run(workdir, *arguments):
@@ -58,9 +60,12 @@ def test_run_leaves_the_whole_workdir(finished):
         "run.json",
         "checkpoints",
         "metrics.jsonl",
-        "results.csv",
+        *TABLES,
+        "verdicts.json",
+        "shards",
         "figures",
         "report.html",
+        "report.md",
     }
     rows = report.read_results(finished / "results.csv")
     attacks = {"fgsm", "pgd", "pgd_margin", "carlini_wagner_l2"}
@@ -69,7 +74,7 @@ def test_run_leaves_the_whole_workdir(finished):
     assert sorted(found) == sorted(expected)
     assert all(row["num_test"] == 32 for row in rows)
     assert {r["num_attacked"] for r in rows if r["attack"] == "fgsm"} == {16}
-    for name in ("accuracy.png", "sensitivity.png", "robustness.png", "pictures_T20.png"):
+    for name in ("accuracy.png", "sensitivity.png", "distances.png", "pictures_T20.png"):
         assert (finished / "figures" / name).stat().st_size > 5000
     page = (finished / "report.html").read_text()
     assert page.count("data:image/png;base64") >= 4
@@ -108,15 +113,22 @@ def test_results_are_those_of_the_library(finished):
     assert row["sensitivity_logits"] == pytest.approx(float(sensitivity), rel=1e-4)
 
 
-def test_finished_run_is_not_run_again(finished, capsys, monkeypatch):
-    before = (finished / "results.csv").read_bytes()
-    monkeypatch.setattr(measure.evaluate, "under_attack", None)  # would raise
-    monkeypatch.setattr(measure.evaluate, "clean", None)
-    run(finished)
+def same_tables(one, other):
+    for name in (*TABLES, "verdicts.json"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_finished_run_is_not_run_again(finished, tmp_path, capsys, monkeypatch):
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished, workdir)
+    monkeypatch.setattr(measure.evaluate, "clean", None)  # would raise
+    monkeypatch.setattr(measure.diagnose, "masking", None)
+    monkeypatch.setattr(runtime.ShardFolder, "__setitem__", None)
+    run(workdir)
     printed = capsys.readouterr()
     assert "generation 2: done" in printed.err
     assert "report: " in printed.out
-    assert (finished / "results.csv").read_bytes() == before
+    same_tables(workdir, finished)
 
 
 class Stop(KeyboardInterrupt):
@@ -154,35 +166,39 @@ def test_stopped_in_training_and_resumed_is_uninterrupted(
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
 
 
-def test_stopped_between_attacks_and_resumed_is_uninterrupted(
-    finished, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("stop_at", [2, 17, 50])
+def test_stopped_in_measuring_and_resumed_is_uninterrupted(
+    finished, tmp_path, monkeypatch, stop_at
 ):
-    calls = []
-    original = measure.evaluate.under_attack
+    written = []
+    original = runtime.ShardFolder.__setitem__
 
-    def stopping(*arguments, **options):
-        calls.append(options["stage"])
-        if len(calls) == 15:  # six networks an attack: the third network of the third attack
+    def stopping(self, name, arrays):
+        if len(written) == stop_at:
+            written.append("stopped")
             raise Stop
-        return original(*arguments, **options)
+        written.append(name)
+        original(self, name, arrays)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(measure.evaluate, "under_attack", stopping)
-        with pytest.raises(Stop):
-            run(tmp_path)
-        capsys.readouterr()
+    monkeypatch.setattr(runtime.ShardFolder, "__setitem__", stopping)
+    with pytest.raises(Stop):
         run(tmp_path)
-    assert calls[14:19] == ["pgd_margin 3/6", *(f"pgd_margin {n}/4" for n in range(1, 5))]
-    assert len(calls) == 4 * 6 + 1
-    said = capsys.readouterr().err
-    assert "fgsm: 6 of 6 done" in said
-    assert "pgd_margin: 2 of 6 done" in said
-    assert (tmp_path / "results.csv").read_bytes() == (finished / "results.csv").read_bytes()
+    run(tmp_path)
+    # Nothing is done twice: 6 networks, each with its clean measures and 7 attacks; 3 verdicts.
+    assert len(set(written)) == len(written) == 1 + 6 * 8 + 3
+    same_tables(tmp_path, finished)
+
+
+def test_shards_of_other_networks_are_refused(finished, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished, workdir)
+    shards = workdir / "shards" / "fgsm"
+    shutil.copytree(shards / "T1_seed0_g0", shards / "T20_seed0_g2", dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="expected shard 'fgsm/T20_seed0_g2/00000' to be of this"):
+        run(workdir)
 
 
 def test_damaged_checkpoint_falls_back_and_says_so(finished, tmp_path, caplog):
-    import shutil
-
     workdir = tmp_path / "copy"
     shutil.copytree(finished, workdir)
     stage = workdir / "checkpoints/seed0/T20/generation1"
@@ -222,8 +238,6 @@ def extended(arguments):
 
 
 def test_temperatures_seeds_and_assistants_extend_a_workdir(finished, tmp_path):
-    import shutil
-
     workdir = tmp_path / "copy"
     shutil.copytree(finished, workdir)
     defend.run(
@@ -292,8 +306,6 @@ def test_bad_options_end_in_one_line_and_write_nothing(arguments, tmp_path, caps
 
 @pytest.mark.parametrize("line", ["{}", "[]", '{"epoch": null}'])
 def test_a_log_that_others_wrote_is_refused_by_line(line, finished, tmp_path):
-    import shutil
-
     workdir = tmp_path / "copy"
     shutil.copytree(finished, workdir)
     shutil.rmtree(workdir / "checkpoints/seed0/T20/generation2")

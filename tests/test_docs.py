@@ -1,4 +1,4 @@
-"""`docs/attacks.md`: its table is what the code says and what the attacks cost."""
+"""The pages of `docs/`: tables are what the code says and costs, examples print what is shown."""
 
 import contextlib
 import importlib.util
@@ -6,12 +6,13 @@ import io
 import pathlib
 import re
 
+import jax
 import numpy as np
 import pytest
 
-from jdistill import attacks
-from jdistill.report import _text, _words
-from jdistill.report._table import AttackKey
+from jdistill import attacks, diagnose
+from jdistill.report import _reading, _text
+from jdistill.report._networks import AttackKey
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "attacks.md").read_text(encoding="utf-8")
@@ -82,8 +83,8 @@ def test_the_networks_are_what_the_table_says():
 
 def test_the_report_knows_which_attacks_saturation_stops():
     stopped = {name for name, row in ROWS.items() if row["saturated softmax"] == "**fails**"}
-    assert stopped == _words.FOLLOW_CROSS_ENTROPY
-    assert set(ROWS) - stopped - {"ensemble", "transfer"} < _words.FOLLOW_OTHER
+    assert stopped == _reading.FOLLOW_CROSS_ENTROPY
+    assert set(ROWS) - stopped - {"ensemble", "transfer"} < _reading.FOLLOW_OTHER
     # And the page says so in words.
     (sentence,) = re.findall(r"attacks that climb the cross-entropy \((.*?)\)", PAGE, re.DOTALL)
     climbing = {name for name, row in ROWS.items() if row["default loss"] == "`cross_entropy`"}
@@ -129,3 +130,37 @@ def test_the_quirks_name_attacks():
         for name in names:
             name = "carlini_wagner" + name if name.startswith("_") else name
             assert hasattr(attacks, name), name
+
+
+GUIDE = (DOCS / "honest-evaluation.md").read_text(encoding="utf-8")
+
+
+def test_the_guide_prints_what_it_says():
+    # The later blocks need a trained run, or go on from these two.
+    blocks = re.findall(r"^```python\n(.*?)^```$", GUIDE, re.DOTALL | re.MULTILINE)
+    runnable = [block for block in blocks if "networks.load" not in block]
+    shown = re.findall(r"It prints\n\n```text\n(.*?)```", GUIDE, re.DOTALL)
+    assert len(runnable) == len(shown) == 2
+    names = {}
+    for code, expected in zip(runnable, shown, strict=True):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code, names)
+        assert printed.getvalue() == expected
+
+
+def test_the_guide_knows_every_check():
+    rows = re.findall(r"^\| `(\w+)` \| .*\? \| ", GUIDE, re.MULTILINE)
+    x = np.linspace(0.1, 0.9, 40, dtype=np.float32)[:, None]
+    verdict = diagnose.masking(
+        lambda x: 4 * (x - 0.5) @ np.array([[1.0, -1.0]], np.float32),
+        jax.random.key(0),
+        x,
+        (x[:, 0] < 0.5).astype(np.int32),
+        eps=0.05,
+        num_queries=10,
+    )
+    assert sorted(rows) == sorted(check.name for check in verdict.checks)
+    for label in ("masked", "no sign of masking", "inconclusive"):
+        assert f"| `{label}` |" in GUIDE
+    assert verdict.label == "no sign of masking"

@@ -10,7 +10,10 @@ import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-TEXTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "experiments/README.md", "docs/attacks.md"]
+TEXTS = [
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "experiments/README.md"),
+    *("docs/attacks.md", "docs/honest-evaluation.md"),
+]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -52,7 +55,9 @@ def test_quick_start_shows_the_contrast(tmp_path):
         form = r"^T=(\d+): ([\d.]+)% right; FGSM fools (\d+)%, C&W (\d+)%$"
         return [[float(part) for part in row] for row in re.findall(form, text, re.MULTILINE)]
 
-    found = numbers(run(blocks("python")[0], tmp_path))
+    quick_start, verdict = blocks("python")[:2]
+    printed = run(quick_start + verdict, tmp_path)
+    found = numbers(printed)
     (plain_t, plain_accuracy, plain_fgsm, plain_cw), (t, accuracy, fgsm, cw) = found
     assert (plain_t, t) == (1, 20)
     assert min(plain_accuracy, accuracy) >= 95
@@ -62,10 +67,17 @@ def test_quick_start_shows_the_contrast(tmp_path):
     shown = numbers(blocks("text")[0])
     for row, shown_row in zip(found, shown, strict=True):
         assert row == pytest.approx(shown_row, abs=15)
+    label, text = printed.splitlines()[-1].split(": ", 1)
+    shown_label, shown_text = blocks("text")[1].replace("\n", " ").split(": ", 1)
+    assert label == shown_label == "masked"
+    assert {"zero_gradients", "temperature_probe", "loss_gap"} <= set(re.findall(r"\w+", text))
+    shares = [re.findall(r"([\d.]+) %", each) for each in (text, shown_text)]
+    for share, shown_share in zip(*shares, strict=True):
+        assert float(share) == pytest.approx(float(shown_share), abs=15)
 
 
 def test_own_model_runs(tmp_path):
-    (code,) = blocks("python")[1:]
+    (code,) = blocks("python")[2:]
     assert run(code, tmp_path).count("[") >= 9  # three arrays for each of three networks
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 import tyro
 
 from jdistill import _validate, attacks, losses, nets
-from jdistill.evaluate import AttackPlan
+from jdistill.evaluate import AttackPlan, distance_plans
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,13 @@ class Recipe:
     """Adam's learning rate, in tanh space."""
     cw_initial_const: float = 0.1
     """The first value of c."""
+    distance_examples: int = 100
+    """Test examples for the smallest distances in l0, l2 and linf, by FMN (0: leave them out)."""
+    distance_steps: int = 100
+    """Gradient steps of FMN."""
+    verdict_examples: int = 200
+    """Test examples for the masking verdict on the last student of each temperature and on the
+    plain teacher, within eps (0: leave it out)."""
 
     def __post_init__(self) -> None:
         """Check every number, and name the one that is wrong."""
@@ -85,9 +92,11 @@ class Recipe:
         for name in ("train_examples", "test_examples"):
             if getattr(self, name) is not None:
                 _validate.count(**{name: getattr(self, name)})
-        for name in ("cw_searches", "cw_steps"):
+        for name in ("cw_searches", "cw_steps", "distance_steps"):
             _validate.count(**{name: getattr(self, name)})
         for name in ("initial_epochs", "fgsm_examples", "pgd_examples", "cw_examples"):
+            _validate.count(minimum=0, **{name: getattr(self, name)})
+        for name in ("distance_examples", "verdict_examples"):
             _validate.count(minimum=0, **{name: getattr(self, name)})
         _validate.count(minimum=0, num_assistants=self.num_assistants)
         _validate.within(0, 6, num_assistants=self.num_assistants)
@@ -117,8 +126,8 @@ class Recipe:
         """The learning rate at a temperature."""
         return self.learning_rate * temperature**self.learning_rate_power
 
-    def attack_plans(self) -> dict[str, tuple[AttackPlan, str, float | None]]:
-        """By name: the attack, its norm, and its radius (None: minimum norm)."""
+    def attack_plans(self) -> dict[str, AttackPlan]:
+        """The attacks by name."""
         pgd = functools.partial(attacks.pgd, eps=self.eps, num_steps=self.pgd_steps)
         carlini_wagner = functools.partial(
             attacks.carlini_wagner_l2,
@@ -129,21 +138,21 @@ class Recipe:
         )
         fgsm = functools.partial(attacks.fgsm, eps=self.eps)
         plans = {
-            "fgsm": (AttackPlan(fgsm, self.fgsm_examples), "linf", self.eps),
-            "pgd": (AttackPlan(pgd, self.pgd_examples), "linf", self.eps),
-            "pgd_margin": (
-                AttackPlan(functools.partial(pgd, loss=losses.margin), self.pgd_examples),
-                "linf",
-                self.eps,
-            ),
+            "fgsm": AttackPlan(fgsm, self.fgsm_examples),
+            "pgd": AttackPlan(pgd, self.pgd_examples),
+            "pgd_margin": AttackPlan(functools.partial(pgd, loss=losses.margin), self.pgd_examples),
             # In small batches, since it is the longest: Ctrl-C and the bar wait for one batch.
-            "carlini_wagner_l2": (
-                AttackPlan(carlini_wagner, self.cw_examples, batch_size=25),
-                "l2",
-                None,
-            ),
+            "carlini_wagner_l2": AttackPlan(carlini_wagner, self.cw_examples, batch_size=25),
         }
-        return {name: plan for name, plan in plans.items() if plan[0].num_examples}
+        return {name: plan for name, plan in plans.items() if plan.num_examples}
+
+    def distance_plans(self) -> dict[str, AttackPlan]:
+        """The minimum-norm attacks by norm."""
+        if not self.distance_examples:
+            return {}
+        return distance_plans(
+            num_steps=self.distance_steps, num_examples=self.distance_examples, batch_size=50
+        )
 
 
 def smoke(recipe: Recipe) -> Recipe:
@@ -164,4 +173,7 @@ def smoke(recipe: Recipe) -> Recipe:
         cw_examples=8,
         cw_searches=2,
         cw_steps=5,
+        distance_examples=4,
+        distance_steps=3,
+        verdict_examples=4,
     )

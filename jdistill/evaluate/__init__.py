@@ -6,20 +6,56 @@ stack is evaluated under `vmap`; on CPU, where a convolution with batched weight
 than single ones, by a host loop through one compiled function. The numbers are the same.
 
 Memory is bounded by `batch_size`: the functions are host loops over chunks of examples, and are
-not themselves to be put under `jit` or `vmap`.
+not themselves to be put under `jit` or `vmap`. With `shards` they can be stopped and go on, and
+several hosts share the work.
+
+`evaluate` does it all; its parts are public: `clean`, `under_attack`, `distances`,
+`transfer_matrix`; and what needs no further run: `worst_case`, `accuracy_against_eps`,
+`accuracy_against_steps`, `accuracy_against_queries`, `over_seeds`.
 """
 
-from jdistill.evaluate._attack import AttackOutcome, AttackPlan, summarize, under_attack
+from jdistill.evaluate._attack import (
+    AttackOutcome,
+    AttackPlan,
+    attack_shards,
+    summarize,
+    under_attack,
+)
 from jdistill.evaluate._clean import CleanMeasures, clean
+from jdistill.evaluate._curves import (
+    Curve,
+    accuracy_against_eps,
+    accuracy_against_queries,
+    accuracy_against_steps,
+    worst_case,
+)
+from jdistill.evaluate._distances import distance_plans, distances
 from jdistill.evaluate._evaluate import Evaluation, evaluate
+from jdistill.evaluate._seeds import over_seeds
+from jdistill.evaluate._settings import Budget, eps_of, norm_of
+from jdistill.evaluate._transfer import TransferMatrix, transfer_matrix
 
 __all__ = [
     "AttackOutcome",
     "AttackPlan",
+    "Budget",
     "CleanMeasures",
+    "Curve",
     "Evaluation",
+    "TransferMatrix",
+    "accuracy_against_eps",
+    "accuracy_against_queries",
+    "accuracy_against_steps",
+    "attack_shards",
     "clean",
+    "distance_plans",
+    "distances",
+    "eps_of",
     "evaluate",
+    "norm_of",
+    "over_seeds",
     "summarize",
+    "transfer_matrix",
     "under_attack",
+    "worst_case",
 ]

@@ -1,15 +1,23 @@
 """What an attack does to a stack of networks."""
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jdistill import _validate, metrics
+from jdistill import _validate, attacks, metrics, nets
 from jdistill.attacks import AttackResult
 from jdistill.attacks._base import example_keys
-from jdistill.evaluate._runs import Runs, first, refuse_tracers
+from jdistill.evaluate import _identity, _settings, _shards
+from jdistill.evaluate._runs import Runs, Unit, first, joined, refuse_tracers
+from jdistill.evaluate._shards import Piece, Shards, Store
 from jdistill.typing import Array, ArrayLike, AttackFn, Callback, LogitsFn
+
+# Loops on the host, which cannot be put under vmap.
+_DRIVERS = (attacks.autoattack, attacks.ensemble, attacks.universal)
 
 
 class AttackPlan(NamedTuple):
@@ -40,6 +48,12 @@ class AttackOutcome(NamedTuple):
             robustness ρ_adv. NaN without a success. Always read it beside the success rate.
         median_distance: `[R]`, over the successes; NaN without one.
         info: what else the attack says of each example, every array `[R, M, ...]`.
+        num_nonfinite: `[R]` int, of how many returned inputs the network's logits are not all
+            finite. On a clean input that counts as misclassified, on an adversarial one it is no
+            success: where there are some, the success rate is a lower bound. None where it was not
+            counted.
+        norm: of the distances; None where the attack does not tell.
+        eps: the attack's radius; None for a minimum-norm attack.
     """
 
     success: np.ndarray
@@ -50,6 +64,9 @@ class AttackOutcome(NamedTuple):
     mean_distance: np.ndarray
     median_distance: np.ndarray
     info: dict[str, np.ndarray]
+    num_nonfinite: np.ndarray | None = None
+    norm: str | None = None
+    eps: float | None = None
 
 
 def under_attack(
@@ -64,8 +81,15 @@ def under_attack(
     vmapped: bool | None = None,
     callback: Callback | None = None,
     stage: str = "attack",
+    shards: Store | None = None,
+    shard_name: str | None = None,
+    names: Sequence[str] | None = None,
 ) -> AttackOutcome:
     """What one attack does to every network of a stack.
+
+    With `shards` it can be stopped at any moment and called again: what is there is read, and the
+    outcome is that of a run without a stop. On several hosts (`jax.process_count()`) each computes
+    its share, waits for the others and reads theirs, so all must see the same shards.
 
     Args:
         stack: a `logits_fn` pytree whose leaves lead with `R`.
@@ -75,36 +99,114 @@ def under_attack(
         key: for random attacks; example `n` uses `fold_in(key, n)`. Or `[N]` keys, one each.
         targets: `[N]` int, what the attack aims at, passed on to it; None does not.
         temperature: at which the networks are attacked, above 0; scalar or `[R]`.
-        vmapped: whether to run the stack under `vmap`; None does so except on CPU.
+        vmapped: whether to run the stack under `vmap`; None does so except on CPU, and for the
+            attacks that are loops of the host.
         callback: see `evaluate`.
         stage: a name for the callback.
+        shards: where to keep what was done to one network on one batch, such as
+            `runtime.ShardFolder(path)` or a dict; None keeps nothing. A shard says by which
+            attack, network, examples and key it was made; one made by others is refused.
+        shard_name: the attack's, for the shards; None takes `stage`.
+        names: `[R]`, of the networks, for the shards; None numbers them as `network-0`. Name them
+            where the stack is not always put together alike.
 
     Returns:
         The outcome, on the host.
 
     Raises:
-        ValueError: as the attack.
+        ValueError: as the attack; a shard of other settings (the error names the difference).
+
+    Example:
+        >>> import functools
+        >>> linear = nets.callable_logits_fn(lambda w, x: x @ w, jnp.eye(2))
+        >>> x, y = np.eye(2, dtype=np.float32), np.arange(2)
+        >>> plan, shards = AttackPlan(functools.partial(attacks.fgsm, eps=0.6), batch_size=1), {}
+        >>> outcome = under_attack(nets.stack([linear]), x, y, plan, stage="fgsm", shards=shards)
+        >>> outcome.success.tolist(), list(shards)
+        ([[True, True]], ['fgsm/network-0/00000', 'fgsm/network-0/00001'])
     """
-    refuse_tracers(stack, inputs, labels, key)
-    runs = Runs.of(stack, temperature, vmapped, callback)
-    _validate.count(batch_size=plan.batch_size)
-    _validate.class_indices(labels, batch_size=len(inputs))
-    size = first(len(inputs), "num_examples", plan.num_examples)
-    if targets is not None:
-        _validate.class_indices(targets, name="targets", batch_size=len(inputs))
-        targets = targets[:size]
-    # Keys travel with their examples, so batches do not change the draws.
-    keys = None if key is None else example_keys(key, len(inputs))[:size]
-    columns = (inputs[:size], labels[:size], keys, targets)
-    result = runs.map(_Attacked(plan.attack), stage, plan.batch_size, *columns, eager=True)
-    return summarize(result)
+    job = _job(stack, inputs, labels, plan, key, targets, temperature, vmapped, callback)
+    if shards is None:
+        columns = job.columns
+        piece = job.runs.map(job.attacked, stage, plan.batch_size, *columns, eager=True)
+    else:
+        kept = job.shards(shards, shard_name or stage, names)
+        host, num_hosts = jax.process_index(), jax.process_count()
+        done = job.work(kept, stage, host, num_hosts)
+        piece = joined(done.pieces if num_hosts == 1 else _of_all_hosts(job.units, kept))
+    return summarize(
+        piece.result,
+        num_nonfinite=(~piece.finite).sum(axis=1),
+        norm=_settings.norm_of(plan.attack),
+        eps=_settings.eps_of(plan.attack),
+    )
 
 
-def summarize(result: AttackResult) -> AttackOutcome:
+def attack_shards(
+    stack: LogitsFn,
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    plan: AttackPlan,
+    *,
+    shards: Store,
+    host: int,
+    num_hosts: int,
+    key: Array | None = None,
+    targets: np.ndarray | None = None,
+    temperature: ArrayLike = 1.0,
+    vmapped: bool | None = None,
+    callback: Callback | None = None,
+    stage: str = "attack",
+    shard_name: str | None = None,
+    names: Sequence[str] | None = None,
+) -> int:
+    """One host's share of `under_attack`, for hosts that know nothing of each other.
+
+    Each of `num_hosts` programs does every `num_hosts`-th shard. Once all are done,
+    `under_attack` with the same arguments reads the shards and computes nothing.
+
+    Args:
+        stack: as the other arguments not named here, that of `under_attack`.
+        inputs: `[N, ...]`.
+        labels: `[N]`.
+        plan: the attack.
+        shards: where to keep the results; the same for all hosts.
+        host: which share, from 0.
+        num_hosts: of how many.
+        key: for random attacks.
+        targets: `[N]` int.
+        temperature: of the test.
+        vmapped: the same on all hosts.
+        callback: told of this host's share.
+        stage: a name for the callback.
+        shard_name: the attack's; None takes `stage`.
+        names: `[R]`, the networks' names.
+
+    Returns:
+        How many shards were computed; the others of the share were there.
+
+    Raises:
+        ValueError: as `under_attack`; a host outside `0..num_hosts-1`.
+    """
+    job = _job(stack, inputs, labels, plan, key, targets, temperature, vmapped, callback)
+    kept = job.shards(shards, shard_name or stage, names)
+    return job.work(kept, stage, host, num_hosts).num_computed
+
+
+def summarize(
+    result: AttackResult,
+    *,
+    num_nonfinite: np.ndarray | None = None,
+    norm: str | None = None,
+    eps: float | None = None,
+) -> AttackOutcome:
     """The success rates and distances of attack results stacked along `R`.
 
     Args:
         result: every leaf leads with `[R, M]`.
+        num_nonfinite: `[R]`, see `AttackOutcome`.
+        norm: of the distances.
+        eps: the attack's radius.
 
     Returns:
         The outcome, on the host.
@@ -130,7 +232,123 @@ def summarize(result: AttackResult) -> AttackOutcome:
         mean_distance=np.array([run.mean for run in runs]),
         median_distance=np.array([run.median for run in runs]),
         info=info,
+        num_nonfinite=num_nonfinite,
+        norm=norm,
+        eps=eps,
     )
+
+
+class _Job(NamedTuple):
+    """The checked arguments of `under_attack`."""
+
+    stack: LogitsFn  # as it was given, before the temperature
+    runs: Runs
+    plan: AttackPlan
+    columns: tuple[Any, ...]  # inputs, labels, keys, targets
+    units: list[Unit]
+
+    @property
+    def attacked(self) -> "_Attacked":
+        return _Attacked(self.plan.attack)
+
+    def work(self, kept: Shards, stage: str, host: int, num_hosts: int) -> _shards.Progressed:
+        """One host's share, read or computed."""
+        units = _shards.share(self.units, host, num_hosts)
+        compute = self.runs.computer(self.attacked, *self.columns, eager=True)
+        return _shards.work(units, compute, kept, self.runs.announcer(stage, units))
+
+    def shards(self, store: Store, name: str, names: Sequence[str] | None) -> Shards:
+        """The store's shards for this job: what they are called, and what they must say."""
+        from jdistill import __version__
+
+        num_runs = len(self.runs.temperatures)
+        names = [f"network-{run}" for run in range(num_runs)] if names is None else names
+        if len(names) != num_runs or len(set(names)) != num_runs:
+            raise ValueError(
+                f"expected a different name for each of the {num_runs} networks, got {names}; "
+                "name them in the stack's order"
+            )
+        attack = _identity.describe_attack(self.plan.attack)
+        weights = jax.device_get(self.stack)
+        networks = [
+            {
+                "weights": _identity.fingerprint(nets.index(weights, run)),
+                "temperature": float(self.runs.temperatures[run]),
+            }
+            for run in range(num_runs)
+        ]
+        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+        shared = {
+            "attack": attack,
+            "jdistill": __version__,
+            "matmul_precision": precision or "highest",
+        }
+        examples = {unit.batch: self._examples(unit) for unit in self.units}
+        called, settings = {}, {}
+        for run, batch in (place for unit in self.units for place in unit.places):
+            called[run, batch] = f"{name}/{names[run]}/{batch:05d}"
+            settings[run, batch] = {"network": networks[run], **examples[batch], **shared}
+        return Shards(store, called, settings)
+
+    def _examples(self, unit: Unit) -> dict[str, Any]:
+        """What a shard says of its examples."""
+        rows = unit.rows[: unit.num_real]
+        names = ("inputs", "labels", "key", "targets")
+        return {
+            "examples": {"first": int(rows[0]), "count": unit.num_real},
+            "batch_size": len(unit.rows),
+            **{
+                name: None if column is None else _identity.describe(column[rows])
+                for name, column in zip(names, self.columns, strict=True)
+            },
+        }
+
+
+def _job(
+    stack: LogitsFn,
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    plan: AttackPlan,
+    key: Array | None,
+    targets: np.ndarray | None,
+    temperature: ArrayLike,
+    vmapped: bool | None,
+    callback: Callback | None,
+) -> _Job:
+    refuse_tracers(stack, inputs, labels, key)
+    if vmapped is None and _settings.function_of(plan.attack) in _DRIVERS:
+        vmapped = False
+    runs = Runs.of(stack, temperature, vmapped, callback)
+    _validate.count(batch_size=plan.batch_size)
+    _validate.class_indices(labels, batch_size=len(inputs))
+    size = first(len(inputs), "num_examples", plan.num_examples)
+    if targets is not None:
+        _validate.class_indices(targets, name="targets", batch_size=len(inputs))
+        targets = targets[:size]
+    # Keys travel with their examples, so batches do not change the draws.
+    keys = None if key is None else example_keys(key, len(inputs))[:size]
+    columns = (inputs[:size], labels[:size], keys, targets)
+    return _Job(stack, runs, plan, columns, runs.units(size, plan.batch_size))
+
+
+def _of_all_hosts(units: list[Unit], kept: Shards) -> dict[Any, Piece]:
+    """Every host's pieces, once all hosts are done."""
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices("jdistill.evaluate: shards")
+    pieces = {place: kept.read(place) for unit in units for place in unit.places}
+    missing = [kept.names[place] for place, piece in pieces.items() if piece is None]
+    if missing:
+        raise FileNotFoundError(
+            f"expected the shards of all hosts, got none for {missing[0]!r} and {len(missing) - 1} "
+            "others; pass shards that all hosts share, such as a folder in a bucket"
+        )
+    return {place: piece for place, piece in pieces.items() if piece is not None}
+
+
+@jax.jit
+def _finite(logits_fn: LogitsFn, inputs: Array) -> Array:
+    return jnp.all(jnp.isfinite(logits_fn(inputs)), axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +364,9 @@ class _Attacked:
         labels: Array,
         keys: Array | None,
         targets: Array | None,
-    ) -> AttackResult:
+    ) -> Piece:
         if targets is None:
-            return self.attack(logits_fn, keys, inputs, labels)
-        return self.attack(logits_fn, keys, inputs, labels, targets=targets)  # type: ignore[call-arg]
+            result = self.attack(logits_fn, keys, inputs, labels)
+        else:
+            result = self.attack(logits_fn, keys, inputs, labels, targets=targets)  # type: ignore[call-arg]
+        return Piece(result, _finite(logits_fn, result.inputs))

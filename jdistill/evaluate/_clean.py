@@ -22,6 +22,9 @@ class CleanMeasures(NamedTuple):
         log10_sensitivity_softmax_examples: `[R, S]`, the same for each of the first `S` examples.
         zero_gradient_fraction: `[R]`, share of those `S` examples whose cross-entropy has an
             exactly zero input gradient: what blinds FGSM and PGD.
+        num_nonfinite: `[R]` int, examples with a logit that is not finite. They count as
+            misclassified; means over logits and sensitivities are NaN with them.
+        calibration: `[R]`, see `metrics.calibration`, at the test temperature.
     """
 
     accuracy: list[metrics.Interval]
@@ -31,6 +34,8 @@ class CleanMeasures(NamedTuple):
     log10_sensitivity_softmax: np.ndarray
     log10_sensitivity_softmax_examples: np.ndarray
     zero_gradient_fraction: np.ndarray
+    num_nonfinite: np.ndarray
+    calibration: list[metrics.Calibration]
 
 
 def clean(
@@ -44,7 +49,7 @@ def clean(
     vmapped: bool | None = None,
     callback: Callback | None = None,
 ) -> CleanMeasures:
-    """Accuracy, logit scale, both sensitivities and the share of zero gradients of a stack.
+    """Accuracy, calibration, logit scale, both sensitivities and zero gradients of a stack.
 
     Args:
         stack: a `logits_fn` pytree whose leaves lead with `R`.
@@ -68,7 +73,8 @@ def clean(
     _validate.count(batch_size=batch_size)
     _validate.inputs_in_box(inputs, (-np.inf, np.inf))
     size = first(len(inputs), "num_sensitivity", num_sensitivity)
-    logits = runs.map(_logits, "accuracy", batch_size, inputs) * runs.temperatures[:, None, None]
+    divided = runs.map(_logits, "accuracy", batch_size, inputs)
+    logits = divided * runs.temperatures[:, None, None]
     _validate.class_indices(labels, batch_size=len(inputs), num_classes=logits.shape[-1])
     correct = np.stack([np.asarray(metrics.correct(rows, labels)) for rows in logits])
     by_logits, by_softmax, zero = runs.map(
@@ -82,6 +88,8 @@ def clean(
         log10_sensitivity_softmax=np.array([metrics.log10_mean(row) for row in by_softmax]),
         log10_sensitivity_softmax_examples=by_softmax,
         zero_gradient_fraction=zero.mean(axis=1),
+        num_nonfinite=(~np.isfinite(logits).all(axis=-1)).sum(axis=1),
+        calibration=[metrics.calibration(rows, labels) for rows in divided],
     )
 
 

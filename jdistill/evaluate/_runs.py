@@ -1,7 +1,7 @@
 """Running a function over every network of a stack, in chunks of examples."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,22 @@ import numpy as np
 from jdistill import _validate, data, nets
 from jdistill._precision import full_precision
 from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
+
+Place = tuple[int, int]  # (network, batch)
+
+
+class Unit(NamedTuple):
+    """What one call of a compiled function does: one batch, under one network or under all."""
+
+    networks: tuple[int, ...]  # several under vmap
+    batch: int
+    rows: np.ndarray  # of the examples; the last ones may be padding
+    num_real: int  # rows that are none
+
+    @property
+    def places(self) -> list[Place]:
+        """Whose results the call gives, in their order."""
+        return [(network, self.batch) for network in self.networks]
 
 
 class Runs(NamedTuple):
@@ -30,7 +46,7 @@ class Runs(NamedTuple):
     ) -> "Runs":
         """The checked stack, its logits divided by the test temperature."""
         _validate.positive(temperature=temperature)
-        num_runs = _num_runs(stack)
+        num_runs = num_networks(stack)
         if np.shape(temperature) not in ((), (num_runs,)):
             raise ValueError(
                 f"expected temperature to be a scalar or of shape [R] = ({num_runs},), got shape "
@@ -41,39 +57,91 @@ class Runs(NamedTuple):
             vmapped = jax.default_backend() != "cpu"
         return cls(nets.with_temperature(stack, temperatures), temperatures, vmapped, callback)
 
+    def units(self, size: int, batch_size: int) -> list[Unit]:
+        """The calls that cover all networks and examples, network by network."""
+        num_runs = len(self.temperatures)
+        groups = [tuple(range(num_runs))] if self.vmapped else [(run,) for run in range(num_runs)]
+        indices = np.arange(size)[:, None]
+        # Indices and not `data.batches` on the columns: those may hold PRNG keys or be None.
+        batches = [
+            (batch.inputs[:, 0], int(batch.mask.sum()))
+            for batch in data.batches(indices, batch_size=min(batch_size, size))
+        ]
+        return [
+            Unit(group, number, rows, num_real)
+            for group in groups
+            for number, (rows, num_real) in enumerate(batches)
+        ]
+
+    def computer(
+        self, fun: Callable[..., Any], *columns: Any, eager: bool = False
+    ) -> Callable[[Unit], dict[Place, Any]]:
+        """What computes a unit: for each network, every output leaf as NumPy, real rows only.
+
+        `eager` is for functions that check concrete values and are compiled inside. A column that
+        is None stays None.
+        """
+        fun = _over_runs(fun) if self.vmapped else fun
+        compiled = fun if eager else _jit(fun)
+        one = functools.lru_cache(maxsize=1)(functools.partial(nets.index, self.stack))
+
+        def compute(unit: Unit) -> dict[Place, Any]:
+            network = self.stack if self.vmapped else one(unit.networks[0])
+            chunk = [None if column is None else column[unit.rows] for column in columns]
+            with full_precision():  # as in the attacks, so that both see the same network
+                output = jax.device_get(compiled(network, *chunk))
+            if not self.vmapped:
+                return {unit.places[0]: jax.tree.map(lambda leaf: leaf[: unit.num_real], output)}
+            return {
+                place: jax.tree.map(lambda leaf, i=index: leaf[i, : unit.num_real], output)
+                for index, place in enumerate(unit.places)
+            }
+
+        return compute
+
+    def announcer(self, stage: str, units: list[Unit]) -> Callable[[Unit], None]:
+        """What tells the callback that a unit is done."""
+        total = sum(unit.num_real * len(unit.networks) for unit in units)
+        done = 0
+
+        def announce(unit: Unit) -> None:
+            nonlocal done
+            done += unit.num_real * len(unit.networks)
+            if self.callback is not None:
+                progress = {"stage": stage, "done": done, "total": total}
+                self.callback({"event": "evaluate", **progress})
+
+        return announce
+
     def map(
         self,
         fun: Callable[..., Any],
-        stage: str,
+        stage: str | None,
         batch_size: int,
         *columns: Any,
         eager: bool = False,
     ) -> Any:
-        """Every output leaf as NumPy, `[R, N, ...]`.
+        """Every output leaf as NumPy, `[R, N, ...]`; without a stage no callback is told."""
+        units = self.units(len(columns[0]), batch_size)
+        compute = self.computer(fun, *columns, eager=eager)
+        announce = self.announcer(stage or "", units)
+        pieces: dict[Place, Any] = {}
+        for unit in units:
+            pieces |= compute(unit)
+            if stage is not None:
+                announce(unit)
+        return joined(pieces)
 
-        `eager` is for functions that check concrete values and are compiled inside.
-        """
-        size, num_runs = len(columns[0]), len(self.temperatures)
-        if self.vmapped:
-            networks = [(self.stack, num_runs)]
-        else:
-            networks = [(nets.index(self.stack, run), 1) for run in range(num_runs)]
-        fun = _over_runs(fun) if self.vmapped else fun
-        compiled = fun if eager else _jit(fun)
-        done, outputs = 0, []
-        for network, count in networks:
-            chunks = []
-            for chunk, real in _padded_chunks(columns, size, batch_size):
-                with full_precision():  # as in the attacks, so that both see the same network
-                    chunks.append((jax.device_get(compiled(network, *chunk)), real))
-                done += real * count
-                if self.callback is not None:
-                    progress = {"stage": stage, "done": done, "total": size * num_runs}
-                    self.callback({"event": "evaluate", **progress})
-            outputs.append(_join(chunks, axis=1 if self.vmapped else 0))
-        if self.vmapped:
-            return outputs[0]
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *outputs)
+
+def joined(pieces: Mapping[Place, Any]) -> Any:
+    """The results of all places as one: every leaf `[R, N, ...]`."""
+    num_runs = 1 + max(run for run, _ in pieces)
+
+    def one(*leaves: np.ndarray) -> np.ndarray:
+        rows = np.concatenate(leaves)  # all examples of the first network, then of the next
+        return rows.reshape(num_runs, len(rows) // num_runs, *rows.shape[1:])
+
+    return jax.tree.map(one, *(pieces[place] for place in sorted(pieces)))
 
 
 @functools.lru_cache(maxsize=64)
@@ -92,36 +160,12 @@ def _over_runs(fun: Callable[..., Any]) -> Callable[..., Any]:
     return over_runs
 
 
-def _padded_chunks(
-    columns: tuple[Any, ...], size: int, batch_size: int
-) -> Iterator[tuple[list[Any], int]]:
-    """The columns in chunks of one shape, each with its number of real rows.
+def num_networks(stack: LogitsFn) -> int:
+    """The length R of the stack's leading axis.
 
-    A column that is None stays None. The others may hold PRNG keys, which NumPy does not know,
-    hence indices and not `data.batches` on the columns themselves.
+    Raises:
+        ValueError: its leaves share none.
     """
-    indices = np.arange(size)[:, None]
-    for batch in data.batches(indices, batch_size=min(batch_size, size)):
-        rows = batch.inputs[:, 0]
-        chunk = [None if column is None else column[rows] for column in columns]
-        yield chunk, int(batch.mask.sum())
-
-
-def _join(chunks: list[tuple[Any, int]], axis: int) -> Any:
-    """The chunks' outputs one after another along the example axis, without their padding."""
-
-    def joined(*leaves: np.ndarray) -> np.ndarray:
-        real = [
-            np.take(leaf, np.arange(count), axis=axis)
-            for leaf, (_, count) in zip(leaves, chunks, strict=True)
-        ]
-        return np.concatenate(real, axis=axis)
-
-    return jax.tree.map(joined, *(output for output, _ in chunks))
-
-
-def _num_runs(stack: LogitsFn) -> int:
-    """The length of the stack's leading axis."""
     sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(stack)}
     if len(sizes) != 1 or sizes == {()}:
         raise ValueError(

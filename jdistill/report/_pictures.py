@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from jdistill._files import PathLike, as_path
-from jdistill.report._figures import styled, write_png
+from jdistill.report._drawing import styled, write_png
 from jdistill.report._optional import optional
 
 

@@ -4,7 +4,8 @@ import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
-from jdistill.report._table import AttackKey, Network, Row, Stat, attack_keys, networks
+from jdistill.report._networks import Attacked, AttackKey, Network, Stat, attack_keys, networks
+from jdistill.report._table import Row
 
 # An attack that is not listed here appears under its own name.
 _ATTACKS = {
@@ -100,6 +101,27 @@ def percent(share: float, digits: int = 1) -> str:
     return text
 
 
+def points(difference: float, digits: int = 1) -> str:
+    """A difference of shares in percentage points, with its sign.
+
+    >>> points(0.002), points(-0.258), points(0.0), points(0.00001)
+    ('+0.2', '−25.8', '0', '+0.0')
+    """
+    if not math.isfinite(difference):
+        return "–"
+    sign = "" if difference == 0 else "+" if difference > 0 else "−"
+    return f"{sign}{abs(100 * difference):.{digits if difference else 0}f}"
+
+
+def p_value(value: float) -> str:
+    """A p-value as papers print it.
+
+    >>> p_value(0.4), p_value(0.0231), p_value(2e-7)
+    ('p = 0.4', 'p = 0.023', 'p < 0.001')
+    """
+    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
+
+
 def number(value: float, digits: int = 3) -> str:
     """A number in few significant digits, without an exponent where it stays readable.
 
@@ -150,6 +172,72 @@ def join(items: Sequence[str]) -> str:
     ('a', 'a and b', 'a, b and c')
     """
     return " and ".join(filter(None, [", ".join(items[:-1]), *items[-1:]]))
+
+
+def attack_names(hits: Sequence[Attacked]) -> list[str]:
+    """The attacks of some results, each once."""
+    return list(dict.fromkeys(attack_name(hit.key) for hit in hits))
+
+
+def teacher_name(network: Network, *, full: bool = False) -> str:
+    """The teacher that students are compared with, as a sentence names it."""
+    name = f"the teacher at T = {network.temperature:g}"
+    if full and network.temperature == 1:
+        name += ", an ordinarily trained network"
+    return name
+
+
+def range_of(stat: Stat) -> str:
+    """Where the number may lie: over the seeds, or over the examples of one."""
+    if not stat.low < stat.high:
+        return ""
+    ends = f"{percent(stat.low, 2)} to {percent(stat.high, 2)} %"
+    if stat.seeds > 1:
+        return f" (mean of {stat.seeds} seeds, {ends})"
+    return f" (95 % interval {ends})"
+
+
+def chain_name(generation: int) -> str:
+    """A network by the length of its chain.
+
+    >>> chain_name(0), chain_name(1), chain_name(3)
+    ('the teacher', 'the student without an assistant', 'the student with 2 assistants')
+    """
+    if generation == 0:
+        return "the teacher"
+    if generation == 1:
+        return "the student without an assistant"
+    return f"the student with {count(generation - 1, 'assistant')}"
+
+
+def line_name(generation: int) -> str:
+    """A chain length, as a legend names it."""
+    if generation == 0:
+        return "teacher"
+    return f"student, {count(generation - 1, 'assistant')}"
+
+
+def network_name(network: Network) -> str:
+    """A network as a sentence names it: its chain, and the temperature it was trained at."""
+    return f"{chain_name(network.generation)} at T = {network.temperature:g}"
+
+
+def line_break_safe(text: str) -> str:
+    """Text with no line break between a number and its sign."""
+    for words in (" %", "T = ", " = ", " ≤ ", "p < "):
+        text = text.replace(words, words.replace(" ", "\N{NO-BREAK SPACE}"))
+    return text
+
+
+def sentence(text: str) -> str:
+    """A text as a sentence: a capital in front, a full stop behind.
+
+    >>> sentence("no gradient"), sentence("Done.")
+    ('No gradient.', 'Done.')
+    """
+    text = text.strip()
+    stop = "" if text.endswith((".", "!", "?")) else "."
+    return f"{text[:1].upper()}{text[1:]}{stop}"
 
 
 # --- The table for the terminal ------------------------------------------------------------------

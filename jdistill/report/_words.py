@@ -4,234 +4,94 @@ A sentence is written only where its rule holds; the rules and their thresholds 
 below and the docstring of `reading`. What no rule covers is said neutrally, with the figures.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
 
-from jdistill.report import _text
-from jdistill.report._table import Attacked, AttackKey, Network, Row, Stat, attack_keys, networks
+from jdistill.report import _comparison_words, _text, _verdict_words
+from jdistill.report._measures import complete
+from jdistill.report._networks import Attacked, Network, attack_keys, networks
+from jdistill.report._reading import reading
+from jdistill.report._table import Row
+from jdistill.report._verdicts import Judged, judge
 
-# The attacks that, with their default loss, follow the input gradient of the cross-entropy at
-# T = 1, the gradient whose zeros `zero_gradient_fraction` counts (or of the softmax, as JSMA: it is
-# zero where that one is); and those that are known to follow something else. An attack in neither
-# is reported without a word on what it follows.
-FOLLOW_CROSS_ENTROPY = frozenset({"fgsm", "bim", "mim", "pgd", "apgd", "universal", "jsma"})
-FOLLOW_OTHER = frozenset(
-    {
-        "apgd_dlr",
-        "apgd_targeted",
-        "autoattack",
-        "pgd_margin",
-        "boundary",
-        "carlini_wagner_l0",
-        "carlini_wagner_l2",
-        "carlini_wagner_linf",
-        "ddn",
-        "deepfool",
-        "ead",
-        "fab",
-        "fab_targeted",
-        "fmn",
-        "nes",
-        "hop_skip_jump",
-        "spatial",
-        "spsa",
-        "square",
-    }
-)
-# One step does worse than many on any network, and so does one perturbation for all examples, so
-# these say nothing about a loss function.
-HANDICAPPED = frozenset({"fgsm", "universal"})
 # What attacks without a radius may do, where that is not all they need.
 _FREEDOM = {
     "jsma": "changes a limited number of features",
     "spatial": "turns and shifts the input",
 }
-# At least this share of exact zeros, and the gradient is no guide for most examples.
-ZERO_SHARE_MOST = 0.5
-# Below this share, exact zeros explain nothing.
-ZERO_SHARE_NONE = 0.01
-# An attack at the same budget tells more only if it succeeds on this much more (and its 95 %
-# interval lies above): less is within the differences between loss functions on any network.
-SUCCESS_GAP = 0.10
-# A minimum-norm attack "succeeds" from here on; the field's own reports have 99 to 100 %.
-SUCCESS_FULL = 0.95
-# "No further away": the median distance at most this many times the baseline's. Published: 1.25
-# for MNIST distilled at T = 100 against undistilled; claims of a defense are 6 to 9 times.
-DISTANCE_SAME = 1.5
 # Fewer seeds than this, and no difference between chain lengths is called one.
 SEEDS_TO_COMPARE = 3
 
-Kind = Literal["masked", "blind", "partly blind", "understated", "no zeros", "not measured"]
 
-
-@dataclass(frozen=True)
-class Reading:
-    """What the share of zero gradients and the attacks say together about one network."""
-
-    kind: Kind
-    sentences: tuple[str, ...]
-
-
-def answer(rows: Iterable[Row]) -> list[str]:
+def answer(rows: Iterable[Row], measures: Mapping[str, Iterable[Row]] | None = None) -> list[str]:
     """What was found, in sentences: one paragraph per item of the list.
 
-    The subject is the last student of the chain at the highest temperature, compared with the
-    teacher at T = 1, which is an ordinarily trained network (with the teacher at the student's
-    own temperature where T = 1 was not run). Per data set: its accuracy; every attack's success
-    with budget and number of examples; what the share of zero gradients says about those; what
-    the assistants changed; and the bounds of it all.
+    The subject is the last student of the chain at the highest temperature (of the networks with a
+    verdict, where there are any), compared with the teacher at T = 1, which is an ordinarily
+    trained network (with the teacher at the student's own temperature where T = 1 was not run).
+    Per data set: the verdict, or else what the share of zero gradients says; what the assistants
+    changed; the subject's accuracy; every attack's success with budget and number of examples; and
+    the bounds of it all.
 
     Args:
         rows: As for `write_results`.
+        measures: What else was measured, as `read_measures` gives it. Of these, the words are
+            about `verdicts` and `comparisons`.
 
     Returns:
         Plain text, one string a paragraph.
 
     Raises:
-        ValueError: As `write_results`; or there is no row.
+        ValueError: As `write_results`, `write_table` and `write_verdicts`; or there is no row.
     """
     found = networks(rows)
+    every = complete(measures, found)
+    opening, rest = paragraphs(found, judge(found, every["verdicts"]), every["comparisons"])
+    return [*opening, *rest]
+
+
+def paragraphs(
+    found: Sequence[Network], judged: Sequence[Judged], comparisons: Sequence[Row]
+) -> tuple[list[str], list[str]]:
+    """The words of `answer`: what the first screen has room for, and the rest.
+
+    Without a verdict there is no shorter answer than all of it.
+    """
     datasets = sorted({network.dataset for network in found})
-    paragraphs = []
+    opening, rest = [], []
     for dataset in datasets:
         chosen = [network for network in found if network.dataset == dataset]
-        student, baseline = subject(chosen), base(chosen)
+        own = [item for item in judged if item.network.dataset == dataset]
         intro = f"On {dataset}: " if len(datasets) > 1 else ""
-        paragraphs.append(intro + _accuracy(student, baseline))
-        paragraphs.append(_attacks(student, baseline))
-        paragraphs.append(" ".join([*reading(student, baseline).sentences, *_elsewhere(chosen)]))
-        paragraphs.append(_assistants(chosen))
-    paragraphs.append(_bounds(found))
-    return [paragraph for paragraph in paragraphs if paragraph]
+        student = subject(chosen, own)
+        baseline = base(chosen, student)
+        body = [_accuracy(student, baseline), _attacks(student, baseline)]
+        short, more = _comparison_words.effect(student, chosen, comparisons)
+        short = short or _assistants(chosen)
+        if own:
+            one = next(item for item in own if item.network == student)
+            opening += [intro + _verdict_words.verdict(one), short]
+            rest += [_verdict_words.reasons(student, baseline, own), more, *body]
+        else:
+            zeros = [*reading(student, baseline).sentences, *_elsewhere(chosen)]
+            opening += [intro + body[0], body[1], " ".join(zeros), short, more]
+    rest.append(_bounds(found))
+    if not judged:
+        opening, rest = opening + rest, []
+    return [text for text in opening if text], [text for text in rest if text]
 
 
-def subject(found: Sequence[Network]) -> Network:
+def subject(found: Sequence[Network], judged: Sequence[Judged] = ()) -> Network:
     """The network that the answer is about: the last generation at the highest temperature."""
-    return max(found, key=lambda net: (net.generation > 0, net.temperature, net.generation))
+    return max(
+        [item.network for item in judged] or found,
+        key=lambda net: (net.generation > 0, net.temperature, net.generation),
+    )
 
 
-def base(found: Sequence[Network]) -> Network | None:
+def base(found: Sequence[Network], student: Network) -> Network | None:
     """What it is compared with: the teacher at T = 1, or else at its own temperature."""
-    student = subject(found)
     teachers = {net.temperature: net for net in found if net.generation == 0 and net != student}
     return teachers.get(1.0, teachers.get(student.temperature))
-
-
-def reading(network: Network, baseline: Network | None) -> Reading:
-    """Reads a network's zero gradients together with the attacks on it.
-
-    * "masked": the gradient is exactly zero on at least half of the examples, an attack that
-      follows it (FGSM, BIM, MIM, PGD, APGD-CE, JSMA) fails on at least half, and either an attack
-      of the same norm and budget that does not follow it succeeds on at least 10 points more (95 %
-      intervals apart), or a minimum-norm attack that does not follow it succeeds on at least 95 %
-      at a median distance of at most 1.5 times the baseline's.
-    * "blind": the gradient is zero on at least half, without that second piece of evidence.
-    * "partly blind": it is zero on 1 % to 50 %.
-    * "understated": below 1 %, but another attack of the same budget succeeds on 10 points more
-      than PGD.
-    * "no zeros": below 1 % and no such attack. Says that no more than this was looked at.
-    * "not measured": the rows have no share of zero gradients.
-
-    Args:
-        network: The network to read.
-        baseline: What its distances are compared with, or None.
-
-    Returns:
-        The kind, and the sentences that the report prints.
-    """
-    naive = [hit for key, hit in network.attacks.items() if key.attack in FOLLOW_CROSS_ENTROPY]
-    zero = network.zero_gradients
-    if not zero.known:
-        return Reading(
-            "not measured",
-            (
-                "The share of examples with a zero input gradient was not measured, so this "
-                "report cannot say whether attacks failed for want of a gradient.",
-            ),
-        )
-    share = f"{_text.percent(zero.mean)} % of {_text.of(network.num_sensitivity, 'example')}"
-    start = f"The input gradient of the loss at T = 1 is exactly zero in float32 on {share}"
-    if zero.mean < ZERO_SHARE_NONE:
-        bounded = [hit for hit in naive if hit.key.eps is not None]
-        able = [hit for hit in bounded if hit.key.attack not in HANDICAPPED]
-        stronger = _stronger(network, able)
-        if stronger:
-            start += ", so zeros are not what separates the attacks."
-            return Reading("understated", (start, *stronger, _lower_bound(able)))
-        rest = ": zero gradients are not what limits the attacks here. Other ways in which "
-        rest += "attacks can fail were not tested by this number."
-        return Reading("no zeros", (start + rest,))
-    mostly = zero.mean >= ZERO_SHARE_MOST
-    if not naive:
-        text = f"{start}. An attack that follows it would find nothing to follow there."
-        return Reading("blind" if mostly else "partly blind", (text,))
-    start += f", and {_text.join(_names(naive))} {'has' if len(naive) == 1 else 'have'} nothing "
-    start += "else to follow"
-    silent = f"{start}: on those, a failure says nothing about the network."
-    low = [hit for hit in naive if hit.success.mean <= 0.5]
-    stronger = _stronger(network, low)
-    if not mostly:
-        return Reading("partly blind", (silent, *stronger))
-    evidence = [*stronger, *_nearby(network, baseline)]
-    if not low or not evidence:
-        unsettled = "No other attack in this report settles how far the network withstands "
-        return Reading("blind", (silent, unsettled + "perturbations of that size."))
-    whose = "their" if len(naive) == len(low) > 1 else f"{_text.join(_names(low))}'s"
-    failures = "failures of the attack" if len(low) == 1 else "failures of the attacks"
-    verdict = f"This is gradient masking: {whose} low success counts {failures}, and is no "
-    verdict += "evidence that the network withstands perturbations."
-    return Reading("masked", (f"{start}.", verdict, *evidence))
-
-
-def _stronger(network: Network, naive: Sequence[Attacked]) -> list[str]:
-    """For each budget, a sentence if an attack does much better than all the naive ones."""
-    sentences = []
-    for norm, eps in dict.fromkeys((hit.key.norm, hit.key.eps) for hit in naive):
-        same = [hit for hit in network.attacks.values() if hit.key[1:] == (norm, eps)]
-        others = [hit for hit in same if hit.key.attack not in FOLLOW_CROSS_ENTROPY]
-        if eps is None or not others:
-            continue
-        weak = max((hit for hit in same if hit in naive), key=lambda hit: hit.success.mean)
-        best = max(others, key=lambda hit: hit.success.mean)
-        # An interval that was not measured (NaN) does not overlap: the gap decides alone.
-        overlap = best.interval[0] <= weak.interval[1]
-        if best.success.mean - weak.success.mean >= SUCCESS_GAP and not overlap:
-            sentences.append(
-                f"Within the same budget, {_text.budget(best.key)}, {_follows(best.key)} succeeds "
-                f"on {_text.percent(best.success.mean)} %."
-            )
-    return sentences
-
-
-def _nearby(network: Network, baseline: Network | None) -> list[str]:
-    """A sentence for each minimum-norm attack that succeeds no further away than before."""
-    sentences = []
-    for key, hit in network.attacks.items():
-        other = baseline.attacks.get(key) if baseline else None
-        if key.eps is not None or other is None or baseline is None:
-            continue
-        if key.attack in FOLLOW_CROSS_ENTROPY | _text.NO_NORM:
-            continue
-        here, there = hit.median_distance, other.median_distance
-        if min(hit.success.mean, other.success.mean) >= SUCCESS_FULL and (
-            here.mean <= DISTANCE_SAME * there.mean
-        ):
-            sentences.append(
-                f"{_follows(key)} succeeds on {_text.percent(hit.success.mean)} %, at a median "
-                f"{_text.norm_name(key.norm)} distance of {_text.decimals(here.mean)} "
-                f"({_name(baseline)}: {_text.decimals(there.mean)})."
-            )
-    return sentences
-
-
-def _follows(key: AttackKey) -> str:
-    name = _text.attack_name(key)
-    return f"{name}, which does not follow that gradient," if key.attack in FOLLOW_OTHER else name
-
-
-def _lower_bound(naive: Sequence[Attacked]) -> str:
-    return f"The success of {_text.join(_names(naive))} is a lower bound and nothing more."
 
 
 def _accuracy(student: Network, baseline: Network | None) -> str:
@@ -242,10 +102,13 @@ def _accuracy(student: Network, baseline: Network | None) -> str:
         start = f"The student distilled at T = {student.temperature:g} through {through}"
         start = start.replace("through no assistant", "without an assistant")
     text = f"{start} classifies {_text.percent(student.accuracy.mean, 2)} % of "
-    text += f"{_text.of(student.num_test, 'test example')} correctly{_range(student.accuracy)}"
+    text += (
+        f"{_text.of(student.num_test, 'test example')} correctly{_text.range_of(student.accuracy)}"
+    )
     if baseline:
         accuracy = _text.percent(baseline.accuracy.mean, 2)
-        text += f"; {_name(baseline, full=True)}, {accuracy} %{_range(baseline.accuracy)}"
+        text += f"; {_text.teacher_name(baseline, full=True)}, {accuracy} %"
+        text += _text.range_of(baseline.accuracy)
     return f"{text}."
 
 
@@ -267,7 +130,7 @@ def _attacks(network: Network, baseline: Network | None) -> str:
             if not parts and baseline:
                 text += f" against {_kind(network)}"
             if other and baseline:
-                whom = "" if parts else f" against {_name(baseline)}"
+                whom = "" if parts else f" against {_text.teacher_name(baseline)}"
                 size = "" if other.num_attacked == number else f" of {other.num_attacked:,}"
                 text += f" ({_text.percent(other.success.mean)} %{size}{whom})"
             parts.append(text)
@@ -286,11 +149,11 @@ def _minimum_norm(hit: Attacked, network: Network, baseline: Network | None) -> 
     both = (hit.success.mean, hit.num_attacked) == (other.success.mean, other.num_attacked)
     if both and hit.mean_distance.known and other.mean_distance.known:
         text += f" against both, at a mean {norm} distance of {_away(hit)} for {_kind(network)} "
-        return f"{text}and {_away(other)} for {_name(baseline)}."
+        return f"{text}and {_away(other)} for {_text.teacher_name(baseline)}."
     if both:
         return f"{text} against both."
     text += f" against {_kind(network)}{_distance(hit)}, and on "
-    return f"{text}{_rate(other)} against {_name(baseline)}{_distance(other)}."
+    return f"{text}{_rate(other)} against {_text.teacher_name(baseline)}{_distance(other)}."
 
 
 def _kind(network: Network) -> str:
@@ -310,7 +173,8 @@ def _away(hit: Attacked) -> str:
 
 def _elsewhere(found: Sequence[Network]) -> list[str]:
     """At which other temperatures the last students are read as masked, and at which not."""
-    student, baseline = subject(found), base(found)
+    student = subject(found)
+    baseline = base(found, student)
     if not student.generation or reading(student, baseline).kind != "masked":
         return []
     others = [net for net in found if net.is_last and net.generation and net != student]
@@ -357,13 +221,9 @@ def _assistants(found: Sequence[Network]) -> str:
     if seeds < SEEDS_TO_COMPARE:
         had = _text.count(seeds, "seed")
         return f"{text}. With {had} this report calls no difference between them an effect."
-    if all(_overlap(*pair) for pair in pairs):
+    if all(one.overlaps(other) for one, other in pairs):
         return f"{text}. The ranges over {seeds} seeds overlap: no effect of the assistants shows."
     return f"{text}. Not all of the ranges over {seeds} seeds overlap; the table has them."
-
-
-def _overlap(one: Stat, other: Stat) -> bool:
-    return one.low <= other.high and other.low <= one.high
 
 
 def _bounds(found: Sequence[Network]) -> str:
@@ -378,26 +238,5 @@ def _bounds(found: Sequence[Network]) -> str:
     )
 
 
-def _names(hits: Sequence[Attacked]) -> list[str]:
-    return list(dict.fromkeys(_text.attack_name(hit.key) for hit in hits))
-
-
-def _name(network: Network, *, full: bool = False) -> str:
-    name = f"the teacher at T = {network.temperature:g}"
-    if full and network.temperature == 1:
-        name += ", an ordinarily trained network"
-    return name
-
-
 def _rate(hit: Attacked) -> str:
     return f"{_text.percent(hit.success.mean)} % of {_text.of(hit.num_attacked, 'example')}"
-
-
-def _range(stat: Stat) -> str:
-    """Where the number may lie: over the seeds, or over the examples of one."""
-    if not stat.low < stat.high:
-        return ""
-    ends = f"{_text.percent(stat.low, 2)} to {_text.percent(stat.high, 2)} %"
-    if stat.seeds > 1:
-        return f" (mean of {stat.seeds} seeds, {ends})"
-    return f" (95 % interval {ends})"

@@ -20,8 +20,10 @@ from jdistill.runtime._records import (
     read_jsonl,
     write_json,
 )
+from jdistill.runtime._shards import ShardFolder
 
 __all__ = [
+    "ShardFolder",
     "add_cpu_flags",
     "append_jsonl",
     "atomic_write",

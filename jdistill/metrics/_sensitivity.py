@@ -1,14 +1,7 @@
-"""Measures of a network and of an attack's result: accuracy, intervals, two sensitivities.
-
-The two sensitivities are different quantities, and both papers call theirs "sensitivity":
-
-* `sensitivity_logits`: mean |∂(sum of the logits)/∂x|, what Mandal & Gao's released code
-  computes. It grows with the scale of the logits, so it grows with the training temperature.
-* `log10_sensitivity_softmax`: mean |∂ softmax(z)_k/∂x_d|, Papernot et al.'s. It collapses with
-  the training temperature, to below 1e-40 and far beyond the range of float32: gradient masking.
-"""
+"""The two sensitivities, the share of zero gradients, and Papernot's histogram."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,141 +14,9 @@ from jdistill._precision import full_precision
 from jdistill._pytree import as_pytree
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
-
-class Interval(NamedTuple):
-    """A share with its confidence interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-def proportion(successes: int, total: int, *, confidence: float = 0.95) -> Interval:
-    """A share of independent examples with its Wilson interval.
-
-    Args:
-        successes: how many, `0..total`.
-        total: of how many; at least 1.
-        confidence: inside (0, 1).
-
-    Returns:
-        The share and the interval's ends, in `[0, 1]`.
-
-    Raises:
-        ValueError: counts that do not fit each other, or a confidence outside (0, 1).
-
-    Example:
-        >>> interval = proportion(990, 1000)
-        >>> round(interval.low, 4), round(interval.high, 4)
-        (0.9817, 0.9946)
-
-    References:
-        Wilson 1927; Brown, Cai & DasGupta 2001, who recommend it over the Wald interval.
-    """
-    from scipy import stats  # half a second that an import of the library should not pay
-
-    if not 0 <= successes <= total or total < 1:
-        raise ValueError(
-            f"expected 0 <= successes <= total with total >= 1, got {successes} of {total}; "
-            "pass counts, not shares"
-        )
-    if not 0 < confidence < 1:
-        raise ValueError(
-            f"expected 0 < confidence < 1, got {confidence!r}; pass 0.95 for a 95 % interval"
-        )
-    test = stats.binomtest(int(successes), int(total))
-    interval = test.proportion_ci(confidence_level=confidence, method="wilson")
-    return Interval(successes / total, float(interval.low), float(interval.high))
-
-
-class Robustness(NamedTuple):
-    """How far inputs had to be moved; the first two say little without the third."""
-
-    mean: float
-    median: float
-    success_rate: Interval
-
-
-def robustness(distance: ArrayLike, success: ArrayLike, *, confidence: float = 0.95) -> Robustness:
-    """The robustness ρ_adv: the mean of the smallest perturbations that an attack found.
-
-    Args:
-        distance: `[N]`, of a minimum-norm attack, in its norm; ignored where it failed.
-        success: `[N]` bool. An input that is misclassified to begin with is a success at
-            distance 0.
-        confidence: of the success rate's interval, inside (0, 1).
-
-    Returns:
-        Mean and median over the successes (NaN without one), and the success rate: an attack
-        that succeeds on the easy half alone makes any network look fragile, and one that fails
-        on the near half makes it look robust.
-
-    Raises:
-        ValueError: no examples.
-
-    Example:
-        >>> result = robustness([1.0, 3.0, np.inf], [True, True, False])
-        >>> result.mean, result.median, round(result.success_rate.value, 3)
-        (2.0, 2.0, 0.667)
-
-    References:
-        Papernot et al. 2016, the definition of robustness, with the smallest perturbation that an
-        attack found in place of the true one, which no attack can know.
-    """
-    hit = np.asarray(success, bool)
-    reached = np.asarray(distance, np.float64)[hit]
-    share = proportion(int(hit.sum()), hit.size, confidence=confidence)
-    if not reached.size:
-        return Robustness(float("nan"), float("nan"), share)
-    return Robustness(float(reached.mean()), float(np.median(reached)), share)
-
-
-def correct(logits: Array, labels: ArrayLike) -> Array:
-    """Whether each prediction is right: the largest logit is the label's, all logits finite.
-
-    Independent of the temperature, which divides all logits alike.
-
-    Args:
-        logits: `[B, K]` float.
-        labels: `[B]` int.
-
-    Returns:
-        `[B]` bool.
-
-    Example:
-        >>> correct(jnp.array([[2.0, 1.0], [jnp.nan, 1.0]]), jnp.array([0, 1])).tolist()
-        [True, False]
-    """
-    finite = jnp.all(jnp.isfinite(logits), axis=-1)
-    return finite & (jnp.argmax(logits, axis=-1) == jnp.asarray(labels))
-
-
-def accuracy(
-    logits: Array, labels: ArrayLike, mask: ArrayLike | None = None, *, confidence: float = 0.95
-) -> Interval:
-    """The share of right predictions with its interval.
-
-    Args:
-        logits: `[N, K]` float.
-        labels: `[N]` int.
-        mask: `[N]`, 1 for a real example and 0 for padding; None counts every row.
-        confidence: inside (0, 1).
-
-    Returns:
-        The share and the interval's ends, in `[0, 1]`.
-
-    Raises:
-        ValueError: labels outside `0..K-1` or not `[N]`, or no example is left by the mask.
-
-    Example:
-        >>> accuracy(jnp.eye(4), jnp.array([0, 1, 2, 0])).value
-        0.75
-    """
-    num_examples, num_classes = np.shape(logits)
-    _validate.class_indices(labels, batch_size=num_examples, num_classes=num_classes)
-    hits = np.asarray(correct(jnp.asarray(logits), labels))
-    real = np.ones(hits.shape, bool) if mask is None else np.asarray(mask) > 0
-    return proportion(int((hits & real).sum()), int(real.sum()), confidence=confidence)
+# log10 of the edges of Papernot et al. 2016: 0, 1e-40, …, 1e-5, 1e-3, 1; and, so that
+# every example has a bin, what lies above.
+SENSITIVITY_EDGES = (-math.inf, -40, -35, -30, -25, -20, -15, -10, -5, -3, 0, math.inf)
 
 
 def sensitivity_logits(logits_fn: LogitsFn, inputs: Array) -> Array:
@@ -319,3 +180,55 @@ def _zero_gradient(
 
     gradient = jax.grad(loss)(inputs)
     return jnp.all(gradient == 0, axis=tuple(range(1, gradient.ndim)))
+
+
+class Histogram(NamedTuple):
+    """How many examples lie in each bin; the counts and `num_nonfinite` add up to all of them.
+
+    Attributes:
+        edges: `[J + 1]`, rising; bin `j` is `edges[j] <= value < edges[j + 1]`.
+        counts: `[J]` int64.
+        num_nonfinite: examples without a value (NaN or `+inf`), which are in no bin.
+    """
+
+    edges: np.ndarray
+    counts: np.ndarray
+    num_nonfinite: int
+
+
+def sensitivity_histogram(
+    log10_values: ArrayLike, *, edges: Sequence[float] = SENSITIVITY_EDGES
+) -> Histogram:
+    """In which of Papernot's bins the examples' sensitivities lie.
+
+    Args:
+        log10_values: `[N]`, log10 of each example's sensitivity, such as
+            `log10_sensitivity_softmax` returns; `-inf` (a Jacobian of zeros) is in the first bin.
+        edges: `[J + 1]`, rising, in log10; the first may be `-inf` and the last `inf`. The default
+            is the paper's edges 0, 1e-40, 1e-35, …, 1e-5, 1e-3, 1, and one bin above.
+
+    Returns:
+        The counts.
+
+    Raises:
+        ValueError: edges that do not rise, or values outside of them.
+
+    Example:
+        >>> sensitivity_histogram([-np.inf, -41.0, -40.0, -0.5]).counts.tolist()
+        [2, 1, 0, 0, 0, 0, 0, 0, 0, 1, 0]
+
+    References:
+        Papernot et al. 2016, section V.C (the amplitude of adversarial gradients by temperature).
+    """
+    values, steps = np.asarray(log10_values, np.float64), np.asarray(edges, np.float64)
+    if steps.ndim != 1 or steps.size < 2 or not (steps[1:] > steps[:-1]).all():
+        raise ValueError(f"expected rising edges [J + 1], got {edges}; sort them, each one once")
+    known = values[~np.isnan(values) & ~np.isposinf(values)]
+    if known.size and (known.min() < steps[0] or known.max() >= steps[-1]):
+        raise ValueError(
+            f"expected values in [{steps[0]:g}, {steps[-1]:g}), got {known.min():g} to "
+            f"{known.max():g}; end the edges with -inf and inf, so that none is left out"
+        )
+    place = np.searchsorted(steps, known, side="right") - 1
+    counts = np.bincount(place, minlength=steps.size - 1)
+    return Histogram(steps, counts, values.size - known.size)

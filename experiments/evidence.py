@@ -1,0 +1,255 @@
+"""What a run shows beside success rates, as the rows of the report's tables.
+
+Every function takes what was measured on one chain and returns rows; none runs an attack, but
+`transfer`, which lets the networks of a chain judge what was crafted already.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.training import Network
+from jdistill import data, evaluate, metrics, nets
+
+Row = dict[str, Any]
+
+# A curve of more points would draw the same line.
+_MOST_POINTS = 60
+_PLAIN = 1  # the generation that is distilled without an assistant
+
+
+class Clean(NamedTuple):
+    """What was measured of one network without an attack.
+
+    Attributes:
+        correct: `[N]` bool.
+        sensitivities: `[S]`, log10 of the softmax sensitivity of the first `S` examples.
+        columns: those of `results.csv`.
+        calibration: its columns in `calibration.csv`.
+    """
+
+    correct: np.ndarray
+    sensitivities: np.ndarray
+    columns: Row
+    calibration: Row
+
+
+class Chain(NamedTuple):
+    """The generations of one temperature and seed, and what was done to them.
+
+    Attributes:
+        dataset: its name.
+        networks: `G` of them, by generation.
+        clean: of each network.
+        attacks: by name, over all the networks.
+        distances: by norm, the minimum-norm attacks.
+    """
+
+    dataset: str
+    networks: Sequence[Network]
+    clean: Sequence[Clean]
+    attacks: Mapping[str, evaluate.AttackOutcome]
+    distances: Mapping[str, evaluate.AttackOutcome]
+
+    def names(self, index: int) -> Row:
+        """The columns that name a network."""
+        network = self.networks[index]
+        return {**self.run, "generation": network.generation}
+
+    @property
+    def run(self) -> Row:
+        """The columns that name the chain."""
+        first = self.networks[0]
+        return {"dataset": self.dataset, "temperature": first.temperature, "seed": first.seed}
+
+
+def results(chain: Chain) -> list[Row]:
+    """A row for each network and attack."""
+    return [
+        {
+            **chain.names(index),
+            **chain.clean[index].columns,
+            "attack": name,
+            "norm": outcome.norm,
+            "eps": outcome.eps,
+            "num_attacked": outcome.success.shape[1],
+            **_ends("success_rate", outcome.success_rate[index]),
+            "mean_distance": float(outcome.mean_distance[index]),
+            "median_distance": float(outcome.median_distance[index]),
+            "mean_queries": float(outcome.queries[index].mean()),
+        }
+        for name, outcome in chain.attacks.items()
+        for index in range(len(chain.networks))
+    ]
+
+
+def sensitivity(chain: Chain) -> list[Row]:
+    """The histogram of each network's sensitivities, in the bins of Papernot et al."""
+    rows = []
+    for index, clean in enumerate(chain.clean):
+        histogram = metrics.sensitivity_histogram(clean.sensitivities)
+        edges = [float(edge) if np.isfinite(edge) else None for edge in histogram.edges]
+        bins = zip(edges, edges[1:], histogram.counts, strict=False)
+        rows += [
+            {**chain.names(index), "low": low, "high": high, "count": int(count)}
+            for low, high, count in bins
+        ]
+    return rows
+
+
+def calibration(chain: Chain) -> list[Row]:
+    """A row for each network."""
+    return [{**chain.names(index), **clean.calibration} for index, clean in enumerate(chain.clean)]
+
+
+def distances(chain: Chain) -> list[Row]:
+    """The robustness ρ_adv of each network, by norm."""
+    return [
+        {
+            **chain.names(index),
+            "norm": norm,
+            "attack": "fmn",
+            "success_rate": outcome.success_rate[index].value,
+            "mean": float(outcome.mean_distance[index]),
+            "median": float(outcome.median_distance[index]),
+            "num_examples": outcome.success.shape[1],
+        }
+        for norm, outcome in chain.distances.items()
+        for index in range(len(chain.networks))
+    ]
+
+
+def curves(chain: Chain) -> list[Row]:
+    """Robust accuracy against the radius, and against the steps of the attacks that count them."""
+    rows = []
+    for norm in ("linf", "l2"):
+        by_name = {name: found for name, found in chain.attacks.items() if found.norm == norm}
+        if norm in chain.distances:
+            by_name["fmn"] = chain.distances[norm]
+        minimum = [found for found in by_name.values() if found.eps is None]
+        if not minimum:
+            continue
+        reached = np.concatenate([found.distance[found.success] for found in minimum])
+        radii = np.linspace(0.0, reached.max(initial=0.0) or 1.0, _MOST_POINTS)
+        found = evaluate.accuracy_against_eps(by_name.values(), radii)
+        rows += _points(chain, found, curve="eps", attack="worst_case", norm=norm, eps=None)
+    for name, outcome in chain.attacks.items():
+        if outcome.eps is not None and "first_success" in outcome.info:
+            steps = evaluate.accuracy_against_steps(outcome)
+            rows += _points(
+                chain, steps, curve="steps", attack=name, norm=outcome.norm, eps=outcome.eps
+            )
+    return rows
+
+
+def _points(chain: Chain, found: Iterable[evaluate.Curve], **about: Any) -> list[Row]:
+    return [
+        {
+            **chain.names(index),
+            **about,
+            "x": float(x),
+            "robust_accuracy": float(value),
+            "low": float(low),
+            "high": float(high),
+            "num_examples": curve.num_examples,
+        }
+        for index, curve in enumerate(found)
+        for x, value, low, high in zip(
+            curve.x, curve.robust_accuracy, curve.low, curve.high, strict=True
+        )
+    ]
+
+
+def transfer(chain: Chain, name: str, plan: evaluate.AttackPlan, examples: data.Split) -> list[Row]:
+    """What an attack crafted on each generation, judged on all of them."""
+    outcome = chain.attacks[name]
+    matrix = evaluate.transfer_matrix(
+        nets.stack([network.logits_fn for network in chain.networks]),
+        *examples,
+        plan,
+        outcome=outcome,
+    )
+    return [
+        {
+            **chain.run,
+            "source_generation": source.generation,
+            "target_generation": target.generation,
+            "attack": name,
+            "norm": outcome.norm,
+            "eps": outcome.eps,
+            "num_examples": outcome.success.shape[1],
+            **_ends("success_rate", rate, "low", "high"),
+        }
+        for source, rates in zip(chain.networks, matrix.success_rate, strict=True)
+        for target, rate in zip(chain.networks, rates, strict=True)
+    ]
+
+
+def comparisons(chain: Chain) -> list[Row]:
+    """Each student with assistants against the one without, on the same examples."""
+    rows = []
+    for index, network in enumerate(chain.networks):
+        if network.generation <= _PLAIN:
+            continue
+        for quantity, flags in _quantities(chain).items():
+            found = metrics.paired(flags[index], flags[_PLAIN])
+            rows.append({**chain.run, **_compared(quantity, network.generation, found)})
+    return rows
+
+
+def comparisons_over_seeds(chains: Sequence[Chain]) -> list[Row]:
+    """The same over the seeds of each temperature, where there are several."""
+    by_temperature: dict[float, list[Chain]] = {}
+    for chain in chains:
+        by_temperature.setdefault(chain.networks[0].temperature, []).append(chain)
+    rows = []
+    for seeds in by_temperature.values():
+        if len(seeds) < 2:
+            continue
+        means = [
+            {name: flags.mean(axis=1) for name, flags in _quantities(chain).items()}
+            for chain in seeds
+        ]
+        for index, network in enumerate(seeds[0].networks):
+            if network.generation <= _PLAIN:
+                continue
+            for quantity in means[0]:
+                shares = np.array([of_seed[quantity] for of_seed in means])
+                found = metrics.paired_over_seeds(shares[:, index], shares[:, _PLAIN])
+                row = _compared(quantity, network.generation, found)
+                rows.append({**seeds[0].run, "seed": None, **row, "num_examples": None})
+    return rows
+
+
+def _quantities(chain: Chain) -> dict[str, np.ndarray]:
+    """What students are compared in, `[G, N]` flags each."""
+    found = {"test_accuracy": np.stack([clean.correct for clean in chain.clean])}
+    for name, outcome in chain.attacks.items():
+        if outcome.eps is not None:
+            found[f"robust_accuracy: {name} at {outcome.norm} {outcome.eps:g}"] = ~outcome.success
+    return found
+
+
+def _compared(quantity: str, generation: int, found: metrics.Comparison) -> Row:
+    return {
+        "quantity": quantity,
+        "generation": generation,
+        "baseline_generation": _PLAIN,
+        "difference": found.difference.value,
+        "low": found.difference.low,
+        "high": found.difference.high,
+        "p_value": found.p_value,
+        "num_examples": found.num_pairs,
+        "test": found.test,
+    }
+
+
+def _ends(
+    name: str, interval: metrics.Interval, low: str | None = None, high: str | None = None
+) -> Row:
+    return {
+        name: interval.value,
+        low or f"{name}_low": interval.low,
+        high or f"{name}_high": interval.high,
+    }
