@@ -37,7 +37,7 @@ def test_robust_accuracy_is_the_references(name, eps, pair, all_images, record):
     assert (torch_side.fooled(model, found, labels) != np.asarray(result.success)).mean() <= 0.002
     ours, theirs = (100 * (1 - np.mean(flags)) for flags in (result.success, their_flags))
     record(comparison, name, "robust accuracy, %", ours, {"pyautoattack": theirs})
-    assert abs(ours - theirs) <= MARGIN + 1e-6
+    assert abs(ours - theirs) <= MARGIN + 1e-3  # float32's share of 500 images
     left = np.asarray(result.info["robust_after"]).mean(axis=0)
     print(
         {name: f"{100 * v:.1f}" for name, v in zip(attacks.autoattack_names(), left, strict=True)}
