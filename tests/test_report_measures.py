@@ -351,13 +351,13 @@ def test_the_sentence_on_assistants_has_its_figures():
     rows = make_rows((1.0, 20.0), 3, (0, 1))
     comparisons = [
         make_comparison(),
-        make_comparison("robust_accuracy: APGD-T at linf 0.1", p_value=0.0312),
+        make_comparison("robust_accuracy: apgd_targeted at linf 0.1", p_value=0.0312),
     ]
     parts = report.answer(rows, {"comparisons": comparisons})
     short, rest = (part for part in parts if part.startswith("At T = 20"))
     assert short == (
-        "At T = 20 the accuracy under APGD-T at linf 0.1 of the student with 1 assistant differs "
-        "from that of the student without an assistant by +0.20 points (95 % interval −0.30 to "
+        "At T = 20 the accuracy under APGD-T within l∞ ≤ 0.1 of the student with 1 assistant "
+        "differs from that of the student without an assistant by +0.20 points (95 % interval −0.30 to "
         "+0.70, p = 0.031, 2 seeds, 500 examples): the interval and the test disagree: the data "
         "do not settle it. Of all 2 comparisons of chain lengths none show a difference."
     )

@@ -1,17 +1,19 @@
 """What the paired tests say about assistants, in sentences that claim no more than the data do."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from jdistill.report import _text
-from jdistill.report._networks import Network
+from jdistill.report._networks import AttackKey, Network
 from jdistill.report._table import Row, blank
 from jdistill.report._verdicts import is_of
 
 # The usual level; divided by the number of comparisons (Bonferroni), because of many comparisons
 # without any effect one in twenty falls below it.
 LEVEL = 0.05
+_BUDGETED = re.compile(r"(?P<attack>\S+) at (?P<norm>\S+) (?P<eps>[\d.e+-]+)")
 
 Support = Literal["shown", "one of many", "disagree", "not shown", "not tested"]
 
@@ -140,11 +142,14 @@ def quantity(row: Row) -> str:
 
     >>> quantity({"quantity": "test_accuracy"})
     'test accuracy'
-    >>> quantity({"quantity": "robust_accuracy: APGD-T at linf 0.1"})
-    'accuracy under APGD-T at linf 0.1'
+    >>> quantity({"quantity": "robust_accuracy: pgd_margin at linf 0.1"})
+    'accuracy under PGD margin within l∞ ≤ 0.1'
     """
     name, _, attack = str(row["quantity"]).partition(":")
     if name == "robust_accuracy":
+        if budgeted := _BUDGETED.fullmatch(attack.strip()):
+            key = AttackKey(budgeted["attack"], budgeted["norm"], float(budgeted["eps"]))
+            return f"accuracy under {_text.attack_name(key)} within {_text.budget(key)}"
         return f"accuracy under {attack.strip() or 'attack'}"
     return " ".join([name.replace("_", " "), attack.strip()]).strip()
 
