@@ -358,8 +358,8 @@ def test_the_sentence_on_assistants_has_its_figures():
     assert short == (
         "At T = 20 the accuracy under APGD-T within l∞ ≤ 0.1 of the student with 1 assistant "
         "differs from that of the student without an assistant by +0.20 points (95 % interval "
-        "−0.30 to +0.70, p = 0.031, 2 seeds, 500 examples): the interval and the test disagree: the "
-        "data do not settle it. Of all 2 comparisons of chain lengths none show a difference."
+        "−0.30 to +0.70, p = 0.031, 2 seeds, 500 examples): the interval and the test disagree: "
+        "the data do not settle it. Of all 2 comparisons of chain lengths none show a difference."
     )
     assert rest == (
         "At T = 20 the test accuracy of the student with 1 assistant differs from that of the "
