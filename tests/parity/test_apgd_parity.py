@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 FULL = os.environ.get("JDISTILL_PARITY") == "full"
 EPS = {
-    "plain_small": {"linf": 0.1, "l2": 1.5},
+    "plain_small": {"linf": 0.1, "l2": 1.0},
     "robust_small": {"linf": 0.3, "l2": 3.0},
 }
 NUM_TRACED = 100 if FULL else 20

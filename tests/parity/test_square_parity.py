@@ -47,7 +47,7 @@ def square(norm, eps, num_queries, seed=0):
 
 @pytest.mark.parametrize(
     ("name", "norm", "eps"),
-    [("plain_small", "linf", 0.1), ("robust_small", "linf", 0.35), ("robust_small", "l2", 2.0)],
+    [("plain_small", "linf", 0.15), ("robust_small", "linf", 0.35), ("robust_small", "l2", 2.0)],
     ids=str,
 )
 def test_robust_accuracy(name, norm, eps, pair, all_images, record):
