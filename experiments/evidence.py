@@ -44,6 +44,8 @@ class Chain(NamedTuple):
         clean: of each network.
         attacks: by name, over all the networks.
         distances: by norm, the minimum-norm attacks.
+        crafted: by an attack that goes on past the boundary, to be judged by the other
+            generations; None where there is none.
     """
 
     dataset: str
@@ -51,6 +53,7 @@ class Chain(NamedTuple):
     clean: Sequence[Clean]
     attacks: Mapping[str, evaluate.AttackOutcome]
     distances: Mapping[str, evaluate.AttackOutcome]
+    crafted: evaluate.AttackOutcome | None
 
     def names(self, index: int) -> Row:
         """The columns that name a network."""
@@ -120,30 +123,50 @@ def distances(chain: Chain) -> list[Row]:
     ]
 
 
-def curves(chain: Chain) -> list[Row]:
-    """Robust accuracy against the radius, and against the steps of the attacks that count them."""
+def curves(chains: Sequence[Chain], plans: Mapping[str, evaluate.AttackPlan]) -> list[Row]:
+    """Robust accuracy against the radius, and against the steps of the attacks that count them.
+
+    At the same radii and steps for all chains, so that seeds can be averaged.
+
+    Args:
+        chains: of the run.
+        plans: by name, the attacks made.
+    """
     rows = []
     for norm in ("linf", "l2"):
-        by_name = {name: found for name, found in chain.attacks.items() if found.norm == norm}
-        if norm in chain.distances:
-            by_name["fmn"] = chain.distances[norm]
-        minimum = [found for found in by_name.values() if found.eps is None]
-        if not minimum:
-            continue
-        reached = np.concatenate([found.distance[found.success] for found in minimum])
-        radii = np.linspace(0.0, reached.max(initial=0.0) or 1.0, _MOST_POINTS)
-        found = evaluate.accuracy_against_eps(by_name.values(), radii)
-        rows += _points(chain, found, curve="eps", attack="worst_case", norm=norm, eps=None)
-    for name, outcome in chain.attacks.items():
-        if outcome.eps is not None and "first_success" in outcome.info:
-            steps = evaluate.accuracy_against_steps(outcome)
-            rows += _points(
-                chain, steps, curve="steps", attack=name, norm=outcome.norm, eps=outcome.eps
-            )
+        reached = [
+            float(outcome.distance[outcome.success].max(initial=0.0))
+            for chain in chains
+            for outcome in _in_norm(chain, norm).values()
+        ]
+        radii = np.linspace(0.0, max(reached, default=0.0) or 1.0, _MOST_POINTS)
+        for chain in chains:
+            outcomes = _in_norm(chain, norm).values()
+            if any(outcome.eps is None for outcome in outcomes):
+                found = evaluate.accuracy_against_eps(outcomes, radii)
+                about: Row = {"curve": "eps", "attack": "worst_case", "norm": norm, "eps": None}
+                rows += _points(chain, found, about)
+    for name, plan in plans.items():
+        num_steps = getattr(plan.attack, "keywords", {}).get("num_steps")
+        for chain in chains:
+            outcome = chain.attacks[name]
+            if num_steps is None or outcome.eps is None or "first_success" not in outcome.info:
+                continue
+            found = evaluate.accuracy_against_steps(outcome, np.arange(num_steps + 1))
+            about = {"curve": "steps", "attack": name, "norm": outcome.norm, "eps": outcome.eps}
+            rows += _points(chain, found, about)
     return rows
 
 
-def _points(chain: Chain, found: Iterable[evaluate.Curve], **about: Any) -> list[Row]:
+def _in_norm(chain: Chain, norm: str) -> dict[str, evaluate.AttackOutcome]:
+    """The attacks in a norm, by name."""
+    found = {name: outcome for name, outcome in chain.attacks.items() if outcome.norm == norm}
+    if norm in chain.distances:
+        found["fmn"] = chain.distances[norm]
+    return found
+
+
+def _points(chain: Chain, found: Iterable[evaluate.Curve], about: Row) -> list[Row]:
     return [
         {
             **chain.names(index),
@@ -161,9 +184,11 @@ def _points(chain: Chain, found: Iterable[evaluate.Curve], **about: Any) -> list
     ]
 
 
-def transfer(chain: Chain, name: str, plan: evaluate.AttackPlan, examples: data.Split) -> list[Row]:
-    """What an attack crafted on each generation, judged on all of them."""
-    outcome = chain.attacks[name]
+def transfer(chain: Chain, plan: evaluate.AttackPlan, examples: data.Split) -> list[Row]:
+    """What was crafted on each generation, judged on all of them."""
+    outcome = chain.crafted
+    if outcome is None:
+        return []
     matrix = evaluate.transfer_matrix(
         nets.stack([network.logits_fn for network in chain.networks]),
         *examples,
@@ -175,7 +200,7 @@ def transfer(chain: Chain, name: str, plan: evaluate.AttackPlan, examples: data.
             **chain.run,
             "source_generation": source.generation,
             "target_generation": target.generation,
-            "attack": name,
+            "attack": "apgd_margin",
             "norm": outcome.norm,
             "eps": outcome.eps,
             "num_examples": outcome.success.shape[1],

@@ -20,11 +20,10 @@ from experiments.evidence import Chain, Clean
 from experiments.progress import Progress
 from experiments.recipes import Recipe
 from experiments.training import Network, temperature_name
-from jdistill import data, diagnose, evaluate, nets, report, runtime, train
+from jdistill import __version__, data, diagnose, evaluate, nets, report, runtime, train
 
 _PICTURED = "carlini_wagner_l2"
 _NUM_PICTURES = 8
-_TRANSFERRED = "pgd_margin"
 
 Row = dict[str, Any]
 
@@ -44,7 +43,7 @@ def measure(
         The rows of `results.csv`, one a network and attack.
     """
     shards = runtime.ShardFolder(folder / "shards")
-    plans = recipe.attack_plans()
+    plans, before = recipe.attack_plans(), _tables(folder)
     chains: list[Chain] = []
     tables: dict[str, list[Row]] = {kind: [] for kind in report.TABLES}
     with Progress() as progress:
@@ -53,19 +52,38 @@ def measure(
             chains.append(chain)
             _save_pictures(folder, chain, examples)
             tables["results"] += evidence.results(chain)
-            tables["curves"] += evidence.curves(chain)
+            tables["curves"] = evidence.curves(chains, plans)
             tables["sensitivity"] += evidence.sensitivity(chain)
             tables["calibration"] += evidence.calibration(chain)
             tables["distances"] += evidence.distances(chain)
             tables["comparisons"] += evidence.comparisons(chain)
-            if _TRANSFERRED in plans:
-                plan = plans[_TRANSFERRED]
-                tables["transfer"] += evidence.transfer(chain, _TRANSFERRED, plan, examples)
-            _write(folder, tables)
+            if plan := recipe.transfer_plan():
+                tables["transfer"] += evidence.transfer(chain, plan, examples)
+            # What an earlier start measured stays until its turn comes.
+            done = {_run(chain.run) for chain in chains}
+            rest = {
+                kind: [row for row in rows if _run(row) not in done]
+                for kind, rows in before.items()
+            }
+            _write(folder, {kind: rows + rest.get(kind, []) for kind, rows in tables.items()})
         tables["comparisons"] += evidence.comparisons_over_seeds(chains)
         _write(folder, tables)
         _write_verdicts(folder, recipe, networks, examples, shards, progress)
     return report.read_results(folder / "results.csv")
+
+
+def _tables(folder: epath.Path) -> dict[str, list[Row]]:
+    """The tables that are there."""
+    return {
+        kind: report.read_table(folder / f"{kind}.csv", kind)
+        for kind in report.TABLES
+        if (folder / f"{kind}.csv").exists()
+    }
+
+
+def _run(row: Row) -> tuple[float, int | None]:
+    """The chain that a row is about; over several seeds, that of none."""
+    return float(row["temperature"]), None if row["seed"] is None else int(row["seed"])
 
 
 def pictures(folder: epath.Path, recipe: Recipe) -> dict[float, Any]:
@@ -100,17 +118,24 @@ def _measured(
     clean = [_clean(network, recipe, examples, shards, progress) for network in members]
 
     def outcome(name: str, plan: evaluate.AttackPlan) -> evaluate.AttackOutcome:
-        return evaluate.under_attack(
-            stack,
-            *examples,
-            plan,
-            # The key is the attack's, so that networks are compared on the same draws.
-            key=jax.random.key(zlib.crc32(name.encode())),
-            callback=progress,
-            stage=name,
-            shards=shards,
-            names=names,
-        )
+        try:
+            return evaluate.under_attack(
+                stack,
+                *examples,
+                plan,
+                # The key is the attack's, so that networks are compared on the same draws.
+                key=jax.random.key(zlib.crc32(name.encode())),
+                callback=progress,
+                stage=name,
+                shards=shards,
+                names=names,
+            )
+        except ValueError as error:
+            if "expected shard" not in str(error):
+                raise
+            raise ValueError(
+                f"{error}; or delete {shards.path / name}, and it is computed again"
+            ) from None
 
     found = Chain(
         dataset=recipe.dataset,
@@ -121,6 +146,7 @@ def _measured(
             norm: outcome(f"distance_{norm}", plan)
             for norm, plan in recipe.distance_plans().items()
         },
+        crafted=outcome("transfer", crafting) if (crafting := recipe.transfer_plan()) else None,
     )
     progress.prefix = ""
     return found
@@ -191,19 +217,23 @@ def _write_verdicts(
 ) -> None:
     """The verdict on the last student of each temperature and on the plain teacher, first seed.
 
-    The plain teacher is what transferred examples are crafted on.
+    The plain teacher, where T = 1 is among the temperatures, is what transferred examples are
+    crafted on.
     """
     if not recipe.verdict_examples:
         return
     inputs, labels = (column[: recipe.verdict_examples] for column in examples)
     of_seed = [network for network in networks if network.seed == recipe.seeds[0]]
-    plain = min(of_seed, key=lambda network: (network.temperature, network.generation))
+    plain = [network for network in of_seed if (network.temperature, network.generation) == (1, 0)]
     last = max(network.generation for network in of_seed)
-    judged = [plain, *(network for network in of_seed if network.generation == last)]
+    judged = [*plain, *(network for network in of_seed if network.generation == last)]
     rows = []
     for network in judged:
+        surrogate = next((other for other in plain if other is not network), None)
         name = f"verdict/{_name(network)}"
-        of = _fingerprint(network)
+        of = "-".join(
+            [__version__, _fingerprint(network), _fingerprint(surrogate) if surrogate else "alone"]
+        )
         kept = shards.get(name)
         if kept is None or str(kept["of"]) != of:
             progress.prefix = f"verdict on T={network.temperature:g}, "
@@ -214,7 +244,7 @@ def _write_verdicts(
                 labels,
                 eps=recipe.eps,
                 train_temperature=network.temperature,
-                surrogate=None if network is plain else plain.logits_fn,
+                surrogate=surrogate and surrogate.logits_fn,
                 callback=progress,
             )
             kept = {"of": np.array(of), "verdict": np.array(json.dumps(verdict.as_dict()))}

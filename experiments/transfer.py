@@ -59,6 +59,10 @@ class Options:
         _validate.count(**{name: getattr(self, name) for name in counts})
         if not self.confidences:
             raise ValueError("expected at least one confidence, got none; pass 0 20 40")
+        if len(set(self.confidences)) < len(self.confidences):
+            raise ValueError(
+                f"expected confidences without repetition, got {self.confidences}; name each once"
+            )
         for confidence in self.confidences:
             _validate.non_negative(confidences=confidence)
 
@@ -82,12 +86,13 @@ def run(options: Options) -> None:
     with Progress() as progress:
         dataset = data.load(recipe.dataset, data_dir=options.data_dir, progress=progress)
         workdir.check_dataset(dataset, checksum)
-        source, *others = networks.load(folder, recipe, dataset)
+        found = networks.load(folder, recipe, dataset)
+        source = min(found, key=lambda one: (one.generation > 0, one.temperature, one.seed))
         runtime.check_writable(folder)
         examples = data.Split(*(column[: options.num_examples] for column in dataset.test))
         for confidence in sorted(options.confidences):
             crafted = _craft(source, examples, confidence, recipe, options, progress)
-            judged = (_judge(network, source, crafted, examples) for network in [source, *others])
+            judged = (_judge(network, source, crafted, examples) for network in found)
             rows += [{"confidence": confidence, **row} for row in judged]
     written = _write(folder / "transfer", rows)
     print(table(rows))
@@ -130,7 +135,8 @@ def _judge(
     inputs, labels = examples
     right = [train.predict(one.logits_fn, inputs).argmax(-1) == labels for one in (network, source)]
     counted = np.logical_and(*right)
-    fooled = train.predict(network.logits_fn, crafted.inputs[0]).argmax(-1) != labels
+    logits = train.predict(network.logits_fn, crafted.inputs[0])
+    fooled = np.isfinite(logits).all(-1) & (logits.argmax(-1) != labels)
     if not counted.any():
         raise ValueError(
             f"expected examples that {networks.title(*source[:3])} and "

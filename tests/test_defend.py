@@ -1,6 +1,7 @@
 """The experiment as a user runs it: end to end, resumed, extended, refused, interrupted."""
 
 import csv
+import functools
 import json
 import os
 import pathlib
@@ -8,13 +9,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
+import numpy as np
 import pytest
 
-from experiments import defend, measure, training
+from experiments import defend, evidence, measure, training
 from experiments.recipes import RECIPES, smoke
-from jdistill import report, runtime
+from jdistill import attacks, evaluate, report, runtime
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMOKE = ["digits", "--smoke"]
@@ -84,7 +87,6 @@ def test_run_leaves_the_whole_workdir(finished):
 def test_results_are_those_of_the_library(finished):
     """A row recomputed from the checkpointed weights by direct calls."""
     import jax
-    import numpy as np
 
     from jdistill import attacks, data, metrics, nets, train
     from jdistill.checkpoint import Checkpointer
@@ -184,9 +186,54 @@ def test_stopped_in_measuring_and_resumed_is_uninterrupted(
     with pytest.raises(Stop):
         run(tmp_path)
     run(tmp_path)
-    # Nothing is done twice: 6 networks, each with its clean measures and 7 attacks; 3 verdicts.
-    assert len(set(written)) == len(written) == 1 + 6 * 8 + 3
+    # Nothing is done twice: 6 networks, each with its clean measures and 8 attacks; 3 verdicts.
+    assert len(set(written)) == len(written) == 1 + 6 * 9 + 3
     same_tables(tmp_path, finished)
+
+
+def test_tables_hold_what_several_seeds_say():
+    """Gains that differ between two seeds, whose t interval reaches beyond 1, and one grid."""
+    found = [_chain(0, gain=-0.05), _chain(1, gain=0.12)]
+    rows = evidence.comparisons_over_seeds(found)
+    assert {row["seed"] for row in rows} == {None}
+    (robust,) = (row for row in rows if row["quantity"] == "robust_accuracy: pgd at linf 0.1")
+    assert robust["difference"] == pytest.approx(0.035)
+    assert robust["high"] > 1
+    report.write_table(found_path := f"{tempfile.mkdtemp()}/comparisons.csv", "comparisons", rows)
+    assert report.read_table(found_path, "comparisons")
+    plans = {"pgd": evaluate.AttackPlan(functools.partial(attacks.pgd, eps=0.1, num_steps=4))}
+    curves = evidence.curves(found, plans)
+    for curve in ("eps", "steps"):
+        x = [
+            {row["x"] for row in curves if (row["curve"], row["seed"]) == (curve, seed)}
+            for seed in (0, 1)
+        ]
+        assert x[0] == x[1]
+    assert {row["x"] for row in curves if row["curve"] == "steps"} == {0, 1, 2, 3, 4}
+
+
+def _chain(seed, gain):
+    """Three generations on 100 examples; the last one stands against PGD by so much more."""
+    size = 100
+    standing = [50, 50, 50 + round(100 * gain)]
+    success = np.stack([np.arange(size) >= count for count in standing])
+    steps = np.where(success, 1 + np.arange(size) % (2 + seed), -1)
+    distance = np.where(success, 0.1, np.inf)
+    result = attacks.AttackResult(
+        np.zeros((3, size, 1)), success, distance, np.ones((3, size), int), {"first_success": steps}
+    )
+    smallest = result._replace(
+        success=np.ones((3, size), bool), distance=np.full((3, size), 0.2 + 0.1 * seed), info={}
+    )
+    clean = evidence.Clean(np.ones(size, bool), np.zeros(size), {}, {})
+    return evidence.Chain(
+        dataset="digits",
+        networks=[training.Network(20.0, seed, number, None) for number in range(3)],
+        clean=[clean] * 3,
+        attacks={"pgd": evaluate.summarize(result, norm="linf", eps=0.1)},
+        distances={"linf": evaluate.summarize(smallest, norm="linf")},
+        crafted=None,
+    )
 
 
 def test_shards_of_other_networks_are_refused(finished, tmp_path):

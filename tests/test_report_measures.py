@@ -493,16 +493,9 @@ def test_the_checklist_says_what_came_out():
     worse = [make_row(FGSM, 0.9), make_row(PGD, 0.5)]
     text = checklist(worse)["Compare one step with many"].text
     assert "succeeds clearly more often at T = 1 (teacher), a sign of masking." in text
-    rising = [
-        {**row, "robust_accuracy": 0.9}
-        if (row["curve"], row["x"], row["temperature"]) == ("eps", 0.3, 20.0)
-        else row
-        for row in CURVES
-    ]
-    text = checklist(ROWS, {"curves": rising})["Show that success grows with the budget"].text
-    assert text == "Of 9 curves against eps 3 rise somewhere."
+    # Curves read off the distances of one run cannot rise, so they answer nothing.
     text = checklist(ROWS, {"curves": CURVES})["Show that success grows with the budget"].text
-    assert text == "Of 9 curves against eps none rises anywhere."
+    assert text == "Not that check of the verdict."
     moved = [
         {**row, "success_rate": 0.9, "low": 0.85, "high": 0.95}
         if row["source_generation"] == 0 < row["target_generation"]

@@ -51,7 +51,8 @@ class Recipe:
     fgsm_examples: int = 1000
     """Test examples for FGSM (0: leave it out)."""
     pgd_examples: int = 200
-    """Test examples for PGD on the cross-entropy and on the margin (0: leave it out)."""
+    """Test examples for PGD on the cross-entropy and on the margin, and for what each generation
+    crafts and the others judge (0: leave it out)."""
     pgd_steps: int = 40
     """Gradient steps of PGD, from one random start."""
     cw_examples: int = 100
@@ -106,6 +107,10 @@ class Recipe:
             cw_initial_const=self.cw_initial_const,
         )
         _validate.within(0.0, 2.0, learning_rate_power=self.learning_rate_power)
+        if self.verdict_examples:
+            _validate.positive(
+                eps=self.eps, remedy="pass a number above 0, or leave out the verdict"
+            )
         _validate.non_negative(eps=self.eps)
         if not any((self.fgsm_examples, self.pgd_examples, self.cw_examples)):
             raise ValueError(
@@ -145,6 +150,22 @@ class Recipe:
             "carlini_wagner_l2": AttackPlan(carlini_wagner, self.cw_examples, batch_size=25),
         }
         return {name: plan for name, plan in plans.items() if plan.num_examples}
+
+    def transfer_plan(self) -> AttackPlan | None:
+        """What crafts the examples that the other generations judge: it goes on past the boundary.
+
+        What stops at its first success transfers poorly.
+        """
+        if not self.pgd_examples:
+            return None
+        attack = functools.partial(
+            attacks.apgd,
+            eps=self.eps,
+            num_steps=self.pgd_steps,
+            loss=losses.margin,
+            best_loss=True,
+        )
+        return AttackPlan(attack, self.pgd_examples)
 
     def distance_plans(self) -> dict[str, AttackPlan]:
         """The minimum-norm attacks by norm."""

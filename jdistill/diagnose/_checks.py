@@ -17,8 +17,8 @@ _CROCE = 'Croce & Hein 2020, "Reliable Evaluation of Adversarial Robustness"'
 _DISTILLED = 'Carlini & Wagner 2016, "Defensive Distillation is Not Robust to Adversarial Examples"'
 
 _IN_DOUBT = (
-    f"masked where at least {limits.GAP:.0%} of all examples stand on it, and the lower end of the "
-    f"interval is at least {limits.GAP_LOW:.0%}"
+    f"masked where at least {limits.GAP:.0%} of all examples, and {limits.GAP_EXAMPLES}, stand on "
+    f"it, and the lower end of the interval is at least {limits.GAP_LOW:.0%}"
 )
 _GAP = (
     f"{_IN_DOUBT}; a gap that the usual attack closes by more than {1 - limits.GAP_REMAINS:.0%} at "
@@ -62,7 +62,8 @@ def _doubt(in_doubt: np.ndarray) -> tuple[str, dict[str, float]]:
     figures = {"in_doubt": share.value, "in_doubt_low": share.low, "in_doubt_high": share.high}
     if share.value < limits.GAP:
         return "clear", figures
-    return ("masked" if share.low >= limits.GAP_LOW else "undecided"), figures
+    enough = share.low >= limits.GAP_LOW and in_doubt.sum() >= limits.GAP_EXAMPLES
+    return ("masked" if enough else "undecided"), figures
 
 
 def _gap(evidence: Evidence, by: np.ndarray) -> tuple[str, dict[str, float]]:

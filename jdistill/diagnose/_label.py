@@ -48,7 +48,7 @@ def label(
             return "inconclusive", f"{check.finding.rstrip('.')}; to tell, {remedy}."
     if naive.value - worst_case.value >= limits.GAP:
         return "no sign of masking", (
-            f"nothing hides from the usual attack, but it is weak here: it leaves "
+            f"no check points to masking, but the usual attack is weak here: it leaves "
             f"{percent(naive.value)}, and the worst case of everything tried, the number to "
             f"report, is {percent(worst_case.value)}."
         )

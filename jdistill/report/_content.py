@@ -64,8 +64,8 @@ _CAPTIONS = {
     "curve-eps": (
         "Accuracy under attack against its budget",
         "The teacher at T = 1 and the student of the longest chain at each temperature; bands are "
-        "95 % intervals over the examples (of several seeds, all of them). A line that does not "
-        "fall as the budget grows shows an attack that has stopped working.",
+        "95 % intervals over the examples (of several seeds, all of them). Read off the distances "
+        "that the attacks found in one run each.",
     ),
     "curve-steps": (
         "Accuracy under attack against its steps",
