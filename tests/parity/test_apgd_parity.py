@@ -65,10 +65,10 @@ def theirs(model, inputs, labels, start, eps, norm, rank):
 
 
 @functools.cache
-def runs(name, norm, rank, pair, all_images):
+def runs(name, norm, rank, count, pair, all_images):
     """Both toolkits' losses and flags, on the images that the network gets right."""
     logits_fn, model = pair(name)
-    inputs, labels = all_images(NUM_FLAGGED)
+    inputs, labels = all_images(count)
     right = np.asarray(logits_fn(inputs)).argmax(1) == labels
     inputs, labels = inputs[right], labels[right]
     eps = EPS[name][norm]
@@ -94,7 +94,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_losses_go_the_same_way(case, pair, all_images):
-    ours, _, theirs, _ = (column[:NUM_TRACED] for column in runs(*case, pair, all_images))
+    # Alone: in float32 the rounding of a convolution depends on how many images are beside one.
+    ours, _, theirs, _ = runs(*case, NUM_TRACED, pair, all_images)
     ours, theirs = ours[:, : SAME_STEPS + 1], theirs[:, : SAME_STEPS + 1]
     until_success = np.isfinite(ours)  # ours stops there
     # A loss near 0 is the difference of logits of about 20, which float32 rounds at 2e-6.
@@ -108,7 +109,7 @@ def test_the_losses_go_the_same_way(case, pair, all_images):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_same_examples_break(case, pair, all_images, record):
-    _, ours, _, theirs = runs(*case, pair, all_images)
+    _, ours, _, theirs = runs(*case, NUM_FLAGGED, pair, all_images)
     name, norm, rank = case
     comparison = peers.Comparison(
         "apgd" if rank is None else "apgd_targeted",
