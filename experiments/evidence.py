@@ -213,11 +213,11 @@ def transfer(chain: Chain, plan: evaluate.AttackPlan, examples: data.Split) -> l
 
 def comparisons(chain: Chain) -> list[Row]:
     """Each student with assistants against the one without, on the same examples."""
-    rows = []
+    rows, quantities = [], _quantities(chain)
     for index, network in enumerate(chain.networks):
         if network.generation <= _PLAIN:
             continue
-        for quantity, flags in _quantities(chain).items():
+        for quantity, flags in quantities.items():
             found = metrics.paired(flags[index], flags[_PLAIN])
             rows.append({**chain.run, **_compared(quantity, network.generation, found)})
     return rows

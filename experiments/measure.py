@@ -4,7 +4,6 @@ What was done to a network lies in `shards`, a file for each network, attack and
 run goes on from there, and the tables are made of it. They are written after every chain.
 """
 
-import hashlib
 import io
 import json
 import zlib
@@ -17,6 +16,7 @@ from etils import epath
 
 from experiments import evidence
 from experiments.evidence import Chain, Clean
+from experiments.networks import weights_hash
 from experiments.progress import Progress
 from experiments.recipes import Recipe
 from experiments.training import Network, temperature_name
@@ -118,24 +118,17 @@ def _measured(
     clean = [_clean(network, recipe, examples, shards, progress) for network in members]
 
     def outcome(name: str, plan: evaluate.AttackPlan) -> evaluate.AttackOutcome:
-        try:
-            return evaluate.under_attack(
-                stack,
-                *examples,
-                plan,
-                # The key is the attack's, so that networks are compared on the same draws.
-                key=jax.random.key(zlib.crc32(name.encode())),
-                callback=progress,
-                stage=name,
-                shards=shards,
-                names=names,
-            )
-        except ValueError as error:
-            if "expected shard" not in str(error):
-                raise
-            raise ValueError(
-                f"{error}; or delete {shards.path / name}, and it is computed again"
-            ) from None
+        return evaluate.under_attack(
+            stack,
+            *examples,
+            plan,
+            # The key is the attack's, so that networks are compared on the same draws.
+            key=jax.random.key(zlib.crc32(name.encode())),
+            callback=progress,
+            stage=name,
+            shards=shards,
+            names=names,
+        )
 
     found = Chain(
         dataset=recipe.dataset,
@@ -161,7 +154,7 @@ def _clean(
 ) -> Clean:
     """The measures without an attack, out of their shard or computed."""
     name = f"clean/{_name(network)}"
-    of = _fingerprint(network)
+    of = weights_hash(network.logits_fn)
     kept = shards.get(name)
     if kept is None or str(kept["of"]) != of:
         measures = evaluate.clean(
@@ -232,7 +225,11 @@ def _write_verdicts(
         surrogate = next((other for other in plain if other is not network), None)
         name = f"verdict/{_name(network)}"
         of = "-".join(
-            [__version__, _fingerprint(network), _fingerprint(surrogate) if surrogate else "alone"]
+            [
+                __version__,
+                weights_hash(network.logits_fn),
+                weights_hash(surrogate.logits_fn) if surrogate else "alone",
+            ]
         )
         kept = shards.get(name)
         if kept is None or str(kept["of"]) != of:
@@ -266,14 +263,6 @@ def _name(network: Network) -> str:
     """A network's name among the shards."""
     temperature = temperature_name(network.temperature)
     return f"T{temperature}_seed{network.seed}_g{network.generation}"
-
-
-def _fingerprint(network: Network) -> str:
-    """A hash of the network's weights."""
-    digest = hashlib.blake2b(digest_size=8)
-    for leaf in jax.tree.leaves(network.logits_fn):
-        digest.update(np.ascontiguousarray(leaf).data)
-    return digest.hexdigest()
 
 
 def _picture_path(folder: epath.Path, temperature: float, seed: int, generation: int) -> epath.Path:

@@ -111,7 +111,7 @@ def load(
                 seed,
                 generation,
                 restored.step,
-                _hash(restored.state),
+                weights_hash((restored.state.params, restored.state.model_state)),
                 train.logits_fn(step, restored.state),
             )
         )
@@ -147,8 +147,9 @@ def _progress(restored: Restored | None, recipe: Recipe) -> str:
     return f"after epoch {epoch} of {recipe.epochs} (step {restored.step})"
 
 
-def _hash(state: TrainState) -> str:
+def weights_hash(tree: Any) -> str:
+    """A short hash of the leaves of a pytree, such as a network's weights."""
     digest = hashlib.blake2b(digest_size=8)
-    for leaf in jax.tree.leaves((state.params, state.model_state)):
+    for leaf in jax.tree.leaves(tree):
         digest.update(np.ascontiguousarray(leaf).data)
     return digest.hexdigest()

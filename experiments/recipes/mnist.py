@@ -1,6 +1,6 @@
 r"""MNIST and Fashion-MNIST with the papers' network, 7 epochs where the papers have 50.
 
-python -m experiments.defend mnist              # an hour and more on 2 CPU cores
+python -m experiments.defend mnist
 python -m experiments.defend mnist --epochs 50 --learning-rate 0.01 --learning-rate-power 0 \
     --temperatures 1 2 5 10 20 30 40 50 100
 

@@ -3,7 +3,6 @@
 import collections
 from typing import Any
 
-import jax
 import numpy as np
 
 from jdistill import _validate, metrics, nets
@@ -156,14 +155,7 @@ def masking_of_stack(
         >>> [verdict.label for verdict in verdicts]
         ['no sign of masking', 'masked']
     """
-    sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(stack)}
-    if len(sizes) != 1 or sizes == {()}:
-        raise ValueError(
-            "expected a stack of logits_fns whose leaves share a leading axis R, got leaves of "
-            f"leading sizes {sorted(map(str, sizes))}; make one with "
-            "jdistill.nets.stack([logits_fn, ...])"
-        )
-    num_runs = sizes.pop()[0]
+    num_runs = nets.stack_size(stack)
     if np.shape(train_temperature) not in ((), (num_runs,)):
         raise ValueError(
             f"expected train_temperature to be a scalar or of shape [R] = ({num_runs},), got shape "

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jdistill import metrics
+from jdistill import metrics, nets
 from jdistill.evaluate import _curves, _settings
 from jdistill.evaluate._attack import AttackOutcome, AttackPlan, under_attack
 from jdistill.evaluate._clean import CleanMeasures, clean
 from jdistill.evaluate._curves import Curve
 from jdistill.evaluate._distances import check_distance_plans, distances
-from jdistill.evaluate._runs import first, num_networks, refuse_tracers
+from jdistill.evaluate._runs import first, refuse_tracers
 from jdistill.evaluate._settings import Budget
 from jdistill.evaluate._shards import Store
 from jdistill.evaluate._transfer import TransferMatrix, transfer_matrix
@@ -129,7 +129,7 @@ def evaluate(
         case per example, curves against the budget, transfer).
     """
     refuse_tracers(stack, inputs, labels, key)
-    num_runs = num_networks(stack)
+    num_runs = nets.stack_size(stack)
     by_norm = {} if distances is None else dict(distances)
     transfer = list(transfer)
     _check_names(attacks, by_norm, transfer, chains, num_runs)

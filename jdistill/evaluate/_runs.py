@@ -46,7 +46,7 @@ class Runs(NamedTuple):
     ) -> "Runs":
         """The checked stack, its logits divided by the test temperature."""
         _validate.positive(temperature=temperature)
-        num_runs = num_networks(stack)
+        num_runs = nets.stack_size(stack)
         if np.shape(temperature) not in ((), (num_runs,)):
             raise ValueError(
                 f"expected temperature to be a scalar or of shape [R] = ({num_runs},), got shape "
@@ -158,22 +158,6 @@ def _over_runs(fun: Callable[..., Any]) -> Callable[..., Any]:
         return jax.vmap(lambda network: fun(network, *columns))(stack)
 
     return over_runs
-
-
-def num_networks(stack: LogitsFn) -> int:
-    """The length R of the stack's leading axis.
-
-    Raises:
-        ValueError: its leaves share none.
-    """
-    sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(stack)}
-    if len(sizes) != 1 or sizes == {()}:
-        raise ValueError(
-            "expected a stack of logits_fns whose leaves share a leading axis R, got leaves of "
-            f"leading sizes {sorted(str(size) for size in sizes)}; "
-            "make one with jdistill.nets.stack([logits_fn, ...])"
-        )
-    return sizes.pop()[0]
 
 
 def refuse_tracers(*values: Any) -> None:

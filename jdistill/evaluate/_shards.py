@@ -56,7 +56,8 @@ class Shards(NamedTuple):
             found = _identity.differences(json.loads(text), dict(self.settings[place]))
             raise ValueError(
                 f"expected shard {name!r} to be of this run, got one with "
-                f"{'; '.join(found[:5])}; pass the settings that it was made with, or other shards"
+                f"{'; '.join(found[:5])}; pass the settings that it was made "
+                "with, or delete the shard, and it is computed again"
             )
         info = {key[len(_INFO) :]: shard.pop(key) for key in list(shard) if key.startswith(_INFO)}
         finite = shard.pop("finite")

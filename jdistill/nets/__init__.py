@@ -6,7 +6,8 @@
   `nnx_logits_fn` for Flax NNX ones, `callable_logits_fn` for everything else;
   `with_temperature` divides the logits of any of them. All are values that compare by what they
   hold, so new weights of an equal network compile nothing.
-* Stacks: `stack`, `unstack` and `index` for pytrees that `jax.vmap` runs side by side.
+* Stacks: `stack`, `unstack`, `index` and `stack_size` for pytrees that `jax.vmap` runs side by
+  side.
 * Fast gradients on CPU: `conv_general_dilated` and `max_pool`, drop-in for Flax layers.
 
 This is the only module of the library that imports `flax.linen` or `flax.nnx`.
@@ -22,7 +23,7 @@ from jdistill.nets._adapters import (
 from jdistill.nets._convnet import ConvNet, cifar_net, digits_net, init, mnist_net
 from jdistill.nets._convolution import conv_general_dilated
 from jdistill.nets._pooling import max_pool
-from jdistill.nets._stacking import index, stack, unstack
+from jdistill.nets._stacking import index, stack, stack_size, unstack
 
 __all__ = [
     "ConvNet",
@@ -38,6 +39,7 @@ __all__ = [
     "mnist_net",
     "nnx_logits_fn",
     "stack",
+    "stack_size",
     "unstack",
     "with_temperature",
 ]

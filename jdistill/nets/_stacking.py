@@ -92,3 +92,30 @@ def unstack(tree: PyTree) -> list[PyTree]:
             "unstack what `stack` or a `vmap` returned"
         )
     return [index(tree, i) for i in range(sizes.pop())]
+
+
+def stack_size(tree: PyTree) -> int:
+    """How many networks a stack holds.
+
+    Args:
+        tree: A `logits_fn` pytree whose every leaf is `[R, ...]`.
+
+    Returns:
+        `R`.
+
+    Raises:
+        ValueError: The leaves share no leading axis.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> stack_size(stack([{"w": jnp.ones(2)}, {"w": jnp.zeros(2)}]))
+        2
+    """
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(tree)}
+    if len(sizes) != 1 or sizes == {()}:
+        raise ValueError(
+            "expected a stack of logits_fns whose leaves share a leading axis R, got leaves of "
+            f"leading sizes {sorted(str(size) for size in sizes)}; "
+            "make one with jdistill.nets.stack([logits_fn, ...])"
+        )
+    return int(sizes.pop()[0])

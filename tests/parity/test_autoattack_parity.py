@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 FULL = os.environ.get("JDISTILL_PARITY") == "full"
 NUM_IMAGES = 500 if FULL else 10
-# Narrow networks: on the papers' own the reference takes half an hour each.
+# Narrow networks: on the papers' own the reference takes far longer.
 CASES = [("plain_small", 0.1), ("distilled_small", 0.1), ("robust_small", 0.3)]
 # In points of robust accuracy; among few images, one of them.
 MARGIN = 0.6 if FULL else 100 / NUM_IMAGES
