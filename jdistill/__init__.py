@@ -4,6 +4,7 @@ The library in one screen:
 
 * `data`: data sets as NumPy arrays; `nets`: networks, and adapters for any other;
 * `train`, `distill`: one pure step, and chains teacher → assistants → student;
+* `sweep`: all temperatures and seeds of a study as one program;
 * `attacks`: compiled attacks on any `logits_fn`; `losses`, `norms`: what they are made of;
 * `metrics`, `evaluate`: accuracy, two sensitivities, robustness, for whole stacks of networks;
 * `diagnose`: whether a robust accuracy is to be believed, and why;
@@ -27,6 +28,7 @@ from jdistill import (
     nets,
     norms,
     parallel,
+    sweep,
     train,
     typing,
 )
@@ -55,6 +57,7 @@ __all__ = [
     "parallel",
     "report",
     "runtime",
+    "sweep",
     "train",
     "typing",
 ]

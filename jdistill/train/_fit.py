@@ -59,7 +59,7 @@ def fit(
     _validate.count(batch_size=batch_size)
     inputs, labels, targets = (*examples, None)[:3]
     num_examples = inputs.shape[0]
-    _check_examples(step, state, inputs, labels, targets)
+    check_examples(step, state, inputs, labels, targets)
     steps_per_epoch = data.num_batches(num_examples, batch_size)
     num_steps = num_epochs * steps_per_epoch
     compiled = parallel.compile_step(step, mode, devices)
@@ -101,7 +101,7 @@ def fit(
     return state
 
 
-def _check_examples(
+def check_examples(
     step: TrainStep, state: TrainState, inputs: Any, labels: Any, targets: Any
 ) -> None:
     """What the loop could not see: a wrong label or row would train on silently, or as NaN."""

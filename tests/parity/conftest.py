@@ -4,11 +4,13 @@ Small by default; `JDISTILL_PARITY=full` (what `make parity` sets) runs at full 
 `docs/parity.md`.
 """
 
+import contextlib
 import functools
 import os
 import pathlib
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pytest
 
@@ -68,6 +70,28 @@ def pair():
 def all_images():
     """`all_images(count)`: the first so many images and labels."""
     return images
+
+
+@contextlib.contextmanager
+def _double_precision():
+    """Both sides in float64; the reference casts to float32 by `float()` alone."""
+    import torch
+
+    single = torch.Tensor.float
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+    try:
+        with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+            yield
+    finally:
+        torch.Tensor.float = single
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def double_precision():
+    """`with double_precision():` both sides compute in float64."""
+    return _double_precision
 
 
 ROWS = []

@@ -4,7 +4,6 @@ Until rounding decides: an iterate at a ReLU's kink, or on the boundary. There t
 float32 parts from itself in float64, and from ours.
 """
 
-import contextlib
 import copy
 import functools
 import os
@@ -50,21 +49,7 @@ def smallest_distances(model, inputs, labels, norm):
     return np.min(found, axis=0)
 
 
-@contextlib.contextmanager
-def double_precision():
-    """Both sides in float64; the reference casts to float32 by `float()` alone."""
-    single = torch.Tensor.float
-    torch.set_default_dtype(torch.float64)
-    torch.Tensor.float = torch.Tensor.double
-    try:
-        with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
-            yield
-    finally:
-        torch.Tensor.float = single
-        torch.set_default_dtype(torch.float32)
-
-
-def double_distances(logits_fn, model, inputs, labels, settings):
+def double_distances(double_precision, logits_fn, model, inputs, labels, settings):
     """Ours and theirs in float64."""
     with double_precision():
         doubles = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), logits_fn)
@@ -86,7 +71,7 @@ def share_of_same(ours, theirs):
     ("name", "norm"),
     [(name, "linf") for name in NETWORKS] + [(name, "l2") for name in NETWORKS[: 3 if FULL else 1]],
 )
-def test_the_norms_are_the_same(name, norm, pair, all_images, record):
+def test_the_norms_are_the_same(name, norm, pair, all_images, record, double_precision):
     logits_fn, model = pair(name)
     inputs, labels = all_images(NUM_IMAGES)
     settings = {"norm": norm, "num_targets": NUM_TARGETS, "num_steps": NUM_STEPS}
@@ -112,7 +97,8 @@ def test_the_norms_are_the_same(name, norm, pair, all_images, record):
         parted[np.flatnonzero(both)[0]] = True  # so that float64 is looked at in any case
     if not parted.any():
         return
-    ours, theirs = double_distances(logits_fn, model, inputs[parted], labels[parted], settings)
+    batch = (inputs[parted], labels[parted])
+    ours, theirs = double_distances(double_precision, logits_fn, model, *batch, settings)
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 

@@ -1,0 +1,406 @@
+"""The host loop over epochs for a stack of runs, in chunks of runs that fit into memory."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jdistill import _validate, data, nets, train
+from jdistill.sweep import _memory, _program
+from jdistill.sweep._program import Augment, Kind, Store
+from jdistill.train import TrainState, TrainStep
+from jdistill.train._fit import check_examples
+from jdistill.typing import Array, ArrayLike, Callback, LossFn, PyTree
+
+
+def create_state(
+    step: TrainStep,
+    params: PyTree,
+    keys: Array,
+    *,
+    model_state: PyTree | None = None,
+    hyperparams: Mapping[str, ArrayLike] | None = None,
+) -> TrainState:
+    """A stack of states at step 0, each with a fresh optimizer.
+
+    Args:
+        step: whose optimizer starts.
+        params: the initial weights, every leaf `[R, ...]` (`nets.stack`).
+        keys: `[R]` PRNG keys, one a run; equal keys visit the examples in one order.
+        model_state: every leaf `[R, ...]`; None is `{}`.
+        hyperparams: as in `train.create_state`; each a scalar or `[R]`, one number a run.
+
+    Returns:
+        The stack, every leaf `[R, ...]`.
+
+    Raises:
+        ValueError: as `train.create_state`; or shapes that do not fit `[R]`.
+
+    Example:
+        >>> from jdistill import nets, sweep, train
+        >>> model = nets.digits_net(width=0.25)
+        >>> step = train.make_train_step(nets.apply_fn(model), train.sgd(0.1))
+        >>> keys = jax.random.split(jax.random.key(0), 3)
+        >>> params, _ = jax.vmap(lambda key: nets.init(model, key, (8, 8, 1)))(keys)
+        >>> state = sweep.create_state(step, params, keys, hyperparams={"learning_rate": 0.2})
+        >>> state.step.tolist()
+        [0, 0, 0]
+    """
+    keys = checked_keys(keys)
+    num_runs = len(keys)
+    if nets.stack_size(params) != num_runs:
+        raise ValueError(
+            f"expected the weights of {num_runs} runs, one a key, got {nets.stack_size(params)}; "
+            "pass nets.stack([params, ...])"
+        )
+    numbers = {
+        name: spread(np.asarray(value), num_runs, name)
+        for name, value in (hyperparams or {}).items()
+    }
+    # For the errors, which a number that is traced cannot raise.
+    train.create_state(step, nets.index(params, 0), keys[0], hyperparams=numbers_of(numbers, 0))
+    for name, value in numbers.items():
+        if name == "learning_rate":
+            _validate.positive(learning_rate=value)
+
+    def one(params: PyTree, key: Array, model_state: PyTree, values: PyTree) -> TrainState:
+        return train.create_state(
+            step, params, key, model_state=model_state, hyperparams=values or None
+        )
+
+    return jax.vmap(one)(params, keys, {} if model_state is None else model_state, numbers)
+
+
+def checked_keys(keys: Any) -> Array:
+    """One key a run, `[R]`."""
+    keys = _validate.prng_key(keys)
+    if keys.ndim != 1:
+        raise ValueError(
+            f"expected keys of shape [R], one a run, got shape {keys.shape}; "
+            "pass jax.random.split(key, R) or jax.vmap(jax.random.key)(seeds)"
+        )
+    return keys
+
+
+def spread(values: np.ndarray, num_runs: int, name: str) -> np.ndarray:
+    """A number a run, `[R]`."""
+    if values.shape not in ((), (num_runs,)):
+        raise ValueError(
+            f"expected {name} to be a scalar or of shape [R] = ({num_runs},), got shape "
+            f"{values.shape}; pass one number, or one per run"
+        )
+    return np.broadcast_to(values, (num_runs,)).astype(np.float32)
+
+
+def numbers_of(numbers: Mapping[str, np.ndarray], run: int) -> dict[str, float]:
+    """One run's numbers."""
+    return {name: float(value[run]) for name, value in numbers.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a stack is run; see `fit`."""
+
+    batch_size: int = 128
+    vmapped: bool | None = None
+    devices: Sequence[jax.Device] | None = None
+    memory_limit: int | None = None
+    steps_per_call: int | None = None
+    augment: Augment | None = None
+
+    def __post_init__(self) -> None:
+        _validate.count(batch_size=self.batch_size)
+        for name in ("memory_limit", "steps_per_call"):
+            if (value := getattr(self, name)) is not None:
+                _validate.count(**{name: value})
+
+    def kind(self, step: TrainStep) -> Kind:
+        """What is compiled."""
+        devices = tuple(jax.local_devices() if self.devices is None else self.devices)
+        vmapped = devices[0].platform != "cpu" if self.vmapped is None else self.vmapped
+        return Kind(step, vmapped, devices, self.augment)
+
+    def steps_at_once(self, kind: Kind, num_runs: int) -> int | None:
+        """Steps of a compiled loop; None is a whole epoch."""
+        if self.steps_per_call is None and kind.devices[0].platform == "cpu":
+            # A step takes long there and a call nothing: the callback, and Ctrl-C, get a word in.
+            return max(1, 32 // num_runs)
+        return self.steps_per_call
+
+
+def fit(
+    step: TrainStep,
+    state: TrainState,
+    examples: tuple[np.ndarray, np.ndarray] | tuple[np.ndarray, np.ndarray, np.ndarray | None],
+    loss_fn: LossFn,
+    *,
+    num_epochs: int,
+    batch_size: int = 128,
+    vmapped: bool | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    memory_limit: int | None = None,
+    steps_per_call: int | None = None,
+    augment: Augment | None = None,
+    callback: Callback | None = None,
+    stage: str = "train",
+) -> tuple[TrainState, np.ndarray]:
+    """Train a stack of states to the end of an epoch, each as `train.fit` would alone.
+
+    Every run visits the examples in the order that its own key draws, with its own learning rate
+    (and whatever else its optimizer has as a hyperparameter, a schedule's numbers among them). A
+    run whose loss or weights are no longer finite is frozen at its last finite state and reported;
+    the others go on.
+
+    Args:
+        step: the training step, not compiled.
+        state: the stack, every leaf `[R, ...]` (`create_state`); its runs may be anywhere on the
+            way, and those that are ahead wait for the others.
+        examples: `(inputs [N, ...], labels [N])`, or with soft labels as a third: `[N, K]`, the
+            same for all runs, or `[R, N, K]`. NumPy. Inputs that are whole 255ths lie on the
+            device as bytes.
+        loss_fn: `(logits, batch) -> [B]`, a pytree whose every leaf is `[R, ...]`:
+            `train.hard_loss(temperatures)` for one.
+        num_epochs: of the whole run, those already done included; at least 0.
+        batch_size: examples a step of each run; the last, smaller batch is padded and masked.
+        vmapped: all runs at once, or one after the other inside the compiled loop. None is what
+            is fastest: at once, but on CPU one after the other.
+        devices: which share the runs between them; None takes all of this process.
+        memory_limit: bytes a device may use. None asks the device; where it does not know (CPU),
+            all runs are taken at once. Runs that do not fit go in equal chunks.
+        steps_per_call: steps of a compiled loop, after which the callback is called; None is an
+            epoch, on CPU a few steps.
+        augment: `(keys [B], inputs [B, ...]) -> inputs`, compiled into the step; row i must depend
+            on key i alone.
+        callback: called with `event="step"` after every call of the compiled loop and
+            `event="epoch"` after every epoch, each with `stage`, `step`, `num_steps`, `epoch`
+            (from 1), `num_epochs`, `runs` (a slice: the chunk that was trained) and `state` (of
+            all runs); an epoch's event also has `loss`, `accuracy` and `diverged`, one a run of
+            the chunk.
+        stage: a name for the callback.
+
+    Returns:
+        The stack after `num_epochs` epochs, and which runs have diverged, `[R]` bool: those are at
+        an earlier step.
+
+    Raises:
+        ValueError: as `train.fit`; or leaves that do not lead with `[R]`.
+        MemoryError: one run alone does not fit.
+
+    Example:
+        >>> from jdistill import nets, sweep, train
+        >>> model = nets.digits_net(width=0.25)
+        >>> step = train.make_train_step(nets.apply_fn(model), train.sgd(0.1))
+        >>> keys = jax.random.split(jax.random.key(0), 2)
+        >>> params, _ = jax.vmap(lambda key: nets.init(model, key, (8, 8, 1)))(keys)
+        >>> examples = np.zeros((5, 8, 8, 1), np.float32), np.arange(5)
+        >>> state, diverged = sweep.fit(
+        ...     step,
+        ...     sweep.create_state(step, params, keys),
+        ...     examples,
+        ...     train.hard_loss(np.float32([1, 20])),
+        ...     num_epochs=2,
+        ... )
+        >>> state.step.tolist(), diverged.tolist()
+        ([2, 2], [False, False])
+    """
+    options = Options(
+        batch_size=batch_size,
+        vmapped=vmapped,
+        devices=devices,
+        memory_limit=memory_limit,
+        steps_per_call=steps_per_call,
+        augment=augment,
+    )
+    inputs, labels, targets = (*examples, None)[:3]
+    num_runs = nets.stack_size(state._replace(key=jax.random.key_data(state.key)))
+    shared = targets is not None and np.ndim(targets) == 2
+    check_examples(step, nets.index(state, 0), inputs, labels, targets if shared else None)
+    if targets is not None and not shared:
+        if np.shape(targets)[0] != num_runs:
+            raise ValueError(
+                f"expected targets of shape [N, K], or [R, N, K] with R = {num_runs}, got "
+                f"{np.shape(targets)}; pass those of every run"
+            )
+        for run in range(num_runs):
+            check_examples(step, nets.index(state, 0), inputs, labels, targets[run])
+
+    def labels_of(runs: slice) -> Any:
+        if targets is None:
+            return None
+        if not shared:
+            return targets[runs]
+        return np.broadcast_to(targets, (runs.stop - runs.start, *targets.shape))
+
+    return train_stack(
+        step,
+        state,
+        _program.store(np.asarray(inputs), np.asarray(labels)),
+        loss_fn,
+        labels_of,
+        num_epochs=num_epochs,
+        options=options,
+        callback=callback,
+        stage=stage,
+    )
+
+
+def train_stack(
+    step: TrainStep,
+    state: TrainState,
+    store: Store,
+    loss_fn: LossFn,
+    labels_of: Callable[[slice], Any],
+    *,
+    num_epochs: int,
+    options: Options,
+    callback: Callback | None,
+    stage: str,
+    alive: np.ndarray | None = None,
+) -> tuple[TrainState, np.ndarray]:
+    """`fit` on checked arguments; the soft labels of a chunk of runs are made when it begins."""
+    _validate.count(minimum=0, num_epochs=num_epochs)
+    num_runs, num_examples = state.step.shape[0], len(store.labels)
+    steps_per_epoch = data.num_batches(num_examples, options.batch_size)
+    num_steps = num_epochs * steps_per_epoch
+    alive = np.ones(num_runs, bool) if alive is None else alive
+    state = jax.tree.map(jnp.asarray, state)
+    kind = options.kind(step)
+
+    chunks = _memory.chunks(
+        num_runs,
+        len(kind.devices),
+        lambda size: _bytes_needed(kind, state, store, loss_fn, labels_of, options, size),
+        _memory.limit(kind.devices[0]) if options.memory_limit is None else options.memory_limit,
+    )
+    for runs, padding in chunks:
+        chunk = _Chunk(kind, store, runs, padding, options)
+        if (np.asarray(state.step[runs])[alive[runs]] >= num_steps).all():
+            continue
+        state = chunk.train(
+            state, alive, loss_fn, labels_of(runs), num_epochs, num_steps, callback, stage
+        )
+    return state, np.asarray(state.step) < num_steps
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    """Some runs of a stack that are trained together."""
+
+    kind: Kind
+    store: Store
+    runs: slice
+    padding: int  # copies of the first run, so that all chunks and devices have equally many
+    options: Options
+
+    def take(self, tree: PyTree) -> PyTree:
+        """These runs of a stack, on the devices."""
+        return _program.placed_stack(self.kind, tree, self.runs, self.padding)
+
+    def train(
+        self,
+        state: TrainState,
+        alive: np.ndarray,
+        loss_fn: LossFn,
+        targets: Any,
+        num_epochs: int,
+        num_steps: int,
+        callback: Callback | None,
+        stage: str,
+    ) -> TrainState:
+        """The whole stack, with these runs trained."""
+        size = self.runs.stop - self.runs.start
+        program = _program.steps_program(self.kind)
+        store = _program.placed(self.kind, self.store, stacked=False)
+        part, loss_fn, still = self.take(state), self.take(loss_fn), self.take(alive)
+        targets = _program.placed_stack(self.kind, targets, slice(0, size), self.padding)
+        seeds = [tuple(words) for words in np.asarray(jax.random.key_data(part.key)).tolist()]
+        steps_per_epoch = num_steps // num_epochs
+        at_once = self.options.steps_at_once(self.kind, len(seeds)) or steps_per_epoch
+        done = int(np.min(np.asarray(part.step)[np.asarray(still)], initial=num_steps))
+        while done < num_steps and np.asarray(still)[:size].any():
+            epoch, first = divmod(done, steps_per_epoch)
+            plan = _program.plan_of(seeds, epoch, len(self.store.labels), self.options.batch_size)
+            rows = _program.placed(self.kind, plan.rows, stacked=True)
+            mask = _program.placed(self.kind, plan.mask, stacked=False)
+            totals = {name: np.zeros(size) for name in ("loss", "correct", "count")}
+            for start in range(first, steps_per_epoch, at_once):
+                stop = min(start + at_once, steps_per_epoch)
+                numbers = (np.int32(epoch * steps_per_epoch), np.int32(start), np.int32(stop))
+                shared = (store, mask, *numbers)
+                part, still, sums = program(shared, part, still, loss_fn, targets, rows)
+                for name in totals:
+                    totals[name] += np.asarray(sums[name][:size])
+                done = epoch * steps_per_epoch + stop
+                progress = {
+                    "stage": stage,
+                    "step": done,
+                    "num_steps": num_steps,
+                    "epoch": epoch + 1,
+                    "num_epochs": num_epochs,
+                    "runs": self.runs,
+                }
+                if callback is not None:
+                    callback({"event": "step", **progress, "state": self.merged(state, part)})
+            if callback is not None:
+                count = np.maximum(totals["count"], 1)
+                results = {
+                    "loss": np.where(totals["count"] > 0, totals["loss"] / count, np.nan),
+                    "accuracy": np.where(totals["count"] > 0, totals["correct"] / count, np.nan),
+                    "diverged": ~np.asarray(still)[:size],
+                }
+                merged = self.merged(state, part)
+                callback({"event": "epoch", **progress, "state": merged, **results})
+        return self.merged(state, part)
+
+    def merged(self, state: TrainState, part: TrainState) -> TrainState:
+        """The whole stack with these runs as they are now."""
+        size = self.runs.stop - self.runs.start
+        if size == state.step.shape[0]:
+            return jax.tree.map(lambda new: new[:size], part) if self.padding else part
+        return jax.tree.map(
+            lambda whole, new: (
+                whole.at[self.runs].set(new[:size])
+                if not jax.dtypes.issubdtype(whole.dtype, jax.dtypes.prng_key)
+                else whole
+            ),
+            state,
+            part,
+        )
+
+
+def _bytes_needed(
+    kind: Kind,
+    state: TrainState,
+    store: Store,
+    loss_fn: LossFn,
+    labels_of: Callable[[slice], Any],
+    options: Options,
+    size: int,
+) -> int:
+    """What the compiled program of that many runs needs on each device, by its own account."""
+    num_examples = len(store.labels)
+    num_steps = data.num_batches(num_examples, options.batch_size)
+
+    def stacked(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype)
+
+    def whole(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype)
+
+    number = jax.ShapeDtypeStruct((), np.int32)
+    mask = jax.ShapeDtypeStruct((num_steps, options.batch_size), np.float32)
+    rows = jax.ShapeDtypeStruct((size, num_steps, options.batch_size), np.int32)
+    alive = jax.ShapeDtypeStruct((size,), bool)
+    targets = jax.eval_shape(lambda: labels_of(slice(0, 1)))
+    arguments = (
+        (jax.tree.map(whole, store), mask, number, number, number),
+        jax.tree.map(stacked, state),
+        alive,
+        jax.tree.map(stacked, loss_fn),
+        jax.tree.map(stacked, targets),
+        rows,
+    )
+    return _memory.bytes_of(_program.steps_program(kind).lower(*arguments).compile())
