@@ -31,8 +31,9 @@ class Options:
     """Folder of the run: checkpoints, results, figures, report (none: runs/defend-DATASET)."""
     data_dir: str | None = None
     """Folder of prepared TFDS sets (none: TFDS_DATA_DIR, else ~/tensorflow_datasets)."""
-    parallel: Literal["jit", "pmap"] = "jit"
-    """How the training step is spread over the devices."""
+    parallel: Literal["jit", "pmap", "sweep"] = "jit"
+    """How training is spread over the devices: by the examples of a batch, chain after chain
+    (jit, pmap), or by chains, all of them as one program (sweep: for accelerators)."""
     smoke: bool = False
     """Every size that is not given at its least: seconds, and numbers that mean nothing."""
 

@@ -42,7 +42,7 @@ class Generation:
     params: PyTree
     num_epochs: int
     model_state: PyTree = dataclasses.field(default_factory=dict)
-    hyperparams: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    hyperparams: Mapping[str, ArrayLike] = dataclasses.field(default_factory=dict)
 
 
 def soft_labels(

@@ -12,12 +12,14 @@ import sys
 import tempfile
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import defend, evidence, measure, training
 from experiments.recipes import RECIPES, smoke
-from jdistill import attacks, evaluate, report, runtime
+from jdistill import attacks, evaluate, nets, report, runtime, train
+from jdistill.checkpoint import Checkpointer
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMOKE = ["digits", "--smoke"]
@@ -55,6 +57,84 @@ def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished")
     run(workdir)
     return workdir
+
+
+def stored(workdir):
+    """The last state of every network that a workdir holds, by its folder."""
+    found = {}
+    for folder in sorted(workdir.glob("checkpoints/seed*/T*/generation*")):
+        model = RECIPES["digits"].model()
+        step = train.make_train_step(nets.apply_fn(model), train.sgd(0.1))
+        params, _ = nets.init(model, jax.random.key(0), (8, 8, 1))
+        like = train.create_state(step, params, jax.random.key(0))
+        with Checkpointer(folder) as checkpointer:
+            restored = checkpointer.restore_latest(like)
+        found[str(folder.relative_to(workdir))] = restored.state
+    return found
+
+
+def assert_same_networks(workdir, reference):
+    ours, theirs = stored(workdir), stored(reference)
+    assert ours.keys() == theirs.keys()
+    assert ours
+    for name, state in theirs.items():
+        assert int(ours[name].step) == int(state.step)
+        leaves = zip(jax.tree.leaves(ours[name].params), jax.tree.leaves(state.params), strict=True)
+        for leaf, other in leaves:
+            np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sweep_trains_the_networks_of_single_chains(finished, tmp_path):
+    run(tmp_path, "--parallel", "sweep")
+    assert_same_networks(tmp_path, finished)
+    assert json.loads((tmp_path / "run.json").read_text())["parallel"] == "sweep"
+    log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    single = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+
+    def place(entry):
+        return (entry["seed"], entry.get("temperature", 0), entry["stage"], entry["epoch"])
+
+    assert sorted(map(place, log)) == sorted(map(place, single))
+    losses = {place(entry): entry["loss"] for entry in single}
+    assert all(abs(entry["loss"] / losses[place(entry)] - 1) < 1e-3 for entry in log)
+
+
+def test_a_stopped_sweep_and_single_chains_go_on_from_each_other(finished, tmp_path, monkeypatch):
+    class Stopped(Exception):
+        pass
+
+    record, count = training.Chain.record, 0
+
+    def stopping(self, event):
+        nonlocal count
+        record(self, event)
+        count += 1
+        if count == 3:  # the first generation of both chains, and the second of one
+            raise Stopped
+
+    monkeypatch.setattr(training.Chain, "record", stopping)
+    with pytest.raises(Stopped):
+        run(tmp_path, "--parallel", "sweep")
+    monkeypatch.setattr(training.Chain, "record", record)
+    shutil.copytree(tmp_path, tmp_path.with_name("single"))
+    run(tmp_path, "--parallel", "sweep")
+    run(tmp_path.with_name("single"))
+    assert_same_networks(tmp_path, finished)
+    assert_same_networks(tmp_path.with_name("single"), finished)
+
+
+def test_a_chain_of_a_sweep_that_diverges_is_left_out(finished, tmp_path, monkeypatch, capsys):
+    rate = training.Recipe.rate
+    monkeypatch.setattr(
+        training.Recipe, "rate", lambda recipe, t: 1e38 if t == 1 else rate(recipe, t)
+    )
+    run(tmp_path, "--parallel", "sweep")
+    assert "T=1 has diverged and is left out" in capsys.readouterr().err
+    rows = report.read_results(tmp_path / "results.csv")
+    assert {row["temperature"] for row in rows} == {20.0}
+    monkeypatch.setattr(training.Recipe, "rate", lambda recipe, t: 1e38)
+    with pytest.raises(FloatingPointError, match="in at least one chain, got none"):
+        run(tmp_path.with_name("all"), "--parallel", "sweep")
 
 
 def test_run_leaves_the_whole_workdir(finished):

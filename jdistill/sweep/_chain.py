@@ -1,6 +1,6 @@
 """Teacher, assistants and students of every run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,13 +9,8 @@ import numpy as np
 from jdistill import distill, nets, train
 from jdistill.distill import Generation
 from jdistill.sweep import _program
-from jdistill.sweep._fit import (
-    Options,
-    checked_keys,
-    create_state,
-    spread,
-    train_stack,
-)
+from jdistill.sweep._fit import Labeler, Options, checked_keys, create_state, spread, train_stack
+from jdistill.sweep._program import Kind
 from jdistill.train import TrainState, TrainStep
 from jdistill.train._fit import check_examples
 from jdistill.typing import Array, ArrayLike, Callback
@@ -120,28 +115,24 @@ def chain(
     hard = np.eye(jax.eval_shape(teacher, inputs[:1]).shape[-1], dtype=np.float32)[labels]
     store = _program.store(inputs, labels)
 
-    def hard_labels(runs: slice) -> Any:
-        return np.broadcast_to(hard, (runs.stop - runs.start, *hard.shape))
+    def hard_labels(kind: Kind, runs: np.ndarray) -> Any:
+        return _program.placed(kind, np.broadcast_to(hard, (len(runs), *hard.shape)), stacked=True)
 
-    def labels_by(step: TrainStep, teachers: TrainState) -> Callable[[slice], Any]:
-        """The soft labels `[r, N, K]` of a chunk of runs, out of a stack of teachers."""
+    def labels_by(step: TrainStep, teachers: TrainState) -> Labeler:
+        """The soft labels of a stack of teachers."""
 
-        def soft_labels(runs: slice) -> Any:
-            kind = options.kind(step)
-            size = runs.stop - runs.start
-            chunk = [
-                _program.placed_stack(kind, tree, runs, -size % len(kind.devices))
-                for tree in (teachers, temperature)
-            ]
+        def soft_labels(kind: Kind, runs: np.ndarray) -> Any:
+            kind = kind._replace(step=step, augment=None)
+            shared = (_program.placed(kind, store, stacked=False),)
             program = _program.labels_program(kind, min(512, len(labels)))
-            return program((_program.placed(kind, store, stacked=False),), *chunk)[:size]
+            return program(shared, *_program.placed_stack(kind, (teachers, temperature), runs))
 
         return soft_labels
 
     states: list[TrainState] = []
     alive = np.ones(num_runs, bool)
     diverged = []
-    labels_of: Callable[[slice], Any] = hard_labels
+    labels_of: Labeler = hard_labels
     for number, generation in enumerate(generations):
         state = start[number] if number < len(start) else _start(generation, keys, number)
         stage = distill.stage_name(number, len(generations))
@@ -151,6 +142,7 @@ def chain(
             store,
             teacher_loss if number == 0 else student_loss,
             labels_of,
+            hard.shape[-1],
             num_epochs=generation.num_epochs,
             options=options,
             callback=_with_generation(callback, number),

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate, data, nets, train
@@ -100,6 +99,10 @@ def numbers_of(numbers: Mapping[str, np.ndarray], run: int) -> dict[str, float]:
     return {name: float(value[run]) for name, value in numbers.items()}
 
 
+# Given some runs, their soft labels `[r, N, K]` on the devices, or None.
+Labeler = Callable[[Kind, np.ndarray], Any]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """How a stack is run; see `fit`."""
@@ -176,9 +179,9 @@ def fit(
             on key i alone.
         callback: called with `event="step"` after every call of the compiled loop and
             `event="epoch"` after every epoch, each with `stage`, `step`, `num_steps`, `epoch`
-            (from 1), `num_epochs`, `runs` (a slice: the chunk that was trained) and `state` (of
-            all runs); an epoch's event also has `loss`, `accuracy` and `diverged`, one a run of
-            the chunk.
+            (from 1), `num_epochs` and `runs` (a slice: the chunk that was trained); an epoch's
+            event also has `state` (of all runs), and `loss`, `accuracy` and `diverged`, one a run
+            of the chunk.
         stage: a name for the callback.
 
     Returns:
@@ -227,12 +230,11 @@ def fit(
         for run in range(num_runs):
             check_examples(step, nets.index(state, 0), inputs, labels, targets[run])
 
-    def labels_of(runs: slice) -> Any:
+    def labels_of(kind: Kind, runs: np.ndarray) -> Any:
         if targets is None:
             return None
-        if not shared:
-            return targets[runs]
-        return np.broadcast_to(targets, (runs.stop - runs.start, *targets.shape))
+        rows = np.broadcast_to(targets, (num_runs, *targets.shape)) if shared else targets
+        return _program.placed_stack(kind, rows, runs)
 
     return train_stack(
         step,
@@ -240,6 +242,7 @@ def fit(
         _program.store(np.asarray(inputs), np.asarray(labels)),
         loss_fn,
         labels_of,
+        None if targets is None else np.shape(targets)[-1],
         num_epochs=num_epochs,
         options=options,
         callback=callback,
@@ -252,7 +255,8 @@ def train_stack(
     state: TrainState,
     store: Store,
     loss_fn: LossFn,
-    labels_of: Callable[[slice], Any],
+    labels_of: Labeler,
+    num_classes: int | None,
     *,
     num_epochs: int,
     options: Options,
@@ -266,21 +270,21 @@ def train_stack(
     steps_per_epoch = data.num_batches(num_examples, options.batch_size)
     num_steps = num_epochs * steps_per_epoch
     alive = np.ones(num_runs, bool) if alive is None else alive
-    state = jax.tree.map(jnp.asarray, state)
     kind = options.kind(step)
+    state = jax.device_put(state, kind.devices[0])
 
     chunks = _memory.chunks(
         num_runs,
         len(kind.devices),
-        lambda size: _bytes_needed(kind, state, store, loss_fn, labels_of, options, size),
+        lambda size: _bytes_needed(kind, state, store, loss_fn, num_classes, options, size),
         _memory.limit(kind.devices[0]) if options.memory_limit is None else options.memory_limit,
     )
     for runs, padding in chunks:
-        chunk = _Chunk(kind, store, runs, padding, options)
         if (np.asarray(state.step[runs])[alive[runs]] >= num_steps).all():
             continue
+        chunk = _Chunk(kind, store, runs, padding, options)
         state = chunk.train(
-            state, alive, loss_fn, labels_of(runs), num_epochs, num_steps, callback, stage
+            state, alive, loss_fn, labels_of, num_epochs, num_steps, callback, stage
         )
     return state, np.asarray(state.step) < num_steps
 
@@ -295,16 +299,22 @@ class _Chunk:
     padding: int  # copies of the first run, so that all chunks and devices have equally many
     options: Options
 
+    @property
+    def rows(self) -> np.ndarray:
+        """The runs with the padding's, as indices."""
+        own = np.arange(self.runs.start, self.runs.stop)
+        return np.concatenate([own, np.repeat(own[:1], self.padding)])
+
     def take(self, tree: PyTree) -> PyTree:
         """These runs of a stack, on the devices."""
-        return _program.placed_stack(self.kind, tree, self.runs, self.padding)
+        return _program.placed_stack(self.kind, tree, self.rows)
 
     def train(
         self,
         state: TrainState,
         alive: np.ndarray,
         loss_fn: LossFn,
-        targets: Any,
+        labels_of: Labeler,
         num_epochs: int,
         num_steps: int,
         callback: Callback | None,
@@ -315,7 +325,7 @@ class _Chunk:
         program = _program.steps_program(self.kind)
         store = _program.placed(self.kind, self.store, stacked=False)
         part, loss_fn, still = self.take(state), self.take(loss_fn), self.take(alive)
-        targets = _program.placed_stack(self.kind, targets, slice(0, size), self.padding)
+        targets = labels_of(self.kind, self.rows)
         seeds = [tuple(words) for words in np.asarray(jax.random.key_data(part.key)).tolist()]
         steps_per_epoch = num_steps // num_epochs
         at_once = self.options.steps_at_once(self.kind, len(seeds)) or steps_per_epoch
@@ -332,7 +342,7 @@ class _Chunk:
                 shared = (store, mask, *numbers)
                 part, still, sums = program(shared, part, still, loss_fn, targets, rows)
                 for name in totals:
-                    totals[name] += np.asarray(sums[name][:size])
+                    totals[name] += np.asarray(sums[name])[:size]
                 done = epoch * steps_per_epoch + stop
                 progress = {
                     "stage": stage,
@@ -343,7 +353,7 @@ class _Chunk:
                     "runs": self.runs,
                 }
                 if callback is not None:
-                    callback({"event": "step", **progress, "state": self.merged(state, part)})
+                    callback({"event": "step", **progress})
             if callback is not None:
                 count = np.maximum(totals["count"], 1)
                 results = {
@@ -356,19 +366,18 @@ class _Chunk:
         return self.merged(state, part)
 
     def merged(self, state: TrainState, part: TrainState) -> TrainState:
-        """The whole stack with these runs as they are now."""
+        """The whole stack with these runs as they are now, on the first device."""
         size = self.runs.stop - self.runs.start
-        if size == state.step.shape[0]:
-            return jax.tree.map(lambda new: new[:size], part) if self.padding else part
-        return jax.tree.map(
-            lambda whole, new: (
-                whole.at[self.runs].set(new[:size])
-                if not jax.dtypes.issubdtype(whole.dtype, jax.dtypes.prng_key)
-                else whole
-            ),
-            state,
-            part,
-        )
+        part = jax.device_put(part, self.kind.devices[0])
+
+        def merge(whole: Array, new: Array) -> Array:
+            return new[:size] if size == len(whole) else whole.at[self.runs].set(new[:size])
+
+        # Keys stay as they are, and cannot be set.
+        changed = [
+            jax.tree.map(merge, *fields) for fields in zip(state[:-1], part[:-1], strict=True)
+        ]
+        return TrainState(*changed, state.key)
 
 
 def _bytes_needed(
@@ -376,7 +385,7 @@ def _bytes_needed(
     state: TrainState,
     store: Store,
     loss_fn: LossFn,
-    labels_of: Callable[[slice], Any],
+    num_classes: int | None,
     options: Options,
     size: int,
 ) -> int:
@@ -394,13 +403,15 @@ def _bytes_needed(
     mask = jax.ShapeDtypeStruct((num_steps, options.batch_size), np.float32)
     rows = jax.ShapeDtypeStruct((size, num_steps, options.batch_size), np.int32)
     alive = jax.ShapeDtypeStruct((size,), bool)
-    targets = jax.eval_shape(lambda: labels_of(slice(0, 1)))
+    targets = None
+    if num_classes is not None:
+        targets = jax.ShapeDtypeStruct((size, num_examples, num_classes), np.float32)
     arguments = (
         (jax.tree.map(whole, store), mask, number, number, number),
         jax.tree.map(stacked, state),
         alive,
         jax.tree.map(stacked, loss_fn),
-        jax.tree.map(stacked, targets),
+        targets,
         rows,
     )
     return _memory.bytes_of(_program.steps_program(kind).lower(*arguments).compile())

@@ -160,17 +160,9 @@ def placed(kind: Kind, tree: Any, *, stacked: bool) -> Any:
     return jax.device_put(tree, NamedSharding(mesh(kind.devices), spec))
 
 
-def placed_stack(kind: Kind, tree: Any, runs: slice, padding: int) -> Any:
-    """Some runs of a stack on the devices, the first of them again as padding."""
-
-    def take(leaf: Any) -> Any:
-        part = leaf[runs]
-        if padding == 0:
-            return part
-        indices = np.concatenate([np.arange(part.shape[0]), np.zeros(padding, int)])
-        return part[indices]
-
-    return placed(kind, jax.tree.map(take, tree), stacked=True)
+def placed_stack(kind: Kind, tree: Any, runs: np.ndarray) -> Any:
+    """Some runs of a stack, by their indices, each on its device."""
+    return placed(kind, jax.tree.map(lambda leaf: leaf[runs], tree), stacked=True)
 
 
 def plan_of(
