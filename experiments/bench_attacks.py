@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import npz_network, peers, timing, torch_side
+from experiments import bench_rows, npz_network, peers, timing, torch_side
+from experiments.bench_rows import BenchRow
 from experiments.peers import Comparison
 from jdistill import nets
 from jdistill.typing import LogitsFn
@@ -47,7 +48,16 @@ _TOOLKITS = {
     "ART": ("art", "adversarial-robustness-toolbox"),
     "pyautoattack": ("pyautoattack", "pyautoattack"),
 }
-_INSTALL = "run make bench, or python -m pip install --no-deps -r requirements-peers.txt"
+
+# The largest ratios that are wanted, by attack and norm.
+_TARGETS = {
+    ("pgd", "linf"): 1.0,
+    ("ddn", "l2"): 0.7,
+    **{("fmn", norm): 0.7 for norm in ("linf", "l2", "l1", "l0")},
+    ("carlini_wagner_l2", "l2"): 0.7,
+    ("jsma", "l0"): 0.7,
+    ("autoattack", "linf"): 0.6,
+}
 
 
 class Subject(NamedTuple):
@@ -129,14 +139,14 @@ def missing_toolkits() -> dict[str, str]:
         ModuleNotFoundError: so is PyTorch, or all of them: there is nothing to compare with.
     """
     missing = {
-        name: f"not installed; {_INSTALL}"
+        name: f"not installed; {torch_side.INSTALL}"
         for name, (module, _) in _TOOLKITS.items()
         if importlib.util.find_spec(module) is None
     }
     if importlib.util.find_spec("torch") is None or len(missing) == len(_TOOLKITS):
         raise ModuleNotFoundError(
             f"expected torch and at least one of {', '.join(_TOOLKITS)} to be installed, "
-            f"got no such packages; {_INSTALL}"
+            f"got no such packages; {torch_side.INSTALL}"
         )
     return missing
 
@@ -152,14 +162,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def set_torch_threads(count: int) -> int:
-    """Let PyTorch use so many cores; returns how many it then does."""
-    import torch
-
-    torch.set_num_threads(count)
-    return torch.get_num_threads()
-
-
 def make_subject(
     params: npz_network.Params, inputs: np.ndarray, labels: np.ndarray, batch_size: int
 ) -> Subject:
@@ -172,13 +174,7 @@ def make_subject(
     """
     model = npz_network.conv_net(params, inputs.shape[1:])
     logits_fn = nets.logits_fn(model, {"params": params})
-    (right,) = np.nonzero(np.asarray(logits_fn(inputs)).argmax(1) == labels)
-    if len(right) < batch_size:
-        raise ValueError(
-            f"expected batch_size <= {len(right)}, which is how many of the images the network "
-            f"classifies correctly, got {batch_size}; pass a smaller one, or more images"
-        )
-    inputs, labels = inputs[right[:batch_size]], labels[right[:batch_size]]
+    inputs, labels = npz_network.correct_images(logits_fn, inputs, labels, batch_size)
     return Subject(
         logits_fn,
         jnp.asarray(inputs),
@@ -273,8 +269,17 @@ def fastest_table(rows: Sequence[Row]) -> str:
         name = row.fastest
         peer = ["–"] * len(_PEER_HEAD) if name is None else _peer_cells(row, name)
         compiling = f"{row.ours.timing.extra:.1f}"
-        cells.append([row.attack, row.norm, row.budget, compiling, _seconds(row.ours), *peer])
-    return _table([*head, *_PEER_HEAD[1:]], cells)
+        cells.append(
+            [
+                row.attack,
+                row.norm,
+                row.budget,
+                compiling,
+                bench_rows.seconds(row.ours.timing),
+                *peer,
+            ]
+        )
+    return bench_rows.table([*head, *_PEER_HEAD[1:]], cells)
 
 
 def peers_table(rows: Sequence[Row]) -> str:
@@ -284,7 +289,7 @@ def peers_table(rows: Sequence[Row]) -> str:
         for row in rows
         for name in row.theirs
     ]
-    return _table(["attack", "norm", "budget", *_PEER_HEAD], cells)
+    return bench_rows.table(["attack", "norm", "budget", *_PEER_HEAD], cells)
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
@@ -324,6 +329,25 @@ def record(row: Row) -> dict[str, Any]:
     }
 
 
+def bench_rows_of(rows: Sequence[Row]) -> list[BenchRow]:
+    """Each attack against the fastest toolkit that has it, as the other commands' rows are."""
+    found = []
+    for row in rows:
+        name = row.fastest
+        reasons = "; ".join(f"{peer}: {reason}" for peer, reason in row.skipped.items())
+        found.append(
+            BenchRow(
+                f"{row.attack} {row.norm}, {row.budget}, {len(row.ours.distances)} images",
+                row.ours.timing,
+                "none" if name is None else name,
+                None if name is None else row.theirs[name].timing,
+                target=_TARGETS.get((row.attack, row.norm)),
+                note=reasons,
+            )
+        )
+    return found
+
+
 _PEER_HEAD = ["peer s", "peer", "ratio", "success %", "mean distance"]
 
 
@@ -332,21 +356,4 @@ def _peer_cells(row: Row, name: str) -> list[str]:
     peer = row.theirs[name]
     rates = f"{100 * row.ours.success:.0f} / {100 * peer.success:.0f}"
     means = " / ".join("–" if math.isnan(mean) else f"{mean:.3g}" for mean in row.means(name))
-    return [_seconds(peer), name, f"{row.ratio(name):.2f}", rates, means]
-
-
-def _seconds(found: Outcome) -> str:
-    """The median, and from where to where the calls went."""
-    warm = found.timing.warm
-    between = "1 call" if len(warm) == 1 else f"{min(warm):.3g}–{max(warm):.3g}"
-    return f"{found.timing.median:.3g} ({between})"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns are straight as plain text, too."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = [head, ["-" * width for width in widths], *rows]
-    padded = (
-        [cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines
-    )
-    return "".join(f"| {' | '.join(line)} |\n" for line in padded)
+    return [bench_rows.seconds(peer.timing), name, f"{row.ratio(name):.2f}", rates, means]

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from experiments import npz_network, timing
+from experiments.bench_rows import BenchRow
 from experiments.timing import Timing
 from jdistill import attacks, evaluate, nets
 from jdistill.typing import LogitsFn
@@ -78,15 +79,18 @@ def compare(
     return timing.interleaved(calls, repeats=repeats, after_call=after_call).timings
 
 
-def text(timings: Mapping[str, Timing], num_networks: int) -> str:
-    """In Markdown: the seconds of each way, and their ratio to the single calls."""
-    lines = ["| way | seconds (range) | first call | over the single calls |", "|---|---|---|---|"]
-    reference = timings[SINGLES].median
-    for name, found in timings.items():
-        warm = found.warm
-        lines.append(
-            f"| {f'{num_networks} ' if name == SINGLES else ''}{name} | {found.median:.3g} "
-            f"({min(warm):.3g}–{max(warm):.3g}) | {found.first:.3g} | "
-            f"{found.median / reference:.2f} |"
+def rows(timings: Mapping[str, Timing], *, num_networks: int, platform: str) -> list[BenchRow]:
+    """One call both ways; the target is that of the way in which a stack is run by default."""
+    default = LOOPED if platform == "cpu" else VMAPPED
+    wanted = 0.25 if (num_networks, platform) == (9, "gpu") else None
+    return [
+        BenchRow(
+            f"{num_networks} networks in {way}",
+            timings[way],
+            f"{num_networks} {SINGLES}",
+            timings[SINGLES],
+            target=wanted if way == default else None,
+            peer_compiles=True,
         )
-    return "\n".join(lines) + "\n"
+        for way in (LOOPED, VMAPPED)
+    ]

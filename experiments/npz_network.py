@@ -9,9 +9,11 @@ import zipfile
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jdistill import nets
+from jdistill.typing import LogitsFn
 
 _REMEDY = "pass a file such as tests/parity/make_networks.py writes"
 Params = dict[str, dict[str, np.ndarray]]
@@ -52,6 +54,23 @@ def read_images(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
             f"got {_listed(arrays)} in {os.fspath(path)}; {_REMEDY}"
         )
     return inputs.astype(np.float32) / 255, labels.astype(np.int32)
+
+
+def correct_images(
+    logits_fn: LogitsFn, inputs: np.ndarray, labels: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first `count` images that the network classifies correctly, and their labels.
+
+    Raises:
+        ValueError: the images are too few.
+    """
+    (right,) = np.nonzero(np.asarray(logits_fn(jnp.asarray(inputs))).argmax(1) == labels)
+    if len(right) < count:
+        raise ValueError(
+            f"expected batch_size <= {len(right)}, which is how many of the images the network "
+            f"classifies correctly, got {count}; pass a smaller one, or more images"
+        )
+    return inputs[right[:count]], labels[right[:count]]
 
 
 def conv_net(

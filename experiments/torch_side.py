@@ -3,20 +3,40 @@
 PyTorch is imported where it is used; `make parity` installs it.
 """
 
+import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+INSTALL = "run make bench, or python -m pip install --no-deps -r requirements-peers.txt"
 
-def torch_network(params: Mapping[str, Mapping[str, Any]]) -> Any:
+
+def missing() -> str | None:
+    """Why nothing can be done with PyTorch, and what to do about it; None where it can."""
+    if importlib.util.find_spec("torch") is None:
+        return f"torch is not installed; {INSTALL}"
+    return None
+
+
+def set_threads(count: int) -> int:
+    """Let PyTorch use so many cores; returns how many it then does."""
+    import torch
+
+    torch.set_num_threads(count)
+    return torch.get_num_threads()
+
+
+def torch_network(params: Mapping[str, Mapping[str, Any]], *, dropout_rate: float = 0.0) -> Any:
     """A `nets.ConvNet` of gray or color images as a `torch.nn.Module`.
 
     Args:
         params: its weights, layer by layer; two convolutions and a pooling a block.
+        dropout_rate: share of the first hidden layer's units that are dropped in training.
 
     Returns:
-        A module of inputs `[B, C, H, W]` in [0, 1].
+        A module of inputs `[B, C, H, W]` in [0, 1], in evaluation mode and without gradients for
+        its weights.
     """
     import torch
     from torch import nn
@@ -54,6 +74,8 @@ def torch_network(params: Mapping[str, Mapping[str, Any]]) -> Any:
         dense = nn.Linear(kernel.shape[1], kernel.shape[0])
         dense.weight.data, dense.bias.data = kernel, tensor(name, "bias")
         layers += [dense] if name == "logits" else [dense, nn.ReLU()]
+        if dropout_rate > 0 and name == "dense_0":
+            layers.append(nn.Dropout(dropout_rate))
     model = nn.Sequential(*layers).eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -3,21 +3,39 @@
 No test looks at how long anything really takes.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import inspect
 import json
 import math
+import os
+import subprocess
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import bench, bench_attacks, bench_evaluate, npz_network, timing, torch_side
+from experiments import (
+    bench,
+    bench_attacks,
+    bench_data,
+    bench_evaluate,
+    bench_options,
+    bench_rows,
+    bench_startup,
+    bench_sweep,
+    bench_train,
+    npz_network,
+    timing,
+    torch_side,
+)
 from experiments.bench_attacks import COMPARISONS, Outcome, Row
+from experiments.bench_rows import BenchRow
 from experiments.peers import Comparison
-from experiments.timing import Timing
-from jdistill import attacks, nets
+from experiments.timing import Timed, Timing
+from jdistill import attacks, data, losses, nets, runtime
 
 
 class Clock:
@@ -289,6 +307,42 @@ def test_without_torch_the_error_says_what_to_install(monkeypatch):
             bench.run(bench.parse(["attacks"]))
 
 
+@pytest.mark.parametrize("name", ["train", "attacks", "evaluate", "sweep", "data", "startup"])
+def test_every_command_has_the_common_options(name):
+    options = bench.parse([name])
+    assert options.flags
+    assert options.json is None
+    options = bench.parse([name, "--no-flags", "--json", "rows.json", "--repeats", "7"])
+    assert (options.flags, options.json, options.repeats) == (False, "rows.json", 7)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, _ in bench._COMMANDS.values()])
+def test_every_command_checks_its_options(kind):
+    with pytest.raises(ValueError, match=r"expected json to end in \.json, got 'rows\.md'"):
+        kind(json="rows.md")
+    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    for name in (name for name, type_ in fields.items() if type_ is int):
+        with pytest.raises(ValueError, match=f"expected {name} .*got 0"):
+            kind(**{name: 0})
+    if "width" in fields:
+        with pytest.raises(ValueError, match=r"expected width .*got 0"):
+            kind(width=0.0)
+
+
+@pytest.mark.parametrize("flags", [True, False])
+def test_flags_are_set_before_the_command_runs(flags, monkeypatch):
+    log = []
+    monkeypatch.setattr(jax.config, "update", lambda name, value: log.append((name, value)))
+    monkeypatch.setattr(runtime, "add_cpu_flags", lambda: log.append("flags"))
+    monkeypatch.setattr(bench, "run", lambda options: log.append(type(options).__name__))
+    bench.main(["data"] if flags else ["data", "--no-flags"])
+    cache = ("jax_enable_compilation_cache", False)
+    assert log == [cache, *(["flags"] if flags else []), "Data"]
+    log.clear()
+    bench.main(["train"])
+    assert log == [("jax_platforms", "cpu"), cache, "flags", "Train"]
+
+
 def test_command_line():
     options = bench.parse(["attacks"])
     assert options.attacks == tuple(dict.fromkeys(c.attack for c in COMPARISONS))
@@ -307,6 +361,7 @@ def test_command_line():
         (["--batch-size", "-1"], "expected batch_size"),
         (["--slow-seconds", "nan"], "expected slow_seconds"),
         (["--output", "bench.csv"], "expected output to end in .md"),
+        (["--output", "a/b.md", "--json", "a/b.json"], "expected json to be another file"),
     ],
 )
 def test_bad_options_are_refused(arguments, message, capsys):
@@ -400,7 +455,7 @@ def stubbed(monkeypatch, tmp_path, digits, judged):
     write(tmp_path, *digits)
     monkeypatch.setattr(bench_attacks, "missing_toolkits", lambda: {"ART": "not installed"})
     monkeypatch.setattr(bench_attacks, "versions", lambda: {"torch": "0.0"})
-    monkeypatch.setattr(bench_attacks, "set_torch_threads", lambda count: count)
+    monkeypatch.setattr(torch_side, "set_threads", lambda count: count)
     monkeypatch.setattr(bench_attacks, "make_subject", lambda *_: SUBJECT)
 
     def options(comparisons, *arguments):
@@ -420,7 +475,8 @@ def test_run_prints_and_writes_the_tables(stubbed, tmp_path, capsys):
     ]
     output = tmp_path / "new" / "bench.md"
     arguments = ("--attacks", "jsma", "pgd", "--repeats", "2", "--output", str(output))
-    bench.run(stubbed(comparisons, *arguments))
+    rows_file = tmp_path / "other" / "rows.json"
+    bench.run(stubbed(comparisons, *arguments, "--json", str(rows_file)))
     assert log == ["jdistill", "foolbox"] * 3 + ["jdistill", "torchattacks"] * 3
     printed = capsys.readouterr()
     assert output.read_text() == f"# Attacks beside other toolkits\n\n{printed.out}"
@@ -433,6 +489,34 @@ def test_run_prints_and_writes_the_tables(stubbed, tmp_path, capsys):
     assert content["conditions"]["repeats"] == 2
     assert [row["attack"] for row in content["attacks"]] == ["pgd", "jsma"]
     assert len(content["attacks"][0]["peers"]["foolbox"]["seconds"]) == 2
+    pgd, jsma = check_rows(rows_file)
+    assert pgd["row"] == "pgd linf, 10 steps, 4 images"
+    assert (pgd["peer"], pgd["target"]) == ("foolbox", 1.0)
+    assert (jsma["peer"], jsma["target"]) == ("torchattacks", 0.7)
+    assert pgd["ours_s"] == content["attacks"][0]["jdistill"]["median_seconds"]
+    assert pgd["versions"]["torch"] == "0.0"
+
+
+def check_rows(path):
+    """The rows of a file that `--json` names, whose figures agree with each other."""
+    rows = json.loads(path.read_text())
+    for row in rows:
+        assert row["ours_s"] > 0
+        low, high = row["ours_range_s"]
+        assert low <= row["ours_s"] <= high
+        if row["theirs_s"] is None:
+            assert row["ratio"] is None
+            assert row["note"]
+        else:
+            assert row["ratio"] == pytest.approx(row["ours_s"] / row["theirs_s"])
+        assert row["target"] is None or row["target"] > 0
+        assert row["row"]
+        assert row["peer"]
+        assert "CPU" in row["device"]
+        assert row["versions"]["jax"] == jax.__version__
+        assert row["xla_flags"] == os.environ.get("XLA_FLAGS", "")
+    assert len({(row["row"], row["peer"]) for row in rows}) == len(rows)
+    return rows
 
 
 def test_stopped_run_prints_what_it_has(stubbed, tmp_path, capsys):
@@ -472,15 +556,20 @@ def test_the_three_ways_of_an_evaluation_are_timed():
     assert calls[-1] == (9, 9)
 
 
-def test_the_ratio_is_that_to_the_single_calls():
-    seconds = {"single calls": (4.0, 2.0, 3.0), "one call, looped": (3.0, 9.0, 1.5)}
-    timings = {name: Timing(9.5, warm) for name, warm in seconds.items()}
-    assert bench_evaluate.text(timings, 9).splitlines()[2:] == [
-        "| 9 single calls | 3 (2–4) | 9.5 | 1.00 |",
-        "| one call, looped | 3 (1.5–9) | 9.5 | 1.00 |",
-    ]
-    timings["one call, looped"] = Timing(9.5, (1.5,))
-    assert bench_evaluate.text(timings, 9).splitlines()[3].endswith("| 9.5 | 0.50 |")
+def test_one_call_is_compared_with_all_single_calls():
+    timings = {
+        "single calls": Timing(9.5, (4.0, 2.0, 3.0)),
+        "one call, looped": Timing(9.5, (3.0, 9.0, 1.5)),
+        "one call, vmapped": Timing(9.5, (1.5,)),
+    }
+    looped, vmapped = bench_evaluate.rows(timings, num_networks=9, platform="gpu")
+    assert (looped.ratio, vmapped.ratio) == (1.0, 0.5)
+    assert (looped.target, vmapped.target) == (None, 0.25)  # of the way that is the default there
+    assert looped.row == "9 networks in one call, looped"
+    assert looped.peer == "9 single calls"
+    for count, platform in ((8, "gpu"), (9, "cpu")):
+        rows = bench_evaluate.rows(timings, num_networks=count, platform=platform)
+        assert [row.target for row in rows] == [None, None]
 
 
 def test_networks_of_the_bench_differ_in_their_weights_alone():
@@ -497,4 +586,237 @@ def test_options_of_the_evaluation():
     options = bench.parse(["evaluate", "--num-networks", "3", "--num-steps", "2"])
     assert (options.num_networks, options.num_steps, options.repeats) == (3, 2, 3)
     with pytest.raises(ValueError, match=r"num_examples .*got 0"):
-        bench.Evaluate(num_examples=0)
+        bench_options.Evaluate(num_examples=0)
+
+
+# Rows
+
+
+def test_a_row_is_of_one_of_the_steps_of_a_call():
+    row = BenchRow("step", Timing(30.0, (8.0, 4.0, 6.0)), "peer", Timing(9.0, (12.0,)), each=2)
+    assert (row.ours_s, row.theirs_s, row.ratio) == (3.0, 6.0, 0.5)
+    record = json.loads(json.dumps(bench_rows.record(row, {"device": "a device"})))
+    assert record == {
+        "row": "step",
+        "ours_s": 3.0,
+        "theirs_s": 6.0,
+        "peer": "peer",
+        "ratio": 0.5,
+        "target": None,
+        "compile_s": 24.0,  # of the call, not of a step
+        "theirs_compile_s": None,
+        "ours_range_s": [2.0, 4.0],
+        "theirs_range_s": [6.0, 6.0],
+        "repeats": 3,
+        "note": "",
+        "device": "a device",
+    }
+    alone = bench_rows.record(row._replace(theirs=None, compiles=False, peer_compiles=True), {})
+    assert (alone["theirs_s"], alone["ratio"], alone["theirs_range_s"]) == (None, None, None)
+    assert (alone["compile_s"], alone["theirs_compile_s"]) == (None, None)
+
+
+def test_table_of_rows_and_their_notes():
+    ours, theirs = Timing(30.0, (8.0, 4.0, 6.0)), Timing(9.5, (3.0, 2.0, 4.0))
+    missing = BenchRow("a", ours, "torch", None, target=1.2, note="not installed")
+    rows = [missing, missing._replace(row="b"), BenchRow("c", ours, "x", theirs, note="so", each=2)]
+    text = bench_rows.text([*rows, rows[2]._replace(row="d", peer_compiles=True, note="")])
+    table, notes = text.split("\n\n")
+    _, _, *lines = cells(table)
+    assert lines[0] == ["a", "6 (4–8)", "–", "torch", "–", "1.2", "24.0"]
+    assert lines[2] == ["c", "3 (2–4)", "1.5 (1–2)", "x", "2.00", "–", "24.0"]
+    assert lines[3][-1] == "24.0 / 6.5"
+    assert notes == "* torch is missing: not installed\n* c: so\n"
+    assert bench_rows.text([rows[2]._replace(note="")]).count("\n") == 3
+
+
+# Training steps and input gradients
+
+
+def test_training_steps_are_those_of_the_optimizer(digits):
+    params, inputs, labels = digits
+    images = inputs.astype(np.float32) / 255
+    batches = bench_train.full_batches(images, labels, 5, 5)
+    assert [batch.mask.sum() for batch in batches] == [5] * 5
+    np.testing.assert_array_equal(batches[1].inputs, images[5:10])
+    np.testing.assert_array_equal(batches[4].inputs, images[:5])  # around, without a padded one
+    run = bench_train.our_training(params, (8, 8, 1), dropout_rate=0.0, learning_rate=0.1)
+    first = run(batches[:1])
+    logits = nets.logits_fn(npz_network.conv_net(params, (8, 8, 1)), {"params": params})
+    expected = losses.cross_entropy(logits(images[:5]), labels[:5]).mean()
+    np.testing.assert_allclose(first, [expected], rtol=1e-5)
+    assert np.all(np.diff(run(batches[:1] * 4), prepend=first) < 0)  # goes on where it was
+    dropped = bench_train.our_training(params, (8, 8, 1))(batches[:1])
+    assert abs(dropped[0] - first[0]) > 1e-4
+    with pytest.raises(ValueError, match=r"expected batch_size <= 12, .* got 13"):
+        bench_train.full_batches(images, labels, 13, 1)
+
+
+def test_ascent_goes_on_after_success():
+    weights = jax.numpy.array([[2.0, -2.0], [1.0, -1.0]])
+    logits_fn = nets.callable_logits_fn(lambda w, x: x @ w - 0.3, weights)
+    inputs = np.array([[0.5, 0.5], [0.05, 0.5]], np.float32)
+    found = bench_train.ascend(logits_fn, inputs, np.array([0, 0]), 0.1, num_steps=5)
+    np.testing.assert_allclose(found, [[0.4, 0.4], [0.0, 0.4]], atol=1e-6)  # ball, and box
+
+
+def test_train_without_torch(digits, tmp_path, monkeypatch, capsys):
+    write(tmp_path, *digits)
+    monkeypatch.setattr(torch_side, "missing", lambda: "torch is not installed; do something")
+    output = tmp_path / "rows.json"
+    files = ["--network", tmp_path / "network.npz", "--images", tmp_path / "images.npz"]
+    sizes = ["--num-steps", "2", "--batch-size", "4", "--repeats", "2", "--json", output]
+    bench.run(bench.parse(["train", *map(str, [*files, *sizes])]))
+    rows = check_rows(output)
+    assert [row["target"] for row in rows] == [1.2, 0.95, 0.95]
+    assert {row["note"] for row in rows} == {"torch is not installed; do something"}
+    printed = capsys.readouterr().out
+    assert printed.count("torch is not installed") == 1
+    assert "training step" in printed
+
+
+def test_rows_of_training_are_of_one_step():
+    timings = {
+        name: Timing(9.0, (seconds,))
+        for name, seconds in {
+            bench_train.STEP: 2.0,
+            bench_train.GRADIENT: 4.0,
+            bench_train.PGD: 6.0,
+            bench_train.STEP_PEER: 8.0,
+            bench_train.GRADIENT_PEER: 16.0,
+        }.items()
+    }
+    for fooled in (0, 2):
+        success = np.arange(5) < fooled
+        results = {bench_train.PGD: SimpleNamespace(success=success)}
+        rows = bench_train.rows(
+            Timed(timings, results, {}), num_steps=4, batch_size=5, missing=None
+        )
+        assert [row.ours_s for row in rows] == [0.5, 1.0, 1.5]
+        assert [row.ratio for row in rows] == [0.25, 0.25, 0.375]
+        notes = [row.note for row in rows]
+        assert notes == ["", "", "2 images were fooled, and stopped there" if fooled else ""]
+
+
+# A sweep
+
+
+def test_all_ways_of_a_sweep_train_the_same_networks():
+    model = nets.digits_net(width=0.1)
+    timed = bench_sweep.compare(
+        model,
+        (8, 8, 1),
+        num_temperatures=2,
+        num_seeds=2,
+        num_steps=2,
+        batch_size=3,
+        repeats=1,
+    )
+    looped, vmapped, singles = (
+        timed.results[name]
+        for name in (bench_sweep.LOOPED, bench_sweep.VMAPPED, bench_sweep.SINGLES)
+    )
+    assert len(singles) == 4
+    for stack in (looped, vmapped):
+        for run, params in enumerate(singles):
+            ours = nets.index(stack, run)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, params)
+    kernels = np.asarray(looped["logits"]["kernel"])
+    for one, other in ((0, 1), (0, 2)):  # another seed, another temperature
+        assert np.abs(kernels[one] - kernels[other]).max() > 1e-4
+
+
+def test_targets_of_a_sweep_are_those_of_its_default_way():
+    names = (bench_sweep.LOOPED, bench_sweep.VMAPPED, bench_sweep.SINGLES)
+    seconds = zip(names, (1.0, 2.0, 4.0), strict=True)
+    timed = Timed({name: Timing(9.0, (value,)) for name, value in seconds}, {}, {})
+
+    def targets(temperatures, seeds, platform):
+        rows = bench_sweep.rows(
+            timed,
+            num_temperatures=temperatures,
+            num_seeds=seeds,
+            num_steps=8,
+            platform=platform,
+        )
+        assert [row.ratio for row in rows] == [0.25, 0.5]
+        assert {row.peer for row in rows} == {"one run at a time"}
+        return [row.target for row in rows]
+
+    assert targets(9, 1, "cpu") == [1.0, None]
+    assert targets(9, 3, "gpu") == [None, 0.15]
+    assert targets(9, 3, "cpu") == targets(3, 1, "cpu") == targets(9, 1, "gpu") == [None, None]
+
+
+def test_sweep_command(tmp_path, capsys, monkeypatch):
+    def compare(model, input_shape, **sizes):
+        assert (model, input_shape) == (nets.mnist_net(width=0.5), (28, 28, 1))
+        del sizes["after_call"]
+        assert sizes == {
+            "num_temperatures": 2,
+            "num_seeds": 1,
+            "num_steps": 3,
+            "batch_size": 4,
+            "repeats": 1,
+        }
+        names = (bench_sweep.LOOPED, bench_sweep.VMAPPED, bench_sweep.SINGLES)
+        return Timed({name: Timing(9.0, (1.5,)) for name in names}, {}, {})
+
+    monkeypatch.setattr(bench_sweep, "compare", compare)
+    output = tmp_path / "rows.json"
+    sizes = {"num-temperatures": 2, "num-steps": 3, "batch-size": 4, "width": 0.5, "repeats": 1}
+    arguments = [str(word) for name, size in sizes.items() for word in (f"--{name}", size)]
+    bench.run(bench.parse(["sweep", *arguments, "--json", str(output)]))
+    assert [row["ratio"] for row in check_rows(output)] == [1.0, 1.0]
+    assert "2 temperatures × 1 seed, 3 steps each" in capsys.readouterr().out
+
+
+# The input path
+
+
+def test_every_way_gives_an_epochs_batches(tmp_path):
+    timed = bench_data.compare(10, shape=(4, 4, 1), batch_size=4, repeats=1, missing="no torch")
+    assert list(timed.results) == [bench_data.STORE, bench_data.HOST]
+    (count, (inputs, labels)), host = timed.results.values()
+    assert count == host[0] == data.num_batches(10, 4)
+    assert inputs.shape == (4, 4, 4, 1)
+    np.testing.assert_array_equal(inputs, host[1][0])  # the same order, exactly the same floats
+    np.testing.assert_array_equal(labels, host[1][1])
+    output = tmp_path / "rows.json"
+    arguments = ["--num-examples", "10", "--batch-size", "4", "--repeats", "1"]
+    bench.run(bench.parse(["data", *arguments, "--json", str(output)]))
+    assert [row["peer"] for row in check_rows(output)] == [bench_data.HOST, bench_data.LOADER]
+
+
+# Start-up
+
+
+def test_imports_take_turns_and_their_own_seconds_count():
+    log = []
+    seconds = {bench_startup.THEIRS: [9.0, 2.0, 1.0, 3.0], bench_startup.OURS: [8.0, 2.5, 4.0, 2.0]}
+
+    def import_seconds(statement):
+        log.append(statement)
+        return seconds[statement].pop(0)
+
+    timed = bench_startup.compare(repeats=3, import_seconds=import_seconds)
+    assert log == [bench_startup.THEIRS, bench_startup.OURS] * 4
+    (row,) = bench_startup.rows(timed)
+    assert (row.ours_s, row.theirs_s, row.ratio) == (2.5, 2.0, 1.25)
+    assert row.target == 1.15  # 0.3 s more than theirs
+    assert row.note.startswith("adds 0.500 s")
+    assert bench_rows.record(row, {})["compile_s"] is None
+
+
+def test_seconds_of_a_statement_in_a_fresh_process():
+    assert 0.05 <= bench_startup.seconds_in_a_fresh_process("time.sleep(0.05); print('x')") < 5
+    with pytest.raises(subprocess.CalledProcessError):
+        bench_startup.seconds_in_a_fresh_process("import no_such_module_anywhere")
+
+
+def test_startup_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_startup, "seconds_in_a_fresh_process", lambda statement: 1.0)
+    output = tmp_path / "rows.json"
+    bench.run(bench.parse(["startup", "--json", str(output)]))
+    (row,) = check_rows(output)
+    assert row["ratio"] == 1.0
