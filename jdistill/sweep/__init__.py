@@ -8,6 +8,7 @@ share the runs between them.
 """
 
 from jdistill.sweep._chain import SweepResult, chain
-from jdistill.sweep._fit import create_state, fit
+from jdistill.sweep._fit import fit
+from jdistill.sweep._states import create_state
 
 __all__ = ["SweepResult", "chain", "create_state", "fit"]

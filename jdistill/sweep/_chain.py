@@ -9,8 +9,9 @@ import numpy as np
 from jdistill import distill, nets, train
 from jdistill.distill import Generation
 from jdistill.sweep import _program
-from jdistill.sweep._fit import Labeler, Options, checked_keys, create_state, spread, train_stack
+from jdistill.sweep._fit import Labeler, Options, train_stack
 from jdistill.sweep._program import Kind
+from jdistill.sweep._states import checked_keys, create_state, spread
 from jdistill.train import TrainState, TrainStep
 from jdistill.train._fit import check_examples
 from jdistill.typing import Array, ArrayLike, Callback

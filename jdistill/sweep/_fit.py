@@ -1,103 +1,18 @@
 """The host loop over epochs for a stack of runs, in chunks of runs that fit into memory."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jdistill import _validate, data, nets, train
+from jdistill import _validate, data, nets
 from jdistill.sweep import _memory, _program
 from jdistill.sweep._program import Augment, Kind, Store
 from jdistill.train import TrainState, TrainStep
 from jdistill.train._fit import check_examples
-from jdistill.typing import Array, ArrayLike, Callback, LossFn, PyTree
-
-
-def create_state(
-    step: TrainStep,
-    params: PyTree,
-    keys: Array,
-    *,
-    model_state: PyTree | None = None,
-    hyperparams: Mapping[str, ArrayLike] | None = None,
-) -> TrainState:
-    """A stack of states at step 0, each with a fresh optimizer.
-
-    Args:
-        step: whose optimizer starts.
-        params: the initial weights, every leaf `[R, ...]` (`nets.stack`).
-        keys: `[R]` PRNG keys, one a run; equal keys visit the examples in one order.
-        model_state: every leaf `[R, ...]`; None is `{}`.
-        hyperparams: as in `train.create_state`; each a scalar or `[R]`, one number a run.
-
-    Returns:
-        The stack, every leaf `[R, ...]`.
-
-    Raises:
-        ValueError: as `train.create_state`; or shapes that do not fit `[R]`.
-
-    Example:
-        >>> from jdistill import nets, sweep, train
-        >>> model = nets.digits_net(width=0.25)
-        >>> step = train.make_train_step(nets.apply_fn(model), train.sgd(0.1))
-        >>> keys = jax.random.split(jax.random.key(0), 3)
-        >>> params, _ = jax.vmap(lambda key: nets.init(model, key, (8, 8, 1)))(keys)
-        >>> state = sweep.create_state(step, params, keys, hyperparams={"learning_rate": 0.2})
-        >>> state.step.tolist()
-        [0, 0, 0]
-    """
-    keys = checked_keys(keys)
-    num_runs = len(keys)
-    if nets.stack_size(params) != num_runs:
-        raise ValueError(
-            f"expected the weights of {num_runs} runs, one a key, got {nets.stack_size(params)}; "
-            "pass nets.stack([params, ...])"
-        )
-    numbers = {
-        name: spread(np.asarray(value), num_runs, name)
-        for name, value in (hyperparams or {}).items()
-    }
-    # For the errors, which a number that is traced cannot raise.
-    train.create_state(step, nets.index(params, 0), keys[0], hyperparams=numbers_of(numbers, 0))
-    for name, value in numbers.items():
-        if name == "learning_rate":
-            _validate.positive(learning_rate=value)
-
-    def one(params: PyTree, key: Array, model_state: PyTree, values: PyTree) -> TrainState:
-        return train.create_state(
-            step, params, key, model_state=model_state, hyperparams=values or None
-        )
-
-    return jax.vmap(one)(params, keys, {} if model_state is None else model_state, numbers)
-
-
-def checked_keys(keys: Any) -> Array:
-    """One key a run, `[R]`."""
-    keys = _validate.prng_key(keys)
-    if keys.ndim != 1:
-        raise ValueError(
-            f"expected keys of shape [R], one a run, got shape {keys.shape}; "
-            "pass jax.random.split(key, R) or jax.vmap(jax.random.key)(seeds)"
-        )
-    return keys
-
-
-def spread(values: np.ndarray, num_runs: int, name: str) -> np.ndarray:
-    """A number a run, `[R]`."""
-    if values.shape not in ((), (num_runs,)):
-        raise ValueError(
-            f"expected {name} to be a scalar or of shape [R] = ({num_runs},), got shape "
-            f"{values.shape}; pass one number, or one per run"
-        )
-    return np.broadcast_to(values, (num_runs,)).astype(np.float32)
-
-
-def numbers_of(numbers: Mapping[str, np.ndarray], run: int) -> dict[str, float]:
-    """One run's numbers."""
-    return {name: float(value[run]) for name, value in numbers.items()}
-
+from jdistill.typing import Array, Callback, LossFn, PyTree
 
 # Given some runs, their soft labels `[r, N, K]` on the devices, or None.
 Labeler = Callable[[Kind, np.ndarray], Any]
@@ -374,10 +289,8 @@ class _Chunk:
             return new[:size] if size == len(whole) else whole.at[self.runs].set(new[:size])
 
         # Keys stay as they are, and cannot be set.
-        changed = [
-            jax.tree.map(merge, *fields) for fields in zip(state[:-1], part[:-1], strict=True)
-        ]
-        return TrainState(*changed, state.key)
+        step, params, model_state, opt_state = jax.tree.map(merge, state[:-1], part[:-1])
+        return TrainState(step, params, model_state, opt_state, state.key)
 
 
 def _bytes_needed(
