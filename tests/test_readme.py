@@ -77,8 +77,14 @@ def test_quick_start_shows_the_contrast(tmp_path):
 
 
 def test_own_model_runs(tmp_path):
-    (code,) = blocks("python")[2:]
+    code = blocks("python")[2]
     assert run(code, tmp_path).count("[") >= 9  # three arrays for each of three networks
+
+
+def test_a_sweep_runs(tmp_path):
+    (code,) = blocks("python")[3:]
+    printed = run(code, tmp_path)
+    assert printed == "[False False False False False False] (6, 10)\n"
 
 
 @pytest.mark.parametrize("name", TEXTS)
