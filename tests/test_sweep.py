@@ -18,6 +18,7 @@ LABELS = RNG.integers(0, K, N).astype(np.int32)
 SEEDS = np.array([3, 3, 8, 8, 9])
 TEMPERATURES = np.float32([1, 20, 1, 5, 100])
 RATES = np.float32([0.1, 0.4, 0.2, 0.3, 0.8])
+DECAYS = np.float32([0.01, 0, 0.1, 0.01, 0.3])  # of the learning rate: each run's own schedule
 R = len(SEEDS)
 KEYS = jax.vmap(jax.random.key)(SEEDS)
 TRACES = []
@@ -33,7 +34,7 @@ def dropping(params, model_state, inputs, *, train, key):
     return hidden @ params["second"], model_state
 
 
-STEP = train.make_train_step(dropping, train.sgd(0.3, decay=0.01))
+STEP = train.make_train_step(dropping, train.sgd(0.3))
 
 
 def weights(seed):
@@ -52,7 +53,7 @@ def generation(rates=RATES, step=STEP, num_epochs=EPOCHS):
         step=step,
         params=ALL_WEIGHTS,
         num_epochs=num_epochs,
-        hyperparams={"learning_rate": rates},
+        hyperparams={"learning_rate": rates, "decay": DECAYS},
     )
 
 
@@ -63,7 +64,7 @@ def swept(num_generations=3, *, runs=slice(None), rates=RATES, **kwargs):
         step=one.step,
         params=jax.tree.map(lambda leaf: leaf[runs], one.params),
         num_epochs=one.num_epochs,
-        hyperparams={"learning_rate": rates[runs]},
+        hyperparams={"learning_rate": rates[runs], "decay": DECAYS[runs]},
     )
     return sweep.chain(
         [one] * num_generations,
@@ -80,7 +81,7 @@ def alone(run, num_generations=3, **kwargs):
         step=STEP,
         params=nets.index(ALL_WEIGHTS, run),
         num_epochs=EPOCHS,
-        hyperparams={"learning_rate": float(RATES[run])},
+        hyperparams={"learning_rate": float(RATES[run]), "decay": float(DECAYS[run])},
     )
     return distill.chain(
         [one] * num_generations,
@@ -281,7 +282,8 @@ def test_the_epochs_metrics_are_those_of_a_single_run(whole):
 
 
 def test_fit_on_hard_labels_is_train_fit():
-    state = sweep.create_state(STEP, ALL_WEIGHTS, KEYS, hyperparams={"learning_rate": RATES})
+    numbers = {"learning_rate": RATES, "decay": DECAYS}
+    state = sweep.create_state(STEP, ALL_WEIGHTS, KEYS, hyperparams=numbers)
     stack, diverged = sweep.fit(
         STEP,
         state,
@@ -293,7 +295,7 @@ def test_fit_on_hard_labels_is_train_fit():
     )
     assert not diverged.any()
     for run in (0, 4):
-        rates = {"learning_rate": RATES[run]}
+        rates = {name: values[run] for name, values in numbers.items()}
         single = train.fit(
             STEP,
             train.create_state(STEP, nets.index(ALL_WEIGHTS, run), KEYS[run], hyperparams=rates),
@@ -413,7 +415,7 @@ def test_all_runs_diverging_ends_the_sweep_at_once():
         ({"keys": KEYS[0]}, r"expected keys of shape \[R\]"),
         ({"keys": KEYS[:2], "temperature": 1.0}, "expected the weights of 2 runs"),
         ({"generations": [generation(RATES[:3])]}, "learning_rate to be a scalar or of shape"),
-        ({"generations": [generation(-RATES)]}, "learning_rate"),
+        ({"generations": [generation(-RATES)]}, "learning_rate > 0"),
         ({"examples": (INPUTS, LABELS[:3])}, "labels"),
         ({"examples": (INPUTS * np.nan, LABELS)}, "nan"),
         ({"start": [None] * 2}, "at most 1 states in start"),

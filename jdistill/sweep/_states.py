@@ -56,10 +56,7 @@ def create_state(
         for name, value in (hyperparams or {}).items()
     }
     # For the errors, which a number that is traced cannot raise.
-    train.create_state(step, nets.index(params, 0), keys[0], hyperparams=numbers_of(numbers, 0))
-    for name, value in numbers.items():
-        if name == "learning_rate":
-            _validate.positive(learning_rate=value)
+    train.create_state(step, nets.index(params, 0), keys[0], hyperparams=numbers)
 
     def one(params: PyTree, key: Array, model_state: PyTree, values: PyTree) -> TrainState:
         return train.create_state(
@@ -88,8 +85,3 @@ def spread(values: np.ndarray, num_runs: int, name: str) -> np.ndarray:
             f"{values.shape}; pass one number, or one per run"
         )
     return np.broadcast_to(values, (num_runs,)).astype(np.float32)
-
-
-def numbers_of(numbers: Mapping[str, np.ndarray], run: int) -> dict[str, float]:
-    """One run's numbers."""
-    return {name: float(value[run]) for name, value in numbers.items()}

@@ -18,13 +18,13 @@ def sgd(
         w ← w + momentum · v - lr_t · g
 
     Args:
-        learning_rate: above 0; a number in the optimizer's state, so that `create_state` can set
-            it without a compilation.
+        learning_rate: above 0; like `decay` a number in the optimizer's state, so that
+            `create_state` can set it without a compilation, and a sweep for each run.
         decay: per update, at least 0.
         momentum: in `[0, 1)`.
 
     Returns:
-        The optimizer, with the injected hyperparameter `learning_rate`.
+        The optimizer, with the injected hyperparameters `learning_rate` and `decay`.
 
     Raises:
         ValueError: numbers out of range.
@@ -46,11 +46,11 @@ def sgd(
     if momentum == 1:
         raise ValueError(f"expected momentum in [0, 1), got {momentum!r}; pass 0.9")
 
-    def with_rate(learning_rate: float) -> optax.GradientTransformation:
+    def with_numbers(learning_rate: float, decay: float) -> optax.GradientTransformation:
         return optax.chain(
             # Before the momentum and not after it: Keras's velocity remembers each step's rate.
             optax.scale_by_schedule(lambda count: -learning_rate / (1 + decay * count)),
             optax.trace(decay=momentum, nesterov=True),
         )
 
-    return optax.inject_hyperparams(with_rate)(learning_rate=learning_rate)
+    return optax.inject_hyperparams(with_numbers)(learning_rate=learning_rate, decay=decay)

@@ -143,8 +143,8 @@ def create_state(
 
     Raises:
         ValueError: a hyperparameter that the optimizer does not have, a learning rate that is not
-            above 0, or a key that is not a
-            Threefry key (others draw differently on another number of devices).
+            above 0, a decay below 0, or a key that is not a Threefry key (others draw differently
+            on another number of devices).
     """
     key = _validate.prng_key(key)
     opt_state = step.optimizer.init(params)
@@ -159,6 +159,8 @@ def create_state(
         for name, value in hyperparams.items():
             if name == "learning_rate":
                 _validate.positive(learning_rate=value)
+            if name == "decay":
+                _validate.non_negative(decay=value)
         values = {
             name: jnp.asarray(value, known[name].dtype) for name, value in hyperparams.items()
         }
