@@ -48,6 +48,11 @@ def train(folder: epath.Path, recipe: Recipe, examples: data.Split, *, mode: str
     fit_mode = "jit" if mode == "sweep" else mode
     fit_options: dict[str, Any] = {"batch_size": recipe.batch_size, "mode": fit_mode}
     if mode == "sweep":
+        if jax.process_count() > 1:  # each would train all chains into the same checkpoints
+            raise ValueError(
+                f"expected one process for a sweep, got {jax.process_count()}; start it on one "
+                "host, whose devices share the chains, or use --parallel jit"
+            )
         starts = {
             seed: initial_weights(folder, recipe, examples, step, seed, fit_options)
             for seed in recipe.seeds

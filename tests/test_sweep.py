@@ -373,6 +373,18 @@ def test_augmentation_is_keyed_by_example_and_step():
     assert_close(first, again, rtol=0)
 
 
+def test_a_network_that_cannot_be_hashed_will_do(whole):
+    class Network:
+        __hash__ = None
+
+        def __call__(self, *args, **kwargs):
+            return dropping(*args, **kwargs)
+
+    other = generation(step=train.make_train_step(Network(), train.sgd(0.3)))
+    result = changed(generations=[other] * 2, temperature=TEMPERATURES)
+    assert_close(result.states[-1], whole.states[1])
+
+
 def test_other_numbers_compile_nothing(whole):
     del whole
     TRACES.clear()

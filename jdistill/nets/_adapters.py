@@ -8,16 +8,19 @@ reused for new weights, and `jax.vmap` maps over stacked ones.
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.tree_util import Partial
 
 from jdistill import _validate
 from jdistill.typing import ApplyFn, Array, LogitsFn, PyTree
+
+# Imported where it is used: it takes as long as all of this library.
+if TYPE_CHECKING:
+    from flax import nnx
 
 # Other names for the train/eval switch. A module that takes one of these but not `train` would
 # silently run in whichever mode is its default, so it is refused.
@@ -120,6 +123,8 @@ class _NnxLogits:
     graphdef: Any
 
     def __call__(self, state: PyTree, inputs: Array, /) -> Array:
+        from flax import nnx
+
         return nnx.merge(self.graphdef, state)(inputs)
 
 
@@ -196,7 +201,7 @@ def logits_fn(model: nn.Module, variables: Mapping[str, PyTree]) -> Partial:
     return Partial(_LinenLogits(model), dict(variables))
 
 
-def nnx_logits_fn(module: nnx.Module) -> Partial:
+def nnx_logits_fn(module: "nnx.Module") -> Partial:
     """The `LogitsFn` of a Flax NNX module, in evaluation mode.
 
     The module's present weights are taken; the module itself is not changed, and later changes
@@ -219,6 +224,8 @@ def nnx_logits_fn(module: nnx.Module) -> Partial:
         >>> net(jnp.zeros((4, 3))).shape
         (4, 2)
     """
+    from flax import nnx
+
     if not isinstance(module, nnx.Module):
         raise ValueError(
             f"expected a Flax NNX module, got {type(module).__name__}; use logits_fn for a Linen "

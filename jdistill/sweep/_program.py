@@ -185,7 +185,21 @@ def plan_of(
     return Plan(np.stack([laid[seed] for seed in seeds]), mask)
 
 
-@functools.lru_cache(maxsize=32)
+def _once(make: Callable[..., Any]) -> Callable[..., Any]:
+    """One program for equal arguments; a step that cannot be hashed gets a new one each time."""
+    cached = functools.lru_cache(maxsize=32)(make)
+
+    @functools.wraps(make)
+    def program(*args: Any) -> Any:
+        try:
+            return cached(*args)
+        except TypeError:
+            return make(*args)
+
+    return program
+
+
+@_once
 def steps_program(kind: Kind) -> Any:
     """The jitted `(shared, state, alive, loss_fn, targets, rows) -> (state, alive, sums)`.
 
@@ -198,7 +212,7 @@ def steps_program(kind: Kind) -> Any:
     return jax.jit(_over_runs(kind, one))
 
 
-@functools.lru_cache(maxsize=32)
+@_once
 def labels_program(kind: Kind, chunk_size: int) -> Any:
     """The jitted `((store,), state, temperature) -> soft labels [R, N, K]`, chunk by chunk."""
 
