@@ -1,9 +1,14 @@
-"""Square beside the reference's: both draw for themselves, so what is compared are shares."""
+"""Square beside the reference's: both draw for themselves, so what is compared are shares.
+
+The reference draws one window and one sign a step for the whole batch, so that all its examples
+are lucky or unlucky together and its share varies with the seed; here each example draws its own.
+"""
 
 import functools
 import os
 
 import jax
+import numpy as np
 import pytest
 
 from experiments import peers, torch_side
@@ -21,10 +26,10 @@ NUM_IMAGES = 500 if FULL else 20
 NUM_QUERIES = 5000 if FULL else 100
 
 
-def square(norm, eps, num_queries, seed=0):
+def square(norm, eps, num_queries, seeds):
     """Square with AutoAttack's settings: a schedule that is not rescaled."""
 
-    def theirs(model, inputs, labels):
+    def theirs(seed, model, inputs, labels):
         attack = reference.SquareAttack(
             model,
             norm={"linf": "Linf", "l2": "L2"}[norm],
@@ -41,19 +46,23 @@ def square(norm, eps, num_queries, seed=0):
         norm,
         f"eps {eps:g}, {num_queries} queries",
         functools.partial(attacks.square, norm=norm, eps=eps, num_queries=num_queries),
-        {"pyautoattack": theirs},
+        {f"pyautoattack, seed {seed}": functools.partial(theirs, seed) for seed in range(seeds)},
     )
 
 
 @pytest.mark.parametrize(
-    ("name", "norm", "eps"),
-    [("plain_small", "linf", 0.15), ("robust_small", "linf", 0.35), ("robust_small", "l2", 2.0)],
+    ("name", "norm", "eps", "seeds"),  # of the reference; most examples of the last two stand
+    [
+        ("plain_small", "linf", 0.15, 3 if FULL else 1),
+        ("robust_small", "linf", 0.35, 1),
+        ("robust_small", "l2", 2.0, 1),
+    ],
     ids=str,
 )
-def test_robust_accuracy(name, norm, eps, pair, all_images, record):
+def test_robust_accuracy(name, norm, eps, seeds, pair, all_images, record):
     logits_fn, model = pair(name)
     images = all_images(NUM_IMAGES)
-    comparison = square(norm, eps, NUM_QUERIES)
+    comparison = square(norm, eps, NUM_QUERIES, seeds)
     result = comparison.ours(logits_fn, jax.random.key(0), *images)
     inputs, labels = torch_side.torch_batch(*images)
     found, _ = torch_side.torch_batch(result.inputs, images[1])
@@ -65,8 +74,8 @@ def test_robust_accuracy(name, norm, eps, pair, all_images, record):
         for toolkit, attack in comparison.peers.items()
     }
     record(comparison, name, f"robust accuracy of {len(labels)} images, %", ours, theirs)
-    # Each draws its own squares. At full size within one point; few images are one or two apart.
+    # At full size within one point of the seeds' mean; few images are one or two apart.
     tolerance = 1.0 if FULL else 2 * 100 / NUM_IMAGES
-    assert all(abs(ours - other) <= tolerance + 1e-3 for other in theirs.values())
+    assert abs(ours - np.mean(list(theirs.values()))) <= tolerance + 1e-3
     clean = 100 * (1 - torch_side.fooled(model, inputs, labels).mean())
     assert ours < clean
