@@ -137,10 +137,10 @@ first 100 test images (20 for Carlini & Wagner's L0 and Linf, 500 for APGD, Squa
 network trained on PGD examples (linf, 0.1); `plain_small`, `distilled_small` and `robust_small`
 (linf, 0.3) are narrower ones. `tests/parity/make_networks.py` makes them.
 
-APGD starts from the same points on both sides. Where the two part, float32 decides: a cross-entropy
-of 1e-5 has two digits left, and a ReLU's kink two gradients; in float64 they are one algorithm. Square
-draws a window a step for each example, the reference one for the whole batch, so its share varies
-with the seed.
+APGD starts from the same points on both sides. Where the two part, float32 decides: a
+cross-entropy of 1e-5 has two digits left, and a ReLU's kink two gradients; in float64 they are one
+algorithm. Square draws a window a step for each example, the reference one for the whole batch, so
+its share varies with the seed.
 
 A mean distance is over the images that all of them fool, and the lower one is the better attack. A
 toolkit that fools fewer than half of the images stands with that share and without a mean, which
