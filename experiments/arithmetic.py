@@ -6,6 +6,7 @@ outputs, or their gradients) once from memory and writes the third once, and eve
 ReLU, dropout, loss) happens on the way at no cost.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -66,7 +67,7 @@ def layers(model: nets.ConvNet, input_shape: tuple[int, int, int], batch_size: i
         height, width = height // 2, width // 2
         found.append(Layer(f"pool_{number}", 0, outputs, 0, batch_size * height * width * channels))
     sizes = (height * width * channels, *model.hidden, model.num_classes)
-    for number, (before, after) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for number, (before, after) in enumerate(itertools.pairwise(sizes)):
         name = f"dense_{number}" if number < len(model.hidden) else "logits"
         flops = 2 * batch_size * before * after
         found.append(Layer(name, flops, batch_size * before, before * after, batch_size * after))

@@ -68,7 +68,7 @@ def ascending(
     model: nets.ConvNet,
     input_shape: tuple[int, ...],
     batch_size: int,
-    precision: str | None = "highest",
+    precision: str = "highest",
 ) -> Step:
     """A step of PGD in an L-infinity ball: gradient, sign step, into ball and box.
 
@@ -76,12 +76,12 @@ def ascending(
         model: the network.
         input_shape: of one image.
         batch_size: images.
-        precision: of matrix products; attacks have `"highest"`, None is the device's own.
+        precision: of matrix products; attacks have `"highest"`; `"default"` is the device's own.
     """
 
     def call(variables: Any, images: Array, inputs: Array, labels: Array, eps: Array) -> Array:
         def total(images: Array) -> Array:
-            logits = model.apply(variables, images)
+            logits: Any = model.apply(variables, images)
             return jnp.sum(losses.cross_entropy(logits, labels))
 
         with jax.default_matmul_precision(precision):

@@ -4,11 +4,10 @@
     python -m experiments.tpu_view --steps sweep --num-runs 9
     python -m experiments.tpu_view --json runs/tpu-view.json
 
-Compiles ahead of time for one chip (v5e:1x1) with the compiler in the package `libtpu`, which has to
-be installed beside JAX. It is that compiler's estimate and no measurement: nothing is run.
+Compiles ahead of time for one chip (v5e:1x1) with the compiler in the package `libtpu`, which has
+to be installed beside JAX. It is that compiler's estimate and no measurement: nothing is run.
 """
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -18,31 +17,28 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
-from unittest import mock
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import tyro
 from jax.experimental import topologies
 
-from experiments import bench_rows, steps
+from experiments import bench_rows, lowerings, steps
+from experiments.lowerings import LOWERINGS, PRECISIONS, StepName
 from experiments.progress import Progress
-from jdistill import _validate, nets, runtime
-from jdistill.nets import _convnet, _convolution, _pooling
-from jdistill.typing import Array
+from jdistill import _validate, runtime
 
 _TOPOLOGY = "v5e:1x1"
-_INPUT_SHAPE = (28, 28, 1)
+# So that libtpu does not ask a cloud's metadata which TPU this is.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 ESTIMATE = (
     "the TPU compiler's estimate for one v5e chip and not a measurement: nothing was run on a TPU"
 )
-
-StepName = Literal["training", "sweep", "pgd"]
-ConvolutionName = Literal["xla", "jdistill", "cpu rules", "patches"]
-PoolingName = Literal["xla", "jdistill", "mask"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,37 +65,6 @@ class Options:
             raise ValueError("expected at least one step, got none; pick of training, sweep, pgd")
         if self.json is not None and not self.json.endswith(".json"):
             raise ValueError(f"expected json to end in .json, got {self.json!r}; rename it")
-
-
-class Lowering(NamedTuple):
-    """A way to write a step.
-
-    Attributes:
-        name: as in the table.
-        convolution: XLA's own; the library's; the library's rules for CPU, on TPU; patches times
-            weights.
-        pooling: XLA's own; the library's; the library's rule for CPU, on TPU.
-        precision: of an attack's products; None is the device's own.
-    """
-
-    name: str
-    convolution: ConvolutionName = "xla"
-    pooling: PoolingName = "xla"
-    precision: str | None = "highest"
-
-
-# The first is what the others are compared with.
-LOWERINGS = (
-    Lowering("XLA's convolution and pooling"),
-    Lowering("jdistill's, as it is", "jdistill", "jdistill"),
-    Lowering("convolution by the CPU's rules", "cpu rules"),
-    Lowering("patches × weights", "patches"),
-    Lowering("max-pool by mask", pooling="mask"),
-)
-PRECISIONS = (
-    Lowering("XLA's, precision high (3 bfloat16 products)", precision="high"),
-    Lowering("XLA's, precision default (1 bfloat16 product)", precision="default"),
-)
 
 
 class Estimate(NamedTuple):
@@ -183,12 +148,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and run."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
     check_compiler()
-    # The host's own backend; the compiler for TPU is asked for by name. No cloud's metadata.
+    # The host's own backend; the compiler for TPU is asked for by name.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     if options.json is not None:
         folder = pathlib.Path(options.json).expanduser().parent
         runtime.check_writable(folder, remedy="choose another --json")
@@ -220,7 +184,7 @@ def check_compiler() -> None:
 
 def run(options: Options) -> None:
     """Compile everything, print the table, and write the rows where asked to."""
-    device = topologies.get_topology_desc(
+    device: Any = topologies.get_topology_desc(
         platform="tpu", topology_name=_TOPOLOGY, chips_per_host_bounds=[1, 1, 1]
     ).devices[0]
     rows = estimates(options, lambda step: compiled(step, device))
@@ -242,13 +206,20 @@ def estimates(options: Options, compile_: Callable[[steps.Step], Estimate]) -> l
     rows: list[Row] = []
     with Progress() as progress:
         for name in options.steps:
-            lowerings = (*LOWERINGS, *(PRECISIONS if name == "pgd" else ()))
-            move = {"event": "call", "stage": name, "total": len(lowerings), "unit": "program"}
+            ways = (*LOWERINGS, *(PRECISIONS if name == "pgd" else ()))
+            move = {"event": "call", "stage": name, "total": len(ways), "unit": "program"}
             progress({**move, "done": 0})
             first = None
-            for done, lowering in enumerate(lowerings, start=1):
-                with _written(lowering):
-                    estimate = compile_(_step(name, lowering, options))
+            for done, lowering in enumerate(ways, start=1):
+                with lowerings.written(lowering):
+                    step = lowerings.step(
+                        name,
+                        lowering,
+                        width=options.width,
+                        batch_size=options.batch_size,
+                        num_runs=options.num_runs,
+                    )
+                    estimate = compile_(step)
                 first = first or estimate
                 rows.append(Row(_titles(options)[name], lowering.name, estimate, first))
                 progress({**move, "done": done})
@@ -265,7 +236,7 @@ def compiled(step: steps.Step, device: Any) -> Estimate:
     started = time.perf_counter()
     program = jax.jit(step.call).lower(*arguments).compile()
     seconds = time.perf_counter() - started
-    memory = program.memory_analysis()
+    memory: Any = program.memory_analysis()
     return read(
         program.as_text() or "",
         program.cost_analysis() or {},
@@ -398,94 +369,6 @@ def _heading(options: Options, versions: Mapping[str, str]) -> str:
         "first lowering; on the chip: arguments, outputs and temporaries",
     ]
     return "".join(f"* {line}\n" for line in lines) + "\n"
-
-
-def _step(name: StepName, lowering: Lowering, options: Options) -> steps.Step:
-    """The step, with a network that is written that way."""
-    model = nets.mnist_net(
-        width=options.width, conv_general_dilated=_CONVOLUTIONS[lowering.convolution]
-    )
-    if name == "training":
-        return steps.training(model, _INPUT_SHAPE, options.batch_size)
-    if name == "sweep":
-        return steps.sweeping(model, _INPUT_SHAPE, options.batch_size, options.num_runs)
-    return steps.ascending(model, _INPUT_SHAPE, options.batch_size, lowering.precision)
-
-
-@contextlib.contextmanager
-def _written(lowering: Lowering) -> Iterator[None]:
-    """Within: what the network has no argument for is written that way, too."""
-    jax.clear_caches()  # of the rules that were traced before
-    with contextlib.ExitStack() as stack:
-        if lowering.convolution == "cpu rules":
-            stack.enter_context(mock.patch.object(_convolution, "lax", _CpuRules()))
-        if lowering.pooling == "mask":
-            stack.enter_context(mock.patch.object(_pooling, "lax", _CpuRules()))
-        if lowering.pooling == "xla":
-            stack.enter_context(mock.patch.object(_convnet, "max_pool", _xla_max_pool))
-        yield
-    jax.clear_caches()
-
-
-class _CpuRules:
-    """`jax.lax`, but every platform gets what is meant for CPU."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(jax.lax, name)
-
-    @staticmethod
-    def platform_dependent(
-        *arguments: Any, cpu: Callable[..., Any], default: Callable[..., Any]
-    ) -> Any:
-        del default
-        return cpu(*arguments)
-
-
-def _xla_max_pool(inputs: Array) -> Array:
-    return nn.max_pool(inputs, (2, 2), (2, 2))
-
-
-def patches_convolution(
-    lhs: Array,
-    rhs: Array,
-    window_strides: Sequence[int],
-    padding: Any,
-    *,
-    precision: Any = None,
-    **options: Any,
-) -> Array:
-    """A 'valid' convolution as shifted inputs side by side times the weights, one product.
-
-    Under `vmap` over weights that is a batched product, where XLA's convolution is a grouped one.
-
-    Args:
-        lhs: inputs `[B, H, W, I]`.
-        rhs: kernel `[h, w, I, O]`.
-        window_strides: all 1.
-        padding: `"VALID"`, or pairs of 0.
-        precision: of the product.
-        **options: the rest of what `jax.lax.conv_general_dilated` takes; not looked at.
-    """
-    del window_strides, padding, options
-    rows, columns, _, features = rhs.shape
-    height, width = lhs.shape[1] - rows + 1, lhs.shape[2] - columns + 1
-    patches = jnp.concatenate(
-        [
-            lhs[:, row : row + height, column : column + width]
-            for row in range(rows)
-            for column in range(columns)
-        ],
-        axis=-1,
-    )
-    return jnp.matmul(patches, jnp.reshape(rhs, (-1, features)), precision=precision)
-
-
-_CONVOLUTIONS: Mapping[ConvolutionName, Callable[..., Array]] = {
-    "xla": jax.lax.conv_general_dilated,
-    "jdistill": nets.conv_general_dilated,
-    "cpu rules": nets.conv_general_dilated,
-    "patches": patches_convolution,
-}
 
 
 if __name__ == "__main__":
