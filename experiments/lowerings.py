@@ -76,7 +76,6 @@ def step(
 @contextlib.contextmanager
 def written(lowering: Lowering) -> Iterator[None]:
     """Within: what the network has no argument for is written that way, too."""
-    jax.clear_caches()  # of the rules that were traced before
     with contextlib.ExitStack() as stack:
         if lowering.convolution == "cpu rules":
             stack.enter_context(mock.patch.object(_convolution, "lax", _CpuRules()))
@@ -85,7 +84,6 @@ def written(lowering: Lowering) -> Iterator[None]:
         if lowering.pooling == "xla":
             stack.enter_context(mock.patch.object(_convnet, "max_pool", _xla_max_pool))
         yield
-    jax.clear_caches()
 
 
 class _CpuRules:

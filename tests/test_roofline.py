@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +141,28 @@ def test_roofline_command(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "training step, batch 4" in printed
     assert "achieved" in printed
+
+
+def test_the_page_has_the_arithmetic():
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "performance.md").read_text("utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page.splitlines()
+        if line.startswith("|")
+    ]
+    sizes = (nets.mnist_net(), (28, 28, 1), 128)
+    for layer in arithmetic.layers(*sizes):
+        numbers = [layer.inputs, layer.weights, layer.outputs]
+        millions = [f"{layer.flops / 1e6:,.1f}", *(f"{number:,}" for number in numbers)]
+        assert [f"`{layer.name}`", *millions, f"{layer.bytes / 1e6:.2f}"] in rows
+    for name, work in (
+        ("training step", arithmetic.training(*sizes)),
+        ("PGD step", arithmetic.ascending(*sizes)),
+    ):
+        (row,) = (row for row in rows if row[0] == name and len(row) == 6)
+        assert row[1] == f"{work.flops / 1e9:.3f}"
+        assert row[2] == f"{work.bytes / 1e6:.0f}"
+        assert row[3] == f"{work.flops / work.bytes:.0f}"
 
 
 def test_options_of_the_roofline():

@@ -2,10 +2,10 @@
 
 import importlib.util
 import json
+import re
 from collections import Counter
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -125,29 +125,50 @@ def test_the_table_has_all_lowerings_and_the_runs_one_by_one():
     assert cells[:6] == ["sweep step, 3 runs", "3 × the training step", "12", "9", "3.000", "0.50"]
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS, ids=lambda lowering: lowering.name)
-def test_every_lowering_takes_the_same_step(lowering):
-    """The images of a PGD step are the library's own."""
-    found = {}
-    for one in (LOWERINGS[1], lowering):
+def operations(name, lowering, platform):
+    """How often each operation is in a step that is lowered for a platform; nothing compiles."""
+    with lowerings.written(lowering):
+        step = lowerings.step(name, lowering, width=0.1, batch_size=16, num_runs=1)
+        traced = jax.jit(step.call).trace(*step.arguments)
+        program = traced.lower(lowering_platforms=(platform,)).as_text()
+    kinds = ("convolution", "select_and_scatter", "dot_general", "while", "slice")
+    return {kind: len(re.findall(rf"stablehlo\.{kind}\b", program)) for kind in kinds}
+
+
+@pytest.mark.parametrize("name", ["training", "pgd"])
+def test_rules_for_the_cpu_are_not_in_a_program_for_tpu(name):
+    plain, ours, rules, patches, mask = (operations(name, one, "tpu") for one in LOWERINGS)
+    assert ours == plain
+    assert plain["convolution"] == {"training": 11, "pgd": 8}[name]
+    assert plain["select_and_scatter"] == 2
+    assert mask == plain | {"select_and_scatter": 0, "slice": mask["slice"]}
+    assert patches["convolution"] == 0
+    assert rules["slice"] > plain["slice"]  # of the surplus rows
+    on_cpu = operations(name, LOWERINGS[1], "cpu")
+    assert (on_cpu["convolution"], on_cpu["dot_general"]) == (
+        rules["convolution"],
+        rules["dot_general"],
+    )
+    assert on_cpu["select_and_scatter"] == 0
+
+
+def test_every_lowering_takes_the_same_step():
+    found = []
+    for one in LOWERINGS:
         with lowerings.written(one):
             step = lowerings.step("pgd", one, width=0.1, batch_size=2, num_runs=1)
             variables, images, _, _, eps = step.arguments
             leaves, structure = jax.tree.flatten(variables)
-            keys = jax.random.split(jax.random.key(0), len(leaves))
-            values = [
-                0.3 * jax.random.normal(key, leaf.shape)
-                for key, leaf in zip(keys, leaves, strict=True)
-            ]
-            inputs = jax.random.uniform(jax.random.key(1), images.shape)
+            draws = np.random.default_rng(0)
+            values = [draws.normal(0, 0.3, leaf.shape).astype(np.float32) for leaf in leaves]
+            inputs = draws.uniform(0, 1, images.shape).astype(np.float32)
             weights = jax.tree.unflatten(structure, values)
-            found[one] = jax.jit(step.call)(
-                weights, inputs, inputs, jnp.array([3, 7]), jnp.full(eps.shape, 0.1)
-            )
-    ours, expected = found[lowering], found[LOWERINGS[1]]
-    # A sign step: where a gradient is 0 but for rounding, it may go either way.
-    assert np.mean(np.abs(ours - expected) > 1e-6) < 0.01
-    assert np.mean(np.abs(ours - inputs) > 0.02) > 0.5
+            radii = np.full(eps.shape, 0.1, np.float32)
+            found.append(jax.jit(step.call)(weights, inputs, inputs, np.array([3, 7]), radii))
+    for moved in found:
+        # A sign step: where a gradient is 0 but for rounding, it may go either way.
+        assert np.mean(np.abs(moved - found[1]) > 1e-6) < 0.01
+        assert np.mean(np.abs(moved - inputs) > 0.02) > 0.5
 
 
 def test_patches_times_weights_are_the_convolution():
