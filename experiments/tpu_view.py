@@ -30,6 +30,8 @@ from experiments.progress import Progress
 from jdistill import _validate, runtime
 
 _TOPOLOGY = "v5e:1x1"
+# The shape, a tuple's too, and the operation.
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%\S+ = ((?:\(.*?\)|\S+) [\w-]+)\(", re.MULTILINE)
 # So that libtpu does not ask a cloud's metadata which TPU this is.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -75,8 +77,8 @@ class Estimate(NamedTuple):
         bytes: from and to memory, and between operations.
         optimal_seconds: the sum over the operations of what each takes at least; None where the
             compiler has none.
-        cycles: the sum of its schedule's estimates for each operation, which know of tiles,
-            padding and passes.
+        cycles: the sum of its schedule's estimates for each operation, which, unlike the seconds,
+            grow with the passes that a precision takes.
         arguments: bytes of what goes in.
         outputs: bytes of what comes out.
         temporaries: bytes in between.
@@ -133,12 +135,17 @@ class Row(NamedTuple):
         return self.estimate.cycles / self.first.cycles
 
     @property
+    def same(self) -> bool:
+        """Whether it is the first's program: the instructions, and every figure."""
+        return self.estimate._replace(compile_s=0) == self.first._replace(compile_s=0)
+
+    @property
     def note(self) -> str:
         """What else there is to say."""
         if self.estimate is self.first:
             return ""
-        if self.estimate.instructions == self.first.instructions:
-            return "the same instructions as the first"
+        if self.same:
+            return "the same program as the first"
         if self.estimate.loops:
             return f"has {self.estimate.loops} loops, whose bodies are counted once: too low"
         return ""
@@ -275,7 +282,7 @@ def read(
         sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', entry))),
         *sizes,
         len(re.findall(r" while\(", program)),
-        Counter(re.findall(r"^\s*(?:ROOT )?%\S+ = (\S+ [\w-]+)\(", program, re.MULTILINE)),
+        Counter(_INSTRUCTION.findall(program)),
         compile_s,
     )
 
@@ -301,19 +308,23 @@ def record(row: Row, shared: Mapping[str, Any]) -> dict[str, Any]:
         "outputs": ours.outputs,
         "temporaries": ours.temporaries,
         "loops": ours.loops,
-        "same_instructions": ours.instructions == first.instructions,
+        "same_program": row.same,
         **shared,
     }
 
 
 def text(rows: Sequence[Row], num_runs: int) -> str:
     """The rows in Markdown, and what one run after another would be."""
-    cells = [_cells(row) for row in rows]
     single = next((row.first for row in rows if row.step == _TITLES["training"]), None)
-    stacked = next((row for row in rows if row.step.startswith("sweep")), None)
-    if single is not None and stacked is not None:
-        lowering = f"{num_runs} × the training step"
-        cells.append(_cells(Row(stacked.step, lowering, _times(single, num_runs), stacked.first)))
+    stacked = [row for row in rows if row.step.startswith("sweep")]
+    shown = list(rows)
+    if single is not None and stacked:
+        last = stacked[-1]
+        one_by_one = Row(
+            last.step, f"{num_runs} × the training step", _times(single, num_runs), last.first
+        )
+        shown.insert(shown.index(last) + 1, one_by_one)
+    cells = [_cells(row) for row in shown]
     head = ["step", "lowering", "GFLOP", "MB accessed", "optimal ms", "ratio"]
     head += ["Mcycles", "ratio", "MB on the chip", "note"]
     return bench_rows.table(head, cells)
