@@ -32,8 +32,10 @@ from jdistill import _validate, runtime
 _TOPOLOGY = "v5e:1x1"
 # The shape, a tuple's too, and the operation.
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%\S+ = ((?:\(.*?\)|\S+) [\w-]+)\(", re.MULTILINE)
-# So that libtpu does not ask a cloud's metadata which TPU this is.
+# So that libtpu does not ask a cloud's metadata which TPU this is, nor insist on being the only
+# process that has it: there is no device to share.
 ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     "TPU_WORKER_HOSTNAMES": "localhost",
