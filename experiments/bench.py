@@ -9,6 +9,7 @@
     python -m experiments.bench evaluate
     python -m experiments.bench data
     python -m experiments.bench startup
+    python -m experiments.bench roofline
     python -m experiments.bench attacks --help
 
 Attacks and training steps run on the CPU, where PyTorch does; the others where JAX runs by default.
@@ -31,6 +32,7 @@ from experiments import (
     bench_attacks,
     bench_data,
     bench_evaluate,
+    bench_roofline,
     bench_rows,
     bench_startup,
     bench_sweep,
@@ -39,7 +41,16 @@ from experiments import (
     torch_side,
 )
 from experiments.bench_attacks import COMPARISONS, Row
-from experiments.bench_options import Attacks, Data, Evaluate, Options, Startup, Sweep, Train
+from experiments.bench_options import (
+    Attacks,
+    Data,
+    Evaluate,
+    Options,
+    Roofline,
+    Startup,
+    Sweep,
+    Train,
+)
 from experiments.bench_rows import BenchRow
 from experiments.progress import Progress
 from jdistill import nets, runtime
@@ -214,6 +225,36 @@ def run_startup(options: Startup) -> None:
     _show(options, bench_startup.rows(timed), conditions, what)
 
 
+def run_roofline(options: Roofline) -> None:
+    """Compare two steps with what the device's measured rates allow."""
+    params, inputs, labels = _network_and_images(options)
+    conditions = _conditions()
+    with Progress() as progress:
+        timed = bench_roofline.compare(
+            params,
+            inputs,
+            labels,
+            num_steps=options.num_steps,
+            batch_size=options.batch_size,
+            matmul_size=options.matmul_size,
+            copy_megabytes=options.copy_megabytes,
+            repeats=options.repeats,
+            after_call=_bar(progress, "roofline"),
+        )
+    found = bench_roofline.points(
+        timed,
+        npz_network.conv_net(params, inputs.shape[1:]),
+        inputs.shape[1:],
+        num_steps=options.num_steps,
+        batch_size=options.batch_size,
+        matmul_size=options.matmul_size,
+        copy_megabytes=options.copy_megabytes,
+    )
+    print(_heading(conditions, bench_roofline.LINES) + "\n" + bench_roofline.text(found), end="")
+    rows, more = bench_roofline.rows(found)
+    _write_rows(options, rows, conditions, more)
+
+
 _COMMANDS: Mapping[str, tuple[type[Options], Callable[[Any], None]]] = {
     "train": (Train, run_train),
     "attacks": (Attacks, run_attacks),
@@ -221,10 +262,11 @@ _COMMANDS: Mapping[str, tuple[type[Options], Callable[[Any], None]]] = {
     "sweep": (Sweep, run_sweep),
     "data": (Data, run_data),
     "startup": (Startup, run_startup),
+    "roofline": (Roofline, run_roofline),
 }
 
 
-def _network_and_images(options: Attacks | Evaluate | Train) -> tuple[Any, Any, Any]:
+def _network_and_images(options: Attacks | Evaluate | Train | Roofline) -> tuple[Any, Any, Any]:
     """Weights, inputs and labels of the files, or of the checkout's."""
     params = npz_network.read_params(options.network or os.fspath(_FILES / "plain.npz"))
     return params, *npz_network.read_images(options.images or os.fspath(_FILES / "images.npz"))
@@ -244,7 +286,13 @@ def _show(
     _write_rows(options, rows, conditions)
 
 
-def _write_rows(options: Options, rows: Sequence[BenchRow], conditions: Mapping[str, Any]) -> None:
+def _write_rows(
+    options: Options,
+    rows: Sequence[BenchRow],
+    conditions: Mapping[str, Any],
+    more: Sequence[Mapping[str, Any]] | None = None,
+) -> None:
+    """Write the rows where asked to, each with more of its own."""
     if options.json is None:
         return
     shared = {
@@ -254,7 +302,10 @@ def _write_rows(options: Options, rows: Sequence[BenchRow], conditions: Mapping[
         "torch_threads": conditions["torch_threads"],
         "load": conditions["load"],
     }
-    content = [bench_rows.record(row, shared) for row in rows]
+    more = more or [{}] * len(rows)
+    content = [
+        bench_rows.record(row, {**shared, **own}) for row, own in zip(rows, more, strict=True)
+    ]
     runtime.write_json(pathlib.Path(options.json).expanduser(), content)
 
 

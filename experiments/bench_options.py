@@ -185,6 +185,35 @@ class Startup(Options):
     """Timed processes of each, in turn, after one that warms up."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Roofline(Options):
+    """What a training step and a step of PGD reach of what the device can do, and what limits them.
+
+    Measured are the device's rates (a large float32 product; passes over a large array) and the
+    seconds of both steps; operations and bytes of the steps are counted in closed form, and beside
+    it by the compiler.
+    """
+
+    num_steps: int = 20
+    """Steps of a timed call; the seconds printed are those of one step."""
+    batch_size: int = 128
+    """Images a step."""
+    matmul_size: int = 4096
+    """Rows and columns of the matrices whose product is the peak of arithmetic."""
+    copy_megabytes: int = 256
+    """Size of the array that is read and written for the peak of memory; larger than any cache."""
+    network: str | None = None
+    """As of `attacks`."""
+    images: str | None = None
+    """As of `attacks`."""
+
+    def __post_init__(self) -> None:
+        """Check every option, and name the one that is wrong."""
+        super().__post_init__()
+        for field in ("num_steps", "batch_size", "matmul_size", "copy_megabytes"):
+            _validate.count(**{field: getattr(self, field)})
+
+
 def _path(name: str, suffix: str | None = None) -> pathlib.Path:
     path = pathlib.Path(name).expanduser().absolute()
     return path if suffix is None else path.with_suffix(suffix)

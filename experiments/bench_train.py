@@ -19,7 +19,7 @@ STEP, STEP_PEER = "step", "PyTorch's step"
 GRADIENT, PGD, GRADIENT_PEER = "gradient", "pgd", "PyTorch's gradient"
 
 # So small that no image is ever misclassified, or PGD would stop with it.
-_RESISTED_EPS = 1e-4
+RESISTED_EPS = 1e-4
 
 
 def compare(
@@ -62,7 +62,7 @@ def compare(
         GRADIENT: lambda: np.asarray(ascend(logits_fn, *on_device, 0.1, num_steps=num_steps)),
         PGD: lambda: jax.block_until_ready(
             attacks.pgd(
-                logits_fn, jax.random.key(0), *on_device, eps=_RESISTED_EPS, num_steps=num_steps
+                logits_fn, jax.random.key(0), *on_device, eps=RESISTED_EPS, num_steps=num_steps
             )
         ),
     }

@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 TEXTS = [
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "experiments/README.md"),
-    *("docs/attacks.md", "docs/honest-evaluation.md"),
+    *("docs/attacks.md", "docs/honest-evaluation.md", "docs/performance.md"),
 ]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
