@@ -58,8 +58,9 @@ _CAPTIONS = {
     "sensitivity": (
         "Sensitivity to the input, measured in two ways",
         "Left, of the logits; right, of the softmax at T = 1, as log10. They answer different "
-        "questions: training at a temperature makes the logits larger, which raises the first "
-        "and, by saturating the softmax, makes the second vanish.",
+        "questions: training at a temperature makes the logits larger, which raises the first, "
+        "and saturates the softmax, which makes the second vanish on most examples; its mean is "
+        "then that of the few where it does not.",
     ),
     "curve-eps": (
         "Accuracy under attack against its budget",
