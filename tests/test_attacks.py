@@ -60,9 +60,10 @@ CASES = {
         functools.partial(attacks.nes, norm="l2", num_steps=20, num_samples=64), "l2", True, True
     ),
     "spsa": Case(functools.partial(attacks.spsa, num_steps=40, num_samples=64), "linf", True, True),
-    "square-linf": Case(functools.partial(attacks.square, num_queries=200), "linf", True, True),
+    # A corner is reached seldom.
+    "square-linf": Case(functools.partial(attacks.square, num_queries=2000), "linf", True, True),
     "square-l2": Case(
-        functools.partial(attacks.square, norm="l2", num_queries=200, num_restarts=2),
+        functools.partial(attacks.square, norm="l2", num_queries=2000, num_restarts=2),
         "l2",
         True,
         True,

@@ -18,6 +18,9 @@ from jdistill.typing import Array, ArrayLike, LogitsFn
 _NORMS = ("linf", "l2")
 # After so many proposals of a start the share of the image that a window covers is halved.
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+# How often a window touches the last row, or column, where 1 is how often it touches any other.
+# The border of an image matters least, and an equal share of the queries is lost there.
+_LAST_PLACE = 0.125
 
 
 def square(
@@ -199,10 +202,15 @@ def _window(search: _Search, norm: str, proposal: Array, draws: Array) -> Window
     halvings = jnp.sum(proposal[:, None] > jnp.array(_HALVED_AFTER)[None], axis=1)
     share = search.p_init * 0.5 ** halvings.astype(search.p_init.dtype)
     height, width = _window_size(share, rows, columns, norm)
-    # Every place is as likely as any other, those that touch the last row and column too.
-    top = jnp.floor(draws[:, 0] * (rows - height + 1)).astype(jnp.int32)
-    left = jnp.floor(draws[:, 1] * (columns - width + 1)).astype(jnp.int32)
-    return Window(top, left, height, width)
+
+    def place(draw: Array, room: Array) -> Array:
+        # As in the released code the first `room` of the `room + 1` places are equally likely;
+        # there the last one is never taken, and what only it covers is out of reach.
+        return jnp.floor(draw * (room + _LAST_PLACE)).astype(jnp.int32)
+
+    return Window(
+        place(draws[:, 0], rows - height), place(draws[:, 1], columns - width), height, width
+    )
 
 
 def _begin(search: _Search, settings: _Settings, restart: Array) -> Array:
