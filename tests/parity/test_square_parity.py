@@ -51,7 +51,7 @@ def square(norm, eps, num_queries, seeds):
 
 
 @pytest.mark.parametrize(
-    ("name", "norm", "eps", "seeds"),  # of the reference; most examples of the last two stand
+    ("name", "norm", "eps", "seeds"),  # most examples of the last two stand
     [
         ("plain_small", "linf", 0.15, 3 if FULL else 1),
         ("robust_small", "linf", 0.35, 1),
@@ -63,18 +63,22 @@ def test_robust_accuracy(name, norm, eps, seeds, pair, all_images, record):
     logits_fn, model = pair(name)
     images = all_images(NUM_IMAGES)
     comparison = square(norm, eps, NUM_QUERIES, seeds)
-    result = comparison.ours(logits_fn, jax.random.key(0), *images)
     inputs, labels = torch_side.torch_batch(*images)
-    found, _ = torch_side.torch_batch(result.inputs, images[1])
-    # Judged by the other framework as well, and not by our own word.
-    assert (torch_side.fooled(model, found, labels) != result.success).mean() <= 0.01
-    ours = 100 * (1 - result.success.mean())
+    shares = []
+    for seed in range(seeds):
+        result = comparison.ours(logits_fn, jax.random.key(seed), *images)
+        found, _ = torch_side.torch_batch(result.inputs, images[1])
+        # Judged by the other framework as well, and not by our own word.
+        assert (torch_side.fooled(model, found, labels) != result.success).mean() <= 0.01
+        shares.append(100 * (1 - np.mean(result.success)))
+    ours = np.mean(shares)
+    print(f"| our {seeds} seeds: {shares} |")
     theirs = {
         toolkit: 100 * (1 - torch_side.fooled(model, attack(model, inputs, labels), labels).mean())
         for toolkit, attack in comparison.peers.items()
     }
     record(comparison, name, f"robust accuracy of {len(labels)} images, %", ours, theirs)
-    # At full size within one point of the seeds' mean; few images are one or two apart.
+    # The seeds' means: at full size within one point; few images are one or two apart.
     tolerance = 1.0 if FULL else 2 * 100 / NUM_IMAGES
     assert abs(ours - np.mean(list(theirs.values()))) <= tolerance + 1e-3
     clean = 100 * (1 - torch_side.fooled(model, inputs, labels).mean())
