@@ -1,7 +1,7 @@
 # Everything happens in .venv, made from the pinned versions of requirements.txt.
 #
 #   make demo     distill, attack and report on real 8x8 digits, a few minutes on 2 cores
-#   make test     the tests; the first time 14 minutes on 2 cores, since it compiles, then fewer
+#   make test     the tests; the first time 16 minutes on 2 cores, since it compiles, then fewer
 #   make lint     lint, format check and type check
 #   make docs     measures the attacks' costs and writes the table of docs/attacks.md
 #   make parity   the attacks beside other toolkits at full size; writes docs/parity.md

@@ -84,7 +84,13 @@ def assert_same_networks(workdir, reference):
             np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-5)
 
 
-def test_a_sweep_trains_the_networks_of_single_chains(finished, tmp_path):
+@pytest.fixture
+def two_devices(monkeypatch):
+    """For the two chains of a smoke run."""
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:2])
+
+
+def test_a_sweep_trains_the_networks_of_single_chains(finished, tmp_path, two_devices):
     run(tmp_path, "--parallel", "sweep")
     assert_same_networks(tmp_path, finished)
     assert json.loads((tmp_path / "run.json").read_text())["parallel"] == "sweep"
@@ -99,7 +105,9 @@ def test_a_sweep_trains_the_networks_of_single_chains(finished, tmp_path):
     assert all(abs(entry["loss"] / losses[place(entry)] - 1) < 1e-3 for entry in log)
 
 
-def test_a_stopped_sweep_and_single_chains_go_on_from_each_other(finished, tmp_path, monkeypatch):
+def test_a_stopped_sweep_and_single_chains_go_on_from_each_other(
+    finished, tmp_path, monkeypatch, two_devices
+):
     class Stopped(Exception):
         pass
 
@@ -123,7 +131,7 @@ def test_a_stopped_sweep_and_single_chains_go_on_from_each_other(finished, tmp_p
     assert_same_networks(tmp_path.with_name("single"), finished)
 
 
-def test_a_chain_of_a_sweep_that_diverges_is_left_out(finished, tmp_path, monkeypatch, capsys):
+def test_a_chain_of_a_sweep_that_diverges_is_left_out(tmp_path, monkeypatch, capsys, two_devices):
     rate = training.Recipe.rate
     monkeypatch.setattr(
         training.Recipe, "rate", lambda recipe, t: 1e38 if t == 1 else rate(recipe, t)
