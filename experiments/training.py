@@ -136,9 +136,9 @@ def _train_as_stack(
                 chain = opened.enter_context(Chain(folder, labels))
                 found = chain.resume(like, recipe, len(examples.labels))
                 runs.append(_Run(seed, temperature, params, key, chain, found))
-        todo = [run for run in runs if not is_done(run)]
-        if todo:
-            done = _sweep(recipe, examples, step, todo, num_generations, progress)
+        unfinished = [run for run in runs if not is_done(run)]
+        if unfinished:
+            done = _sweep(recipe, examples, step, unfinished, num_generations, progress)
             runs = [
                 run._replace(found=done.get((run.seed, run.temperature), run.found)) for run in runs
             ]

@@ -298,7 +298,7 @@ def chain(
             num_epochs=generation.num_epochs,
             batch_size=batch_size,
             stage=stage_name(number, len(generations)),
-            callback=_with_generation(callback, number),
+            callback=with_generation(callback, number),
             **fit_options,
         )
         states.append(state)
@@ -392,7 +392,8 @@ def _one_hot(
     return np.eye(num_classes, dtype=np.float32)[labels]
 
 
-def _with_generation(callback: Callback | None, number: int) -> Callback | None:
+def with_generation(callback: Callback | None, number: int) -> Callback | None:
+    """The callback, told of which generation its events are."""
     if callback is None:
         return None
     return lambda event: callback({**event, "generation": number})

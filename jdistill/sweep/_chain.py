@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jdistill import distill, nets, train
-from jdistill.distill import Generation
+from jdistill.distill import Generation, with_generation
 from jdistill.sweep import _program
 from jdistill.sweep._fit import Labeler, Options, train_stack
 from jdistill.sweep._program import Kind
@@ -146,7 +146,7 @@ def chain(
             hard.shape[-1],
             num_epochs=generation.num_epochs,
             options=options,
-            callback=_with_generation(callback, number),
+            callback=with_generation(callback, number),
             stage=stage,
             alive=alive,
         )
@@ -187,9 +187,3 @@ def _start(generation: Generation, keys: Array, number: int) -> TrainState:
         model_state=generation.model_state or None,
         hyperparams=generation.hyperparams,
     )
-
-
-def _with_generation(callback: Callback | None, number: int) -> Callback | None:
-    if callback is None:
-        return None
-    return lambda event: callback({**event, "generation": number})
