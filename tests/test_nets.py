@@ -466,12 +466,21 @@ CASES = [
     (19, (5, 5), 9, 3, (1, 1), "VALID"),
     (4, (7, 6), 2, 3, (5, 3), ((4, 0), (1, 2))),
     (17, (3, 3), 9, 2, (3, 3), "VALID"),
+    (3, (6, 6), 1, 4, (4, 4), "SAME"),
 ]
+
+
+@pytest.fixture(params=["", "--xla_some_flag=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"])
+def flags(request, monkeypatch):
+    """The rules read XLA's flags while they are traced; XLA itself has read them long before."""
+    monkeypatch.setenv("XLA_FLAGS", request.param)
 
 
 @pytest.mark.floor
 @pytest.mark.parametrize(("batch", "size", "channels", "features", "kernel", "padding"), CASES)
-def test_convolution_and_gradients_equal_xla(batch, size, channels, features, kernel, padding):
+def test_convolution_and_gradients_equal_xla(
+    flags, batch, size, channels, features, kernel, padding
+):
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(batch, *size, channels)).astype(np.float32)
     weights = rng.normal(size=(*kernel, channels, features)).astype(np.float32)
@@ -522,18 +531,18 @@ def test_other_layouts_and_types_are_xlas_own():
     assert half.dtype == jnp.bfloat16
 
 
-@pytest.fixture(scope="module")
-def operands():
+@pytest.fixture(scope="module", params=[9, 2], ids="channels {}".format)
+def operands(request):
     rng = np.random.default_rng(0)
     return (
-        jnp.asarray(rng.normal(size=(17, 7, 7, 9)), jnp.float32),
-        jnp.asarray(rng.normal(size=(3, 3, 9, 4)), jnp.float32),
+        jnp.asarray(rng.normal(size=(17, 7, 7, request.param)), jnp.float32),
+        jnp.asarray(rng.normal(size=(3, 3, request.param, 4)), jnp.float32),
         jnp.asarray(rng.normal(size=(17, 5, 5, 4)), jnp.float32),
     )
 
 
 @pytest.mark.floor
-def test_second_derivatives_equal_xla(operands):
+def test_second_derivatives_equal_xla(flags, operands):
     def penalty(convolution, inputs, kernel, seed):
         first = gradients(convolution, inputs, kernel, seed)
         return sum(jnp.sum(jnp.square(leaf)) for leaf in first)
@@ -553,7 +562,7 @@ def test_forward_mode_is_refused(operands):
 
 @pytest.mark.floor
 @pytest.mark.parametrize("in_axes", [(0, 0, None), (None, 0, None), (0, None, 0)], ids=str)
-def test_vmapped_gradients_equal_the_loop(operands, in_axes):
+def test_vmapped_gradients_equal_the_loop(flags, operands, in_axes):
     scales = jnp.asarray([1.0, -2.0, 0.5])
     stacked = [
         operand if axis is None else jnp.stack([operand * scale for scale in scales])

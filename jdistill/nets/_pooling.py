@@ -22,6 +22,13 @@ def _corners(inputs: Array) -> list[Array]:
     return [inputs[:, row:height:2, column:width:2] for row in (0, 1) for column in (0, 1)]
 
 
+def _windows(inputs: Array) -> Array:
+    """The same four, in axes of their own: `[B, H // 2, 2, W // 2, 2, C]`."""
+    batch, height, width, channels = inputs.shape
+    whole = inputs[:, : 2 * (height // 2), : 2 * (width // 2)]
+    return whole.reshape(batch, height // 2, 2, width // 2, 2, channels)
+
+
 @jax.custom_jvp
 def _pool(inputs: Array) -> Array:
     """`_plain`, with the derivative below."""
@@ -36,8 +43,13 @@ def _pool_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Arr
     def on_cpu(inputs: Array, tangent: Array) -> tuple[Array, Array]:
         out = _pool(inputs)
         first, second, third, _ = (member == out for member in _corners(inputs))
-        one, two, three, four = _corners(tangent)
-        return out, jnp.where(first, one, jnp.where(second, two, jnp.where(third, three, four)))
+        largest = jnp.where(first, 0, jnp.where(second, 1, jnp.where(third, 2, 3)))
+        # One selection over the whole picture, whose transpose is one as well: four strided
+        # slices would be four scattered additions.
+        members = jnp.arange(4).reshape(1, 1, 2, 1, 2, 1)
+        is_largest = jnp.expand_dims(largest, (2, 4)) == members
+        chosen = jnp.where(is_largest, _windows(tangent), 0)
+        return out, jnp.sum(chosen, axis=(2, 4))
 
     def default(inputs: Array, tangent: Array) -> tuple[Array, Array]:
         return jax.jvp(_plain, (inputs,), (tangent,))
