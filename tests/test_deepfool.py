@@ -95,7 +95,7 @@ def test_every_iterate_is_that_of_numpy(norm, targeted, kwargs):
         overshoot = jnp.full(B, kwargs["overshoot"])
         candidates = _deepfool._candidates(problem, model(inputs), kwargs["num_candidates"])
         carry = _deepfool._init(problem, jnp.zeros(B, bool))
-        step = jax.jit(functools.partial(_deepfool._step, problem, overshoot, candidates, norm, 12))
+        step = jax.jit(functools.partial(_deepfool._step, norm, 12, problem, overshoot, candidates))
         for index in range(13):
             points = np.asarray(_deepfool._iterate(problem, overshoot, carry.total))
             rows = [iterates[min(index, len(iterates) - 1)] for iterates, _ in expected]

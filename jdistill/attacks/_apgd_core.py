@@ -13,6 +13,7 @@ from jdistill.attacks import _base
 from jdistill.attacks._aims import Aims
 from jdistill.attacks._base import AttackResult, Goal, Problem
 from jdistill.attacks._gradient import _gain_gradient
+from jdistill.attacks._loop import until_done
 from jdistill.attacks._search import select
 from jdistill.typing import Array
 
@@ -351,10 +352,12 @@ def run(search: Search, settings: Settings) -> AttackResult:
         halved=jnp.zeros(zeros.shape, bool),
         step_size=zeros,
     )
-    carry = jax.lax.while_loop(
-        lambda carry: jnp.any(~carry.progress.done),
-        functools.partial(_step, search, settings, aims),
+    carry = until_done(
+        lambda search, aims, carry: _step(search, settings, aims, carry),
+        (search, aims),
         carry,
+        at_most=settings.num_starts * settings.num_steps,
+        done=lambda carry: carry.progress.done,
     )
     return finish(
         search,

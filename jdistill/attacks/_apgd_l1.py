@@ -22,6 +22,7 @@ from jdistill.attacks._apgd_core import (
     start_point,
 )
 from jdistill.attacks._base import AttackResult
+from jdistill.attacks._loop import until_done
 from jdistill.attacks._search import select
 from jdistill.typing import Array
 
@@ -213,10 +214,12 @@ def run(search: Search, settings: Settings) -> AttackResult:
         density=zeros,
         step_size=zeros,
     )
-    carry = jax.lax.while_loop(
-        lambda carry: jnp.any(~carry.progress.done),
-        functools.partial(_step, search, settings, plan, aims),
+    carry = until_done(
+        lambda search, aims, carry: _step(search, settings, plan, aims, carry),
+        (search, aims),
         carry,
+        at_most=settings.num_starts * settings.num_steps,
+        done=lambda carry: carry.progress.done,
     )
     return finish(
         search,

@@ -1,6 +1,7 @@
 """Carlini and Wagner's Linf attack."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +113,7 @@ def carlini_wagner_linf(
             problem,
             as_float(confidence),
             as_float(learning_rate),
-            as_float(shrink),
+            _base.one_per_example(shrink, problem.inputs, name="shrink"),
             _base.one_per_example(initial_const, problem.inputs, name="initial_const"),
             as_float(largest_const),
             as_float(const_factor),
@@ -129,6 +130,23 @@ def _distance(delta: Array) -> Array:
     return norms.distance(delta, "linf")
 
 
+class _Limit(NamedTuple):
+    """How far each pixel may go, and by what the next round shrinks that, `[B]` each."""
+
+    threshold: Array
+    shrink: Array
+
+
+def _tighten(
+    problem: Problem, delta: Array, gradient: Array, limit: _Limit
+) -> tuple[_Limit, Array]:
+    low, high = problem.bounds
+    # As with the constant's factor, a traced 1 must not go on for ever.
+    shrink = jnp.minimum(limit.shrink, _LARGEST_SHRINK)
+    threshold = shrink * jnp.minimum(limit.threshold, _distance(delta))
+    return limit._replace(threshold=threshold), threshold < _SMALLEST * (high - low)
+
+
 @functools.partial(jax.jit, static_argnames="num_steps")
 def _carlini_wagner_linf(
     problem: Problem,
@@ -143,25 +161,18 @@ def _carlini_wagner_linf(
 ) -> AttackResult:
     low, high = problem.bounds
 
-    def tighten(
-        problem: Problem, delta: Array, gradient: Array, threshold: Array
-    ) -> tuple[Array, Array]:
-        # As with the constant's factor, a traced 1 must not go on for ever.
-        threshold = jnp.minimum(shrink, _LARGEST_SHRINK) * jnp.minimum(threshold, _distance(delta))
-        return threshold, threshold < _SMALLEST * (high - low)
-
     rules = _rounds.Rules(
-        point=lambda problem, w, threshold: _search.to_box(w, problem.bounds),
-        penalty=_excess_over,
-        fits=lambda delta, threshold: _distance(delta) <= threshold,
+        point=lambda problem, w, limit: _search.to_box(w, problem.bounds),
+        penalty=lambda delta, limit: _excess_over(delta, limit.threshold),
+        fits=lambda delta, limit: _distance(delta) <= limit.threshold,
         distance=_distance,
-        tighten=tighten,
+        tighten=_tighten,
     )
     return _rounds.run(
         problem,
         _rounds.Settings(confidence, learning_rate, largest_const, const_factor, num_steps),
         rules,
         initial_const,
-        jnp.full_like(initial_const, high - low),
+        _Limit(jnp.full_like(initial_const, high - low), shrink),
         norm="linf",
     )

@@ -10,6 +10,7 @@ from jdistill import _validate, norms
 from jdistill._precision import full_precision
 from jdistill.attacks import _base
 from jdistill.attacks._base import AttackResult, Problem
+from jdistill.attacks._loop import until_done
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 _NORMS = ("l2", "linf")
@@ -175,11 +176,11 @@ def _init(problem: Problem, clean_success: Array) -> _Carry:
 
 
 def _step(
+    norm: str,
+    num_steps: int,
     problem: Problem,
     overshoot: Array,
     candidates: Array,
-    norm: str,
-    num_steps: int,
     carry: _Carry,
 ) -> _Carry:
     """Judge the current iterate, then move those that are not through to the nearest boundary."""
@@ -217,10 +218,11 @@ def _deepfool(
     clean_logits = problem.logits_fn(problem.inputs)
     clean_success = problem.goal.reached_clean(clean_logits)
     candidates = _candidates(problem, clean_logits, num_candidates)
-    carry = jax.lax.while_loop(
-        lambda carry: jnp.any(~carry.done),
-        functools.partial(_step, problem, overshoot, candidates, norm, num_steps),
+    carry = until_done(
+        functools.partial(_step, norm, num_steps),
+        (problem, overshoot, candidates),
         _init(problem, clean_success),
+        at_most=num_steps,
     )
     result = _base.finish(
         problem,

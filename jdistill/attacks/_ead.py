@@ -10,6 +10,7 @@ from jdistill import _validate, norms
 from jdistill._precision import full_precision
 from jdistill.attacks import _base, _search
 from jdistill.attacks._base import AttackResult, Problem
+from jdistill.attacks._loop import until_done
 from jdistill.attacks._search import Bracket
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
@@ -282,10 +283,11 @@ def _ead(
         abort_early=abort_early,
     )
     clean_success = problem.goal.reached_clean(problem.logits_fn(problem.inputs))
-    carry = jax.lax.while_loop(
-        lambda carry: jnp.any(~carry.done),
-        functools.partial(_step, problem, settings),
+    carry = until_done(
+        _step,
+        (problem, settings),
         _init(problem, settings, initial_const, clean_success, trace),
+        at_most=num_searches * num_steps,
     )
     info = {"const": carry.best_const, "first_success": carry.first_success.astype(jnp.int32)}
     if trace:

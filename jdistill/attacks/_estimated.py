@@ -11,6 +11,7 @@ from jdistill import _validate, norms
 from jdistill._precision import full_precision
 from jdistill.attacks import _base, _search
 from jdistill.attacks._base import AttackResult, Goal, Problem
+from jdistill.attacks._loop import until_done
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 _NORMS = ("linf", "l2")
@@ -370,9 +371,9 @@ def _estimated(
     clean_success = problem.goal.reached_clean(problem.logits_fn(inputs))
     zeros = jnp.zeros(clean_success.shape, jnp.int32)
     shape = (1, counts.num_steps) if counts.trace else (0, 0)
-    carry = jax.lax.while_loop(
-        lambda carry: jnp.any(~carry.done),
-        functools.partial(_step, problem, settings, method, counts),
+    carry = until_done(
+        lambda problem, settings, carry: _step(problem, settings, method, counts, carry),
+        (problem, settings),
         _Carry(
             inputs=inputs,
             state=method.init(inputs),
@@ -384,6 +385,7 @@ def _estimated(
             queries=zeros + 1,  # the clean forward pass
             margins=jnp.full(zeros.shape + shape, jnp.nan, inputs.dtype),
         ),
+        at_most=counts.num_steps,
     )
     info = {"first_success": carry.first_success}
     if counts.trace:

@@ -15,6 +15,7 @@ from jdistill._precision import full_precision
 from jdistill._pytree import as_pytree
 from jdistill.attacks import _base
 from jdistill.attacks._base import AttackResult, Problem
+from jdistill.attacks._loop import until_done
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 # The share of an input's features that may change: 112 of MNIST's 784.
@@ -215,11 +216,11 @@ def _init(problem: Problem, clean_success: Array, num_steps: int, trace: bool) -
 
 
 def _step(
-    problem: Problem,
     output: Callable[[Array], Array],
+    num_steps: int,
+    problem: Problem,
     theta: Array,
     target: Array,
-    num_steps: int,
     carry: _Carry,
 ) -> _Carry:
     """Judge the current iterate, then change the best pair of those that resist."""
@@ -324,10 +325,11 @@ def _jsma(
     if target is None:
         others = jax.nn.one_hot(problem.goal.labels, logits.shape[1], dtype=bool)
         target = jnp.argmax(jnp.where(others, -jnp.inf, logits), axis=1).astype(jnp.int32)
-    carry = jax.lax.while_loop(
-        lambda carry: jnp.any(~carry.done),
-        functools.partial(_step, problem, output, theta, target, num_steps),
+    carry = until_done(
+        functools.partial(_step, output, num_steps),
+        (problem, theta, target),
         _init(problem, clean_success, num_steps, trace),
+        at_most=num_steps,
     )
     info = {"target": target, "num_pairs": carry.step}
     if trace:

@@ -13,6 +13,7 @@ from jdistill._pytree import as_pytree
 from jdistill.attacks import _base
 from jdistill.attacks._base import AttackResult, Problem
 from jdistill.attacks._gradient import _NORMS, _gain_gradient
+from jdistill.attacks._loop import until_done
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 
@@ -299,10 +300,11 @@ def _pgd(
 ) -> AttackResult:
     settings = _PGDSettings(eps, step_size, decay, norm, num_steps, num_restarts, random_start)
     clean_success = problem.goal.reached_clean(problem.logits_fn(problem.inputs))
-    carry = jax.lax.while_loop(
-        lambda carry: jnp.any(~carry.done),
-        functools.partial(_pgd_step, problem, settings, loss),
+    carry = until_done(
+        lambda problem, settings, carry: _pgd_step(problem, settings, loss, carry),
+        (problem, settings),
         _pgd_init(problem, settings, init, clean_success, trace),
+        at_most=num_restarts * num_steps,
     )
     info = {"restart": carry.restart}
     if trace:

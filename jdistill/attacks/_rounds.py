@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jdistill import norms
 from jdistill.attacks import _base, _search
 from jdistill.attacks._base import AttackResult, Problem
+from jdistill.attacks._loop import until_done
 from jdistill.typing import Array
 
 # Traced values cannot be checked; a factor of 1 would never end.
@@ -24,12 +25,12 @@ LEAST_FACTOR = 1.01
 class Rules(NamedTuple):
     """What tells the attacks apart; a limit is an array or a pytree that leads with `[B]`."""
 
-    point: Callable[[Problem, Array, Array], Array]  # (w, limit) -> the inputs they stand for
-    penalty: Callable[[Array, Array], Array]  # (delta, limit) -> [B], minimized beside c · f
-    fits: Callable[[Array, Array], Array]  # (delta, limit) -> [B] bool
+    point: Callable[[Problem, Array, Any], Array]  # (w, limit) -> the inputs they stand for
+    penalty: Callable[[Array, Any], Array]  # (delta, limit) -> [B], minimized beside c · f
+    fits: Callable[[Array, Any], Array]  # (delta, limit) -> [B] bool
     distance: Callable[[Array], Array]  # delta -> [B], the measure of the best
     # (delta, gradient of the excess, limit) -> the next limit, and whether that is the end [B]
-    tighten: Callable[[Problem, Array, Array, Array], tuple[Array, Array]]
+    tighten: Callable[[Problem, Array, Array, Any], tuple[Any, Array]]
 
 
 class Settings(NamedTuple):
@@ -49,7 +50,7 @@ class _Carry(NamedTuple):
     adam: Any
     step: Array  # since the limit or the constant changed
     const: Array
-    limit: Array
+    limit: Any
     fresh: Array  # whether a round begins here
     rounds: Array  # that succeeded
     done: Array
@@ -59,7 +60,7 @@ class _Carry(NamedTuple):
     queries: Array
 
 
-def _init(problem: Problem, const: Array, limit: Array, clean_success: Array) -> _Carry:
+def _init(problem: Problem, const: Array, limit: Any, clean_success: Array) -> _Carry:
     inputs = problem.inputs
     zeros = jnp.zeros(inputs.shape[:1], jnp.int32)
     w = _search.from_box(inputs, problem.bounds)
@@ -144,16 +145,17 @@ def run(
     settings: Settings,
     rules: Rules,
     initial_const: Array,
-    limit: Array,
+    limit: Any,
     *,
     norm: str,
 ) -> AttackResult:
     """Rounds until every example is done; the best adversarial of all, verified."""
     clean_success = problem.goal.reached_clean(problem.logits_fn(problem.inputs))
-    carry = jax.lax.while_loop(
-        lambda carry: jnp.any(~carry.done),
-        lambda carry: _step(problem, settings, rules, carry),
+    carry = until_done(
+        lambda problem, settings, carry: _step(problem, settings, rules, carry),
+        (problem, settings),
         _init(problem, initial_const, limit, clean_success),
+        at_most=settings.num_steps,  # of each round
     )
     return _base.finish(
         problem,

@@ -11,6 +11,7 @@ from jdistill import _validate, norms
 from jdistill._precision import full_precision
 from jdistill.attacks import _base
 from jdistill.attacks._base import AttackResult, Problem
+from jdistill.attacks._loop import until_done
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 
@@ -184,9 +185,9 @@ def _step(problem: Problem, table: Array, fill: Array, carry: _Carry) -> _Carry:
 def _spatial(problem: Problem, table: Array, fill: Array) -> AttackResult:
     clean_success = problem.goal.reached_clean(problem.logits_fn(problem.inputs))
     zeros = jnp.zeros(clean_success.shape, jnp.int32)
-    carry = jax.lax.while_loop(
-        lambda carry: jnp.any(~carry.done),
-        functools.partial(_step, problem, table, fill),
+    carry = until_done(
+        lambda problem, table, carry: _step(problem, table, fill, carry),
+        (problem, table),
         _Carry(
             step=zeros,
             done=clean_success,
@@ -195,6 +196,7 @@ def _spatial(problem: Problem, table: Array, fill: Array) -> AttackResult:
             best_parameters=jnp.zeros_like(table[:, 0]),
             queries=zeros + 1,  # the clean forward pass
         ),
+        at_most=table.shape[1],
     )
     return _base.finish(
         problem,

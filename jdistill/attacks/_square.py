@@ -11,6 +11,7 @@ from jdistill import _validate, norms
 from jdistill._precision import full_precision
 from jdistill.attacks import _base, _square_bumps
 from jdistill.attacks._base import AttackResult, Problem
+from jdistill.attacks._loop import until_done
 from jdistill.attacks._search import select
 from jdistill.attacks._square_bumps import Window
 from jdistill.typing import Array, ArrayLike, LogitsFn
@@ -311,10 +312,11 @@ def _step(search: _Search, settings: _Settings, carry: _Carry) -> _Carry:
 def _square(search: _Search, settings: _Settings) -> AttackResult:
     problem = search.problem
     clean_success = problem.goal.reached_clean(problem.logits_fn(problem.inputs))
-    carry = jax.lax.while_loop(
-        lambda carry: jnp.any(~carry.done),
-        functools.partial(_step, search, settings),
+    carry = until_done(
+        lambda search, carry: _step(search, settings, carry),
+        (search,),
         _init(search, settings, clean_success),
+        at_most=settings.num_restarts * settings.num_queries,
     )
     point, _ = carry.best if carry.kept is None else carry.kept
     info = {"first_success": carry.first_success, "restart": carry.restart}

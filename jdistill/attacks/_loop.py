@@ -1,0 +1,82 @@
+"""The loop of the attacks: step after step until every example is done."""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jdistill.typing import Array, PyTree
+
+# A loop is compiled once for each number of rows it may have: a quarter of the rows at a time,
+# and only where an attack may take so many steps that this is worth the compilation.
+_FEWER = 4
+_LEAST_ROWS = 16
+_LEAST_STEPS = 50
+
+
+def until_done(
+    step: Callable[..., Any],
+    fixed: tuple[PyTree, ...],
+    carry: Any,
+    *,
+    at_most: int,
+    done: Callable[[Any], Array] = lambda carry: carry.done,
+) -> Any:
+    """`carry = step(*fixed, carry)` until every example is done; those that are stop costing.
+
+    When three quarters of the examples are done, the others go on in a batch of their own, a
+    quarter as large. A step treats each example by itself and leaves alone what is done, so the
+    outcome is the same, to the rounding that depends on a batch's size.
+
+    Args:
+        step: from the parts of `fixed` and a carry, of `b <= B` examples, to their next carry.
+        fixed: what the loop does not change: functions, scalars, and arrays `[B, ...]`.
+        carry: the state, every leaf `[B, ...]`.
+        at_most: steps that an example may take.
+        done: of a carry, which examples are, `[B]` bool.
+
+    Returns:
+        The last carry, `[B, ...]`.
+    """
+
+    def loop(fixed: tuple[PyTree, ...], carry: Any, enough: int) -> Any:
+        return jax.lax.while_loop(
+            lambda carry: jnp.sum(~done(carry)) > enough,
+            functools.partial(step, *fixed),
+            carry,
+        )
+
+    sizes = row_counts(done(carry).shape[0], at_most)
+    carry = loop(fixed, carry, sizes[0])
+    for size, enough in itertools.pairwise(sizes):
+        rows = jnp.argsort(done(carry), stable=True)[:size]
+        part = loop(_rows(fixed, rows), _rows(carry, rows), enough)
+        carry = _with_rows(carry, rows, part)
+    return carry
+
+
+def row_counts(batch_size: int, at_most: int) -> list[int]:
+    """How many rows the loops after the first have, down to none."""
+    counts = []
+    rows = -(-batch_size // _FEWER)
+    while at_most >= _LEAST_STEPS and rows >= _LEAST_ROWS:
+        counts.append(rows)
+        rows = -(-rows // _FEWER)
+    return [*counts, 0]
+
+
+def _with_rows(tree: PyTree, rows: Array, part: PyTree) -> PyTree:
+    """The tree with these rows of it replaced."""
+    return jax.tree.map(lambda whole, some: whole.at[rows].set(some), tree, part)
+
+
+def _rows(tree: PyTree, rows: Array) -> PyTree:
+    """These rows of every array; functions (and what they hold) and scalars stay as they are."""
+
+    def some(leaf: Any) -> Any:
+        return leaf if callable(leaf) or getattr(leaf, "ndim", 0) == 0 else leaf[rows]
+
+    return jax.tree.map(some, tree, is_leaf=callable)
