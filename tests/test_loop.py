@@ -13,10 +13,11 @@ from jdistill.attacks import _loop
 BATCH = 70
 
 
-def test_rows_are_quartered_where_there_are_many_steps():
-    assert _loop.row_counts(512, 100) == [128, 32, 0]
-    assert _loop.row_counts(70, 50) == [18, 0]
-    assert _loop.row_counts(60, 1000) == [0]
+def test_rows_are_halved_twice_and_quartered_then():
+    assert _loop.row_counts(1000, 100) == [500, 250, 63, 0]
+    assert _loop.row_counts(500, 100) == [250, 125, 32, 0]
+    assert _loop.row_counts(70, 50) == [35, 0]
+    assert _loop.row_counts(62, 1000) == [0]
     assert _loop.row_counts(512, 49) == [0]
 
 
@@ -41,9 +42,9 @@ def test_each_example_takes_its_own_number_of_steps_in_few_rows():
     taken, done = run(jnp.asarray(needed))
     np.testing.assert_array_equal(taken, needed)
     assert np.all(done)
-    assert set(rows) == {BATCH, 18}
+    assert set(rows) == {BATCH, 35}
     assert len(rows) == needed.max()
-    assert rows.count(BATCH) == np.sort(needed)[-19]  # until 18 are left
+    assert rows.count(BATCH) == np.sort(needed)[-36]  # until 35 are left
 
 
 @pytest.fixture

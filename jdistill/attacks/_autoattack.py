@@ -61,7 +61,7 @@ def autoattack(
     DLR loss is not defined and below three the DLR loss: there the margin takes their place, with
     a warning.
 
-    This is a driver, as `ensemble` is: a loop on the host over batches padded to powers of two.
+    This is a driver, as `ensemble` is: a loop on the host over padded batches of few sizes.
     The classes of `apgd-t` and `fab-t` and the starts of `apgd-ce` and `apgd-dlr` are steps of
     their own, so that whatever breaks leaves before the next one. Each example keeps its own
     key: beyond ties and rounding the flags do not depend on `batch_size`, nor on stopping and

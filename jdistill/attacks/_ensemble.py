@@ -35,10 +35,10 @@ def ensemble(
     `minimum_norm=True` every attack runs on every example and the smallest distance wins; of equal
     distances the earlier attack's.
 
-    This is a driver: a loop on the host that gathers the survivors into batches, padded to the
-    next power of two (16 at least) so that few sizes are compiled. It cannot be called under
-    `jit` or `vmap`. Each example keeps its own key, so the results do not depend on `batch_size`
-    or on who else survives.
+    This is a driver: a loop on the host that gathers the survivors into batches, padded to 16, 24,
+    32, 48, 64 and so on, so that few sizes are compiled. It cannot be called under `jit` or `vmap`.
+    Each example keeps its own key, so the results do not depend on `batch_size` or on who else
+    survives.
 
     Args:
         logits_fn: inputs `[B, ...]` to logits `[B, K]`.

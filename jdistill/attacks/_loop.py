@@ -10,10 +10,11 @@ import jax.numpy as jnp
 
 from jdistill.typing import Array, PyTree
 
-# A loop is compiled once for each number of rows it may have: a quarter of the rows at a time,
-# and only where an attack may take so many steps that this is worth the compilation.
-_FEWER = 4
-_LEAST_ROWS = 16
+# A loop is compiled once for each number of rows that it may have, so there are few of them, and
+# none where an attack takes too few steps to be worth the compilation: halves while half the rows
+# are many, and quarters then.
+_FEWER = (2, 2, 4)
+_LEAST_ROWS = 32
 _LEAST_STEPS = 50
 
 
@@ -27,9 +28,9 @@ def until_done(
 ) -> Any:
     """`carry = step(*fixed, carry)` until every example is done; those that are stop costing.
 
-    When three quarters of the examples are done, the others go on in a batch of their own, a
-    quarter as large. A step treats each example by itself and leaves alone what is done, so the
-    outcome is the same, to the rounding that depends on a batch's size.
+    When half of the examples are done, the others go on in a batch of their own, half as large;
+    and so on. A step treats each example by itself and leaves alone what is done, so the outcome
+    is the same, to the rounding that depends on a batch's size.
 
     Args:
         step: from the parts of `fixed` and a carry, of `b <= B` examples, to their next carry.
@@ -60,11 +61,13 @@ def until_done(
 
 def row_counts(batch_size: int, at_most: int) -> list[int]:
     """How many rows the loops after the first have, down to none."""
-    counts = []
-    rows = -(-batch_size // _FEWER)
-    while at_most >= _LEAST_STEPS and rows >= _LEAST_ROWS:
+    counts: list[int] = []
+    while at_most >= _LEAST_STEPS:
+        rows = counts[-1] if counts else batch_size
+        rows = -(-rows // _FEWER[min(len(counts), len(_FEWER) - 1)])
+        if rows < _LEAST_ROWS:
+            break
         counts.append(rows)
-        rows = -(-rows // _FEWER)
     return [*counts, 0]
 
 

@@ -53,7 +53,7 @@ def square(norm, eps, num_queries, seeds):
 @pytest.mark.parametrize(
     ("name", "norm", "eps", "seeds"),  # most examples of the last two stand
     [
-        ("plain_small", "linf", 0.15, 3 if FULL else 1),
+        ("plain_small", "linf", 0.15, 6 if FULL else 1),
         ("robust_small", "linf", 0.35, 1),
         ("robust_small", "l2", 2.0, 1),
     ],
