@@ -65,7 +65,7 @@ def _on_cpu(lhs: Array, rhs: Array, spec: _Spec) -> Array:
     def convolve(lhs: Array, rhs: Array) -> Array:
         if _has_small_window(rhs):
             return _product(_patches(lhs, rhs, spec), rhs, spec)
-        if not spec.lone or not _lone_is_slow():
+        if not spec.lone or not lone_is_slow():
             return _plain(lhs, rhs, spec)
         padded = _plain(lhs, rhs, spec._replace(padding=((top, bottom + 1), columns)))
         return padded[:, :-1]
@@ -148,7 +148,7 @@ def _rhs_gradient(lhs: Array, rhs: Array, grad: Array, spec: _Spec) -> Array:
         patches = _patches(lhs, rhs, spec).reshape(-1, rhs[..., 0].size)
         flat = grad.reshape(-1, grad.shape[-1])
         return jnp.matmul(patches.T, flat, precision=spec.precision).reshape(rhs.shape)
-    if _lone_is_slow():
+    if lone_is_slow():
         return _sum_of_products(lhs, rhs, grad, spec)
     # The examples are what is summed over, the channels what is not: they change places.
     sums = _convolution(
@@ -157,7 +157,7 @@ def _rhs_gradient(lhs: Array, rhs: Array, grad: Array, spec: _Spec) -> Array:
     return sums.transpose((1, 2, 0, 3))
 
 
-def _lone_is_slow() -> bool:
+def lone_is_slow() -> bool:
     """Whether XLA's flags leave lone convolutions to the slow kernel; read while tracing."""
     return _LONE_TO_EIGEN not in os.environ.get("XLA_FLAGS", "")
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jdistill.nets._convolution import lone_is_slow
 from jdistill.typing import Array
 
 
@@ -29,10 +30,18 @@ def _windows(inputs: Array) -> Array:
     return whole.reshape(batch, height // 2, 2, width // 2, 2, channels)
 
 
+def _on_cpu(inputs: Array) -> Array:
+    """The same values; without XLA's flag its pooling is one kernel with the convolution before."""
+    if lone_is_slow():
+        return _plain(inputs)
+    one, two, three, four = _corners(inputs)
+    return jnp.maximum(jnp.maximum(one, two), jnp.maximum(three, four))
+
+
 @jax.custom_jvp
 def _pool(inputs: Array) -> Array:
     """`_plain`, with the derivative below."""
-    return _plain(inputs)
+    return lax.platform_dependent(inputs, cpu=_on_cpu, default=_plain)
 
 
 @_pool.defjvp
