@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdistill import attacks, nets
-from jdistill.attacks import _loop
+from jdistill import attacks, nets, parallel
+from jdistill.attacks import _base, _loop
 
 BATCH = 70
 
@@ -37,7 +37,9 @@ def test_each_example_takes_its_own_number_of_steps_in_few_rows():
     def run(needed):
         start = (jnp.zeros(BATCH, jnp.int32), needed <= 0)
         fixed = (needed, jnp.int32(1), nets.callable_logits_fn(lambda x: 2 * x))
-        return _loop.until_done(step, fixed, start, at_most=100, done=lambda carry: carry[1])
+        return _loop.until_done(
+            step, fixed, start, at_most=100, spread=_base.Spread(False), done=lambda carry: carry[1]
+        )
 
     taken, done = run(jnp.asarray(needed))
     np.testing.assert_array_equal(taken, needed)
@@ -99,3 +101,18 @@ def test_the_result_is_that_of_all_rows_to_the_end(name, problem, monkeypatch):
     assert len(set(np.asarray(whole.queries).tolist())) > 3  # or nothing could be narrowed
     for got, expected in zip(jax.tree.leaves(narrowed), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_examples_on_several_devices_stay_there(problem):
+    logits_fn, key, *rest = problem
+    attack = functools.partial(attacks.pgd, eps=0.1, num_steps=60, num_restarts=2)
+    expected = attack(*problem)
+    devices = jax.devices()[:2]
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(BATCH))
+    found = attack(parallel.replicate(logits_fn, devices), *parallel.split((keys, *rest), devices))
+    assert found.inputs.sharding.shard_shape(found.inputs.shape)[0] == BATCH // 2
+    np.testing.assert_array_equal(found.success, expected.success)
+    inputs, labels = parallel.split(tuple(rest), devices)
+    spread = functools.partial(_base.prepare, logits_fn, None, targets=None, bounds=(0.0, 1.0))
+    assert spread(inputs, labels).spread.over_devices
+    assert not spread(*rest).spread.over_devices

@@ -554,6 +554,22 @@ def test_second_derivatives_equal_xla(flags, operands):
     assert_close(got, expected)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_second_derivatives_of_pictures_smaller_than_the_kernel(flags, size):
+    inputs = jax.random.normal(jax.random.key(0), (4, size, size, 9))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 9, 2))
+
+    def penalty(convolution, inputs, kernel):
+        first = gradients(convolution, inputs, kernel, jnp.ones(()), padding="SAME")
+        return sum(jnp.sum(jnp.square(leaf)) for leaf in first)
+
+    got, expected = (
+        jax.grad(functools.partial(penalty, convolution), argnums=(0, 1))(inputs, kernel)
+        for convolution in (nets.conv_general_dilated, jax.lax.conv_general_dilated)
+    )
+    assert_close(got, expected)
+
+
 def test_forward_mode_is_refused(operands):
     inputs, kernel, _ = operands
     with pytest.raises(TypeError, match="forward-mode"):

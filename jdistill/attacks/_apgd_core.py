@@ -357,6 +357,7 @@ def run(search: Search, settings: Settings) -> AttackResult:
         (search, aims),
         carry,
         at_most=settings.num_starts * settings.num_steps,
+        spread=problem.spread,
         done=lambda carry: carry.progress.done,
     )
     return finish(

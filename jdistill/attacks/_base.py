@@ -1,5 +1,6 @@
 """What all attacks share: the result, the public door's checks, keys, success, precision."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -73,6 +74,14 @@ class Goal(NamedTuple):
         return values if self.targets is None else -values
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Whether the examples lie on several devices: static, so that a program is for either."""
+
+    over_devices: bool
+
+
 class Problem(NamedTuple):
     """The checked and cast arguments of an attack, ready for its jitted core."""
 
@@ -81,6 +90,7 @@ class Problem(NamedTuple):
     inputs: Array
     goal: Goal
     bounds: tuple[Array, Array]
+    spread: Spread
 
 
 def prepare(
@@ -114,6 +124,8 @@ def prepare(
         inputs=inputs,
         goal=Goal(jnp.asarray(labels).astype(jnp.int32), targets),
         bounds=(jnp.asarray(box[0], inputs.dtype), jnp.asarray(box[1], inputs.dtype)),
+        # A tracer does not tell.
+        spread=Spread(not _validate.is_traced(inputs) and len(inputs.devices()) > 1),
     )
 
 

@@ -223,6 +223,7 @@ def _deepfool(
         (problem, overshoot, candidates),
         _init(problem, clean_success),
         at_most=num_steps,
+        spread=problem.spread,
     )
     result = _base.finish(
         problem,

@@ -288,6 +288,7 @@ def _ead(
         (problem, settings),
         _init(problem, settings, initial_const, clean_success, trace),
         at_most=num_searches * num_steps,
+        spread=problem.spread,
     )
     info = {"const": carry.best_const, "first_success": carry.first_success.astype(jnp.int32)}
     if trace:

@@ -386,6 +386,7 @@ def _estimated(
             margins=jnp.full(zeros.shape + shape, jnp.nan, inputs.dtype),
         ),
         at_most=counts.num_steps,
+        spread=problem.spread,
     )
     info = {"first_success": carry.first_success}
     if counts.trace:

@@ -330,6 +330,7 @@ def _jsma(
         (problem, theta, target),
         _init(problem, clean_success, num_steps, trace),
         at_most=num_steps,
+        spread=problem.spread,
     )
     info = {"target": target, "num_pairs": carry.step}
     if trace:

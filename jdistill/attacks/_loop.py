@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jdistill.attacks._base import Spread
 from jdistill.typing import Array, PyTree
 
 # A loop is compiled once for each number of rows that it may have, so there are few of them, and
@@ -24,19 +25,23 @@ def until_done(
     carry: Any,
     *,
     at_most: int,
+    spread: Spread,
     done: Callable[[Any], Array] = lambda carry: carry.done,
 ) -> Any:
     """`carry = step(*fixed, carry)` until every example is done; those that are stop costing.
 
     When half of the examples are done, the others go on in a batch of their own, half as large;
     and so on. A step treats each example by itself and leaves alone what is done, so the outcome
-    is the same, to the rounding that depends on a batch's size.
+    is the same, to the rounding that depends on a batch's size. Under `vmap` over networks a loop
+    waits for the network with the most examples left.
 
     Args:
         step: from the parts of `fixed` and a carry, of `b <= B` examples, to their next carry.
         fixed: what the loop does not change: functions, scalars, and arrays `[B, ...]`.
         carry: the state, every leaf `[B, ...]`.
         at_most: steps that an example may take.
+        spread: whether the examples lie on several devices, where they stay: gathered rows would
+            be on each of them.
         done: of a carry, which examples are, `[B]` bool.
 
     Returns:
@@ -50,7 +55,7 @@ def until_done(
             carry,
         )
 
-    sizes = row_counts(done(carry).shape[0], at_most)
+    sizes = [0] if spread.over_devices else row_counts(done(carry).shape[0], at_most)
     carry = loop(fixed, carry, sizes[0])
     for size, enough in itertools.pairwise(sizes):
         rows = jnp.argsort(done(carry), stable=True)[:size]

@@ -305,6 +305,7 @@ def _pgd(
         (problem, settings),
         _pgd_init(problem, settings, init, clean_success, trace),
         at_most=num_restarts * num_steps,
+        spread=problem.spread,
     )
     info = {"restart": carry.restart}
     if trace:

@@ -156,6 +156,7 @@ def run(
         (problem, settings),
         _init(problem, initial_const, limit, clean_success),
         at_most=settings.num_steps,  # of each round
+        spread=problem.spread,
     )
     return _base.finish(
         problem,

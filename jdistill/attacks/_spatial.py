@@ -197,6 +197,7 @@ def _spatial(problem: Problem, table: Array, fill: Array) -> AttackResult:
             queries=zeros + 1,  # the clean forward pass
         ),
         at_most=table.shape[1],
+        spread=problem.spread,
     )
     return _base.finish(
         problem,

@@ -317,6 +317,7 @@ def _square(search: _Search, settings: _Settings) -> AttackResult:
         (search,),
         _init(search, settings, clean_success),
         at_most=settings.num_restarts * settings.num_queries,
+        spread=search.problem.spread,
     )
     point, _ = carry.best if carry.kept is None else carry.kept
     info = {"first_success": carry.first_success, "restart": carry.restart}

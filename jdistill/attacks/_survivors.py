@@ -182,14 +182,14 @@ def _update(
 
 
 def _pad(rows: np.ndarray, batch_size: int, multiple: int) -> np.ndarray:
-    """The rows, and copies of the first one up to a size that few programs are compiled for.
+    """The rows, and copies of them up to a size that few programs are compiled for.
 
     The sizes are 16, 24, 32, 48, 64, 96 and so on: with powers of two alone up to half of the rows
-    would be copies. They are a real row's own work again, so they keep no loop going.
+    would be copies. They are real rows' own work again, so they keep no loop going.
     """
     power = max(1 << (len(rows) - 1).bit_length(), _SMALLEST)
     less = 3 * power // 4
     size = less if len(rows) <= less and power > _SMALLEST else power
     size = min(size, batch_size)
     size += -size % multiple
-    return np.concatenate([rows, np.repeat(rows[:1], size - len(rows))])
+    return np.resize(rows, size)
