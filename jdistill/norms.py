@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jdistill import _validate
+from jdistill import _order, _validate
 from jdistill.typing import Array, ArrayLike
 
 
@@ -199,13 +199,10 @@ def ascend(
     low, high = bounds
     gradient = _to_unit_scale(gradient)
     room = jnp.where(gradient > 0, high - inputs, inputs - low)
-    flat_room = flatten(room)
-    order = jnp.argsort(-jnp.abs(gradient).reshape(flat_room.shape), axis=1)
-    sorted_room = jnp.take_along_axis(flat_room, order, axis=1)
-    used_before = jnp.cumsum(sorted_room, axis=1) - sorted_room
-    moves = jnp.clip(length.reshape(-1, 1) - used_before, 0.0, sorted_room)
-    rows = jnp.arange(order.shape[0])[:, None]
-    moves = jnp.zeros_like(moves).at[rows, order].set(moves, unique_indices=True)
+    flat_room, length = flatten(room), length.reshape(-1, 1)
+    before, last = _order.first_to_reach(flatten(jnp.abs(gradient)), flat_room, length)
+    rest = length - jnp.sum(jnp.where(before, flat_room, 0.0), axis=1, keepdims=True)
+    moves = jnp.where(before, flat_room, jnp.where(last, jnp.clip(rest, 0.0, flat_room), 0.0))
     return inputs + jnp.sign(gradient) * moves.reshape(room.shape)
 
 
@@ -324,15 +321,28 @@ def _l1_project(delta: Array, eps: Array) -> Array:
     # an entry smaller by `gap` keeps `kept - gap`. Counting from the largest entry down instead of
     # up from 0 cancels no digits where the ball is tiny beside delta; and since no entry keeps
     # more than eps, gaps can be cut there, so that no sum overflows.
+    axes = _feature_axes(delta)
     size = jnp.abs(delta)
-    gap = jnp.max(size, axis=_feature_axes(delta), keepdims=True) - size
-    sorted_gap = jnp.sort(flatten(jnp.minimum(gap, eps)), axis=1)
-    counts = jnp.arange(1, sorted_gap.shape[1] + 1, dtype=delta.dtype)[None]
-    kept = (eps.reshape(-1, 1) + jnp.cumsum(sorted_gap, axis=1)) / counts
-    last = jnp.maximum(jnp.sum(sorted_gap < kept, axis=1, keepdims=True) - 1, 0)
-    kept = per_example(jnp.take_along_axis(kept, last, axis=1)[:, 0], delta)
-    inside = jnp.sum(size, axis=_feature_axes(delta), keepdims=True) <= eps
-    return jnp.where(inside, delta, jnp.sign(delta) * jnp.maximum(kept - gap, 0.0))
+    gap = jnp.max(size, axis=axes, keepdims=True) - size
+    cut = jnp.minimum(gap, eps)
+
+    def kept_by(rest: Array) -> Array:
+        """What the largest entry keeps if just these entries keep something."""
+        total = eps + jnp.sum(jnp.where(rest, cut, 0.0), axis=axes, keepdims=True)
+        return total / jnp.sum(rest, axis=axes, keepdims=True)
+
+    # With too many entries it is too much, so those that even then keep nothing can go, until all
+    # that are left keep something. The largest ones always stay.
+    def drop(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        rest, _ = carry
+        fewer = rest & ((cut < kept_by(rest)) | (gap == 0))
+        return fewer, jnp.any(fewer != rest)
+
+    everything = jnp.ones(delta.shape, bool)
+    rest, _ = jax.lax.while_loop(lambda carry: carry[1], drop, (everything, jnp.asarray(True)))
+    inside = jnp.sum(size, axis=axes, keepdims=True) <= eps
+    shrunk = jnp.sign(delta) * jnp.maximum(kept_by(rest) - gap, 0.0)
+    return jnp.where(inside, delta, shrunk)
 
 
 def _l1_steepest(gradient: Array) -> Array:
@@ -351,9 +361,10 @@ def _l1_random_unit(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Arr
 
 
 def _l0_project(delta: Array, eps: Array) -> Array:
-    flat = -flatten(jnp.abs(delta))
-    rank = jnp.argsort(jnp.argsort(flat, axis=1), axis=1).reshape(delta.shape)
-    return jnp.where(rank + 1 <= eps, delta, 0.0)
+    size = flatten(jnp.abs(delta))
+    counts = jnp.floor(jnp.minimum(eps.reshape(-1, 1), size.shape[1])).astype(jnp.int32)
+    before, last = _order.first_to_reach(size, jnp.ones(size.shape, jnp.int32), counts)
+    return jnp.where((before | last).reshape(delta.shape), delta, 0.0)
 
 
 _NORMS = {

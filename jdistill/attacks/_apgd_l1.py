@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdistill import norms
+from jdistill import _order, norms
 from jdistill.attacks._aims import Aims
 from jdistill.attacks._apgd_core import (
     Progress,
@@ -124,11 +124,11 @@ def _ascend(inputs: Array, gradient: Array, length: Array, density: Array) -> Ar
     In whole numbers: at a fraction that rounding decides, nets and devices would differ.
     """
     size = norms.flatten(jnp.abs(gradient))
-    count = size.shape[1]
     entries = (2 * density.astype(jnp.int32) + 2) // 3
-    place = jnp.clip(count - entries, 0, count - 1)
-    threshold = jnp.take_along_axis(jnp.sort(size, axis=1), place[:, None], axis=1)[:, 0]
-    kept = jnp.abs(gradient) >= norms.per_example(threshold, gradient)
+    entries = jnp.clip(entries, 1, size.shape[1])[:, None]
+    _, last = _order.first_to_reach(size, jnp.ones(size.shape, jnp.int32), entries)
+    smallest = jnp.sum(jnp.where(last, size, 0.0), axis=1)
+    kept = jnp.abs(gradient) >= norms.per_example(smallest, gradient)  # and all equal ones
     direction = jnp.where(kept, jnp.sign(gradient), 0.0)
     return inputs + norms.per_example(length, inputs) * norms.normalize(direction, "l1")
 

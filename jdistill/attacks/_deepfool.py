@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jdistill import _validate, norms
 from jdistill._precision import full_precision
-from jdistill.attacks import _base
+from jdistill.attacks import _base, _hyperplane
 from jdistill.attacks._base import AttackResult, Problem
 from jdistill.attacks._loop import until_done
 from jdistill.typing import Array, ArrayLike, LogitsFn
@@ -142,21 +142,14 @@ def _nearest(gaps: Array, normals: Array, norm: str) -> tuple[Array, Array]:
     `gaps [B, C]` are logits, `normals [B, C, ...]` gradients. The distance is `inf` where no
     boundary can be reached: no gradient, or nothing finite.
     """
-    normals = jnp.where(jnp.isfinite(normals), normals, 0.0)
-    directions = jax.vmap(lambda w: norms.steepest(w, norm), in_axes=1, out_axes=1)(normals)
-    # Gaps and gradients in units of the largest gradient entry, so that no scale over- or
-    # underflows. Along its steepest direction a linear function rises at the dual norm's rate.
-    axes = tuple(range(2, normals.ndim))
-    scale = jnp.max(jnp.abs(normals), axis=axes)
-    usable = (scale > 0) & jnp.isfinite(gaps)
-    scale = jnp.where(usable, scale, 1.0)
-    unit = normals / scale.reshape(scale.shape + (1,) * len(axes))
-    rate = jnp.sum(unit * directions, axis=axes)
-    distances = jnp.where(usable, jnp.abs(gaps) / scale / jnp.where(usable, rate, 1.0), jnp.inf)
+    rows = normals.reshape(gaps.size, *normals.shape[2:])
+    units, unit_gaps = _hyperplane.unit(rows, gaps.reshape(gaps.size))
+    distances = _hyperplane.distance(units, unit_gaps, norm).reshape(gaps.shape)
     index = jnp.argmin(distances, axis=1)
-    distance = jnp.take_along_axis(distances, index[:, None], axis=1)[:, 0]
     picked = index.reshape(index.shape + (1,) * (normals.ndim - 1))
-    return distance, jnp.take_along_axis(directions, picked, axis=1)[:, 0]
+    normal = jnp.take_along_axis(normals, picked, axis=1)[:, 0]
+    distance = jnp.take_along_axis(distances, index[:, None], axis=1)[:, 0]
+    return distance, norms.steepest(normal, norm)
 
 
 def _iterate(problem: Problem, overshoot: Array, total: Array) -> Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jdistill import _validate, losses, norms
 from jdistill._precision import full_precision
 from jdistill._pytree import as_pytree
-from jdistill.attacks import _base, _search
+from jdistill.attacks import _base, _hyperplane, _search
 from jdistill.attacks._base import AttackResult, Problem
 from jdistill.attacks._gradient import _gain_gradient
 from jdistill.typing import Array, ArrayLike, LogitsFn
@@ -165,20 +165,6 @@ def _init(problem: Problem, gradient: Array, gain: Array, clean_success: Array) 
     )
 
 
-def _to_boundary(gain: Array, gradient: Array, norm: str) -> Array:
-    """The distance `[B]` at which the linearized gain is 0; `inf` where nothing leads there."""
-    axes = tuple(range(1, gradient.ndim))
-    gradient = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
-    scale = jnp.max(jnp.abs(gradient), axis=axes)
-    usable = (scale > 0) & jnp.isfinite(gain)
-    scale = jnp.where(usable, scale, 1.0)
-    # Along its steepest direction a linear function rises at the dual norm's rate. Everything is
-    # in units of the largest entry, so that no scale over- or underflows.
-    unit = gradient / norms.per_example(scale, gradient)
-    rate = jnp.sum(unit * norms.steepest(unit, norm), axis=axes)
-    return jnp.where(usable, jnp.abs(gain) / scale / jnp.where(usable, rate, 1.0), jnp.inf)
-
-
 def _next_radius(settings: _Settings, carry: _Carry, gamma: Array) -> Array:
     """The radius `[B]` of the next step."""
     radius = carry.radius
@@ -189,7 +175,9 @@ def _next_radius(settings: _Settings, carry: _Carry, gamma: Array) -> Array:
         smaller = jnp.maximum(jnp.minimum(fewer, carry.best_distance), 1.0)
         return jnp.where(carry.adversarial, smaller, more)
     distance = norms.distance(carry.delta, settings.norm)
-    estimate = distance + _to_boundary(carry.gain, carry.gradient, settings.norm)
+    # Where the linearized gain is 0; nowhere if nothing leads there.
+    hyperplane = _hyperplane.unit(carry.gradient, carry.gain)
+    estimate = distance + _hyperplane.distance(*hyperplane, settings.norm)
     seen = jnp.isfinite(carry.best_distance)
     smaller = jnp.minimum(radius * (1 - gamma), carry.best_distance)
     larger = (1 + gamma) * jnp.where(seen, radius, estimate)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jdistill import norms
+from jdistill import _order, norms
 from jdistill.typing import Array, ArrayLike
 
 # A linear function rises along its steepest direction at the dual norm's rate.
@@ -120,14 +120,11 @@ def _level(rates: Array, weights: Array, room: Array, amount: Array, within: Arr
 
 def _l1(weights: Array, room: Array, amount: Array, within: Array) -> Array:
     del within
-    order = jnp.argsort(-weights, axis=1)
-    weights, room = (jnp.take_along_axis(rows, order, axis=1) for rows in (weights, room))
-    gains = jnp.cumsum(weights * room, axis=1)
-    before = jnp.pad(gains, ((0, 0), (1, 0)))[:, :-1]
-    moves = (amount - before) / jnp.where(weights > 0, weights, 1.0)
-    rows = jnp.arange(order.shape[0])[:, None]
-    moves = jnp.clip(moves, 0.0, room)
-    return jnp.zeros_like(moves).at[rows, order].set(moves, unique_indices=True)
+    gains = weights * room
+    before, last = _order.first_to_reach(weights, gains, amount)
+    rest = amount - jnp.sum(jnp.where(before, gains, 0.0), axis=1, keepdims=True)
+    part = jnp.clip(rest / jnp.where(weights > 0, weights, 1.0), 0.0, room)
+    return jnp.where(before, room, jnp.where(last, part, 0.0))
 
 
 _MOVES: dict[str, Callable[[Array, Array, Array, Array], Array]] = {

@@ -1,0 +1,57 @@
+"""The largest entries of each row, without sorting it.
+
+Sorting is what accelerators and XLA's CPU do worst, and none of the callers needs the order of all
+entries: they need the one at which a sum is reached.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jdistill.typing import Array
+
+_INTEGERS = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}
+
+
+def first_to_reach(size: Array, weights: Array, amount: Array) -> tuple[Array, Array]:
+    """The entries whose weights, from the largest entry down, add up to an amount.
+
+    Floats that are not negative are ordered as their bits are, so the last entry is found bit by
+    bit, with one sum over the row for each: first its size, then its place among equals.
+
+    Args:
+        size: `[B, D]` float, at least 0; the order. Of equal entries the first comes first.
+        weights: `[B, D]` int or float, at least 0.
+        amount: `[B, 1]`, of the type of the weights.
+
+    Returns:
+        `before [B, D]` bool, the entries that come before the amount is reached, and `last [B, D]`
+        bool, the entry that reaches it. All entries and none where the sum of all is less; no
+        entries and none where the amount is at most 0.
+
+    Example:
+        >>> size = jnp.array([[3.0, 7.0, 7.0, 5.0]])
+        >>> before, last = first_to_reach(size, jnp.ones((1, 4), int), jnp.array([[3]]))
+        >>> before.tolist(), last.tolist()
+        ([[False, True, True, False]], [[False, False, False, True]])
+    """
+    num_bits = 8 * size.dtype.itemsize
+    bits = jax.lax.bitcast_convert_type(size, _INTEGERS[size.dtype.itemsize])
+    reached = _greatest(bits, weights, amount, num_bits - 1)
+    larger, equal = bits > reached, bits == reached
+
+    count = size.shape[1]
+    place = jnp.arange(count, 0, -1, dtype=jnp.int32)[None]  # the first has the greatest
+    rest = amount - jnp.sum(jnp.where(larger, weights, 0), axis=1, keepdims=True)
+    reached = _greatest(place, jnp.where(equal, weights, 0), rest, count.bit_length())
+    return larger | (equal & (place > reached)), equal & (place == reached)
+
+
+def _greatest(keys: Array, weights: Array, amount: Array, num_bits: int) -> Array:
+    """The greatest integer `[B, 1]` such that the keys from it on have weights of the amount."""
+
+    def decide(place: Array, found: Array) -> Array:
+        bit = jnp.left_shift(jnp.ones((), keys.dtype), (num_bits - 1 - place).astype(keys.dtype))
+        weight = jnp.sum(jnp.where(keys >= found | bit, weights, 0), axis=1, keepdims=True)
+        return jnp.where(weight >= amount, found | bit, found)
+
+    return jax.lax.fori_loop(0, num_bits, decide, jnp.zeros(amount.shape, keys.dtype))
