@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jdistill._xla_flags import CPU_FLAG_VALUE
 from jdistill.typing import Array
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -38,8 +39,6 @@ _SMALL_WINDOW = 32
 # Examples a step of the loop that sums the kernel's gradient: few enough that their shifted
 # copies fit into the cache, many enough for an efficient matrix product.
 _CHUNK = 8
-# The part of `runtime.add_cpu_flags` that sends lone convolutions to Eigen.
-_LONE_TO_EIGEN = "-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
 
 
 class _Spec(NamedTuple):
@@ -163,7 +162,7 @@ def _rhs_gradient(lhs: Array, rhs: Array, grad: Array, spec: _Spec) -> Array:
 
 def lone_is_slow() -> bool:
     """Whether XLA's flags leave lone convolutions to the slow kernel; read while tracing."""
-    return _LONE_TO_EIGEN not in os.environ.get("XLA_FLAGS", "")
+    return CPU_FLAG_VALUE not in os.environ.get("XLA_FLAGS", "")
 
 
 def _sum_of_products(lhs: Array, rhs: Array, grad: Array, spec: _Spec) -> Array:

@@ -14,13 +14,12 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
 from jdistill import _files
+from jdistill._xla_flags import CPU_FLAG, CPU_FLAG_VALUE
 from jdistill.runtime._records import check_writable
 
 logger = logging.getLogger("jdistill")
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-_CPU_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
-_CPU_FLAG_VALUE = "-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
 _CPU_FLAG_VERSIONS = ("0.10.",)  # jaxlib 0.7.2 aborts on the flag; extend it for a version tried
 
 
@@ -79,9 +78,9 @@ def add_cpu_flags() -> bool:
     """
     flags = os.environ.get("XLA_FLAGS", "")
     known = importlib.metadata.version("jaxlib").startswith(_CPU_FLAG_VERSIONS)
-    if not known or _CPU_FLAG in flags or not _only_cpu() or _backend_started():
+    if not known or CPU_FLAG in flags or not _only_cpu() or _backend_started():
         return False
-    os.environ["XLA_FLAGS"] = f"{flags} {_CPU_FLAG}={_CPU_FLAG_VALUE}".strip()
+    os.environ["XLA_FLAGS"] = f"{flags} {CPU_FLAG}={CPU_FLAG_VALUE}".strip()
     return True
 
 
