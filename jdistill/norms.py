@@ -289,16 +289,17 @@ def _feature_axes(value: Array) -> tuple[int, ...]:
 def _to_unit_scale(value: Array) -> Array:
     """Each example divided by its largest entry; entries that are not finite become 0."""
     value = jnp.where(jnp.isfinite(value), value, 0.0)
-    scale = jnp.max(jnp.abs(value), axis=_feature_axes(value), keepdims=True)
+    scale = _order.largest(value)
     return value / jnp.where(scale > 0, scale, 1.0)
 
 
 def _l2(delta: Array) -> Array:
     """The Euclidean norm with kept axes, `[B, 1, …]`, scaled against under- and overflow."""
-    axes = _feature_axes(delta)
-    scale = jnp.max(jnp.abs(delta), axis=axes, keepdims=True)
-    scaled = delta / jnp.where(scale > 0, scale, 1.0)
-    return scale * jnp.sqrt(jnp.sum(jnp.square(scaled), axis=axes, keepdims=True))
+    flat = flatten(delta)  # one long axis: XLA's CPU loops over short ones are slow
+    scale = _order.largest(flat)
+    scaled = flat / jnp.where(scale > 0, scale, 1.0)
+    length = scale * jnp.sqrt(jnp.sum(jnp.square(scaled), axis=1, keepdims=True))
+    return length.reshape(delta.shape[0], *(1,) * (delta.ndim - 1))
 
 
 def _l2_project(delta: Array, eps: Array) -> Array:
@@ -323,7 +324,7 @@ def _l1_project(delta: Array, eps: Array) -> Array:
     # more than eps, gaps can be cut there, so that no sum overflows.
     axes = _feature_axes(delta)
     size = jnp.abs(delta)
-    gap = jnp.max(size, axis=axes, keepdims=True) - size
+    gap = _order.largest(delta) - size
     cut = jnp.minimum(gap, eps)
 
     def kept_by(rest: Array) -> Array:
@@ -369,7 +370,7 @@ def _l0_project(delta: Array, eps: Array) -> Array:
 
 _NORMS = {
     "linf": _Norm(
-        distance=lambda delta: jnp.max(jnp.abs(delta), axis=_feature_axes(delta)),
+        distance=lambda delta: _order.largest(delta).reshape(delta.shape[0]),
         project=lambda delta, eps: jnp.clip(delta, -eps, eps),
     ),
     "l2": _Norm(

@@ -1,11 +1,11 @@
-"""The entries whose weights reach an amount, against a stable sort in NumPy."""
+"""The largest entry against JAX, and those whose weights reach an amount against a stable sort."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdistill._order import first_to_reach
+from jdistill._order import first_to_reach, largest
 
 
 def by_sorting(size, weights, amount):
@@ -64,3 +64,21 @@ def test_gradients_flow_around_the_search():
         return jnp.sum(jnp.where(before | last, size, 0.0) ** 2)
 
     assert jax.grad(kept)(jnp.array([[3.0, 1.0, 2.0]])).tolist() == [[6.0, 0.0, 4.0]]
+
+
+@pytest.mark.floor
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_largest_is_that_of_jax_and_so_is_its_derivative(dtype):
+    signs = np.random.default_rng(5).choice([-1, 1], (40, 23))
+    size = jnp.asarray((signs * sizes(ties=False)).reshape(8, 5, 23), dtype)
+    size = size.at[1, 0, 0].set(jnp.inf).at[2, 1, 1].set(jnp.nan).at[3].set(0)
+
+    def as_jax(size):
+        return jnp.max(jnp.abs(size), axis=(1, 2), keepdims=True)
+
+    def exact(value):  # NumPy's own floats, which its assertion compares NaN of
+        return np.asarray(value.astype(jnp.float32))
+
+    np.testing.assert_array_equal(exact(largest(size)), exact(as_jax(size)))
+    ours, expected = (jax.grad(lambda x, f=f: jnp.sum(f(x)))(size[3:]) for f in (largest, as_jax))
+    np.testing.assert_array_equal(exact(ours), exact(expected))

@@ -101,7 +101,7 @@ def _project(search: Search, inputs: Array, radius: Array) -> Array:
 
     zeros = jnp.zeros_like(radius)
     halvings = jnp.finfo(size.dtype).nmant + 12  # until nothing but rounding is left
-    _, threshold = jax.lax.fori_loop(0, halvings, halve, (zeros, jnp.max(size, axis=axes)))
+    _, threshold = jax.lax.fori_loop(0, halvings, halve, (zeros, norms.distance(delta, "linf")))
     inside = jnp.sum(shrunk(zeros), axis=axes) <= radius
     threshold = jnp.where(inside, 0.0, threshold)
     # A bound itself where the room is used up: center + room may be a rounding beyond it.
