@@ -322,15 +322,15 @@ def _l1_project(delta: Array, eps: Array) -> Array:
     # an entry smaller by `gap` keeps `kept - gap`. Counting from the largest entry down instead of
     # up from 0 cancels no digits where the ball is tiny beside delta; and since no entry keeps
     # more than eps, gaps can be cut there, so that no sum overflows.
-    axes = _feature_axes(delta)
-    size = jnp.abs(delta)
-    gap = _order.largest(delta) - size
+    flat, eps = flatten(delta), eps.reshape(-1, 1)
+    size = jnp.abs(flat)
+    gap = _order.largest(flat) - size
     cut = jnp.minimum(gap, eps)
 
     def kept_by(rest: Array) -> Array:
         """What the largest entry keeps if just these entries keep something."""
-        total = eps + jnp.sum(jnp.where(rest, cut, 0.0), axis=axes, keepdims=True)
-        return total / jnp.sum(rest, axis=axes, keepdims=True)
+        total = eps + jnp.sum(jnp.where(rest, cut, 0.0), axis=1, keepdims=True)
+        return total / jnp.sum(rest, axis=1, keepdims=True)
 
     # With too many entries it is too much, so those that even then keep nothing can go, until all
     # that are left keep something. The largest ones always stay.
@@ -339,11 +339,11 @@ def _l1_project(delta: Array, eps: Array) -> Array:
         fewer = rest & ((cut < kept_by(rest)) | (gap == 0))
         return fewer, jnp.any(fewer != rest)
 
-    everything = jnp.ones(delta.shape, bool)
-    rest, _ = jax.lax.while_loop(lambda carry: carry[1], drop, (everything, jnp.asarray(True)))
-    inside = jnp.sum(size, axis=axes, keepdims=True) <= eps
-    shrunk = jnp.sign(delta) * jnp.maximum(kept_by(rest) - gap, 0.0)
-    return jnp.where(inside, delta, shrunk)
+    start = jnp.ones(flat.shape, bool), jnp.asarray(True)
+    rest, _ = jax.lax.while_loop(lambda carry: carry[1], drop, start)
+    inside = jnp.sum(size, axis=1, keepdims=True) <= eps
+    shrunk = jnp.sign(flat) * jnp.maximum(kept_by(rest) - gap, 0.0)
+    return jnp.where(inside, flat, shrunk).reshape(delta.shape)
 
 
 def _l1_steepest(gradient: Array) -> Array:

@@ -86,26 +86,26 @@ def _project(search: Search, inputs: Array, radius: Array) -> Array:
     It is the soft-thresholded change, clipped into the box; the threshold is found by bisection.
     """
     center, (low, high) = search.problem.inputs, search.problem.bounds
-    delta = inputs - center
+    delta = norms.flatten(inputs - center)
     size = jnp.abs(delta)
-    room = jnp.where(delta > 0, high - center, center - low)
-    axes = tuple(range(1, delta.ndim))
+    room = norms.flatten(jnp.where(inputs > center, high - center, center - low))
 
     def shrunk(threshold: Array) -> Array:
-        return jnp.clip(size - norms.per_example(threshold, size), 0.0, room)
+        return jnp.clip(size - threshold[:, None], 0.0, room)
 
     def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         middle = 0.5 * (ends[0] + ends[1])
-        outside = jnp.sum(shrunk(middle), axis=axes) > radius
+        outside = jnp.sum(shrunk(middle), axis=1) > radius
         return jnp.where(outside, middle, ends[0]), jnp.where(outside, ends[1], middle)
 
     zeros = jnp.zeros_like(radius)
     halvings = jnp.finfo(size.dtype).nmant + 12  # until nothing but rounding is left
     _, threshold = jax.lax.fori_loop(0, halvings, halve, (zeros, norms.distance(delta, "linf")))
-    inside = jnp.sum(shrunk(zeros), axis=axes) <= radius
+    inside = jnp.sum(shrunk(zeros), axis=1) <= radius
     threshold = jnp.where(inside, 0.0, threshold)
+    moved = (jnp.sign(delta) * shrunk(threshold)).reshape(center.shape)
     # A bound itself where the room is used up: center + room may be a rounding beyond it.
-    return jnp.clip(center + jnp.sign(delta) * shrunk(threshold), low, high)
+    return jnp.clip(center + moved, low, high)
 
 
 def _begin(search: Search, settings: Settings, radius: float, start: Array) -> Array:

@@ -70,7 +70,7 @@ def test_robust_accuracy(name, norm, eps, seeds, pair, all_images, record):
         found, _ = torch_side.torch_batch(result.inputs, images[1])
         # Judged by the other framework as well, and not by our own word.
         assert (torch_side.fooled(model, found, labels) != result.success).mean() <= 0.01
-        shares.append(100 * (1 - np.mean(result.success)))
+        shares.append(float(100 * (1 - np.mean(result.success))))
     ours = np.mean(shares)
     print(f"| our {seeds} seeds: {shares} |")
     theirs = {
