@@ -653,7 +653,8 @@ def test_no_scale_of_the_logits_hides_anything_from_a_search(name):
     for scale in SCALES:
         result = run(CASES[name], make(scale=scale), INPUTS, LABELS, **settings)
         np.testing.assert_array_equal(result.success, plain.success)
-        np.testing.assert_allclose(result.distance.mean(), plain.distance.mean(), rtol=0.01)
+        # Where a search ends depends on rounding: by 4 % for an example, by 1 % in the mean.
+        np.testing.assert_allclose(result.distance.mean(), plain.distance.mean(), rtol=0.02)
 
 
 @for_each("name", {name: name for name in SCALE_FREE})

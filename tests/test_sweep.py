@@ -385,19 +385,17 @@ def test_a_network_that_cannot_be_hashed_will_do(whole):
     assert_close(result.states[-1], whole.states[1])
 
 
-def test_other_numbers_compile_nothing(whole):
-    del whole
-    TRACES.clear()
-    sweep.chain(
-        [generation(2 * RATES)] * 3,
-        (INPUTS[::-1].copy(), LABELS),
-        jax.random.split(jax.random.key(77), R),
-        temperature=3 * TEMPERATURES,
-        batch_size=BATCH,
-        devices=ONE,
-    )
-    # `eval_shape` looks at one example.
-    assert [shape for shape in TRACES if shape[0] > 1] == []
+def test_other_numbers_compile_nothing():
+    def train(rates, inputs, keys, temperature):
+        TRACES.clear()
+        options = {"temperature": temperature, "batch_size": BATCH, "devices": ONE}
+        sweep.chain([generation(rates)] * 3, (inputs, LABELS), keys, **options)
+        # `eval_shape` looks at one example.
+        return [shape for shape in TRACES if shape[0] > 1]
+
+    train(RATES, INPUTS, KEYS, TEMPERATURES)
+    keys = jax.random.split(jax.random.key(77), R)
+    assert train(2 * RATES, INPUTS[::-1].copy(), keys, 3 * TEMPERATURES) == []
 
 
 def changed(**changes):
