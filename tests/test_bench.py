@@ -283,7 +283,7 @@ def test_records_are_json():
 
 
 def test_comparisons_fit_our_attacks_and_the_toolkits_known():
-    assert len({(c.attack, c.norm) for c in COMPARISONS}) == len(COMPARISONS)
+    assert len({(c.attack, c.norm, c.budget) for c in COMPARISONS}) == len(COMPARISONS)
     assert {name for c in COMPARISONS for name in c.peers} == set(bench_attacks._TOOLKITS)
     for comparison in COMPARISONS:
         assert hasattr(attacks, comparison.attack)
