@@ -1,7 +1,9 @@
 # Everything happens in .venv, made from the pinned versions of requirements.txt.
 #
 #   make demo     distill, attack and report on real 8x8 digits, a few minutes on 2 cores
-#   make test     the tests; the first time 16 minutes on 2 cores, since it compiles, then fewer
+#   make test     the tests but for the slow ones; the first time XXX minutes on 2 cores, since it
+#                 compiles, then fewer (test-slow: those that take more than about ten seconds each,
+#                 whole runs of the commands among them)
 #   make lint     lint, format check and type check
 #   make docs     measures the attacks' costs and writes the table of docs/attacks.md
 #   make parity   the attacks beside other toolkits at full size; writes docs/parity.md
@@ -12,13 +14,16 @@
 PYTHON ?= python3
 PIP_OPTIONS := --quiet --disable-pip-version-check
 
-.PHONY: demo test lint docs parity parity-small bench floor install clean
+.PHONY: demo test test-slow lint docs parity parity-small bench floor install clean
 
 demo: .venv/installed
 	.venv/bin/python -m experiments.defend digits --workdir runs/demo
 
 test: .venv/installed
-	.venv/bin/python -m pytest -n 2 --dist loadgroup -m "not parity" $(TEST_OPTIONS)
+	.venv/bin/python -m pytest -n 2 --dist loadgroup -m "not parity and not slow" $(TEST_OPTIONS)
+
+test-slow: .venv/installed
+	.venv/bin/python -m pytest -n 2 --dist loadgroup -m "slow and not parity" $(TEST_OPTIONS)
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -8,8 +8,7 @@ which order they come.
 
 import jax
 import jax.numpy as jnp
-
-from jdistill.typing import Array
+from jax import Array
 
 _INTEGERS = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}
 

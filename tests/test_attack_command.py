@@ -100,6 +100,7 @@ def check_rows(rows, points, direct, logits_fn, inputs, labels):
     assert column(rows, "prediction", int).tolist() == predicted.tolist()
 
 
+@pytest.mark.slow
 def test_rows_are_those_of_a_direct_call(trained, capsys):
     run(trained, *PGD, "--num-restarts", "2", "--key", "7", "--batch-size", "5")
     folder = trained / "attacks" / "pgd_eps=0.1_num_steps=4_num_restarts=2_examples=12_key=7"
@@ -145,6 +146,7 @@ def test_rows_are_those_of_a_direct_call(trained, capsys):
     assert held["runs"][0]["versions"]["jax"] == jax.__version__
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_nothing(trained):
     path = trained / "attacks" / NAME
     found = []
@@ -304,6 +306,7 @@ def test_a_network_that_was_trained_again_is_attacked_again(fresh, monkeypatch):
     assert [row["distance"] for row in rows[0]] == [row["distance"] for row in rows[1]]
 
 
+@pytest.mark.slow
 def test_autoattack_goes_on_where_it_was_stopped(trained, fresh, monkeypatch, capsys):
     arguments = ["--attack", "autoattack", "--eps", "0.1", "--version", "rand"]
     arguments += ["--num-examples", "40", "--batch-size", "16", "--temperature", "5"]

@@ -66,6 +66,7 @@ def same(first, second):
     np.testing.assert_allclose(first.inputs, second.inputs, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_result_says_who_broke_what(whole):
     names = attacks.autoattack_names()
     assert names == ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -93,11 +94,13 @@ def test_the_first_part_is_apgd_on_the_cross_entropy(whole):
     np.testing.assert_array_equal(alone.success, ~whole.info["robust_after"][:, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 7, 24])  # and `whole`, of one batch
 def test_batches_change_nothing(whole, batch_size):
     same(run(batch_size=batch_size), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_devices", [1, 4])
 def test_devices_change_nothing(whole, num_devices):
     same(run(batch_size=30, devices=jax.devices()[:num_devices]), whole)
@@ -179,6 +182,7 @@ def a_state(short):
     return states[1]
 
 
+@pytest.mark.slow
 def test_targets_are_reached():
     targets = np.argsort(CLEAN, axis=1)[:, -2]
     targets[3] = CLEAN[3].argmax()
@@ -215,6 +219,7 @@ def test_versions_and_norms(version, norm):
     assert np.all(np.isfinite(result.distance))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_classes", [2, 3])
 def test_few_classes_are_said_and_attacked(num_classes):
     model = make(num_classes=num_classes)

@@ -535,6 +535,7 @@ def test_stopped_run_prints_what_it_has(stubbed, tmp_path, capsys):
 # One call against single ones
 
 
+@pytest.mark.slow
 def test_the_three_ways_of_an_evaluation_are_timed():
     def linear(weights, inputs):
         return inputs @ weights
@@ -633,6 +634,7 @@ def test_table_of_rows_and_their_notes():
 # Training steps and input gradients
 
 
+@pytest.mark.slow
 def test_training_steps_are_those_of_the_optimizer(digits):
     params, inputs, labels = digits
     images = inputs.astype(np.float32) / 255
@@ -701,6 +703,7 @@ def test_rows_of_training_are_of_one_step():
 # A sweep
 
 
+@pytest.mark.slow
 def test_all_ways_of_a_sweep_train_the_same_networks():
     model = nets.digits_net(width=0.1)
     timed = bench_sweep.compare(

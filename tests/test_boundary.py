@@ -89,6 +89,7 @@ def reference(weights, x, key, num_queries):
     return np.array(distances), np.array(sizes)
 
 
+@pytest.mark.slow
 def test_the_walk_is_that_of_a_plain_version():
     found = run(SMOOTH, INPUTS)
     assert np.all(found.success)

@@ -74,6 +74,7 @@ def run(attack, logits_fn=MODEL, rows=slice(None), **settings):
     return jax.tree.map(np.asarray, result)
 
 
+@pytest.mark.slow
 @all_cases
 def test_only_the_predicted_class_decides(attack):
     plain = run(attack)

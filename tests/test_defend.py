@@ -90,6 +90,7 @@ def two_devices(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:2])
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_the_networks_of_single_chains(finished, tmp_path, two_devices):
     run(tmp_path, "--parallel", "sweep")
     assert_same_networks(tmp_path, finished)
@@ -105,6 +106,7 @@ def test_a_sweep_trains_the_networks_of_single_chains(finished, tmp_path, two_de
     assert all(abs(entry["loss"] / losses[place(entry)] - 1) < 1e-3 for entry in log)
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_and_single_chains_go_on_from_each_other(
     finished, tmp_path, monkeypatch, two_devices
 ):
@@ -225,6 +227,7 @@ class Stop(KeyboardInterrupt):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [1, 3, 6])
 def test_stopped_in_training_and_resumed_is_uninterrupted(
     finished, tmp_path, monkeypatch, capsys, stop_at
@@ -256,6 +259,7 @@ def test_stopped_in_training_and_resumed_is_uninterrupted(
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [2, 17, 50])
 def test_stopped_in_measuring_and_resumed_is_uninterrupted(
     finished, tmp_path, monkeypatch, stop_at
@@ -346,6 +350,7 @@ def test_damaged_checkpoint_falls_back_and_says_so(finished, tmp_path, caplog):
     assert (workdir / "results.csv").read_bytes() == (finished / "results.csv").read_bytes()
 
 
+@pytest.mark.slow
 def test_damaged_last_epoch_of_a_teacher_is_trained_again_with_its_student(tmp_path, caplog):
     """The teacher falls back to the epoch before; its student's checkpoints are of another one."""
     settings = {"workdir": str(tmp_path), "epochs": 2, "temperatures": (20.0,)}
@@ -372,6 +377,7 @@ def extended(arguments):
     return dataclasses.replace(recipe, **arguments), options
 
 
+@pytest.mark.slow
 def test_temperatures_seeds_and_assistants_extend_a_workdir(finished, tmp_path):
     workdir = tmp_path / "copy"
     shutil.copytree(finished, workdir)
@@ -506,6 +512,7 @@ def test_absent_data_set_is_an_error_within_seconds(tmp_path):
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_checkpoint_and_exits_130(tmp_path):
     workdir = tmp_path / "run"
     process = command("digits", "--epochs", "500", "--workdir", str(workdir))
@@ -551,6 +558,7 @@ def test_every_recipe_has_a_smoke_variant_and_the_papers_network(name):
     assert smoke(recipe).attack_plans().keys() == recipe.attack_plans().keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_smoke_run_on_real_images(name, tmp_path, monkeypatch):
     if not os.environ.get("TFDS_DATA_DIR"):

@@ -134,6 +134,7 @@ def outcomes(verdict, outcome):
     return {check.name for check in verdict.checks if check.outcome == outcome}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "hardened"])
 def test_networks_that_hide_nothing(verdicts, name):
     verdict = verdicts[name]

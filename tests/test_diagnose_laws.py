@@ -36,6 +36,7 @@ def verdict():
     return masking(linear(), KEY, INPUTS, LABELS)
 
 
+@pytest.mark.slow
 def test_an_honest_network(verdict):
     assert verdict.label == "no sign of masking", verdict
     assert verdict.clean.value == 1
@@ -54,6 +55,7 @@ def test_the_same_key_gives_the_same_verdict(verdict):
     assert masking(linear(), KEY, INPUTS, LABELS) == verdict
 
 
+@pytest.mark.slow
 def test_batches_decide_nothing():
     # 47 rows are a chunk of another size with padding, and pieces of 16.
     rows = slice(0, 47)
@@ -107,6 +109,7 @@ def test_few_examples():
     assert masking(linear(scale=1e4), KEY, INPUTS[:16], LABELS[:16]).label == "masked"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 def test_other_norms(norm):
     found = masking(linear(), KEY, INPUTS, LABELS, eps=0.1, norm=norm)

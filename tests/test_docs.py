@@ -135,6 +135,7 @@ def test_the_quirks_name_attacks():
 GUIDE = (DOCS / "honest-evaluation.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_guide_prints_what_it_says():
     # The later blocks need a trained run, or go on from these two.
     blocks = re.findall(r"^```python\n(.*?)^```$", GUIDE, re.DOTALL | re.MULTILINE)

@@ -87,6 +87,7 @@ def results():
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.floor
 def test_vmapped_is_looped(results):
     looped, vmapped = results[False][0], results[True][0]

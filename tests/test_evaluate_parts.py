@@ -89,6 +89,7 @@ def boundary_distance(weights, norm):
 # Distances
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_distances_are_those_to_the_boundary_of_a_linear_network(results, norm):
     outcome = results[False].distances[norm]
@@ -523,6 +524,7 @@ def hollow(weights, inputs):
     return jnp.where(inputs[:, :1] > 0.6, jnp.nan, linear(weights, inputs))
 
 
+@pytest.mark.slow
 @both
 def test_logits_that_are_not_finite_are_counted(vmapped):
     stack = nets.stack([nets.callable_logits_fn(hollow, jnp.asarray(w)) for w in WEIGHTS])

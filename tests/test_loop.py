@@ -86,6 +86,7 @@ ATTACKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ATTACKS)
 def test_the_result_is_that_of_all_rows_to_the_end(name, problem, monkeypatch):
     attack = ATTACKS[name]

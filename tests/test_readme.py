@@ -81,6 +81,7 @@ def test_own_model_runs(tmp_path):
     assert run(code, tmp_path).count("[") >= 9  # three arrays for each of three networks
 
 
+@pytest.mark.slow
 def test_a_sweep_runs(tmp_path):
     (code,) = blocks("python")[3:]
     printed = run(code, tmp_path)

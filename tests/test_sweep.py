@@ -158,6 +158,7 @@ def needed(size):
     return limits[0]
 
 
+@pytest.mark.slow
 def test_runs_that_do_not_fit_go_in_equal_chunks(whole):
     chunks = []
 
@@ -322,6 +323,7 @@ def test_soft_labels_may_be_every_runs_own():
     assert np.abs(own.params["first"][0] - shared.params["first"][0]).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_convolutional_networks_and_images():
     digits = data.load("digits")
     examples = digits.train.inputs[:100], digits.train.labels[:100]
@@ -373,6 +375,7 @@ def test_augmentation_is_keyed_by_example_and_step():
     assert_close(first, again, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_network_that_cannot_be_hashed_will_do(whole):
     class Network:
         __hash__ = None

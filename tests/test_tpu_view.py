@@ -154,6 +154,7 @@ def test_rules_for_the_cpu_are_not_in_a_program_for_tpu(name):
     assert on_cpu["select_and_scatter"] == 0
 
 
+@pytest.mark.slow
 def test_every_lowering_takes_the_same_step():
     found = []
     for one in LOWERINGS:
