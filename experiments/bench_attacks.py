@@ -33,7 +33,7 @@ COMPARISONS = (
     peers.fmn("l1", steps=100),
     peers.fmn("l0", steps=100),
     peers.carlini_wagner_l2(searches=5, steps=100, rate=0.1, const=0.1),
-    peers.carlini_wagner_l2(searches=9, steps=1000, rate=0.01, const=0.001),
+    peers.carlini_wagner_l2(searches=9, steps=1000, rate=0.01, const=0.001, num_images=20),
     peers.ead(searches=5, steps=100, rate=0.02, const=0.1, beta=0.01),
     peers.jsma(features=112),
     peers.carlini_wagner_linf(steps=100, rate=0.05, const=0.1, factor=2.0),

@@ -47,11 +47,11 @@ class Attacks(Options):
     """File of images and labels, from the same program (none: the checkout's
     tests/parity/images.npz, the first test images of MNIST)."""
     batch_size: int = 100
-    """Images a call: the first so many that the network classifies correctly. AutoAttack has its
-    own number."""
+    """Images a call: the first so many that the network classifies correctly. AutoAttack and
+    the longest of Carlini & Wagner's have their own number."""
     repeats: int = 5
-    """Timed calls of each attack, in turn with the toolkits', after one that warms up; AutoAttack's
-    is one."""
+    """Timed calls of each attack, in turn with the toolkits', after one that warms up; those with
+    a number of images of their own once."""
     slow_seconds: float = 120.0
     """A toolkit whose first call takes longer than so many seconds is not called again."""
     output: str | None = None

@@ -30,7 +30,8 @@ class Comparison(NamedTuple):
         ours: `(logits_fn, key, inputs, labels) -> AttackResult`.
         peers: by toolkit.
         targeted: whether only the next class will do.
-        num_images: that it needs to mean something; None: as many as the others.
+        num_images: of its own, where others would mean little or take too long, and it is timed
+            once; None: as many as the others.
     """
 
     attack: str
@@ -104,7 +105,9 @@ def pgd(norm: str, eps: float, steps: int) -> Comparison:
     )
 
 
-def carlini_wagner_l2(searches: int, steps: int, rate: float, const: float) -> Comparison:
+def carlini_wagner_l2(
+    searches: int, steps: int, rate: float, const: float, num_images: int | None = None
+) -> Comparison:
     """Carlini & Wagner's L2 attack."""
     return Comparison(
         "carlini_wagner_l2",
@@ -134,6 +137,7 @@ def carlini_wagner_l2(searches: int, steps: int, rate: float, const: float) -> C
                 initial_const=const,
             ),
         },
+        num_images=num_images,
     )
 
 

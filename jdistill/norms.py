@@ -122,7 +122,8 @@ def project(delta: Array, eps: ArrayLike, norm: str) -> Array:
         [[0.5, -1.5]]
 
     References:
-        Duchi, Shalev-Shwartz, Singer & Chandra 2008, figure 1 and section 4 (`"l1"`).
+        Duchi, Shalev-Shwartz, Singer & Chandra 2008, section 4 (`"l1"` by the simplex); Michelot
+        1986 (onto the simplex: entries are dropped until all that are left keep something).
     """
     _validate.non_negative(eps=eps)
     return _pick(_NORMS, norm).project(delta, per_example(eps, delta))
@@ -296,7 +297,7 @@ def _to_unit_scale(value: Array) -> Array:
 def _l2(delta: Array) -> Array:
     """The Euclidean norm with kept axes, `[B, 1, …]`, scaled against under- and overflow."""
     flat = flatten(delta)  # one long axis: XLA's CPU loops over short ones are slow
-    scale = _order.largest(flat)
+    scale = _order.largest(delta).reshape(-1, 1)
     scaled = flat / jnp.where(scale > 0, scale, 1.0)
     length = scale * jnp.sqrt(jnp.sum(jnp.square(scaled), axis=1, keepdims=True))
     return length.reshape(delta.shape[0], *(1,) * (delta.ndim - 1))
@@ -324,22 +325,23 @@ def _l1_project(delta: Array, eps: Array) -> Array:
     # more than eps, gaps can be cut there, so that no sum overflows.
     flat, eps = flatten(delta), eps.reshape(-1, 1)
     size = jnp.abs(flat)
-    gap = _order.largest(flat) - size
+    gap = _order.largest(delta).reshape(-1, 1) - size
     cut = jnp.minimum(gap, eps)
 
     def kept_by(rest: Array) -> Array:
         """What the largest entry keeps if just these entries keep something."""
         total = eps + jnp.sum(jnp.where(rest, cut, 0.0), axis=1, keepdims=True)
-        return total / jnp.sum(rest, axis=1, keepdims=True)
+        return total / jnp.sum(rest, axis=1, keepdims=True, dtype=total.dtype)
 
     # With too many entries it is too much, so those that even then keep nothing can go, until all
-    # that are left keep something. The largest ones always stay.
+    # that are left keep something: a few passes, and D at most. The largest ones always stay.
     def drop(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         rest, _ = carry
         fewer = rest & ((cut < kept_by(rest)) | (gap == 0))
         return fewer, jnp.any(fewer != rest)
 
-    start = jnp.ones(flat.shape, bool), jnp.asarray(True)
+    # The first pass before the loop, so that its carry is sharded as what it becomes.
+    start = drop((jnp.ones(flat.shape, bool), jnp.asarray(True)))
     rest, _ = jax.lax.while_loop(lambda carry: carry[1], drop, start)
     inside = jnp.sum(size, axis=1, keepdims=True) <= eps
     shrunk = jnp.sign(flat) * jnp.maximum(kept_by(rest) - gap, 0.0)
@@ -363,7 +365,10 @@ def _l1_random_unit(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Arr
 
 def _l0_project(delta: Array, eps: Array) -> Array:
     size = flatten(jnp.abs(delta))
-    counts = jnp.floor(jnp.minimum(eps.reshape(-1, 1), size.shape[1])).astype(jnp.int32)
+    size = jnp.where(jnp.isnan(size), 0.0, size)
+    # In float32, since float16 counts no further than 2,048.
+    counts = jnp.minimum(eps.reshape(-1, 1).astype(jnp.float32), size.shape[1])
+    counts = jnp.floor(counts).astype(jnp.int32)
     before, last = _order.first_to_reach(size, jnp.ones(size.shape, jnp.int32), counts)
     return jnp.where((before | last).reshape(delta.shape), delta, 0.0)
 

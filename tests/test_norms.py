@@ -311,3 +311,23 @@ def test_a_radius_below_0_is_named(eps):
     ):
         with pytest.raises(ValueError, match="expected eps >= 0, got"):
             call()
+
+
+@pytest.mark.parametrize("norm", NORMS_AND_L0)
+def test_a_projection_inside_shard_map_is_that_of_each_part(norm):
+    delta = RNG.normal(0, 1, (8, 4, 3)).astype(np.float32)
+    mesh = jax.sharding.Mesh(jax.devices()[:2], ("batch",))
+    rows = jax.sharding.PartitionSpec("batch")
+    project = jax.shard_map(
+        lambda delta: norms.project(delta, 2.0, norm), mesh=mesh, in_specs=rows, out_specs=rows
+    )
+    np.testing.assert_allclose(jax.jit(project)(delta), norms.project(delta, 2.0, norm), rtol=1e-6)
+
+
+def test_the_l0_projection_counts_beyond_what_its_type_can():
+    kept = norms.project(jnp.ones((1, 785), jnp.bfloat16), 1000.0, "l0")
+    assert int(jnp.sum(kept != 0)) == 785
+
+
+def test_the_distance_of_whole_numbers():
+    assert norms.distance(jnp.array([[3, -4]], jnp.int8), "linf").tolist() == [4]

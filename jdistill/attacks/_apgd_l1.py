@@ -100,7 +100,9 @@ def _project(search: Search, inputs: Array, radius: Array) -> Array:
 
     zeros = jnp.zeros_like(radius)
     halvings = jnp.finfo(size.dtype).nmant + 12  # until nothing but rounding is left
-    _, threshold = jax.lax.fori_loop(0, halvings, halve, (zeros, norms.distance(delta, "linf")))
+    _, threshold = jax.lax.fori_loop(
+        0, halvings, halve, (zeros, norms.distance(inputs - center, "linf"))
+    )
     inside = jnp.sum(shrunk(zeros), axis=1) <= radius
     threshold = jnp.where(inside, 0.0, threshold)
     moved = (jnp.sign(delta) * shrunk(threshold)).reshape(center.shape)
