@@ -2,13 +2,14 @@
 
 Floats that are not negative are ordered as their bits are, read as integers. Inside compiled loops
 on a CPU this makes the largest entry of images fast (a tenth of the time or less: the maximum of
-floats is not vectorized over several axes), and it finds the largest ones without sorting (a
-twentieth), since no caller asks in which order they come.
+floats is not vectorized over several axes), and it finds the largest ones without sorting (7 to 28
+times faster), since no caller asks in which order they come.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 _INTEGERS = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}
 
@@ -75,6 +76,31 @@ def first_to_reach(size: Array, weights: Array, amount: Array) -> tuple[Array, A
     rest = amount - jnp.sum(jnp.where(larger, weights, 0), axis=1, keepdims=True)
     reached = _greatest(place, jnp.where(equal, weights, 0), rest, count.bit_length())
     return larger | (equal & (place > reached)), equal & (place == reached)
+
+
+def fill(size: Array, room: Array, rate: ArrayLike, amount: Array) -> Array:
+    """Moves that add up to an amount, the entries of the largest size first, each up to its room.
+
+    Args:
+        size: `[B, D]`, the order, see `first_to_reach`.
+        room: `[B, D]`, at least 0.
+        rate: what a move of 1 adds, at least 0; scalar or `[B, D]`.
+        amount: `[B, 1]`.
+
+    Returns:
+        The moves `[B, D]`; all rooms in full where they add up to less.
+
+    Example:
+        >>> size, room = jnp.array([[1.0, 3.0, 2.0]]), jnp.array([[1.0, 0.5, 1.0]])
+        >>> fill(size, room, 1.0, jnp.array([[0.75]])).tolist()
+        [[0.0, 0.5, 0.25]]
+    """
+    rate = jnp.asarray(rate, room.dtype)
+    gains = rate * room
+    before, last = first_to_reach(size, gains, amount)
+    rest = amount - jnp.sum(jnp.where(before, gains, 0.0), axis=1, keepdims=True)
+    part = jnp.clip(rest / jnp.where(rate > 0, rate, 1.0), 0.0, room)
+    return jnp.where(before, room, jnp.where(last, part, 0.0))
 
 
 def _as_integers(size: Array) -> Array:

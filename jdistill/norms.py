@@ -200,10 +200,7 @@ def ascend(
     low, high = bounds
     gradient = _to_unit_scale(gradient)
     room = jnp.where(gradient > 0, high - inputs, inputs - low)
-    flat_room, length = flatten(room), length.reshape(-1, 1)
-    before, last = _order.first_to_reach(flatten(jnp.abs(gradient)), flat_room, length)
-    rest = length - jnp.sum(jnp.where(before, flat_room, 0.0), axis=1, keepdims=True)
-    moves = jnp.where(before, flat_room, jnp.where(last, jnp.clip(rest, 0.0, flat_room), 0.0))
+    moves = _order.fill(flatten(jnp.abs(gradient)), flatten(room), 1.0, length.reshape(-1, 1))
     return inputs + jnp.sign(gradient) * moves.reshape(room.shape)
 
 

@@ -86,9 +86,10 @@ def _project(search: Search, inputs: Array, radius: Array) -> Array:
     It is the soft-thresholded change, clipped into the box; the threshold is found by bisection.
     """
     center, (low, high) = search.problem.inputs, search.problem.bounds
-    delta = norms.flatten(inputs - center)
+    delta = inputs - center
+    room = norms.flatten(jnp.where(delta > 0, high - center, center - low))
+    largest, delta = norms.distance(delta, "linf"), norms.flatten(delta)
     size = jnp.abs(delta)
-    room = norms.flatten(jnp.where(inputs > center, high - center, center - low))
 
     def shrunk(threshold: Array) -> Array:
         return jnp.clip(size - threshold[:, None], 0.0, room)
@@ -100,9 +101,7 @@ def _project(search: Search, inputs: Array, radius: Array) -> Array:
 
     zeros = jnp.zeros_like(radius)
     halvings = jnp.finfo(size.dtype).nmant + 12  # until nothing but rounding is left
-    _, threshold = jax.lax.fori_loop(
-        0, halvings, halve, (zeros, norms.distance(inputs - center, "linf"))
-    )
+    _, threshold = jax.lax.fori_loop(0, halvings, halve, (zeros, largest))
     inside = jnp.sum(shrunk(zeros), axis=1) <= radius
     threshold = jnp.where(inside, 0.0, threshold)
     moved = (jnp.sign(delta) * shrunk(threshold)).reshape(center.shape)

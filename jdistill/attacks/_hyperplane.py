@@ -120,11 +120,7 @@ def _level(rates: Array, weights: Array, room: Array, amount: Array, within: Arr
 
 def _l1(weights: Array, room: Array, amount: Array, within: Array) -> Array:
     del within
-    gains = weights * room
-    before, last = _order.first_to_reach(weights, gains, amount)
-    rest = amount - jnp.sum(jnp.where(before, gains, 0.0), axis=1, keepdims=True)
-    part = jnp.clip(rest / jnp.where(weights > 0, weights, 1.0), 0.0, room)
-    return jnp.where(before, room, jnp.where(last, part, 0.0))
+    return _order.fill(weights, room, weights, amount)
 
 
 _MOVES: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
