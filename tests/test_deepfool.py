@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jdistill import attacks, nets
-from jdistill.attacks import _base, _deepfool
+from jdistill.attacks import _deepfool
+from jdistill.attacks._core import problem as _base
 
 B, D, H, K = 8, 5, 7, 5
 RNG = np.random.default_rng(2)

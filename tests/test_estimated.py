@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jdistill import attacks, nets, norms
-from jdistill.attacks import _base, _estimated
+from jdistill.attacks import _estimated
+from jdistill.attacks._core import problem as _base
 
 B, SHAPE, D = 3, (3, 4), 12
 RNG = np.random.default_rng(4)

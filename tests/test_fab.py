@@ -9,7 +9,9 @@ import pytest
 from scipy import optimize
 
 from jdistill import attacks, nets
-from jdistill.attacks import _base, _fab_core, _hyperplane
+from jdistill.attacks import _fab_core
+from jdistill.attacks._core import hyperplane as _hyperplane
+from jdistill.attacks._core import problem as _base
 
 NORMS = ("linf", "l2", "l1")
 ORDER = {"linf": np.inf, "l2": 2, "l1": 1}

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jdistill import attacks, nets, parallel
-from jdistill.attacks import _base, _loop
+from jdistill.attacks._core import engine as _loop
+from jdistill.attacks._core import problem as _base
 
 BATCH = 70
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jdistill import attacks, nets
-from jdistill.attacks import _base, _square, _square_bumps
+from jdistill.attacks import _square, _square_bumps
+from jdistill.attacks._core import problem as _base
 from jdistill.attacks._square_bumps import Window
 
 B, SHAPE, H, K = 4, (6, 5, 2), 8, 4

@@ -31,26 +31,29 @@ network what an attack crafted on another.
 
 from jdistill.attacks._apgd import apgd, apgd_targeted
 from jdistill.attacks._autoattack import autoattack, autoattack_names
-from jdistill.attacks._base import AttackResult
 from jdistill.attacks._boundary import boundary
-from jdistill.attacks._carlini_wagner import carlini_wagner_l2
 from jdistill.attacks._carlini_wagner_l0 import carlini_wagner_l0
+from jdistill.attacks._carlini_wagner_l2 import carlini_wagner_l2
 from jdistill.attacks._carlini_wagner_linf import carlini_wagner_linf
+from jdistill.attacks._core.driver import EnsembleState
+from jdistill.attacks._core.engine import Passes
+from jdistill.attacks._core.problem import AttackResult
+from jdistill.attacks._core.traits import Traits, traits
+from jdistill.attacks._cost import cost
 from jdistill.attacks._ddn import ddn
 from jdistill.attacks._deepfool import deepfool
 from jdistill.attacks._ead import ead
 from jdistill.attacks._ensemble import ensemble
 from jdistill.attacks._estimated import nes, spsa
 from jdistill.attacks._fab import fab, fab_targeted
+from jdistill.attacks._fgsm import fgsm
 from jdistill.attacks._fmn import fmn
-from jdistill.attacks._gradient import fgsm
 from jdistill.attacks._hop_skip_jump import hop_skip_jump
-from jdistill.attacks._iterative import bim, mim
 from jdistill.attacks._jsma import jsma, softmax, softmax_at
-from jdistill.attacks._pgd import pgd
+from jdistill.attacks._maximize import maximize
+from jdistill.attacks._pgd import bim, mim, pgd
 from jdistill.attacks._spatial import spatial
 from jdistill.attacks._square import square
-from jdistill.attacks._survivors import EnsembleState
 from jdistill.attacks._transfer import transfer
 from jdistill.attacks._universal import universal
 from jdistill.attacks._wrappers import bpda, expectation
@@ -58,6 +61,8 @@ from jdistill.attacks._wrappers import bpda, expectation
 __all__ = [
     "AttackResult",
     "EnsembleState",
+    "Passes",
+    "Traits",
     "apgd",
     "apgd_targeted",
     "autoattack",
@@ -68,6 +73,7 @@ __all__ = [
     "carlini_wagner_l0",
     "carlini_wagner_l2",
     "carlini_wagner_linf",
+    "cost",
     "ddn",
     "deepfool",
     "ead",
@@ -79,6 +85,7 @@ __all__ = [
     "fmn",
     "hop_skip_jump",
     "jsma",
+    "maximize",
     "mim",
     "nes",
     "pgd",
@@ -87,6 +94,7 @@ __all__ = [
     "spatial",
     "spsa",
     "square",
+    "traits",
     "transfer",
     "universal",
 ]

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 from jdistill import _validate, losses
 from jdistill._precision import full_precision
 from jdistill._pytree import as_pytree
-from jdistill.attacks import _aims, _apgd_core, _apgd_l1, _base
+from jdistill.attacks import _apgd_core, _apgd_l1
 from jdistill.attacks._apgd_core import Search, Settings
-from jdistill.attacks._base import AttackResult, Problem
-from jdistill.attacks._gradient import _NORMS
+from jdistill.attacks._core import problem as _base
+from jdistill.attacks._core import targets as _aims
+from jdistill.attacks._core.gradient import NORMS as _NORMS
+from jdistill.attacks._core.problem import AttackResult, Problem
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import norms
-from jdistill.attacks import _base
-from jdistill.attacks._aims import Aims
-from jdistill.attacks._base import AttackResult, Goal, Problem
-from jdistill.attacks._gradient import _gain_gradient
+from jdistill.attacks._core import problem as _base
+from jdistill.attacks._core.constant_search import select
+from jdistill.attacks._core.gradient import gain_gradient
+from jdistill.attacks._core.problem import AttackResult, Goal, Problem
+from jdistill.attacks._core.targets import Aims
 from jdistill.attacks._loop import until_done
-from jdistill.attacks._search import select
 from jdistill.typing import Array
 
 _MOMENTUM = 0.25  # the share of the step before
@@ -148,7 +148,7 @@ def evaluate(search: Search, aim: Array | None, inputs: Array) -> tuple[Array, A
     problem, loss, goal = search.problem, search.loss, search.problem.goal
     if aim is not None:
         loss, goal = functools.partial(loss, targets=aim), Goal(goal.labels, None)
-    gradient, logits, gain = _gain_gradient(problem, goal, loss, inputs)
+    gradient, logits, gain = gain_gradient(problem, goal, loss, inputs)
     gain = gain.astype(search.eps.dtype)  # of a network of fewer bits
     return gradient, problem.goal.reached(logits), jnp.where(jnp.isnan(gain), -jnp.inf, gain)
 

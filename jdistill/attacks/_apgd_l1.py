@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _order, norms
-from jdistill.attacks._aims import Aims
 from jdistill.attacks._apgd_core import (
     Progress,
     Search,
@@ -21,9 +20,10 @@ from jdistill.attacks._apgd_core import (
     needs_no_attack,
     start_point,
 )
-from jdistill.attacks._base import AttackResult
+from jdistill.attacks._core.constant_search import select
+from jdistill.attacks._core.problem import AttackResult
+from jdistill.attacks._core.targets import Aims
 from jdistill.attacks._loop import until_done
-from jdistill.attacks._search import select
 from jdistill.typing import Array
 
 _RADII = (3.0, 2.0, 1.0)  # in units of eps

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate, losses
-from jdistill.attacks import _base, _survivors
 from jdistill.attacks._apgd import apgd, apgd_targeted
-from jdistill.attacks._base import AttackResult
+from jdistill.attacks._core import driver as _survivors
+from jdistill.attacks._core import problem as _base
+from jdistill.attacks._core.driver import EnsembleState
+from jdistill.attacks._core.problem import AttackResult
 from jdistill.attacks._fab import fab, fab_targeted
 from jdistill.attacks._square import square
-from jdistill.attacks._survivors import EnsembleState
 from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
 
 _NORMS = ("linf", "l2", "l1")

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 
 from jdistill import _validate
 from jdistill._precision import full_precision
-from jdistill.attacks import _base, _rounds, _search
-from jdistill.attacks._base import AttackResult, Problem
+from jdistill.attacks._core import carlini_wagner_rounds as _rounds
+from jdistill.attacks._core import constant_search as _search
+from jdistill.attacks._core import problem as _base
+from jdistill.attacks._core.problem import AttackResult, Problem
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 # Of n changed pixels at most 0.3 √n are given up at once, each of at most this share of the effect.

@@ -1,24 +1,23 @@
 """Decoupled direction and norm, a minimum-norm attack on a sphere of changing radius."""
 
-import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, losses, norms
-from jdistill._precision import full_precision
 from jdistill._pytree import as_pytree
-from jdistill.attacks import _base, _search
-from jdistill.attacks._base import AttackResult, Problem
-from jdistill.attacks._gradient import _gain_gradient
+from jdistill.attacks._core.engine import Method, Passes, Seen, register, run, static
+from jdistill.attacks._core.gradient import gain_gradient
+from jdistill.attacks._core.problem import AttackResult, Problem, one_per_example, prepare
+from jdistill.attacks._core.traits import by_loss, facts
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 # The step size ends at this share of where it begins.
 _LAST_STEP = 0.01
 
 
+@facts(title="DDN", norms=("l2",), minimum_norm=True, follows=by_loss)
 def ddn(
     logits_fn: LogitsFn,
     key: Array | None,
@@ -66,14 +65,13 @@ def ddn(
         targets: `[B]` int, classes to reach; None takes any class but the label.
         loss: per-example loss `(logits [B, K], labels [B]) -> [B]`, maximized (for targets:
             minimized).
-        trace: keep the loss of every step.
+        trace: keep the loss of every iterate.
 
     Returns:
         The result. Where nothing was found: the clean input, `success=False`, `distance=inf`.
         `distance` is the L2 distance. An attacked example costs `num_steps + 2` queries. `info`:
-        `first_success [B]` int32, the step at which the first adversarial was seen (0: the clean
-        input), -1 if never; with `trace`, `loss [B, num_steps]`, what was maximized after each
-        step, NaN for examples that needed no attack.
+        `first_success`, `gradients`, and with `trace` the loss of every iterate,
+        `trace [B, num_steps]`; see `jdistill.attacks`.
 
     Raises:
         ValueError: gamma outside its range, initial_norm or step_size not above 0, num_steps below
@@ -98,125 +96,61 @@ def ddn(
     _validate.within(1e-3, 0.5, gamma=gamma)
     _validate.positive(initial_norm=initial_norm, step_size=step_size)
     _validate.count(num_steps=num_steps)
-    problem = _base.prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
-    each = functools.partial(_base.one_per_example, inputs=problem.inputs)
-    with full_precision():
-        return _ddn(
-            problem,
-            as_pytree(loss),
-            each(gamma, name="gamma"),
-            each(initial_norm, name="initial_norm"),
-            each(step_size, name="step_size"),
-            num_steps=num_steps,
-            trace=trace,
-        )
+    problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
+    method = _DDN(
+        loss=as_pytree(loss),
+        gamma=one_per_example(gamma, problem.inputs, name="gamma"),
+        initial_norm=one_per_example(initial_norm, problem.inputs, name="initial_norm"),
+        step_size=one_per_example(step_size, problem.inputs, name="step_size"),
+        num_events=num_steps,
+    )
+    return run(method, problem, trace=trace)
 
 
-class _Settings(NamedTuple):
-    gamma: Array  # [B]
-    step_size: Array  # [B], of the first step
-    largest_norm: Array  # [B], enough to be clipped into the farthest corner of the box
-    num_steps: int
-
-
-class _Carry(NamedTuple):
-    """The state of each example; every leaf leads with `[B]`."""
-
+class _State(NamedTuple):
     delta: Array
     gradient: Array  # at inputs + delta
-    norm: Array  # the radius
     adversarial: Array  # whether inputs + delta is
-    best: Array
-    best_distance: Array
-    first_success: Array
+    radius: Array
 
 
-def _init(problem: Problem, gradient: Array, clean_success: Array, initial_norm: Array) -> _Carry:
-    inputs = problem.inputs
-    return _Carry(
-        delta=jnp.zeros_like(inputs),
-        gradient=gradient,
-        norm=initial_norm,
-        adversarial=clean_success,
-        best=inputs,
-        best_distance=jnp.full(inputs.shape[:1], jnp.inf, inputs.dtype),
-        first_success=jnp.where(clean_success, 0, -1),
-    )
+@register
+class _DDN(Method):
+    loss: Any
+    gamma: Array  # [B]
+    initial_norm: Array  # [B]
+    step_size: Array  # [B], of the first step
+    num_events: int = static()
+    norm: ClassVar[str] = "l2"
+    minimum_norm: ClassVar[bool] = True
+    keeps_closest: ClassVar[bool] = True
+    narrows: ClassVar[bool] = False
+    passes_at_start: ClassVar[Passes] = Passes(1, 1)
 
+    def init(self, problem: Problem) -> tuple[_State, Array]:
+        gradient, logits, _ = gain_gradient(problem, problem.goal, self.loss, problem.inputs)
+        adversarial = problem.goal.reached_clean(logits)
+        return _State(jnp.zeros_like(gradient), gradient, adversarial, self.initial_norm), logits
 
-def _step(
-    problem: Problem, settings: _Settings, loss: Callable[..., Array], carry: _Carry, step: Array
-) -> tuple[_Carry, Array]:
-    """Turn, set the length, and judge the new iterate; also gives its gain `[B]`."""
-    inputs = problem.inputs
-    share = (1 + jnp.cos(jnp.pi * step / settings.num_steps)) / 2
-    alpha = settings.step_size * (_LAST_STEP + (1 - _LAST_STEP) * share)
-    turned = carry.delta + norms.per_example(alpha, inputs) * norms.steepest(carry.gradient, "l2")
+    def step(self, problem: Problem, state: _State, event: Array) -> tuple[_State, Seen]:
+        """Turn, set the length, and judge the new iterate."""
+        inputs, (low, high) = problem.inputs, problem.bounds
+        share = (1 + jnp.cos(jnp.pi * event / self.num_events)) / 2
+        alpha = self.step_size * (_LAST_STEP + (1 - _LAST_STEP) * share)
+        turned = state.delta + norms.per_example(alpha, inputs) * norms.steepest(
+            state.gradient, "l2"
+        )
+        # Enough to be clipped into the farthest corner of the box.
+        largest = norms.distance(jnp.maximum(inputs - low, high - inputs), "l2") + self.step_size
+        factor = jnp.where(state.adversarial, 1 - self.gamma, 1 + self.gamma)
+        radius = jnp.minimum(state.radius * factor, largest)
+        # `steepest` is the unit vector, or zeros where the direction is.
+        unit = norms.steepest(turned, "l2")
+        point = jnp.clip(inputs + norms.per_example(radius, inputs) * unit, low, high)
 
-    factor = jnp.where(carry.adversarial, 1 - settings.gamma, 1 + settings.gamma)
-    norm = jnp.minimum(carry.norm * factor, settings.largest_norm)
-    # `steepest` is the unit vector, or zeros where the direction is.
-    unit = norms.steepest(turned, "l2")
-    candidate = jnp.clip(inputs + norms.per_example(norm, inputs) * unit, *problem.bounds)
-    delta = candidate - inputs
-
-    gradient, logits, gain = _gain_gradient(problem, problem.goal, loss, candidate)
-    adversarial = problem.goal.reached(logits)
-    distance = norms.distance(delta, "l2")
-    better = adversarial & (distance < carry.best_distance)
-    return _Carry(
-        delta=delta,
-        gradient=gradient,
-        norm=norm,
-        adversarial=adversarial,
-        best=_search.select(better, candidate, carry.best),
-        best_distance=jnp.where(better, distance, carry.best_distance),
-        first_success=jnp.where(
-            adversarial & (carry.first_success < 0), step + 1, carry.first_success
-        ),
-    ), gain
-
-
-@functools.partial(jax.jit, static_argnames=("num_steps", "trace"))
-def _ddn(
-    problem: Problem,
-    loss: Callable[..., Array],
-    gamma: Array,
-    initial_norm: Array,
-    step_size: Array,
-    *,
-    num_steps: int,
-    trace: bool,
-) -> AttackResult:
-    inputs = problem.inputs
-    low, high = problem.bounds
-    farthest = norms.distance(jnp.maximum(inputs - low, high - inputs), "l2")
-    settings = _Settings(
-        gamma=gamma,
-        step_size=step_size,
-        largest_norm=farthest + step_size,
-        num_steps=num_steps,
-    )
-    gradient, logits, _ = _gain_gradient(problem, problem.goal, loss, inputs)
-    clean_success = problem.goal.reached_clean(logits)
-
-    def body(carry: _Carry, step: Array) -> tuple[_Carry, Array]:
-        carry, gain = _step(problem, settings, loss, carry, step)
-        return carry, jnp.where(clean_success, jnp.nan, gain) if trace else gain[:0]
-
-    carry, gains = jax.lax.scan(
-        body, _init(problem, gradient, clean_success, initial_norm), jnp.arange(num_steps)
-    )
-    info = {"first_success": carry.first_success.astype(jnp.int32)}
-    if trace:
-        info["loss"] = jnp.moveaxis(gains, 0, 1)
-    return _base.finish(
-        problem,
-        carry.best,
-        clean_success=clean_success,
-        found=jnp.isfinite(carry.best_distance),
-        queries=jnp.where(clean_success, 1, 1 + num_steps),
-        norm="l2",
-        info=info,
-        minimum_norm=True,
-    )
+        gradient, logits, gain = gain_gradient(problem, problem.goal, self.loss, point)
+        adversarial = problem.goal.reached(logits)
+        delta = point - inputs
+        distance = norms.distance(delta, "l2")
+        new = _State(delta, gradient, adversarial, radius)
+        return new, Seen(adversarial, gain, point=point, distance=distance)

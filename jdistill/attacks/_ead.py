@@ -8,10 +8,11 @@ import jax.numpy as jnp
 
 from jdistill import _validate, norms
 from jdistill._precision import full_precision
-from jdistill.attacks import _base, _search
-from jdistill.attacks._base import AttackResult, Problem
+from jdistill.attacks._core import constant_search as _search
+from jdistill.attacks._core import problem as _base
+from jdistill.attacks._core.constant_search import Bracket
+from jdistill.attacks._core.problem import AttackResult, Problem
 from jdistill.attacks._loop import until_done
-from jdistill.attacks._search import Bracket
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 _RULES = ("l1", "elastic_net")

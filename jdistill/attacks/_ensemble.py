@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate
-from jdistill.attacks import _base, _survivors
-from jdistill.attacks._base import AttackResult
-from jdistill.attacks._survivors import EnsembleState
+from jdistill.attacks._core import driver as _survivors
+from jdistill.attacks._core import problem as _base
+from jdistill.attacks._core.driver import EnsembleState
+from jdistill.attacks._core.problem import AttackResult
 from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
 
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from jdistill import _validate, norms
 from jdistill._precision import full_precision
-from jdistill.attacks import _base, _search
-from jdistill.attacks._base import AttackResult, Goal, Problem
+from jdistill.attacks._core import constant_search as _search
+from jdistill.attacks._core import problem as _base
+from jdistill.attacks._core.problem import AttackResult, Goal, Problem
 from jdistill.attacks._loop import until_done
 from jdistill.typing import Array, ArrayLike, LogitsFn
 

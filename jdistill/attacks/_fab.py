@@ -4,10 +4,11 @@ import jax.numpy as jnp
 
 from jdistill import _validate
 from jdistill._precision import full_precision
-from jdistill.attacks import _aims, _base
-from jdistill.attacks._base import AttackResult, Problem
+from jdistill.attacks._core import problem as _base
+from jdistill.attacks._core import targets as _aims
+from jdistill.attacks._core.gradient import NORMS as _NORMS
+from jdistill.attacks._core.problem import AttackResult, Problem
 from jdistill.attacks._fab_core import Search, Settings, run
-from jdistill.attacks._gradient import _NORMS
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import norms
-from jdistill.attacks import _base, _hyperplane
-from jdistill.attacks._aims import Aims
-from jdistill.attacks._base import AttackResult, Problem
-from jdistill.attacks._search import select
+from jdistill.attacks._core import hyperplane as _hyperplane
+from jdistill.attacks._core import problem as _base
+from jdistill.attacks._core.constant_search import select
+from jdistill.attacks._core.problem import AttackResult, Problem
+from jdistill.attacks._core.targets import Aims
 from jdistill.typing import Array
 
 

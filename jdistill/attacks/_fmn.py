@@ -1,18 +1,17 @@
 """FMN: minimum-norm attacks by projected gradient steps in a ball of changing radius."""
 
-import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, losses, norms
-from jdistill._precision import full_precision
 from jdistill._pytree import as_pytree
-from jdistill.attacks import _base, _hyperplane, _search
-from jdistill.attacks._base import AttackResult, Problem
-from jdistill.attacks._gradient import _gain_gradient
+from jdistill.attacks._core import hyperplane
+from jdistill.attacks._core.engine import Method, Passes, Seen, register, run, static
+from jdistill.attacks._core.gradient import gain_gradient
+from jdistill.attacks._core.problem import AttackResult, Problem, one_per_example, prepare
+from jdistill.attacks._core.traits import by_loss, facts
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 _NORMS = ("linf", "l2", "l1", "l0")
@@ -22,6 +21,7 @@ _LAST_STEP = 0.01
 _STEP_SIZES = {"linf": 1.0, "l2": 1.0, "l1": 1.0, "l0": 10.0}
 
 
+@facts(title="FMN", norms=_NORMS, minimum_norm=True, follows=by_loss)
 def fmn(
     logits_fn: LogitsFn,
     key: Array | None,
@@ -77,14 +77,13 @@ def fmn(
         loss: per-example loss `(logits [B, K], labels [B]) -> [B]`, maximized (for targets:
             minimized). The estimate of the boundary wants one that is about 0 there, as margins
             are; with another one, the first radii grow by guesses until an adversarial is found.
-        trace: keep the loss of every step.
+        trace: keep the loss of every iterate.
 
     Returns:
         The result. Where nothing was found: the clean input, `success=False`, `distance=inf`.
         `distance` is to the clean input in `norm`. An attacked example costs `num_steps + 2`
-        queries. `info`: `first_success [B]` int32, the step at which the first adversarial was
-        seen (0: the clean input), -1 if never; with `trace`, `loss [B, num_steps]`, what was
-        maximized after each step, NaN for examples that needed no attack.
+        queries. `info`: `first_success`, `gradients`, and with `trace` the loss of every iterate,
+        `trace [B, num_steps]`; see `jdistill.attacks`.
 
     Raises:
         ValueError: an unknown norm, num_steps below 1, step_size not above 0, gamma or final_gamma
@@ -114,74 +113,89 @@ def fmn(
     step_size = _STEP_SIZES[norm] if step_size is None else step_size
     _validate.positive(step_size=step_size)
     _validate.within(0.0, 0.5, gamma=gamma, final_gamma=final_gamma)
-    problem = _base.prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
-    each = functools.partial(_base.one_per_example, inputs=problem.inputs)
-    with full_precision():
-        return _fmn(
-            problem,
-            as_pytree(loss),
-            each(step_size, name="step_size"),
-            each(gamma, name="gamma"),
-            each(final_gamma, name="final_gamma"),
-            norm=norm,
-            num_steps=num_steps,
-            trace=trace,
-        )
+    problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
+    method = _FMN(
+        loss=as_pytree(loss),
+        step_size=one_per_example(step_size, problem.inputs, name="step_size"),
+        gamma=one_per_example(gamma, problem.inputs, name="gamma"),
+        final_gamma=one_per_example(final_gamma, problem.inputs, name="final_gamma"),
+        norm=norm,
+        num_events=num_steps,
+    )
+    return run(method, problem, trace=trace)
 
 
-class _Settings(NamedTuple):
-    step_size: Array  # [B], of the first step
-    gamma: Array  # [B], of the first step
-    final_gamma: Array  # [B]
-    norm: str
-    num_steps: int
-
-
-class _Carry(NamedTuple):
-    """The state of each example; every leaf leads with `[B]`."""
-
+class _State(NamedTuple):
     delta: Array
     gradient: Array  # at inputs + delta
     gain: Array  # there
     adversarial: Array  # whether inputs + delta is
     radius: Array
-    best: Array
-    best_distance: Array
-    first_success: Array
+    closest: Array  # the distance of the closest adversarial so far
 
 
-def _init(problem: Problem, gradient: Array, gain: Array, clean_success: Array) -> _Carry:
-    inputs = problem.inputs
-    radius = jnp.zeros(gain.shape, inputs.dtype)  # the logits, and so the gain, may have fewer bits
-    return _Carry(
-        delta=jnp.zeros_like(inputs),
-        gradient=gradient,
-        gain=gain,
-        adversarial=clean_success,
-        radius=radius,
-        best=inputs,
-        best_distance=jnp.full_like(radius, jnp.inf),
-        first_success=jnp.where(clean_success, 0, -1),
-    )
+@register
+class _FMN(Method):
+    loss: Any
+    step_size: Array  # [B], of the first step
+    gamma: Array  # [B], of the first step
+    final_gamma: Array  # [B]
+    norm: str = static()
+    num_events: int = static()
+    minimum_norm: ClassVar[bool] = True
+    keeps_closest: ClassVar[bool] = True
+    narrows: ClassVar[bool] = False
+    passes_at_start: ClassVar[Passes] = Passes(1, 1)
 
+    def init(self, problem: Problem) -> tuple[_State, Array]:
+        inputs = problem.inputs
+        gradient, logits, gain = gain_gradient(problem, problem.goal, self.loss, inputs)
+        # The logits, and so the gain, may have fewer bits than the inputs.
+        radius = jnp.zeros(gain.shape, inputs.dtype)
+        adversarial = problem.goal.reached_clean(logits)
+        nowhere = jnp.full_like(radius, jnp.inf)
+        state = _State(jnp.zeros_like(inputs), gradient, gain, adversarial, radius, nowhere)
+        return state, logits
 
-def _next_radius(settings: _Settings, carry: _Carry, gamma: Array) -> Array:
-    """The radius `[B]` of the next step."""
-    radius = carry.radius
-    if settings.norm == "l0":
-        # A number of features, which the linearized boundary says little about.
-        fewer = jnp.minimum(radius - 1, jnp.floor(radius * (1 - gamma)))
-        more = jnp.maximum(radius + 1, jnp.floor(radius * (1 + gamma)))
-        smaller = jnp.maximum(jnp.minimum(fewer, carry.best_distance), 1.0)
-        return jnp.where(carry.adversarial, smaller, more)
-    distance = norms.distance(carry.delta, settings.norm)
-    # Where the linearized gain is 0; nowhere if nothing leads there.
-    hyperplane = _hyperplane.unit(carry.gradient, carry.gain)
-    estimate = distance + _hyperplane.distance(*hyperplane, settings.norm)
-    seen = jnp.isfinite(carry.best_distance)
-    smaller = jnp.minimum(radius * (1 - gamma), carry.best_distance)
-    larger = (1 + gamma) * jnp.where(seen, radius, estimate)
-    return jnp.where(carry.adversarial, smaller, larger)
+    def _radius(self, state: _State, gamma: Array) -> Array:
+        """The radius `[B]` of the next step."""
+        radius = state.radius
+        if self.norm == "l0":
+            # A number of features, which the linearized boundary says little about.
+            fewer = jnp.minimum(radius - 1, jnp.floor(radius * (1 - gamma)))
+            more = jnp.maximum(radius + 1, jnp.floor(radius * (1 + gamma)))
+            smaller = jnp.maximum(jnp.minimum(fewer, state.closest), 1.0)
+            return jnp.where(state.adversarial, smaller, more)
+        distance = norms.distance(state.delta, self.norm)
+        # Where the linearized gain is 0; nowhere if nothing leads there.
+        boundary = hyperplane.unit(state.gradient, state.gain)
+        estimate = distance + hyperplane.distance(*boundary, self.norm)
+        seen = jnp.isfinite(state.closest)
+        smaller = jnp.minimum(radius * (1 - gamma), state.closest)
+        larger = (1 + gamma) * jnp.where(seen, radius, estimate)
+        return jnp.where(state.adversarial, smaller, larger)
+
+    def step(self, problem: Problem, state: _State, event: Array) -> tuple[_State, Seen]:
+        """Set the radius, move inside the ball, and judge the new iterate."""
+        inputs = problem.inputs
+        share = (1 + jnp.cos(jnp.pi * event / self.num_events)) / 2
+        gamma = self.final_gamma + (self.gamma - self.final_gamma) * share
+        alpha = self.step_size * (_LAST_STEP + (1 - _LAST_STEP) * share)
+
+        radius = self._radius(state, gamma)
+        direction = norms.steepest(state.gradient, "l2")
+        move = norms.per_example(alpha, inputs) * direction
+        delta = jnp.clip(inputs + state.delta + move, *problem.bounds) - inputs
+        projected = _into_ball(delta, direction, radius, self.norm)
+        point = jnp.clip(inputs + projected, *problem.bounds)
+        delta = point - inputs
+
+        gradient, logits, gain = gain_gradient(problem, problem.goal, self.loss, point)
+        adversarial = problem.goal.reached(logits)
+        distance = norms.distance(delta, self.norm)
+        closest = jnp.where(adversarial, jnp.minimum(distance, state.closest), state.closest)
+        new = _State(delta, gradient, gain, adversarial, radius, closest)
+        return new, Seen(adversarial, gain, point=point, distance=distance)
 
 
 def _into_ball(delta: Array, direction: Array, radius: Array, norm: str) -> Array:
@@ -190,76 +204,3 @@ def _into_ball(delta: Array, direction: Array, radius: Array, norm: str) -> Arra
         return norms.project(delta, radius, norm)
     worth = jnp.maximum(delta * direction, 0.0)
     return jnp.where(norms.project(worth, radius, "l0") > 0, delta, 0.0)
-
-
-def _step(
-    problem: Problem, settings: _Settings, loss: Callable[..., Array], carry: _Carry, step: Array
-) -> _Carry:
-    """Set the radius, move inside the ball, and judge the new iterate."""
-    inputs = problem.inputs
-    share = (1 + jnp.cos(jnp.pi * step / settings.num_steps)) / 2
-    gamma = settings.final_gamma + (settings.gamma - settings.final_gamma) * share
-    alpha = settings.step_size * (_LAST_STEP + (1 - _LAST_STEP) * share)
-
-    radius = _next_radius(settings, carry, gamma)
-    direction = norms.steepest(carry.gradient, "l2")
-    move = norms.per_example(alpha, inputs) * direction
-    delta = jnp.clip(inputs + carry.delta + move, *problem.bounds) - inputs
-    projected = _into_ball(delta, direction, radius, settings.norm)
-    candidate = jnp.clip(inputs + projected, *problem.bounds)
-    delta = candidate - inputs
-
-    gradient, logits, gain = _gain_gradient(problem, problem.goal, loss, candidate)
-    adversarial = problem.goal.reached(logits)
-    distance = norms.distance(delta, settings.norm)
-    better = adversarial & (distance < carry.best_distance)
-    return _Carry(
-        delta=delta,
-        gradient=gradient,
-        gain=gain,
-        adversarial=adversarial,
-        radius=radius,
-        best=_search.select(better, candidate, carry.best),
-        best_distance=jnp.where(better, distance, carry.best_distance),
-        first_success=jnp.where(
-            adversarial & (carry.first_success < 0), step + 1, carry.first_success
-        ),
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("norm", "num_steps", "trace"))
-def _fmn(
-    problem: Problem,
-    loss: Callable[..., Array],
-    step_size: Array,
-    gamma: Array,
-    final_gamma: Array,
-    *,
-    norm: str,
-    num_steps: int,
-    trace: bool,
-) -> AttackResult:
-    settings = _Settings(step_size, gamma, final_gamma, norm, num_steps)
-    gradient, logits, gain = _gain_gradient(problem, problem.goal, loss, problem.inputs)
-    clean_success = problem.goal.reached_clean(logits)
-
-    def body(carry: _Carry, step: Array) -> tuple[_Carry, Array]:
-        carry = _step(problem, settings, loss, carry, step)
-        return carry, jnp.where(clean_success, jnp.nan, carry.gain) if trace else carry.gain[:0]
-
-    carry, gains = jax.lax.scan(
-        body, _init(problem, gradient, gain, clean_success), jnp.arange(num_steps)
-    )
-    info = {"first_success": carry.first_success.astype(jnp.int32)}
-    if trace:
-        info["loss"] = jnp.moveaxis(gains, 0, 1)
-    return _base.finish(
-        problem,
-        carry.best,
-        clean_success=clean_success,
-        found=jnp.isfinite(carry.best_distance),
-        queries=jnp.where(clean_success, 1, 1 + num_steps),
-        norm=norm,
-        info=info,
-        minimum_norm=True,
-    )

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 
 from jdistill import _validate, norms
 from jdistill._precision import full_precision
-from jdistill.attacks import _base, _decision
-from jdistill.attacks._base import AttackResult, Problem
-from jdistill.attacks._decision import Ledger, Oracle
-from jdistill.attacks._search import select
+from jdistill.attacks._core import decisions as _decision
+from jdistill.attacks._core import problem as _base
+from jdistill.attacks._core.constant_search import select
+from jdistill.attacks._core.decisions import Ledger, Oracle
+from jdistill.attacks._core.problem import AttackResult, Problem
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 # The norms, and the power of the number of features in θ.

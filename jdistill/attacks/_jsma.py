@@ -13,8 +13,8 @@ from jax.tree_util import Partial
 from jdistill import _validate, norms
 from jdistill._precision import full_precision
 from jdistill._pytree import as_pytree
-from jdistill.attacks import _base
-from jdistill.attacks._base import AttackResult, Problem
+from jdistill.attacks._core import problem as _base
+from jdistill.attacks._core.problem import AttackResult, Problem
 from jdistill.attacks._loop import until_done
 from jdistill.typing import Array, ArrayLike, LogitsFn
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jdistill.attacks._base import Spread
+from jdistill.attacks._core.problem import Spread
 from jdistill.typing import Array, PyTree
 
 # A loop is compiled once for each number of rows that it may have, so there are few of them, and

@@ -1,22 +1,28 @@
-"""Projected gradient descent, and the core that its variants share."""
+"""Projected gradient descent and its variants: PGD, BIM, MIM."""
 
-import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, losses, norms
-from jdistill._precision import full_precision
 from jdistill._pytree import as_pytree
-from jdistill.attacks import _base
-from jdistill.attacks._base import AttackResult, Problem
-from jdistill.attacks._gradient import _NORMS, _gain_gradient
-from jdistill.attacks._loop import until_done
+from jdistill.attacks._core.engine import Method, Progress, Seen, register, run, select, static
+from jdistill.attacks._core.gradient import NORMS, gain_gradient
+from jdistill.attacks._core.problem import (
+    AttackResult,
+    Problem,
+    need_key,
+    prepare,
+    radius,
+    start_point,
+)
+from jdistill.attacks._core.traits import by_loss, facts, with_loss
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 
+@facts(title=with_loss("PGD", losses.cross_entropy), norms=NORMS, follows=by_loss)
 def pgd(
     logits_fn: LogitsFn,
     key: Array | None,
@@ -55,7 +61,7 @@ def pgd(
         labels: `[B]` int, the true classes.
         eps: radius of the ball in input units, at least 0; scalar or `[B]`; may be traced.
         norm: `"linf"`, `"l2"` or `"l1"`.
-        num_steps: gradient steps a start, at least 1; static.
+        num_steps: gradient steps per start, at least 1; static.
         step_size: length of a step in input units, at least 0; scalar or `[B]`; may be traced.
             None takes `2.5 · eps / num_steps`.
         num_restarts: starts, at least 1; static. Only survivors take the next one.
@@ -66,14 +72,14 @@ def pgd(
         loss: per-example loss `(logits [B, K], labels [B]) -> [B]`, maximized (for targets:
             minimized). `jdistill.losses.margin` does not saturate on distilled networks. Bind
             numbers as in `fgsm`.
-        trace: keep the loss of every step.
+        trace: keep the loss of every point judged.
 
     Returns:
         The result. An example that resists is returned at its last iterate. `info`:
-        `first_success [B]` int32, the step (0: the start) at which it succeeded, -1 if never;
-        `restart [B]` int32, the start it ended in; with `trace`, `loss
-        [B, num_restarts, num_steps]`, what was maximized at each iterate before its step, NaN
-        where the example had stopped.
+        `first_success`, where 1 is the first start; `gradients`; `restart [B]` int32, the start it
+        ended in; with `trace`, the loss of each start and of what its steps lead to, `trace
+        [B, num_restarts · (num_steps + 1) - 1]` (the last point of all is not among them). See
+        `jdistill.attacks`.
 
     Raises:
         ValueError: eps or step_size below 0 or NaN, inputs not finite or outside the box, labels
@@ -93,232 +99,259 @@ def pgd(
         robustness for multiple perturbations" (SLIDE), and Croce & Hein 2021, "Mind the box"
         (steepest direction within the box).
     """
-    return iterate(
-        logits_fn,
-        key,
-        inputs,
-        labels,
-        eps=eps,
-        norm=norm,
-        num_steps=num_steps,
-        step_size=step_size,
+    if num_restarts > 1 and not random_start:
+        raise ValueError(
+            f"expected num_restarts=1 without random starts, got {num_restarts}; every restart "
+            "would be the same run: pass random_start=True"
+        )
+    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
+    if num_restarts > 1 or (random_start and init is None):
+        need_key(problem, "random starts")
+    method = _descent(
+        problem,
+        eps,
+        norm,
+        num_steps,
+        step_size,
+        init,
+        loss,
         path=2.5,
-        decay=None,
         num_restarts=num_restarts,
         random_start=random_start,
-        bounds=bounds,
-        targets=targets,
-        init=init,
-        loss=loss,
-        trace=trace,
     )
+    return run(method, problem, trace=trace)
 
 
-def iterate(
+@facts(title=with_loss("BIM", losses.cross_entropy), norms=NORMS, follows=by_loss)
+def bim(
     logits_fn: LogitsFn,
     key: Array | None,
     inputs: ArrayLike,
     labels: ArrayLike,
     *,
     eps: ArrayLike,
+    norm: str = "linf",
+    num_steps: int = 10,
+    step_size: ArrayLike | None = None,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    targets: ArrayLike | None = None,
+    init: ArrayLike | None = None,
+    loss: Callable[..., Array] = losses.cross_entropy,
+    trace: bool = False,
+) -> AttackResult:
+    """Basic iterative method: FGSM in small steps, from the input itself.
+
+        x ← project(x + step_size · sign(∂ loss / ∂x))        (linf; for l2 and l1 as in `pgd`)
+
+    That is `pgd` without a random start. Each example stops at its first success.
+
+    Args:
+        logits_fn: inputs `[B, ...]` to logits `[B, K]`.
+        key: unused (the attack is deterministic); None or any key.
+        inputs: `[B, ...]` float inside `bounds`.
+        labels: `[B]` int, the true classes.
+        eps: radius of the ball in input units, at least 0; scalar or `[B]`; may be traced.
+        norm: `"linf"`, `"l2"` or `"l1"`.
+        num_steps: gradient steps, at least 1; static. The paper takes as many as `eps` has
+            255ths, and a quarter more (at most 4 more): 10 for `eps = 8 / 255`.
+        step_size: length of a step in input units, at least 0; scalar or `[B]`; may be traced.
+            None takes `1.25 · eps / num_steps`, which is the paper's 1 / 255 at its number of
+            steps for `eps` up to 16 / 255.
+        bounds: the box of valid inputs.
+        targets: `[B]` int, classes to move towards; None moves away from the labels.
+        init: `[B, ...]`, the start instead of the inputs (projected into ball and box).
+        loss: per-example loss `(logits [B, K], labels [B]) -> [B]`, maximized (for targets:
+            minimized).
+        trace: keep the loss of every point judged.
+
+    Returns:
+        The result. An example that resists is returned at its last iterate. `info`:
+        `first_success`, where 1 is the start; `gradients`; `restart [B]` int32, all 0; with
+        `trace`, the loss at each iterate before its step, `trace [B, num_steps]`. See
+        `jdistill.attacks`.
+
+    Raises:
+        ValueError: eps or step_size below 0 or NaN, inputs not finite or outside the box, labels
+            or targets outside `0..K-1`, wrong ranks, an unknown norm, counts below 1.
+
+    Example:
+        >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [1.0, -1.0]]) - jnp.array([[0.3, 0]])
+        >>> x, y = jnp.array([[0.3, 0.3]]), jnp.array([0])
+        >>> result = bim(logits_fn, None, x, y, eps=0.25)
+        >>> bool(result.success[0]), int(result.info["first_success"][0])
+        (True, 9)
+
+    References:
+        Kurakin, Goodfellow & Bengio 2017, "Adversarial examples in the physical world",
+        section 2.2; for l1 see `pgd`.
+    """
+    del key
+    problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
+    method = _descent(problem, eps, norm, num_steps, step_size, init, loss, path=1.25)
+    return run(method, problem, trace=trace)
+
+
+@facts(title=with_loss("MIM", losses.cross_entropy), norms=NORMS, follows=by_loss)
+def mim(
+    logits_fn: LogitsFn,
+    key: Array | None,
+    inputs: ArrayLike,
+    labels: ArrayLike,
+    *,
+    eps: ArrayLike,
+    norm: str = "linf",
+    num_steps: int = 10,
+    step_size: ArrayLike | None = None,
+    decay: ArrayLike = 1.0,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    targets: ArrayLike | None = None,
+    init: ArrayLike | None = None,
+    loss: Callable[..., Array] = losses.cross_entropy,
+    trace: bool = False,
+) -> AttackResult:
+    """Momentum iterative method: FGSM in small steps along the accumulated gradient.
+
+        v ← decay · v + g / ‖g‖₁,    g = ∂ loss / ∂x
+        x ← project(x + step_size · sign(v))        (linf; v / ‖v‖₂ for l2; for l1 as in `pgd`)
+
+    Each example stops at its first success. A gradient of exactly 0 adds nothing to `v`, where the
+    formula has 0 / 0; a tiny one adds a full unit.
+
+    Args:
+        logits_fn: inputs `[B, ...]` to logits `[B, K]`.
+        key: unused (the attack is deterministic); None or any key.
+        inputs: `[B, ...]` float inside `bounds`.
+        labels: `[B]` int, the true classes.
+        eps: radius of the ball in input units, at least 0; scalar or `[B]`; may be traced.
+        norm: `"linf"`, `"l2"` or `"l1"`.
+        num_steps: gradient steps, at least 1; static.
+        step_size: length of a step in input units, at least 0; scalar or `[B]`; may be traced.
+            None takes `eps / num_steps`, as the paper: the surface is reached by steps of one
+            direction alone.
+        decay: of the accumulated gradient, at least 0; scalar or `[B]`; may be traced. 0 is `bim`.
+        bounds: the box of valid inputs.
+        targets: `[B]` int, classes to move towards; None moves away from the labels.
+        init: `[B, ...]`, the start instead of the inputs (projected into ball and box).
+        loss: per-example loss `(logits [B, K], labels [B]) -> [B]`, maximized (for targets:
+            minimized).
+        trace: keep the loss of every point judged.
+
+    Returns:
+        The result. An example that resists is returned at its last iterate. `info`:
+        `first_success`, where 1 is the start; `gradients`; `restart [B]` int32, all 0; with
+        `trace`, the loss at each iterate before its step, `trace [B, num_steps]`. See
+        `jdistill.attacks`.
+
+    Raises:
+        ValueError: eps, step_size or decay below 0 or NaN, inputs not finite or outside the box,
+            labels or targets outside `0..K-1`, wrong ranks, an unknown norm, counts below 1.
+
+    Example:
+        >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [1.0, -1.0]]) - jnp.array([[0.3, 0]])
+        >>> x, y = jnp.array([[0.3, 0.3]]), jnp.array([0])
+        >>> result = mim(logits_fn, None, x, y, eps=0.26)
+        >>> bool(result.success[0]), int(result.info["first_success"][0])
+        (True, 10)
+
+    References:
+        Dong, Liao, Pang, Su, Zhu, Hu & Li 2018, "Boosting adversarial attacks with momentum",
+        algorithm 1 and section 3.1.
+    """
+    del key
+    problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
+    decay = radius(decay, problem.inputs, name="decay")
+    method = _descent(problem, eps, norm, num_steps, step_size, init, loss, path=1.0, decay=decay)
+    return run(method, problem, trace=trace)
+
+
+def _descent(
+    problem: Problem,
+    eps: ArrayLike,
     norm: str,
     num_steps: int,
     step_size: ArrayLike | None,
-    path: float,
-    decay: ArrayLike | None,
-    num_restarts: int,
-    random_start: bool,
-    bounds: tuple[float, float],
-    targets: ArrayLike | None,
     init: ArrayLike | None,
     loss: Callable[..., Array],
-    trace: bool,
-) -> AttackResult:
-    """Check the arguments of PGD or a variant of it, and run it.
-
-    Args beyond those of `pgd`:
-        path: without a `step_size`, the length of all steps together, in radii.
-        decay: of the accumulated gradients, at least 0, scalar or `[B]`; None follows each
-            iterate's gradient alone.
-    """
-    _validate.one_of(_NORMS, norm=norm)
+    *,
+    path: float,
+    num_restarts: int = 1,
+    random_start: bool = False,
+    decay: Array | None = None,
+) -> "_Descent":
+    """The checked settings; `path` is the default length of all steps together, in radii."""
+    _validate.one_of(NORMS, norm=norm)
     _validate.count(num_steps=num_steps, num_restarts=num_restarts)
-    problem = _base.prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
-    eps = _base.radius(eps, problem.inputs)
-    if step_size is None:
-        step_size = path * eps / num_steps
-    step_size = _base.radius(step_size, problem.inputs, name="step_size")
-    if decay is not None:
-        decay = _base.radius(decay, problem.inputs, name="decay")
-    if init is not None:
-        init = _base.start_point(init, problem)
-    if num_restarts > 1 and not random_start:
-        raise ValueError(
-            f"expected num_restarts=1 without random starts, got {num_restarts}; every restart "
-            "would be the same run: pass random_start=True"
-        )
-    draws = num_restarts > 1 or (random_start and init is None)
-    if draws:
-        _base.need_key(problem, "random starts")
-    with full_precision():
-        return _pgd(
-            problem,
-            as_pytree(loss),
-            eps,
-            step_size,
-            decay,
-            init,
-            norm=norm,
-            num_steps=num_steps,
-            num_restarts=num_restarts,
-            random_start=random_start,
-            trace=trace,
-        )
+    eps = radius(eps, problem.inputs)
+    step_size = path * eps / num_steps if step_size is None else step_size
+    return _Descent(
+        loss=as_pytree(loss),
+        eps=eps,
+        step_size=radius(step_size, problem.inputs, name="step_size"),
+        decay=decay,
+        first=None if init is None else start_point(init, problem),
+        norm=norm,
+        num_steps=num_steps,
+        num_restarts=num_restarts,
+        random_start=random_start,
+    )
 
 
-class _PGDCarry(NamedTuple):
-    """The state of each example; every leaf leads with `[B]`."""
-
+class _State(NamedTuple):
     inputs: Array  # the current iterate
     velocity: Array | None  # the accumulated gradients; None without momentum
-    step: Array  # steps taken since the start
-    restart: Array
-    done: Array
-    first_success: Array
-    queries: Array
-    losses: Array  # [B, num_restarts, num_steps], or [B, 0, 0] without a trace
 
 
-class _PGDSettings(NamedTuple):
-    """What stays the same over the steps; the counts are static."""
+@register
+class _Descent(Method):
+    loss: Any
+    eps: Array  # [B]
+    step_size: Array  # [B]
+    decay: Array | None  # [B]; None follows each iterate's gradient alone
+    first: Array | None  # [B, ...], the first start; None draws it
+    norm: str = static()
+    num_steps: int = static()
+    num_restarts: int = static()
+    random_start: bool = static()
 
-    eps: Array
-    step_size: Array
-    decay: Array | None
-    norm: str
-    num_steps: int
-    num_restarts: int
-    random_start: bool
+    @property
+    def num_events(self) -> int:  # type: ignore[override]
+        # The last iterate of the last start is judged by the verification.
+        return self.num_restarts * (self.num_steps + 1) - 1
 
+    def init(self, problem: Problem) -> tuple[_State, Array]:
+        restart = jnp.zeros(self.eps.shape, jnp.int32)
+        start = self._start(problem, restart) if self.first is None else self.first
+        start = norms.into_ball_and_box(start, problem.inputs, self.eps, self.norm, problem.bounds)
+        velocity = None if self.decay is None else jnp.zeros_like(start)
+        return _State(start, velocity), problem.logits_fn(problem.inputs)
 
-def _pgd_start(problem: Problem, settings: _PGDSettings, restart: Array) -> Array:
-    """The starting point of each example's restart `[B]`."""
-    inputs = problem.inputs
-    if not settings.random_start:
-        return inputs
-    base_keys = _base.need_key(problem, "random starts")
-    keys = jax.vmap(jax.random.fold_in)(base_keys, restart)
-    noise = norms.random_start(keys, inputs, settings.eps, settings.norm)
-    return jnp.clip(inputs + noise, *problem.bounds)
+    def _start(self, problem: Problem, restart: Array) -> Array:
+        """The starting point of each example's restart `[B]`."""
+        if not self.random_start:
+            return problem.inputs
+        keys = jax.vmap(jax.random.fold_in)(need_key(problem, "random starts"), restart)
+        noise = norms.random_start(keys, problem.inputs, self.eps, self.norm)
+        return jnp.clip(problem.inputs + noise, *problem.bounds)
 
+    def step(self, problem: Problem, state: _State, event: Array) -> tuple[_State, Seen]:
+        """Judge the current iterate, then move it, or begin the next start."""
+        gradient, logits, gain = gain_gradient(problem, problem.goal, self.loss, state.inputs)
+        direction, velocity = gradient, state.velocity
+        if self.decay is not None:
+            velocity = norms.per_example(self.decay, gradient) * velocity
+            direction = velocity = velocity + norms.normalize(gradient, "l1")
+        moved = norms.ascend(state.inputs, direction, self.step_size, self.norm, problem.bounds)
+        moved = norms.into_ball_and_box(moved, problem.inputs, self.eps, self.norm, problem.bounds)
+        if self.num_restarts > 1:
+            restart, step = jnp.divmod(event, self.num_steps + 1)
+            moved = select(step == self.num_steps, self._start(problem, restart + 1), moved)
+        return _State(moved, velocity), Seen(problem.goal.reached(logits), gain)
 
-def _pgd_init(
-    problem: Problem,
-    settings: _PGDSettings,
-    init: Array | None,
-    clean_success: Array,
-    trace: bool,
-) -> _PGDCarry:
-    zeros = jnp.zeros(settings.eps.shape, jnp.int32)
-    if init is None:
-        start = _pgd_start(problem, settings, zeros)
-    else:
-        start = norms.into_ball_and_box(
-            init, problem.inputs, settings.eps, settings.norm, problem.bounds
-        )
-    shape = (settings.num_restarts, settings.num_steps) if trace else (0, 0)
-    return _PGDCarry(
-        inputs=start,
-        velocity=None if settings.decay is None else jnp.zeros_like(start),
-        step=zeros,
-        restart=zeros,
-        done=clean_success,
-        first_success=jnp.where(clean_success, 0, -1),
-        queries=zeros + 1,  # the clean forward pass
-        losses=jnp.full(zeros.shape + shape, jnp.nan, problem.inputs.dtype),
-    )
+    def point(self, problem: Problem, state: _State) -> Array:
+        return state.inputs
 
-
-def _pgd_step(
-    problem: Problem, settings: _PGDSettings, loss: Callable[..., Array], carry: _PGDCarry
-) -> _PGDCarry:
-    """One forward and backward pass: judge the current iterate, then move those that resist."""
-    active = ~carry.done
-    gradient, logits, gain = _gain_gradient(problem, problem.goal, loss, carry.inputs)
-    success = active & problem.goal.reached(logits)
-    # A start whose steps are used up was judged just now; its example takes the next start.
-    spent = active & ~success & (carry.step == settings.num_steps)
-    moving = active & ~success & ~spent
-
-    direction, velocity = gradient, None
-    if carry.velocity is not None and settings.decay is not None:
-        velocity = norms.per_example(settings.decay, gradient) * carry.velocity
-        velocity += norms.normalize(gradient, "l1")
-        direction = velocity
-    moved = norms.ascend(carry.inputs, direction, settings.step_size, settings.norm, problem.bounds)
-    moved = norms.into_ball_and_box(
-        moved, problem.inputs, settings.eps, settings.norm, problem.bounds
-    )
-    inputs = jnp.where(norms.per_example(moving, moved) > 0, moved, carry.inputs)
-    restart = carry.restart + spent
-    if settings.num_restarts > 1:
-        fresh = _pgd_start(problem, settings, restart)
-        again = norms.per_example(spent, moved) > 0
-        inputs = jnp.where(again, fresh, inputs)
-        velocity = None if velocity is None else jnp.where(again, 0.0, velocity)
-    steps = jnp.where(spent, 0, carry.step + moving)
-    # The last iterate of the last start is judged by the verification that follows the loop.
-    last = moving & (steps == settings.num_steps) & (restart == settings.num_restarts - 1)
-    return _PGDCarry(
-        inputs=inputs,
-        velocity=velocity,
-        step=steps,
-        restart=restart,
-        done=carry.done | success | last,
-        first_success=jnp.where(success, carry.step, carry.first_success),
-        queries=carry.queries + active,
-        losses=_base.record(carry.losses, active, gain, carry.restart, carry.step),
-    )
-
-
-@functools.partial(
-    jax.jit, static_argnames=("norm", "num_steps", "num_restarts", "random_start", "trace")
-)
-def _pgd(
-    problem: Problem,
-    loss: Callable[..., Array],
-    eps: Array,
-    step_size: Array,
-    decay: Array | None,
-    init: Array | None,
-    *,
-    norm: str,
-    num_steps: int,
-    num_restarts: int,
-    random_start: bool,
-    trace: bool,
-) -> AttackResult:
-    settings = _PGDSettings(eps, step_size, decay, norm, num_steps, num_restarts, random_start)
-    clean_success = problem.goal.reached_clean(problem.logits_fn(problem.inputs))
-    carry = until_done(
-        lambda problem, settings, carry: _pgd_step(problem, settings, loss, carry),
-        (problem, settings),
-        _pgd_init(problem, settings, init, clean_success, trace),
-        at_most=num_restarts * num_steps,
-        spread=problem.spread,
-    )
-    info = {"restart": carry.restart}
-    if trace:
-        info["loss"] = carry.losses
-    result = _base.finish(
-        problem,
-        carry.inputs,
-        clean_success=clean_success,
-        found=jnp.ones(eps.shape, bool),
-        queries=carry.queries,
-        norm=norm,
-        info=info,
-        minimum_norm=False,
-    )
-    first = jnp.where(result.success & (carry.first_success < 0), num_steps, carry.first_success)
-    return result._replace(info=info | {"first_success": first.astype(jnp.int32)})
+    def info(
+        self, problem: Problem, state: Any, progress: Progress, result: AttackResult
+    ) -> dict[str, Array]:
+        # The last event's.
+        return {"restart": jnp.maximum(progress.event - 1, 0) // (self.num_steps + 1)}

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 
 from jdistill import _validate, norms
 from jdistill._precision import full_precision
-from jdistill.attacks import _base, _square_bumps
-from jdistill.attacks._base import AttackResult, Problem
+from jdistill.attacks import _square_bumps
+from jdistill.attacks._core import problem as _base
+from jdistill.attacks._core.constant_search import select
+from jdistill.attacks._core.problem import AttackResult, Problem
 from jdistill.attacks._loop import until_done
-from jdistill.attacks._search import select
 from jdistill.attacks._square_bumps import Window
 from jdistill.typing import Array, ArrayLike, LogitsFn
 

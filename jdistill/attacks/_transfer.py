@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jdistill._precision import full_precision
-from jdistill.attacks import _base
-from jdistill.attacks._base import AttackResult, Problem
-from jdistill.attacks._search import select
+from jdistill.attacks._core import problem as _base
+from jdistill.attacks._core.constant_search import select
+from jdistill.attacks._core.problem import AttackResult, Problem
 from jdistill.nets import callable_logits_fn
 from jdistill.typing import Array, ArrayLike, LogitsFn
 

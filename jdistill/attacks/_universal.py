@@ -10,8 +10,8 @@ import numpy as np
 from jdistill import _validate, losses, norms
 from jdistill._precision import full_precision
 from jdistill._pytree import as_pytree
-from jdistill.attacks import _base
-from jdistill.attacks._base import AttackResult, Goal, Problem
+from jdistill.attacks._core import problem as _base
+from jdistill.attacks._core.problem import AttackResult, Goal, Problem
 from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
 
 _NORMS = ("linf", "l2")

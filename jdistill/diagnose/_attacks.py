@@ -10,7 +10,7 @@ from jax.tree_util import Partial
 
 from jdistill import attacks, losses, norms
 from jdistill.attacks import AttackResult
-from jdistill.attacks._base import Problem
+from jdistill.attacks._core.problem import Problem
 from jdistill.diagnose import _probes, _thresholds, _words
 from jdistill.typing import Array, LogitsFn
 

@@ -9,7 +9,7 @@ import numpy as np
 from jdistill import losses
 from jdistill._precision import full_precision
 from jdistill._pytree import call
-from jdistill.attacks._base import Problem
+from jdistill.attacks._core.problem import Problem
 from jdistill.diagnose import _attacks, _probes, _thresholds
 from jdistill.diagnose._attacks import Planned, Settings
 from jdistill.diagnose._rows import Found, Rows

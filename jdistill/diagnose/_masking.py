@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jdistill import _validate, metrics, nets
-from jdistill.attacks import _base
+from jdistill.attacks._core import problem as _base
 from jdistill.diagnose import _checks, _label
 from jdistill.diagnose._attacks import Settings
 from jdistill.diagnose._evidence import Evidence, gather

@@ -10,7 +10,7 @@ import numpy as np
 
 from jdistill import _validate, attacks, metrics, nets
 from jdistill.attacks import AttackResult
-from jdistill.attacks._base import example_keys
+from jdistill.attacks._core.problem import example_keys
 from jdistill.evaluate import _identity, _settings, _shards
 from jdistill.evaluate._runs import Runs, Unit, first, joined, refuse_tracers
 from jdistill.evaluate._shards import Piece, Shards, Store

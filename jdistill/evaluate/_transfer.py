@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import metrics, nets
-from jdistill.attacks._base import Goal
+from jdistill.attacks._core.problem import Goal
 from jdistill.evaluate._attack import AttackOutcome, AttackPlan, under_attack
 from jdistill.evaluate._runs import Runs
 from jdistill.typing import Array, ArrayLike, Callback, LogitsFn

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, norms
-from jdistill.attacks import _base
-from jdistill.attacks._base import AttackResult, Problem
-from jdistill.attacks._search import select
+from jdistill.attacks._core import problem as _base
+from jdistill.attacks._core.constant_search import select
+from jdistill.attacks._core.problem import AttackResult, Problem
 from jdistill.typing import Array
 
 # The clean input, one more point, and the verification.

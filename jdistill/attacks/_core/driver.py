@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import parallel
-from jdistill.attacks._base import AttackResult, Problem
+from jdistill.attacks._core.problem import AttackResult, Problem
 from jdistill.typing import Array, Callback
 
 _SMALLEST = 16  # fewer rows are not worth a program of their own

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate
-from jdistill.attacks import _base
-from jdistill.attacks._base import Goal, Problem
+from jdistill.attacks._core import problem as _base
+from jdistill.attacks._core.problem import Goal, Problem
 from jdistill.typing import Array, ArrayLike
 
 

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import norms
-from jdistill.attacks import _base, _search
-from jdistill.attacks._base import AttackResult, Problem
+from jdistill.attacks._core import constant_search as _search
+from jdistill.attacks._core import problem as _base
+from jdistill.attacks._core.problem import AttackResult, Problem
 from jdistill.attacks._loop import until_done
 from jdistill.typing import Array
 

@@ -1,21 +1,23 @@
-"""The gradient of a loss with respect to the inputs, and the attack of one step along it: FGSM."""
+"""The fast gradient (sign) method."""
 
-import functools
 from collections.abc import Callable
-
-import jax
-import jax.numpy as jnp
+from typing import Any
 
 from jdistill import _validate, losses, norms
-from jdistill._precision import full_precision
 from jdistill._pytree import as_pytree
-from jdistill.attacks import _base
-from jdistill.attacks._base import AttackResult, Goal, Problem
+from jdistill.attacks._core.engine import Method, Passes, register, run, static
+from jdistill.attacks._core.gradient import NORMS, gain_gradient
+from jdistill.attacks._core.problem import AttackResult, Problem, prepare, radius
+from jdistill.attacks._core.traits import by_loss, facts, with_loss
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
-_NORMS = ("linf", "l2", "l1")
 
-
+@facts(
+    title=with_loss("FGSM", losses.cross_entropy),
+    norms=NORMS,
+    follows=by_loss,
+    handicap="one step",
+)
 def fgsm(
     logits_fn: LogitsFn,
     key: Array | None,
@@ -27,6 +29,7 @@ def fgsm(
     bounds: tuple[float, float] = (0.0, 1.0),
     targets: ArrayLike | None = None,
     loss: Callable[..., Array] = losses.cross_entropy,
+    trace: bool = False,
 ) -> AttackResult:
     """Fast gradient (sign) method: one full step along the steepest direction of the loss.
 
@@ -47,15 +50,19 @@ def fgsm(
         loss: per-example loss `(logits [B, K], labels [B]) -> [B]`, maximized (for targets:
             minimized). Bind numbers with `jax.tree_util.Partial` and arrays, so that new ones
             compile nothing; a `functools.partial` is compiled for each object.
+        trace: as for every attack; there is no point between the input and the result.
 
     Returns:
-        The result; `info` is empty. Each attacked example costs two queries.
+        The result. An attacked example costs two queries and one gradient. `info`:
+        `first_success`, `gradients`, and with `trace` nothing more: `trace [B, 0]`; see
+        `jdistill.attacks`.
 
     Raises:
         ValueError: eps below 0 or NaN, inputs not finite or outside the box, labels or targets
             outside `0..K-1`, wrong ranks, an unknown norm.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [1.0, -1.0]])
         >>> x, y = jnp.array([[0.3, 0.3]]), jnp.array([0])
         >>> result = fgsm(logits_fn, None, x, y, eps=0.2)
@@ -67,41 +74,26 @@ def fgsm(
         section 4.
     """
     del key
-    _validate.one_of(_NORMS, norm=norm)
-    problem = _base.prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
-    with full_precision():
-        return _fgsm(problem, as_pytree(loss), _base.radius(eps, problem.inputs), norm=norm)
+    _validate.one_of(NORMS, norm=norm)
+    problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
+    method = _FGSM(loss=as_pytree(loss), eps=radius(eps, problem.inputs), norm=norm)
+    return run(method, problem, trace=trace)
 
 
-def _gain_gradient(
-    problem: Problem, goal: Goal, loss: Callable[..., Array], inputs: Array
-) -> tuple[Array, Array, Array]:
-    """Gradient `[B, ...]`, logits `[B, K]` and gain `[B]` at the inputs.
+@register
+class _FGSM(Method):
+    loss: Any
+    eps: Array  # [B]
+    norm: str = static()
+    num_events = 0
+    passes_at_start = Passes(1, 1)
+    passes = Passes(0, 0)
 
-    The gradient is of the batch sum, so each row is that example's own, whatever the batch size.
-    """
+    def init(self, problem: Problem) -> tuple[Array, Array]:
+        inputs, bounds = problem.inputs, problem.bounds
+        gradient, logits, _ = gain_gradient(problem, problem.goal, self.loss, inputs)
+        moved = norms.ascend(inputs, gradient, self.eps, self.norm, bounds)
+        return norms.into_ball_and_box(moved, inputs, self.eps, self.norm, bounds), logits
 
-    def total(x: Array) -> tuple[Array, tuple[Array, Array]]:
-        logits = problem.logits_fn(x)
-        gain = goal.gain(loss, logits)
-        return jnp.sum(gain), (logits, gain)
-
-    gradient, (logits, gain) = jax.grad(total, has_aux=True)(inputs)
-    return gradient, logits, gain
-
-
-@functools.partial(jax.jit, static_argnames="norm")
-def _fgsm(problem: Problem, loss: Callable[..., Array], eps: Array, *, norm: str) -> AttackResult:
-    inputs = problem.inputs
-    gradient, logits, _ = _gain_gradient(problem, problem.goal, loss, inputs)
-    moved = norms.ascend(inputs, gradient, eps, norm, problem.bounds)
-    return _base.finish(
-        problem,
-        norms.into_ball_and_box(moved, inputs, eps, norm, problem.bounds),
-        clean_success=problem.goal.reached_clean(logits),
-        found=jnp.ones(eps.shape, bool),
-        queries=jnp.ones(eps.shape, jnp.int32),
-        norm=norm,
-        info={},
-        minimum_norm=False,
-    )
+    def point(self, problem: Problem, state: Array) -> Array:
+        return state

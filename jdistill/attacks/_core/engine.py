@@ -1,0 +1,481 @@
+"""Loop driver for attacks: who is done, what is counted, the best point, and the verification.
+
+An attack is a value, a `Method`: frozen settings with `init`, `step`, `point`, and `info`. A step
+judges one point per example and moves on; one loop, here, does the rest for all attacks:
+
+* An example is done at its first success (an attack that keeps the closest point goes on), when
+  its method says that nothing is left to try, or after `num_events` steps. Its state then stays as
+  it is, and it stops costing: when half of the examples are done, the others go on in a batch of
+  their own, half as large, and so on.
+* `queries` and `gradients` count forward and backward passes from the number of events and the
+  method's `passes`.
+* `first_success` is the number of the event that judged the first success: -1 never, 0 the clean
+  input, `k >= 1` the k-th point judged, over restarts and searches. A point that only the final
+  verification judges is the next event.
+* The trace is `value` of every event, `[B, num_events]`, NaN once an example is done.
+* What is returned is verified by a forward pass.
+
+`run` compiles all of it into one program. Under `handled_by` it hands the method on: to `Chunks`,
+where the same loop comes back to the host every few events, to save and to answer Ctrl-C; to
+`Maximizer`, the form for adversarial training, all steps for all examples and nothing judged; to
+`Counter`, which adds up what it would cost.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import itertools
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jdistill import _validate, norms
+from jdistill._precision import full_precision
+from jdistill.attacks._core.problem import AttackResult, Problem
+from jdistill.typing import Array, PyTree
+
+# A loop is compiled once for each number of rows that it may have, so there are few of them, and
+# none where an attack takes too few steps to be worth the compilation: halves while half the rows
+# are many, and quarters then.
+_FEWER = (2, 2, 4)
+_LEAST_ROWS = 32
+_LEAST_STEPS = 50
+
+
+def static(**kwargs: Any) -> Any:
+    """A field that belongs to the compiled program; all other fields are arrays or pytrees."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+@typing.dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(static,))
+def register(cls: type) -> type:
+    """A frozen dataclass whose instances are pytrees."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
+
+
+class Passes(NamedTuple):
+    """Forward and backward passes of one example."""
+
+    forward: int
+    backward: int
+
+
+class Seen(NamedTuple):
+    """What a step learned of the point it judged; every leaf leads with `[B]`.
+
+    Attributes:
+        success: whether the point is adversarial.
+        value: what the trace shows of it.
+        spent: whether nothing more will be tried; None where `num_events` alone ends the attack.
+        point: the point, of a method that keeps the closest.
+        distance: what the closest is measured by, of a method that keeps it.
+        note: kept with the closest point.
+    """
+
+    success: Array
+    value: Array
+    spent: Array | None = None
+    point: Array | None = None
+    distance: Array | None = None
+    note: Any = None
+
+
+class Progress(NamedTuple):
+    """How far each example is; every leaf leads with `[B]`.
+
+    Attributes:
+        event: int32, points judged after the clean input.
+        done: bool.
+        first_success: int32, see the module.
+        best: the closest success, its distance (`inf` before there is one) and note; None from
+            a method that does not keep it.
+        trace: `[B, num_events]`, or `[B, 0]`.
+    """
+
+    event: Array
+    done: Array
+    first_success: Array
+    best: tuple[Array, Array, Any] | None
+    trace: Array
+
+
+Carry = tuple[Any, Progress]  # the method's state, and the loop's
+
+
+class Method:
+    """Base of attacks as the loop runs them: settings as fields, state as a pytree `[B, ...]`.
+
+    Fields that are arrays lead with `[B]` or are scalars; a step may compute anything for examples
+    that are done, the loop leaves them as they are. Nothing in a state is a PRNG key: draws are
+    `fold_in`s of the example's key by the event's number.
+
+    Attributes:
+        norm: of the result's distance.
+        num_events: the most points that a start judges; None where the method alone knows the end.
+        minimum_norm: whether a failure is the clean input at distance `inf`.
+        keeps_closest: whether examples go on after a success, and the closest one is returned;
+            otherwise the first success ends an example, and `point` is returned.
+        maximizes: whether examples go on whatever succeeds, those already wrong included.
+        narrows: whether examples end at different times, so that it pays to go on in fewer rows.
+        passes_at_start: of `init`, the clean input's forward pass included.
+        passes: of a step.
+    """
+
+    norm: str
+    num_events: int | None
+    minimum_norm: ClassVar[bool] = False
+    keeps_closest: ClassVar[bool] = False
+    maximizes: bool = False
+    narrows: ClassVar[bool] = True
+    passes_at_start: ClassVar[Passes] = Passes(1, 0)
+    passes: Passes = Passes(1, 1)
+
+    def init(self, problem: Problem) -> tuple[Any, Array]:
+        """The state before the first event, and the clean logits `[B, K]`."""
+        raise NotImplementedError
+
+    def step(self, problem: Problem, state: Any, event: Array) -> tuple[Any, Seen]:
+        """Judge each example's event number `[B]` (from 0), and move on."""
+        raise NotImplementedError
+
+    def most_events(self) -> int:
+        """The most points that an example may have judged."""
+        assert self.num_events is not None
+        return self.num_events
+
+    def point(self, problem: Problem, state: Any) -> Array:
+        """What an attack that keeps no closest point returns, `[B, ...]`."""
+        raise NotImplementedError
+
+    def no_note(self, problem: Problem) -> Any:
+        """What stands for the note before there is a closest point."""
+        del problem
+
+    def distance(self, delta: Array) -> Array:
+        """The result's distance, `[B]`."""
+        return norms.distance(delta, self.norm)
+
+    def info(
+        self, problem: Problem, state: Any, progress: Progress, result: AttackResult
+    ) -> dict[str, Array]:
+        """What else the result says, every array `[B, ...]`."""
+        del problem, state, progress, result
+        return {}
+
+
+def select(condition: Array, new: Any, old: Any) -> Any:
+    """Leaf by leaf, the new rows where the condition `[B]` holds."""
+    return jax.tree.map(
+        lambda a, b: jnp.where(condition.reshape(a.shape[:1] + (1,) * (a.ndim - 1)), a, b), new, old
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# The ways to run a method
+
+
+class Handler(Protocol):
+    """What `run` hands a method to, in place of compiling it into one program.
+
+    Attributes:
+        on_host: whether it works on concrete arrays alone; under `jit` and `vmap` it is not asked.
+    """
+
+    on_host: bool
+
+    def __call__(self, method: Method, problem: Problem, trace: bool, /) -> AttackResult: ...
+
+
+_handler: contextvars.ContextVar[Handler | None] = contextvars.ContextVar("handler", default=None)
+
+
+@contextlib.contextmanager
+def handled_by(handler: Handler) -> Iterator[None]:
+    """Hand every method that attacks run inside to `handler`."""
+    token = _handler.set(handler)
+    try:
+        yield
+    finally:
+        _handler.reset(token)
+
+
+def run(method: Method, problem: Problem, *, trace: bool = False) -> AttackResult:
+    """Step until every example is done, and verify.
+
+    Args:
+        method: the attack.
+        problem: its checked arguments.
+        trace: whether `info` has the trace.
+
+    Returns:
+        The result; `info` has `first_success`, `gradients`, the trace on request, and what the
+        method adds.
+    """
+    handler = _handler.get()
+    with full_precision():
+        if handler is None or (handler.on_host and _validate.is_traced(problem)):
+            return _run(method, problem, trace=trace)
+        return handler(method, problem, trace)
+
+
+@functools.partial(jax.jit, static_argnames="trace")
+def _run(method: Method, problem: Problem, *, trace: bool) -> AttackResult:
+    carry = start(method, problem, trace=trace)
+    return finish(method, problem, advance(method, problem, carry), trace=trace)
+
+
+def start(method: Method, problem: Problem, *, trace: bool) -> Carry:
+    """The carry before the first event."""
+    state, logits = method.init(problem)
+    wrong = problem.goal.reached_clean(logits)
+    zeros, inputs = jnp.zeros(wrong.shape, jnp.int32), problem.inputs
+    nothing = inputs, jnp.full(wrong.shape, jnp.inf, inputs.dtype), method.no_note(problem)
+    width = method.num_events or 0 if trace else 0
+    return state, Progress(
+        event=zeros,
+        done=jnp.zeros_like(wrong) if method.maximizes else wrong,
+        first_success=jnp.where(wrong, 0, -1).astype(jnp.int32),
+        best=nothing if method.keeps_closest else None,
+        trace=jnp.full((*wrong.shape, width), jnp.nan, inputs.dtype),
+    )
+
+
+def _event(method: Method, problem: Problem, carry: Carry) -> Carry:
+    """One step of every example that is not done."""
+    state, progress = carry
+    active = ~progress.done
+    new, seen = method.step(problem, state, progress.event)
+    event = progress.event + active
+    success = active & seen.success
+    first = success & (progress.first_success < 0)
+    best, stops = progress.best, jnp.zeros_like(success)
+    if best is not None:
+        closer = success & (seen.distance < best[1])
+        best = select(closer, (seen.point, seen.distance, seen.note), best)
+    elif not method.maximizes:
+        stops = success
+    ended = stops
+    if method.num_events is not None:
+        ended |= event >= method.num_events
+    if seen.spent is not None:
+        ended |= seen.spent
+    trace = progress.trace
+    if trace.shape[1]:
+        # An example that is done writes past the end, where nothing is.
+        place = jnp.where(active, progress.event, trace.shape[1])
+        value = seen.value.astype(trace.dtype)
+        trace = trace.at[jnp.arange(len(place)), place].set(value, mode="drop")
+    return select(active & ~stops, new, state), Progress(
+        event=event,
+        done=progress.done | (active & ended),
+        first_success=jnp.where(first, event, progress.first_success),
+        best=best,
+        trace=trace,
+    )
+
+
+def advance(method: Method, problem: Problem, carry: Carry, at_most: Array | None = None) -> Carry:
+    """The carry after so many more events, or with None at the end."""
+    if method.num_events == 0:
+        return carry
+    turn = jnp.zeros((), jnp.int32)
+    if at_most is None:
+        at_most = jnp.asarray(jnp.iinfo(jnp.int32).max)
+
+    def one(fixed: tuple[Method, Problem], carry: tuple[Array, Carry]) -> tuple[Array, Carry]:
+        turn, inner = carry
+        return turn + 1, _event(*fixed, inner)
+
+    steps = method.num_events
+    _, carry = until_done(
+        one,
+        (method, problem),
+        (turn, carry),
+        goes_on=lambda carry: carry[0] < at_most,
+        done=lambda carry: carry[1][1].done,
+        sizes=[0]
+        if problem.spread.over_devices or not method.narrows
+        else row_counts(problem.inputs.shape[0], _LEAST_STEPS if steps is None else steps),
+    )
+    return carry
+
+
+def finish(method: Method, problem: Problem, carry: Carry, *, trace: bool) -> AttackResult:
+    """The result, verified by a forward pass."""
+    state, progress = carry
+    wrong = jnp.zeros_like(progress.done) if method.maximizes else progress.first_success == 0
+    found = jnp.ones_like(wrong)
+    if progress.best is None:
+        candidate = method.point(problem, state)
+    else:
+        candidate, distance, _ = progress.best
+        found = jnp.isfinite(distance)
+    inputs = problem.inputs
+    keeps_clean = wrong | (~found if method.minimum_norm else False)
+    candidate = select(keeps_clean, inputs, candidate)
+    verified = problem.goal.reached(problem.logits_fn(candidate))
+    success = wrong | (verified & (found if method.minimum_norm else True))
+    distance = method.distance(candidate - inputs)
+    if method.minimum_norm:
+        candidate = select(success, candidate, inputs)
+        distance = jnp.where(success, distance, jnp.inf)
+    started, each = method.passes_at_start, method.passes
+    queries = started.forward + each.forward * progress.event + ~wrong
+    gradients = started.backward + each.backward * progress.event
+    result = AttackResult(candidate, success, distance, queries.astype(jnp.int32), {})
+    # What only the verification judged is one event more.
+    judged_last = success & (progress.first_success < 0)
+    first = jnp.where(judged_last, progress.event + 1, progress.first_success)
+    info = {
+        "first_success": first.astype(jnp.int32),
+        "gradients": gradients.astype(jnp.int32),
+        **({"trace": progress.trace} if trace else {}),
+        **method.info(problem, state, progress, result),
+    }
+    return jax.lax.stop_gradient(result._replace(info=info))
+
+
+# -------------------------------------------------------------------------------------------------
+# All steps for all examples; and none at all
+
+
+@jax.jit
+def maximized(method: Method, problem: Problem) -> Array:
+    """The points `[B, ...]` after all steps of all examples, with nothing judged."""
+    state, _ = method.init(problem)
+
+    def one(event: Array, state: Any) -> Any:
+        return method.step(problem, state, jnp.full(problem.inputs.shape[:1], event))[0]
+
+    state = jax.lax.fori_loop(0, method.num_events, one, state)
+    return jax.lax.stop_gradient(method.point(problem, state))
+
+
+class Maximizer:
+    """Handler that runs the maximizing form, whose result has points and nothing else."""
+
+    on_host = False
+
+    def __call__(self, method: Method, problem: Problem, trace: bool, /) -> AttackResult:
+        """The points after all steps."""
+        del trace
+        if method.minimum_norm or method.num_events is None:
+            raise ValueError(
+                "expected a fixed-budget attack, got one that looks for the smallest distance; "
+                "pass an attack with eps, such as functools.partial(attacks.pgd, eps=8 / 255)"
+            )
+        return untried(problem)._replace(inputs=maximized(method, problem))
+
+
+class Counter:
+    """Handler that adds up what an example can cost, and runs nothing."""
+
+    on_host = False
+
+    def __init__(self) -> None:
+        self.total = Passes(0, 0)
+
+    def add(self, passes: Passes) -> None:
+        """Count these, too."""
+        self.total = Passes(*(a + b for a, b in zip(self.total, passes, strict=True)))
+
+    def __call__(self, method: Method, problem: Problem, trace: bool, /) -> AttackResult:
+        """Count a method to its end, its verification included."""
+        del trace
+        events = method.most_events()
+        begun, each = method.passes_at_start, method.passes
+        self.add(Passes(begun.forward + each.forward * events + 1, 0))
+        self.add(Passes(0, begun.backward + each.backward * events))
+        return untried(problem)
+
+
+def counts(passes: Passes) -> bool:
+    """Whether passes are only counted here; then these are."""
+    handler = _handler.get()
+    if isinstance(handler, Counter):
+        handler.add(passes)
+    return isinstance(handler, Counter)
+
+
+def untried(problem: Problem) -> AttackResult:
+    """The clean inputs as failures at no cost."""
+    nothing = jnp.zeros(problem.inputs.shape[:1], jnp.int32)
+    distance = nothing.astype(problem.inputs.dtype)
+    return AttackResult(problem.inputs, nothing.astype(bool), distance, nothing, {})
+
+
+# -------------------------------------------------------------------------------------------------
+# The loop over rows
+
+
+def until_done(
+    step: Callable[[tuple[PyTree, ...], Any], Any],
+    fixed: tuple[PyTree, ...],
+    carry: tuple[Array, Any],
+    *,
+    goes_on: Callable[[Any], Array],
+    done: Callable[[Any], Array],
+    sizes: list[int],
+) -> Any:
+    """`carry = step(fixed, carry)` until every example is done; those that are stop costing.
+
+    A step treats each example by itself and leaves alone what is done, so the outcome does not
+    depend on the sizes, to the rounding that depends on a batch's size. Under `vmap` over networks
+    a loop waits for the network with the most examples left.
+
+    Args:
+        step: from the parts of `fixed` and a carry, of `b <= B` examples, to their next carry.
+        fixed: what the loop does not change: functions, scalars, and arrays `[B, ...]`.
+        carry: a scalar, and the state, every leaf `[B, ...]`.
+        goes_on: whether the loop may go on, of a carry; scalar bool.
+        done: which examples are done, of a carry, `[B]` bool.
+        sizes: from `row_counts`: how many rows the loops after the first have, down to 0.
+
+    Returns:
+        The last carry, `[B, ...]`.
+    """
+
+    def loop(fixed: tuple[PyTree, ...], carry: Any, enough: int) -> Any:
+        return jax.lax.while_loop(
+            lambda carry: goes_on(carry) & (jnp.sum(~done(carry)) > enough),
+            functools.partial(step, fixed),
+            carry,
+        )
+
+    carry = loop(fixed, carry, sizes[0])
+    for size, enough in itertools.pairwise(sizes):
+        # Where the loop before was interrupted more are left than fit, and nothing happens here.
+        rows = jnp.argsort(done(carry), stable=True)[:size]
+        scalar, state = loop(_rows(fixed, rows), _rows(carry, rows), enough)
+        carry = scalar, _with_rows(carry[1], rows, state)
+    return carry
+
+
+def row_counts(batch_size: int, at_most: int) -> list[int]:
+    """How many rows the loops after the first have, down to none."""
+    counts: list[int] = []
+    while at_most >= _LEAST_STEPS:
+        rows = counts[-1] if counts else batch_size
+        rows = -(-rows // _FEWER[min(len(counts), len(_FEWER) - 1)])
+        if rows < _LEAST_ROWS:
+            break
+        counts.append(rows)
+    return [*counts, 0]
+
+
+def _with_rows(tree: PyTree, rows: Array, part: PyTree) -> PyTree:
+    """The tree with these rows of it replaced."""
+    return jax.tree.map(lambda whole, some: whole.at[rows].set(some), tree, part)
+
+
+def _rows(tree: PyTree, rows: Array) -> PyTree:
+    """These rows of every array; functions (and what they hold) and scalars stay as they are."""
+
+    def some(leaf: Any) -> Any:
+        return leaf if callable(leaf) or getattr(leaf, "ndim", 0) == 0 else leaf[rows]
+
+    return jax.tree.map(some, tree, is_leaf=callable)

@@ -1,0 +1,224 @@
+"""Facts of an attack, read off its function."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+
+from jdistill import _validate, losses
+
+Access = Literal["gradient", "scores", "decisions"]
+Follows = Literal["softmax", "logits"]
+Settings = Mapping[str, Any]
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_ATTRIBUTE = "__attack_facts__"
+
+
+class Traits(NamedTuple):
+    """Facts of an attack with its settings.
+
+    Attributes:
+        name: of the function.
+        title: the attack as readers know it, such as `"PGD"`.
+        norms: those that the attack is made for; of one, or none, it has no argument `norm`.
+        norm: of its distances; None where that is not known.
+        eps: its radius; None for a minimum-norm attack, and for a radius per example.
+        minimum_norm: whether it looks for the smallest distance; of an attack that says nothing of
+            itself, whether it has no `eps`.
+        access: what it uses of the network: `"gradient"`, `"scores"` (logits without a gradient),
+            or `"decisions"` (the predicted class); None where that is not known.
+        follows: `"softmax"` if it climbs the softmax at T = 1, whose gradient a distilled network
+            hides; `"logits"` if no scale of the logits stands in its way; None where that is not
+            known.
+        host_loop: whether it is a loop on the host, which cannot be put under `jit` or `vmap`.
+            True where that is not known.
+        handicap: why it does worse than others on any network, such as `"one step"`; or None.
+        freedom: what it may do where no norm limits that; or None.
+        settings: every argument with a default or a bound value, by name.
+    """
+
+    name: str
+    title: str
+    norms: tuple[str, ...]
+    norm: str | None
+    eps: float | None
+    minimum_norm: bool
+    access: Access | None
+    follows: Follows | None
+    host_loop: bool
+    handicap: str | None
+    freedom: str | None
+    settings: dict[str, Any]
+
+
+class _Facts(NamedTuple):
+    """What `facts` was given."""
+
+    title: str | Callable[[Settings], str]
+    norms: tuple[str, ...]
+    minimum_norm: bool | Callable[[Settings], bool]
+    access: Access
+    follows: Follows | Callable[[Settings], Follows | None]
+    host_loop: bool
+    handicap: str | None
+    freedom: str | None
+    of: Callable[[Settings], Any] | None
+
+
+def facts(
+    *,
+    title: str | Callable[[Settings], str],
+    norms: tuple[str, ...],
+    access: Access = "gradient",
+    follows: Follows | Callable[[Settings], Follows | None] = "logits",
+    minimum_norm: bool | Callable[[Settings], bool] = False,
+    host_loop: bool = False,
+    handicap: str | None = None,
+    freedom: str | None = None,
+    of: Callable[[Settings], Any] | None = None,
+) -> Callable[[_Function], _Function]:
+    """Decorator that puts facts on an attack, and changes nothing else about it.
+
+    Args:
+        title: as in `Traits`, as are all that follow; a function of the settings where it depends
+            on them.
+        norms: all that `norm` may be, or the one norm of an attack without that argument.
+        access: what it uses.
+        follows: what it climbs; `by_loss` for an attack with a `loss`.
+        minimum_norm: whether it looks for the smallest distance.
+        host_loop: whether it is one.
+        handicap: why it does worse than others, or None.
+        freedom: what it may do where no norm limits that, or None.
+        of: of an attack that runs another one: the other one, from the settings. Norm, radius,
+            kind, and `host_loop` are then those of the other one.
+    """
+    made = _Facts(title, norms, minimum_norm, access, follows, host_loop, handicap, freedom, of)
+
+    def put(function: _Function) -> _Function:
+        setattr(function, _ATTRIBUTE, made)
+        return function
+
+    return put
+
+
+def traits(attack: Callable[..., Any]) -> Traits:
+    """Facts of an attack: what it takes, uses, and is known by.
+
+    They are read off the function, through any `functools.partial`, and bound settings count:
+    `fab` looks for the smallest distance, `fab` with an `eps` within it.
+
+    Args:
+        attack: an attack, with or without settings bound; any callable.
+
+    Returns:
+        The traits. Of a callable that is none of `jdistill.attacks`, what its signature and its
+        bound settings tell, and cautious values otherwise.
+
+    Example:
+        >>> import functools
+        >>> from jdistill import attacks
+        >>> pgd = functools.partial(attacks.pgd, eps=0.1, norm="l2")
+        >>> attacks.traits(pgd)[:6]
+        ('pgd', 'PGD', ('linf', 'l2', 'l1'), 'l2', 0.1, False)
+        >>> attacks.traits(pgd).follows
+        'softmax'
+        >>> attacks.traits(functools.partial(pgd, loss=losses.margin)).follows
+        'logits'
+        >>> attacks.traits(lambda logits_fn, key, inputs, labels, eps=0.3: ...).eps
+        0.3
+    """
+    function, settings = _unbound(attack)
+    known: _Facts | None = getattr(function, _ATTRIBUTE, None)
+    name = getattr(function, "__name__", type(function).__name__)
+    norm, eps = settings.get("norm"), _number(settings.get("eps"))
+    if known is None:
+        return Traits(
+            name=name,
+            title=name.replace("_", " "),
+            norms=(norm,) if isinstance(norm, str) else (),
+            norm=norm if isinstance(norm, str) else None,
+            eps=eps,
+            minimum_norm=settings.get("eps") is None,
+            access=None,
+            follows=None,
+            host_loop=True,
+            handicap=None,
+            freedom=None,
+            settings=settings,
+        )
+    found = Traits(
+        name=name,
+        title=known.title(settings) if callable(known.title) else known.title,
+        norms=known.norms,
+        norm=settings.get("norm", known.norms[0] if len(known.norms) == 1 else None),
+        eps=eps,
+        minimum_norm=known.minimum_norm(settings)
+        if callable(known.minimum_norm)
+        else known.minimum_norm,
+        access=known.access,
+        follows=known.follows(settings) if callable(known.follows) else known.follows,
+        host_loop=known.host_loop,
+        handicap=known.handicap,
+        freedom=known.freedom,
+        settings=settings,
+    )
+    other = known.of(settings) if known.of else None
+    if other is None:
+        return found
+    inner = traits(other)
+    return found._replace(
+        norms=inner.norms,
+        norm=inner.norm,
+        eps=inner.eps,
+        minimum_norm=inner.minimum_norm,
+        host_loop=found.host_loop or inner.host_loop,
+    )
+
+
+def by_loss(settings: Settings) -> Follows | None:
+    """What an attack with these settings climbs, from its `loss`."""
+    function, bound = _unbound(settings["loss"])
+    if function is losses.cross_entropy:
+        return "softmax" if _number(bound.get("temperature")) == 1 else "logits"
+    return "logits" if function in _SCALE_FREE else None
+
+
+_SCALE_FREE = (losses.margin, losses.soft_margin, losses.dlr, losses.targeted_dlr)
+
+
+def with_loss(title: str, usual: Callable[..., Any]) -> Callable[[Settings], str]:
+    """A title that names a loss other than the usual one."""
+
+    def of(settings: Settings) -> str:
+        function, _ = _unbound(settings["loss"])
+        if function is usual:
+            return title
+        return f"{title} {getattr(function, '__name__', 'other loss').replace('_', ' ')}"
+
+    return of
+
+
+def _unbound(function: Any) -> tuple[Any, dict[str, Any]]:
+    """The function without its partials; its settings, bound ones first, and their defaults."""
+    bound: dict[str, Any] = {}
+    while isinstance(function, functools.partial):  # `jax.tree_util.Partial` is one, too
+        function, bound = function.func, {**function.keywords, **bound}
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a callable that does not tell
+        return function, bound
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return function, {**defaults, **bound}
+
+
+def _number(value: Any) -> float | None:
+    """A concrete scalar; one that came as float32 is meant as the short number that it rounds."""
+    if value is None or _validate.is_traced(value) or np.ndim(value):
+        return None
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        return float(str(np.asarray(value)[()]))
+    return float(value)

@@ -1,0 +1,54 @@
+"""Static cost of attacks: how many passes through the network an example can take."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jdistill import _validate
+from jdistill.attacks._core import engine
+from jdistill.attacks._core.engine import Counter, Passes
+from jdistill.typing import Array
+
+
+def cost(attack: Callable[..., Any], *, shape: tuple[int, ...], num_classes: int) -> Passes:
+    """Most forward and backward passes that an attack can spend on one example.
+
+    Nothing is run: the attack checks its arguments, and the number of its steps is counted. What
+    an example did cost is in the result's `queries` and `info["gradients"]`.
+
+    Args:
+        attack: an attack with its settings bound, as concrete numbers.
+        shape: of one input, without the batch.
+        num_classes: K.
+
+    Returns:
+        `Passes(forward, backward)`, the clean input's and the verification's included; of a
+        driver, those of all its attacks; of `transfer`, those through both networks.
+
+    Raises:
+        ValueError: an attack that runs none of `jdistill.attacks`.
+
+    Example:
+        >>> import functools
+        >>> from jdistill import attacks
+        >>> pgd = functools.partial(attacks.pgd, eps=0.1, num_steps=10)
+        >>> cost(pgd, shape=(28, 28, 1), num_classes=10)
+        Passes(forward=12, backward=10)
+    """
+    _validate.count(num_classes=num_classes, minimum=2)
+    counter = Counter()
+    inputs, labels = jnp.zeros((1, *shape)), jnp.zeros((1,), jnp.int32)
+
+    def logits_fn(inputs: Array) -> Array:
+        return jnp.zeros((inputs.shape[0], num_classes))
+
+    with engine.handled_by(counter):
+        attack(logits_fn, jax.random.key(0), inputs, labels)
+    if counter.total == (0, 0):
+        raise ValueError(
+            f"expected an attack that runs one of jdistill.attacks, got {attack!r}; count its "
+            "passes by hand"
+        )
+    return counter.total
