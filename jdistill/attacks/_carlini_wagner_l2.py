@@ -1,6 +1,6 @@
 """Carlini and Wagner's L2 attack."""
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -136,9 +136,9 @@ class _CarliniWagnerL2(Method):
     num_searches: int = static()
     num_steps: int = static()
     abort_early: bool = static()
-    norm: ClassVar[str] = "l2"
-    minimum_norm: ClassVar[bool] = True
-    keeps_closest: ClassVar[bool] = True
+    norm = "l2"
+    minimum_norm = True
+    keeps_closest = True
 
     @property
     def num_events(self) -> int:  # type: ignore[override]

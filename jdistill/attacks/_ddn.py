@@ -1,7 +1,7 @@
 """Decoupled direction and norm, a minimum-norm attack on a sphere of changing radius."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -121,11 +121,11 @@ class _DDN(Method):
     initial_norm: Array  # [B]
     step_size: Array  # [B], of the first step
     num_events: int = static()
-    norm: ClassVar[str] = "l2"
-    minimum_norm: ClassVar[bool] = True
-    keeps_closest: ClassVar[bool] = True
-    narrows: ClassVar[bool] = False
-    passes_at_start: ClassVar[Passes] = Passes(1, 1)
+    norm = "l2"
+    minimum_norm = True
+    keeps_closest = True
+    narrows = False
+    passes_at_start = Passes(1, 1)
 
     def init(self, problem: Problem) -> tuple[_State, Array]:
         gradient, logits, _ = gain_gradient(problem, problem.goal, self.loss, problem.inputs)

@@ -1,7 +1,7 @@
 """FMN: minimum-norm attacks by projected gradient steps in a ball of changing radius."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -142,10 +142,10 @@ class _FMN(Method):
     final_gamma: Array  # [B]
     norm: str = static()
     num_events: int = static()
-    minimum_norm: ClassVar[bool] = True
-    keeps_closest: ClassVar[bool] = True
-    narrows: ClassVar[bool] = False
-    passes_at_start: ClassVar[Passes] = Passes(1, 1)
+    minimum_norm = True
+    keeps_closest = True
+    narrows = False
+    passes_at_start = Passes(1, 1)
 
     def init(self, problem: Problem) -> tuple[_State, Array]:
         inputs = problem.inputs

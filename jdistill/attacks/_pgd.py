@@ -337,7 +337,7 @@ class _Descent(Method):
         """Judge the current iterate, then move it, or begin the next start."""
         gradient, logits, gain = gain_gradient(problem, problem.goal, self.loss, state.inputs)
         direction, velocity = gradient, state.velocity
-        if self.decay is not None:
+        if velocity is not None and self.decay is not None:
             velocity = norms.per_example(self.decay, gradient) * velocity
             direction = velocity = velocity + norms.normalize(gradient, "l1")
         moved = norms.ascend(state.inputs, direction, self.step_size, self.norm, problem.bounds)

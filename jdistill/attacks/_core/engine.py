@@ -254,6 +254,7 @@ def _event(method: Method, problem: Problem, carry: Carry) -> Carry:
     first = success & (progress.first_success < 0)
     best, stops = progress.best, jnp.zeros_like(success)
     if best is not None:
+        assert seen.distance is not None
         closer = success & (seen.distance < best[1])
         best = select(closer, (seen.point, seen.distance, seen.note), best)
     elif not method.maximizes:
