@@ -11,10 +11,15 @@ import numpy as np
 
 from jdistill import _validate, losses
 from jdistill.attacks._apgd import apgd, apgd_targeted
-from jdistill.attacks._core import driver as _survivors
-from jdistill.attacks._core import problem as _base
+from jdistill.attacks._core import driver
 from jdistill.attacks._core.driver import EnsembleState
-from jdistill.attacks._core.problem import AttackResult
+from jdistill.attacks._core.problem import (
+    AttackResult,
+    need_key,
+    num_classes,
+    prepare,
+    refuse_tracers,
+)
 from jdistill.attacks._fab import fab, fab_targeted
 from jdistill.attacks._square import square
 from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
@@ -114,16 +119,16 @@ def autoattack(
         Diverse Parameter-free Attacks", section 5; the version for l1 from Croce & Hein 2021,
         "Mind the box".
     """
-    _base.refuse_tracers("autoattack", logits_fn, key, inputs, labels, eps, targets)
+    refuse_tracers("autoattack", logits_fn, key, inputs, labels, eps, targets)
     _validate.count(batch_size=batch_size)
     _validate.rank(0, eps=eps)
     _validate.non_negative(eps=eps)
-    problem = _base.prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
-    _base.need_key(problem, "random starts")
+    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
+    need_key(problem, "random starts")
     named, component = _steps(
-        norm, version, float(np.asarray(eps)), _base.num_classes(problem), targets is not None
+        norm, version, float(np.asarray(eps)), num_classes(problem), targets is not None
     )
-    state = _survivors.run(
+    state = driver.run(
         named,
         problem,
         minimum_norm=False,
@@ -140,7 +145,7 @@ def autoattack(
     robust_after = ~state.success[:, None] | (broken_by[:, None] > order)
     _say_where_blind(robust_after, autoattack_names(version, norm))
     info = {"broken_by": jnp.asarray(broken_by), "robust_after": jnp.asarray(robust_after)}
-    return _survivors.result(state, minimum_norm=False, info=info)
+    return driver.result(state, minimum_norm=False, info=info)
 
 
 def autoattack_names(version: str = "standard", norm: str = "linf") -> tuple[str, ...]:

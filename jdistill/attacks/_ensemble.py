@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate
-from jdistill.attacks._core import driver as _survivors
-from jdistill.attacks._core import problem as _base
+from jdistill.attacks._core import driver
 from jdistill.attacks._core.driver import EnsembleState
-from jdistill.attacks._core.problem import AttackResult
+from jdistill.attacks._core.problem import AttackResult, prepare, refuse_tracers
 from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
 
 
@@ -91,11 +90,11 @@ def ensemble(
         Croce & Hein 2020, "Reliable Evaluation of Adversarial Robustness with an Ensemble of
         Diverse Parameter-free Attacks", section 5 (the worst case over attacks).
     """
-    _base.refuse_tracers("ensemble", logits_fn, key, inputs, labels, targets, attacks)
+    refuse_tracers("ensemble", logits_fn, key, inputs, labels, targets, attacks)
     _validate.count(batch_size=batch_size)
     named = _named(attacks)
-    problem = _base.prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
-    state = _survivors.run(
+    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
+    state = driver.run(
         named,
         problem,
         minimum_norm=minimum_norm,
@@ -107,7 +106,7 @@ def ensemble(
         stage="ensemble",
     )
     info = {"broken_by": jnp.asarray(state.broken_by)}
-    return _survivors.result(state, minimum_norm=minimum_norm, info=info)
+    return driver.result(state, minimum_norm=minimum_norm, info=info)
 
 
 def _named(attacks: Any) -> dict[Any, Callable[..., Any]]:

@@ -1,5 +1,6 @@
-"""The host loop of the drivers: attack after attack, on those that need it, in padded batches."""
+"""Host loop of `ensemble` and `autoattack`: each attack on the survivors, in padded batches."""
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import parallel
+from jdistill.attacks._core.chunks import run_in_chunks
 from jdistill.attacks._core.problem import AttackResult, Problem
 from jdistill.typing import Array, Callback
 
@@ -23,18 +25,22 @@ class EnsembleState(NamedTuple):
         success: `[N]` bool.
         distance: `[N]`, `inf` before the first attack.
         queries: `[N]` int32, of all attacks run on it.
+        gradients: `[N]` int32, likewise.
         broken_by: `[N]` int32, the index of the attack whose point it is, -1 if none.
         attacks_done: `[N]` int32, how many attacks it has been through.
         of: `[16]` uint8, a hash of the examples, the keys and the settings that it belongs to.
+        part: `[P]` uint8, how far the batch is that was running; empty between two batches.
     """
 
     inputs: np.ndarray
     success: np.ndarray
     distance: np.ndarray
     queries: np.ndarray
+    gradients: np.ndarray
     broken_by: np.ndarray
     attacks_done: np.ndarray
     of: np.ndarray
+    part: np.ndarray
 
 
 def nothing(inputs: np.ndarray, of: np.ndarray) -> EnsembleState:
@@ -45,9 +51,11 @@ def nothing(inputs: np.ndarray, of: np.ndarray) -> EnsembleState:
         success=np.zeros(size, bool),
         distance=np.full(size, np.inf, inputs.dtype),
         queries=np.zeros(size, np.int32),
+        gradients=np.zeros(size, np.int32),
         broken_by=np.full(size, -1, np.int32),
         attacks_done=np.zeros(size, np.int32),
         of=of,
+        part=np.zeros(0, np.uint8),
     )
 
 
@@ -68,7 +76,7 @@ def check_state(state: EnsembleState, fresh: EnsembleState) -> EnsembleState:
         ValueError: it is of another run.
     """
     for name, value, empty in zip(EnsembleState._fields, state, fresh, strict=True):
-        if np.shape(value) != empty.shape:
+        if name != "part" and np.shape(value) != empty.shape:
             raise ValueError(
                 f"expected start.{name} of shape {empty.shape}, got {np.shape(value)}; pass the "
                 f"state of a run on these {len(fresh.inputs)} examples"
@@ -132,23 +140,54 @@ def run(
             batch = [None if column is None else column[padded] for column in (keys, *columns)]
             if devices is not None:
                 batch = parallel.split(batch, devices)
-            found = attack(logits_fn, *batch[:3], bounds=bounds, targets=batch[3])
-            found = found._replace(info={})  # of another shape for each attack
-            result = jax.tree.map(lambda leaf, rows=rows: np.asarray(leaf)[: len(rows)], found)
-            _update(state, rows, result, index, minimum_norm)
+
+            call = functools.partial(attack, logits_fn, *batch[:3], bounds=bounds, targets=batch[3])
+            if callback is None:
+                found = call()
+            else:
+                tell = _Telling(callback, stage, name, first, len(rows), len(active), state)
+                found = run_in_chunks(call, tell.inside, state.part)
+                state = state._replace(part=state.part[:0])
+            _update(state, rows, found, index, minimum_norm)
             if callback is not None:
-                callback(
-                    {
-                        "event": "attack",
-                        "stage": stage,
-                        "attack": name,
-                        "done": first + len(rows),
-                        "total": len(active),
-                        "survivors": int(np.sum(~state.success)),
-                        "state": state,
-                    }
-                )
+                tell._replace(state=state).after()
     return state
+
+
+class _Telling(NamedTuple):
+    """What the callback is told of one batch."""
+
+    callback: Callback
+    stage: str
+    attack: Any  # its name
+    first: int  # examples that this attack was through with before
+    size: int
+    total: int
+    state: EnsembleState
+
+    def inside(self, event: Mapping[str, Any]) -> None:
+        """Between two chunks of the batch."""
+        finished = self.size - int(np.sum(event["active"][: self.size]))
+        state = self.state._replace(part=event["save"]())
+        self._tell(finished, state, step=event["done"], num_steps=event["total"])
+
+    def after(self) -> None:
+        """After the batch."""
+        self._tell(self.size, self.state)
+
+    def _tell(self, finished: int, state: EnsembleState, **more: Any) -> None:
+        self.callback(
+            {
+                "event": "attack",
+                "stage": self.stage,
+                "attack": self.attack,
+                "done": self.first + finished,
+                "total": self.total,
+                "survivors": int(np.sum(~state.success)),
+                "state": state,
+                **more,
+            }
+        )
 
 
 def result(state: EnsembleState, *, minimum_norm: bool, info: dict[str, Array]) -> AttackResult:
@@ -161,7 +200,7 @@ def result(state: EnsembleState, *, minimum_norm: bool, info: dict[str, Array]) 
         success=jnp.asarray(state.success),
         distance=jnp.asarray(distance),
         queries=jnp.asarray(state.queries),
-        info=info,
+        info={**info, "gradients": jnp.asarray(state.gradients)},
     )
 
 
@@ -169,7 +208,12 @@ def _update(
     state: EnsembleState, rows: np.ndarray, found: AttackResult, index: int, minimum_norm: bool
 ) -> None:
     """Take over the attack's rows, or those of them that are closer."""
+    # An attack of the user's own need not count them.
+    gradients = np.asarray(found.info.get("gradients", np.zeros(found.queries.shape, np.int32)))
+    found = found._replace(info={})  # of another shape for each attack
+    found = jax.tree.map(lambda leaf: np.asarray(leaf)[: len(rows)], found)
     state.queries[rows] += found.queries
+    state.gradients[rows] += gradients[: len(rows)]
     better = found.success & (found.distance < state.distance[rows])
     # An attack for the smallest distance that finds nothing leaves nothing to take.
     taken = better if minimum_norm else found.success | np.isfinite(found.distance)
@@ -185,7 +229,7 @@ def _pad(rows: np.ndarray, batch_size: int, multiple: int) -> np.ndarray:
     """The rows, and copies of them up to a size that few programs are compiled for.
 
     The sizes are 16, 24, 32, 48, 64, 96 and so on: with powers of two alone up to half of the rows
-    would be copies. They are real rows' own work again, so they keep no loop going.
+    would be copies. They are real rows again, so they keep no loop going.
     """
     power = max(1 << (len(rows) - 1).bit_length(), _SMALLEST)
     less = 3 * power // 4
