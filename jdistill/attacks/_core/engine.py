@@ -119,6 +119,9 @@ class Method:
         minimum_norm: whether a failure is the clean input at distance `inf`.
         keeps_closest: whether examples go on after a success, and the closest one is returned;
             otherwise the first success ends an example, and `point` is returned.
+        moves_first: whether a step judges the point that it leads to, so that a success keeps the
+            new state; otherwise it judges the point that the state has, and a success leaves the
+            state as it is.
         maximizes: whether examples go on whatever succeeds, those already wrong included.
         narrows: whether examples end at different times, so that it pays to go on in fewer rows.
         passes_at_start: of `init`, the clean input's forward pass included.
@@ -129,6 +132,7 @@ class Method:
     num_events: int | None
     minimum_norm: ClassVar[bool] = False
     keeps_closest: ClassVar[bool] = False
+    moves_first: ClassVar[bool] = False
     maximizes: bool = False
     narrows: ClassVar[bool] = True
     passes_at_start: ClassVar[Passes] = Passes(1, 0)
@@ -270,7 +274,7 @@ def _event(method: Method, problem: Problem, carry: Carry) -> Carry:
         place = jnp.where(active, progress.event, trace.shape[1])
         value = seen.value.astype(trace.dtype)
         trace = trace.at[jnp.arange(len(place)), place].set(value, mode="drop")
-    return select(active & ~stops, new, state), Progress(
+    return select(active if method.moves_first else active & ~stops, new, state), Progress(
         event=event,
         done=progress.done | (active & ended),
         first_success=jnp.where(first, event, progress.first_success),
