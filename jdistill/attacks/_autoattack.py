@@ -89,15 +89,19 @@ def autoattack(
             depend on them.
         start: the state of an earlier run with the same arguments, to go on from: what was done is
             not done again.
-        callback: called after every batch with `event="attack"`, `stage="autoattack"`, `attack`
-            (such as `"apgd-t 3/9"`), the numbers of examples `done` and in `total` of this step,
-            `survivors` so far, and `state`, an `EnsembleState` to save or to copy: its arrays
-            change as the run goes on.
+        callback: called after every batch, and about once per second inside one, which is then
+            run in chunks of steps, with `event="attack"`, `stage="autoattack"`, `attack` (such
+            as `"apgd-t 3/9"`),
+            the numbers of examples `done` and in `total` of this attack, `survivors` so far, and
+            `state`, an `EnsembleState`: its arrays change as the run goes on, so save them, or copy
+            them. Inside a batch also `step` and `num_steps` (None where that is not fixed) of the
+            loop that runs.
 
     Returns:
         The result; robust accuracy is `1 - mean(success)`. `info`: `broken_by [B]` int32, the
         place of the attack in the version's order (`autoattack_names`), -1 where none was needed
-        or none succeeded; `robust_after [B, attacks]` bool, whether the example stood after each.
+        or none succeeded; `robust_after [B, attacks]` bool, whether the example stood after each;
+        `gradients [B]` int32, backward passes of all attacks.
         A warning says where `apgd-ce` left a tenth of the examples or more that the attack after
         it then broke.
 

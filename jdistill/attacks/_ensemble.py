@@ -62,15 +62,19 @@ def ensemble(
             depend on them.
         start: the state of an earlier run of the same attacks on the same examples, to go on from:
             what was done is not done again, and the result is that of a run without a stop.
-        callback: called after every batch with `event="attack"`, `stage="ensemble"`, `attack` (the
-            name, or the index), the numbers of examples `done` and in `total` of this attack,
-            `survivors` so far, and `state`, the `EnsembleState`. Its arrays change as the run goes
-            on: save them, or copy them.
+        callback: called after every batch, and about once per second inside one, which is then
+            run in chunks of steps, with `event="attack"`, `stage="ensemble"`, `attack` (the
+            name, or the index),
+            the numbers of examples `done` and in `total` of this attack, `survivors` so far, and
+            `state`, an `EnsembleState`: its arrays change as the run goes on, so save them, or copy
+            them. Inside a batch also `step` and `num_steps` (None where that is not fixed) of the
+            loop that runs.
 
     Returns:
         The result. An example that no attack broke is what the last one returned. `queries` are
         those of all attacks run on the example. `info`: `broken_by [B]` int32, the index of the
-        attack whose point it is, -1 where none was needed or none succeeded.
+        attack whose point it is, -1 where no attack was needed or none succeeded; `gradients [B]`
+        int32, backward passes of all attacks.
 
     Raises:
         ValueError: no attacks, something that cannot be called, bound settings as above, a tracer

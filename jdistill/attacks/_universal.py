@@ -10,8 +10,9 @@ import numpy as np
 from jdistill import _validate, losses, norms
 from jdistill._precision import full_precision
 from jdistill._pytree import as_pytree
-from jdistill.attacks._core import problem as _base
-from jdistill.attacks._core.problem import AttackResult, Goal, Problem
+from jdistill.attacks._core import engine
+from jdistill.attacks._core.engine import Method, Passes, Progress, Seen, register, static
+from jdistill.attacks._core.problem import AttackResult, Problem, prepare, refuse_tracers
 from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
 
 _NORMS = ("linf", "l2")
@@ -68,7 +69,7 @@ def universal(
     Returns:
         The result: every input plus the perturbation, clipped into the box; one that is a success
         already is unchanged, and has no part in the search. `info`: `perturbation [B, ...]`, the
-        same for all.
+        same for all; `gradients`, and `first_success`, which is 1 where it breaks an example.
 
     Raises:
         ValueError: a tracer among the arguments, eps or step_size below 0 or not a scalar,
@@ -88,7 +89,7 @@ def universal(
         Frossard 2017, "Universal Adversarial Perturbations" (the problem). The falling step and
         its default are ours.
     """
-    _base.refuse_tracers("universal", logits_fn, key, inputs, labels, targets, eps, step_size)
+    refuse_tracers("universal", logits_fn, key, inputs, labels, targets, eps, step_size)
     _validate.one_of(_NORMS, norm=norm)
     _validate.rank(0, eps=eps)
     _validate.non_negative(eps=eps)
@@ -104,11 +105,13 @@ def universal(
             f"expected one key, got keys of shape {key.shape}; the examples share a perturbation: "
             "pass jax.random.key(0)"
         )
-    problem = _base.prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
+    problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
     as_float = functools.partial(jnp.asarray, dtype=problem.inputs.dtype)
     ball = as_float(eps), as_float(np.inf if loss_cap is None else loss_cap)
     size = problem.inputs.shape[0]
     delta = jnp.zeros(problem.inputs.shape[1:], problem.inputs.dtype)
+    if engine.counts(Passes(2 + num_epochs, num_epochs)):
+        return engine.untried(problem)
     with full_precision():
         clean = np.zeros(size, bool)
         for rows, real in _chunks(np.arange(size), batch_size):
@@ -127,15 +130,12 @@ def universal(
             if callback is not None:
                 progress = {"done": epoch + 1, "total": num_epochs}
                 callback({"event": "epoch", "stage": "universal", **progress})
-        parts = [
-            jax.tree.map(
-                lambda leaf, real=real: leaf[:real],
-                _finish(_rows(problem, rows), delta, clean[rows], num_epochs, norm=norm),
-            )
-            for rows, real in _chunks(np.arange(size), batch_size)
-        ]
+        parts = []
+        for rows, real in _chunks(np.arange(size), batch_size):
+            part = _shifted(_rows(problem, rows), delta, norm, num_epochs)
+            parts.append(jax.tree.map(lambda leaf, real=real: leaf[:real], part))
     if not parts:
-        parts = [_finish(problem, delta, clean, num_epochs, norm=norm)]
+        return _shifted(problem, delta, norm, num_epochs)
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
@@ -149,7 +149,7 @@ def _chunks(order: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, in
 
 def _rows(problem: Problem, rows: np.ndarray) -> Problem:
     goal = jax.tree.map(lambda leaf: leaf[rows], problem.goal)
-    return problem._replace(inputs=problem.inputs[rows], goal=Goal(*goal))
+    return problem._replace(inputs=problem.inputs[rows], goal=goal)
 
 
 @jax.jit
@@ -182,18 +182,40 @@ def _step(
     return norms.project(moved, eps, norm)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("num_epochs", "norm"))
-def _finish(
-    problem: Problem, delta: Array, clean_success: Array, num_epochs: int, *, norm: str
-) -> AttackResult:
+def _shifted(problem: Problem, delta: Array, norm: str, num_epochs: int) -> AttackResult:
+    """The inputs plus the perturbation, judged."""
     deltas = jnp.broadcast_to(delta[None], problem.inputs.shape)
-    return _base.finish(
-        problem,
-        jnp.clip(problem.inputs + deltas, *problem.bounds),
-        clean_success=clean_success,
-        found=jnp.ones(clean_success.shape, bool),
-        queries=jnp.where(clean_success, 1, 1 + num_epochs),
-        norm=norm,
-        info={"perturbation": deltas},
-        minimum_norm=False,
-    )
+    return engine.run(_Shift(deltas=deltas, norm=norm, num_epochs=num_epochs), problem)
+
+
+@register
+class _Shift(Method):
+    """The perturbation as an attack of one event: all epochs, which judged nothing."""
+
+    deltas: Array  # [B, ...], all the same
+    norm: str = static()
+    num_epochs: int = static()
+    num_events = 1
+    narrows = False
+
+    @property
+    def passes(self) -> Passes:  # type: ignore[override]
+        return Passes(self.num_epochs, self.num_epochs)
+
+    def init(self, problem: Problem) -> tuple[Array, Array]:
+        shifted = jnp.clip(problem.inputs + self.deltas, *problem.bounds)
+        return shifted, problem.logits_fn(problem.inputs)
+
+    def step(self, problem: Problem, state: Array, event: Array) -> tuple[Array, Seen]:
+        nothing = jnp.full(event.shape, jnp.nan, state.dtype)
+        return state, Seen(jnp.zeros(event.shape, bool), nothing)
+
+    def point(self, problem: Problem, state: Array) -> Array:
+        return state
+
+    def info(
+        self, problem: Problem, state: Array, progress: Progress, result: AttackResult
+    ) -> dict[str, Array]:
+        # One point was judged, whatever it took to find it.
+        first = jnp.where(progress.first_success == 0, 0, jnp.where(result.success, 1, -1))
+        return {"perturbation": self.deltas, "first_success": first}

@@ -146,12 +146,18 @@ def run(
                 found = call()
             else:
                 tell = _Telling(callback, stage, name, first, len(rows), len(active), state)
-                found = run_in_chunks(call, tell.inside, state.part)
+                found = run_in_chunks(call, tell.inside, _part_of(state, len(rows)))
                 state = state._replace(part=state.part[:0])
             _update(state, rows, found, index, minimum_norm)
             if callback is not None:
                 tell._replace(state=state).after()
     return state
+
+
+def _part_of(state: EnsembleState, size: int) -> np.ndarray | None:
+    """What was saved inside a batch of this size; with another one it was of other examples."""
+    part = state.part
+    return part[4:] if len(part) and part[:4].view("<u4")[0] == size else None
 
 
 class _Telling(NamedTuple):
@@ -168,7 +174,8 @@ class _Telling(NamedTuple):
     def inside(self, event: Mapping[str, Any]) -> None:
         """Between two chunks of the batch."""
         finished = self.size - int(np.sum(event["active"][: self.size]))
-        state = self.state._replace(part=event["save"]())
+        size = np.array([self.size], "<u4").view(np.uint8)
+        state = self.state._replace(part=np.concatenate([size, event["save"]()]))
         self._tell(finished, state, step=event["done"], num_steps=event["total"])
 
     def after(self) -> None:

@@ -135,7 +135,7 @@ class Method:
     moves_first: ClassVar[bool] = False
     maximizes: bool = False
     narrows: ClassVar[bool] = True
-    passes_at_start: ClassVar[Passes] = Passes(1, 0)
+    passes_at_start: Passes = Passes(1, 0)
     passes: Passes = Passes(1, 1)
 
     def init(self, problem: Problem) -> tuple[Any, Array]:
