@@ -91,7 +91,7 @@ def test_the_grid_is_complete_and_grows():
 @pytest.mark.floor
 @pytest.mark.parametrize("targets", [None, TARGETS], ids=["untargeted", "targeted"])
 def test_the_first_success_or_the_worst_of_the_grid(targets):
-    result = attacks.spatial(make(), None, INPUTS, LABELS, targets=targets, **SMALL)
+    result = attacks.spatial(make(), None, INPUTS, LABELS, targets=targets, trace=True, **SMALL)
     grid = _spatial._grid(5, 3) * np.array([20.0, 1.5, 1.5])
     outcomes = []
     for b in range(B - 1):
@@ -106,6 +106,9 @@ def test_the_first_success_or_the_worst_of_the_grid(targets):
         assert result.success[b] == (len(wins) > 0)
         tried = chosen + 1 if len(wins) else len(grid)
         assert result.queries[b] == 1 + tried + 1
+        assert result.info["first_success"][b] == (tried if len(wins) else -1)
+        trace = np.where(np.arange(len(grid)) < tried, excess, np.nan)
+        np.testing.assert_allclose(result.info["trace"][b], trace, atol=1e-4)
         found = np.r_[result.info["angle"][b], result.info["shift"][b]]
         np.testing.assert_allclose(found, grid[chosen], atol=1e-5)
         np.testing.assert_allclose(result.inputs[b], images[chosen].clip(0, 1), atol=1e-5)
@@ -116,6 +119,7 @@ def test_the_first_success_or_the_worst_of_the_grid(targets):
         row = (result.success[-1], result.distance[-1], result.queries[-1])
         assert row == (True, 0, 1)
         np.testing.assert_array_equal(result.inputs[-1], INPUTS[-1])
+        np.testing.assert_array_equal(result.info["shift"][-1], 0)
 
 
 def test_no_range_no_change():

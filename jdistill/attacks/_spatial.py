@@ -1,20 +1,26 @@
-"""Rotations and translations of images: an attack without gradients and without a norm."""
+"""Spatial attack: rotations and translations of images, without gradients and without a norm."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdistill import _validate, norms
-from jdistill._precision import full_precision
-from jdistill.attacks._core import problem as _base
-from jdistill.attacks._core.problem import AttackResult, Problem
-from jdistill.attacks._loop import until_done
+from jdistill import _validate
+from jdistill.attacks._core.engine import Method, Passes, Progress, Seen, register, run, select
+from jdistill.attacks._core.problem import (
+    AttackResult,
+    Problem,
+    need_key,
+    one_per_example,
+    prepare,
+)
+from jdistill.attacks._core.traits import facts
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 
+@facts(title="Spatial", norms=("linf",), access="scores", freedom="turns and shifts the input")
 def spatial(
     logits_fn: LogitsFn,
     key: Array | None,
@@ -29,6 +35,7 @@ def spatial(
     fill: ArrayLike = 0.0,
     bounds: tuple[float, float] = (0.0, 1.0),
     targets: ArrayLike | None = None,
+    trace: bool = False,
 ) -> AttackResult:
     """Rotation and translation: the first on a grid, or among random ones, that succeeds.
 
@@ -42,23 +49,26 @@ def spatial(
         key: for `num_draws`: one key, or `[B]` keys; else unused.
         inputs: `[B, H, W, C]` float inside `bounds`.
         labels: `[B]` int, the true classes.
-        max_angle: degrees, at least 0; positive angles turn counterclockwise; a scalar or `[B]`;
-            may be traced.
-        max_shift: pixels, at least 0, along each axis; a scalar or `[B]`; may be traced.
+        max_angle: degrees, at least 0; positive angles turn counterclockwise; scalar or `[B]`; may
+            be traced.
+        max_shift: pixels, at least 0, along each axis; scalar or `[B]`; may be traced.
         num_angles: equally spaced angles of the grid in `[-max_angle, max_angle]`, at least 1 (an
             even number leaves out 0 degrees); static.
         num_shifts: likewise for each of the two shifts; static.
         num_draws: random transformations instead of the grid, uniform in the same ranges, at
             least 1; static. None takes the grid.
-        fill: what is seen beyond the image's edges, inside `bounds`; a scalar; may be traced.
+        fill: what is seen beyond the image's edges, inside `bounds`; scalar; may be traced.
         bounds: the box of valid inputs.
         targets: `[B]` int, classes to reach; None takes any class but the label.
+        trace: keep the margin of every transformation tried.
 
     Returns:
         The result. An example that resists is returned in its worst transformation, that of the
         largest margin. `distance` is the largest change of a pixel (linf), though a turn by one
         degree may change one entirely. `info`: `angle [B]` in degrees and `shift [B, 2]` in
-        pixels down and right, 0 for a clean input.
+        pixels down and right, 0 for a clean input; `first_success`, the number of transformations
+        tried; `gradients`, all 0; with `trace`, by how much each transformation passes the goal,
+        `trace [B, T]` for `T` transformations. See `jdistill.attacks`.
 
     Raises:
         ValueError: inputs that are not images `[B, H, W, C]`, max_angle or max_shift below 0,
@@ -86,7 +96,7 @@ def spatial(
             "be turned: add the channel axis, inputs[..., None]"
         )
     given_key = None if num_draws is None else key
-    problem = _base.prepare(logits_fn, given_key, inputs, labels, targets=targets, bounds=bounds)
+    problem = prepare(logits_fn, given_key, inputs, labels, targets=targets, bounds=bounds)
     _validate.within(*_validate.bounds(bounds), fill=fill)
     if num_draws is None:
         grid = _grid(num_angles, num_shifts)
@@ -95,16 +105,16 @@ def spatial(
         )
     else:
         _validate.count(num_draws=num_draws)
-        keys = _base.need_key(problem, "random transformations")
+        keys = need_key(problem, "random transformations")
         draw = functools.partial(
             jax.random.uniform, shape=(num_draws, 3), dtype=problem.inputs.dtype, minval=-1.0
         )
         table = jax.vmap(draw)(keys)
-    angle = _base.one_per_example(max_angle, problem.inputs, name="max_angle")
-    shift = _base.one_per_example(max_shift, problem.inputs, name="max_shift")
+    angle = one_per_example(max_angle, problem.inputs, name="max_angle")
+    shift = one_per_example(max_shift, problem.inputs, name="max_shift")
     limits = jnp.stack([angle, shift, shift], axis=1)
-    with full_precision():
-        return _spatial(problem, table * limits[:, None], jnp.asarray(fill, problem.inputs.dtype))
+    method = _Spatial(table=table * limits[:, None], fill=jnp.asarray(fill, problem.inputs.dtype))
+    return run(method, problem, trace=trace)
 
 
 def _grid(num_angles: int, num_shifts: int) -> np.ndarray:
@@ -124,17 +134,6 @@ def _grid(num_angles: int, num_shifts: int) -> np.ndarray:
             "of one of them"
         )
     return grid
-
-
-class _Carry(NamedTuple):
-    """The state of each example; every leaf leads with `[B]`."""
-
-    step: Array
-    done: Array
-    best: Array
-    best_excess: Array
-    best_parameters: Array  # [B, 3], angle and shifts
-    queries: Array
 
 
 def _transform(image: Array, parameters: Array, fill: Array) -> Array:
@@ -160,52 +159,48 @@ def _transform(image: Array, parameters: Array, fill: Array) -> Array:
     return jax.vmap(sample, in_axes=-1, out_axes=-1)(image - fill) + fill
 
 
-def _step(problem: Problem, table: Array, fill: Array, carry: _Carry) -> _Carry:
-    """Try each example's next transformation."""
-    active = ~carry.done
-    parameters = jnp.take_along_axis(table, carry.step[:, None, None], axis=1)[:, 0]
-    candidate = jax.vmap(_transform, in_axes=(0, 0, None))(problem.inputs, parameters, fill)
-    candidate = jnp.clip(candidate, *problem.bounds)
-    logits = problem.logits_fn(candidate)
-    finite = jnp.all(jnp.isfinite(logits), axis=-1)
-    excess = jnp.where(finite, problem.goal.excess(logits), -jnp.inf)
-    better = active & (excess > carry.best_excess)
-    step = carry.step + active
-    return _Carry(
-        step=jnp.minimum(step, table.shape[1] - 1),
-        done=carry.done | problem.goal.reached(logits) | (step == table.shape[1]),
-        best=jnp.where(norms.per_example(better, candidate) > 0, candidate, carry.best),
-        best_excess=jnp.where(better, excess, carry.best_excess),
-        best_parameters=jnp.where(better[:, None], parameters, carry.best_parameters),
-        queries=carry.queries + active,
-    )
+class _State(NamedTuple):
+    inputs: Array  # the worst transformation so far, the clean input before the first one
+    excess: Array  # its margin
+    parameters: Array  # [B, 3], its angle and shifts
 
 
-@jax.jit
-def _spatial(problem: Problem, table: Array, fill: Array) -> AttackResult:
-    clean_success = problem.goal.reached_clean(problem.logits_fn(problem.inputs))
-    zeros = jnp.zeros(clean_success.shape, jnp.int32)
-    carry = until_done(
-        lambda problem, table, carry: _step(problem, table, fill, carry),
-        (problem, table),
-        _Carry(
-            step=zeros,
-            done=clean_success,
-            best=problem.inputs,
-            best_excess=jnp.full(zeros.shape, -jnp.inf, problem.inputs.dtype),
-            best_parameters=jnp.zeros_like(table[:, 0]),
-            queries=zeros + 1,  # the clean forward pass
-        ),
-        at_most=table.shape[1],
-        spread=problem.spread,
-    )
-    return _base.finish(
-        problem,
-        carry.best,
-        clean_success=clean_success,
-        found=jnp.ones(clean_success.shape, bool),
-        queries=carry.queries,
-        norm="linf",
-        info={"angle": carry.best_parameters[:, 0], "shift": carry.best_parameters[:, 1:]},
-        minimum_norm=False,
-    )
+@register
+class _Spatial(Method):
+    table: Array  # [B, T, 3], angles and shifts in the order they are tried
+    fill: Array
+    norm = "linf"
+    moves_first = True
+    passes = Passes(1, 0)
+
+    @property
+    def num_events(self) -> int:  # type: ignore[override]
+        return self.table.shape[1]
+
+    def init(self, problem: Problem) -> tuple[_State, Array]:
+        nothing = jnp.full(problem.inputs.shape[:1], -jnp.inf, problem.inputs.dtype)
+        state = _State(problem.inputs, nothing, jnp.zeros_like(self.table[:, 0]))
+        return state, problem.logits_fn(problem.inputs)
+
+    def step(self, problem: Problem, state: _State, event: Array) -> tuple[_State, Seen]:
+        """Try each example's next transformation."""
+        parameters = jnp.take_along_axis(self.table, event[:, None, None], axis=1, mode="clip")
+        parameters = parameters[:, 0]
+        candidate = jax.vmap(_transform, in_axes=(0, 0, None))(
+            problem.inputs, parameters, self.fill
+        )
+        candidate = jnp.clip(candidate, *problem.bounds)
+        logits = problem.logits_fn(candidate)
+        finite = jnp.all(jnp.isfinite(logits), axis=-1)
+        excess = jnp.where(finite, problem.goal.excess(logits), -jnp.inf)
+        tried = _State(candidate, excess, parameters)
+        worst = select(excess > state.excess, tried, state)
+        return worst, Seen(problem.goal.reached(logits), excess)
+
+    def point(self, problem: Problem, state: _State) -> Array:
+        return state.inputs
+
+    def info(
+        self, problem: Problem, state: Any, progress: Progress, result: AttackResult
+    ) -> dict[str, Array]:
+        return {"angle": state.parameters[:, 0], "shift": state.parameters[:, 1:]}
