@@ -1,7 +1,6 @@
 """SPSA and NES: estimates against true gradients, exact optima, and logits alone."""
 
 import collections
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ INPUTS = RNG.uniform(0.4, 0.6, (B, *SHAPE)).astype(np.float32)
 LABELS = np.zeros(B, int)
 KEYS = jax.random.split(jax.random.key(9), B)
 ROWS = collections.Counter()
-METHODS = {"spsa": (attacks.spsa, _estimated._SPSA), "nes": (attacks.nes, _estimated._NES)}
+METHODS = {"spsa": attacks.spsa, "nes": attacks.nes}
 REACH = {"spsa": {"delta": 0.01}, "nes": {"sigma": 0.01}}
 
 both = pytest.mark.parametrize("name", METHODS)
@@ -38,18 +37,14 @@ def make(lead=20.0, scale=1.0):
     return nets.callable_logits_fn(network, weights)
 
 
-@functools.partial(jax.jit, static_argnames=("name", "counts"))
-def estimate(name, counts, model, inputs, reach):
-    problem = _base.prepare(
-        model, KEYS, inputs, jnp.asarray(LABELS), targets=None, bounds=(0.0, 1.0)
+def estimate(name, num_samples, num_parallel, inputs, reach):
+    problem = _base.prepare(make(), KEYS, inputs, LABELS, targets=None, bounds=(0.0, 1.0))
+    decay = {"spsa": None, "nes": jnp.zeros(B)}[name]
+    method = _estimated._ascent(
+        problem, 0.1, "linf", 1, num_samples, reach, None, num_parallel, None, decay
     )
-    settings = _estimated._Settings(reach, reach, reach, None)
     step = jnp.zeros(B, jnp.int32)
-    return _estimated._estimate(problem, settings, METHODS[name][1], counts, problem.inputs, step)
-
-
-def counts_of(num_samples, num_parallel):
-    return _estimated._Counts("linf", 1, num_samples, num_parallel, False)
+    return jax.jit(lambda method: method.estimate(problem, problem.inputs, step))(method)
 
 
 @both
@@ -59,7 +54,7 @@ def test_the_estimate_converges_to_the_gradient(name):
     reach = jnp.full(B, 0.01)
     errors = []
     for num_samples in (256, 4096):
-        found = estimate(name, counts_of(num_samples, 256), make(), inputs, reach)
+        found = estimate(name, num_samples, 256, inputs, reach)
         # Two ends, so many samples, and a direction of variance 1.
         found = np.asarray(found).reshape(B, D) / (2 * 0.01 * num_samples)
         errors.append(np.linalg.norm(found - SLOPE, axis=1) / np.linalg.norm(SLOPE))
@@ -71,7 +66,7 @@ def test_the_estimate_converges_to_the_gradient(name):
 def test_the_number_in_parallel_changes_nothing():
     reach = jnp.array([0.01, 0.02, 0.005])
     # All at once; whole groups and a rest; one by one.
-    found = [estimate("nes", counts_of(10, n), make(), INPUTS, reach) for n in (10, 4, 1)]
+    found = [estimate("nes", 10, n, INPUTS, reach) for n in (10, 4, 1)]
     np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(found[2], found[0], rtol=1e-4, atol=1e-6)
     assert np.all(np.asarray(found) != 0)
@@ -82,7 +77,7 @@ def test_the_number_in_parallel_changes_nothing():
 def test_the_optimum_of_a_linear_network(name, norm):
     eps = np.array([0.05, 0.1, 0.2], np.float32)
     settings = {"eps": eps, "norm": norm, "num_steps": 60, "num_samples": 48} | REACH[name]
-    attack = METHODS[name][0]
+    attack = METHODS[name]
     result = attack(make(), KEYS, INPUTS, LABELS, trace=True, **settings)
     assert not result.success.any()
     np.testing.assert_array_equal(result.queries, 60 * (2 * 48 + 1) + 2)
@@ -94,7 +89,7 @@ def test_the_optimum_of_a_linear_network(name, norm):
     assert np.all(gain >= 0.98 * best)
     # The iterate of the largest margin is the one that is returned.
     logits = np.asarray(make()(result.inputs))
-    margins = np.asarray(result.info["margin"])
+    margins = np.asarray(result.info["trace"])
     np.testing.assert_allclose(margins.max(1), logits[:, 1] - logits[:, 0], atol=1e-4)
     assert margins.shape == (B, 60)
     # No scale of the logits changes a thing.
@@ -105,7 +100,7 @@ def test_the_optimum_of_a_linear_network(name, norm):
     assert easy.success.any()
     for b in np.flatnonzero(easy.success):
         steps = int(easy.info["first_success"][b])
-        trail = np.asarray(easy.info["margin"][b])
+        trail = np.asarray(easy.info["trace"][b])
         if steps:
             assert trail[steps - 1] > 0
             assert np.all(trail[: steps - 1] <= 0)
@@ -136,7 +131,7 @@ def test_only_logits_are_asked_for_and_counted(name, eps, breaks):
     settings = {"num_steps": 30, "num_samples": 10, "num_parallel": 4}
     settings |= {"delta": 0.05} if name == "spsa" else {"sigma": 0.05}
     ROWS.clear()
-    result = METHODS[name][0](secretive, KEYS[:1], inputs, np.array([0]), eps=eps, **settings)
+    result = METHODS[name](secretive, KEYS[:1], inputs, np.array([0]), eps=eps, **settings)
     jax.block_until_ready(result)
     jax.effects_barrier()
     assert bool(result.success[0]) == breaks
@@ -155,13 +150,46 @@ def test_broken_logits_are_no_guide_and_no_success(name):
 
     inputs = np.full((8, *SHAPE), 0.5, np.float32)
     settings = {"eps": 0.1, "num_steps": 30, "num_samples": 8, "trace": True} | REACH[name]
-    result = METHODS[name][0](logits_of, jax.random.key(0), inputs, np.zeros(8, int), **settings)
+    result = METHODS[name](logits_of, jax.random.key(0), inputs, np.zeros(8, int), **settings)
     flat = np.asarray(result.inputs).reshape(8, D)
     assert np.all(flat[:, 0] <= 0.515)
     np.testing.assert_array_equal(result.success, flat[:, 1:].mean(axis=1) > 0.52)
     # Where one end of every direction is broken, nothing leads on; elsewhere it does.
     assert result.success.sum() >= 4
-    assert np.isneginf(result.info["margin"]).any()
+    assert np.isneginf(result.info["trace"]).any()
+
+
+def test_the_decay_is_that_of_the_accumulated_direction():
+    def two_steps(decay):
+        # The first one along the first direction; the second along what both add up to.
+        settings = {"eps": 1.0, "norm": "l2", "num_samples": 4, "sigma": 0.01, "step_size": 0.1}
+        ends = []
+        for num_steps in (1, 2):
+            result = attacks.nes(
+                make(), KEYS, INPUTS, LABELS, num_steps=num_steps, decay=decay, **settings
+            )
+            ends.append(np.asarray(result.inputs, float))
+        return (ends[0] - INPUTS) / 0.1, (ends[1] - ends[0]) / 0.1
+
+    first, second = two_steps(0.0)
+    for decay in (0.5, np.array([0.9, 1.0, 2.0])):
+        start, turned = two_steps(decay)
+        np.testing.assert_allclose(start, first, atol=1e-4)
+        expected = np.reshape(decay * np.ones(B), (B, 1, 1)) * first + second
+        expected /= np.linalg.norm(expected.reshape(B, -1), axis=1).reshape(B, 1, 1)
+        np.testing.assert_allclose(turned, expected, atol=1e-4)
+
+
+@both
+def test_an_injected_start_is_where_it_begins(name):
+    # Without a step only the projection is left, and it is judged.
+    init = np.where(np.arange(D).reshape(SHAPE) % 2, 0.95, -0.5) * np.ones((B, 1, 1))
+    settings = {"num_steps": 1, "num_samples": 2, "step_size": 0.0, "init": init} | REACH[name]
+    result = METHODS[name](make(), KEYS, INPUTS, LABELS, eps=0.5, trace=True, **settings)
+    expected = np.clip(np.clip(init, INPUTS - 0.5, INPUTS + 0.5), 0, 1)
+    np.testing.assert_allclose(result.inputs, expected, atol=1e-6)
+    logits = np.asarray(make()(result.inputs))
+    np.testing.assert_allclose(result.info["trace"][:, 0], logits[:, 1] - logits[:, 0], atol=1e-5)
 
 
 def test_everything_is_asked_for_inside_the_box():
@@ -191,7 +219,12 @@ def test_everything_is_asked_for_inside_the_box():
         ("spsa", {"norm": "l1"}, "expected norm to be one of 'linf', 'l2', got 'l1'"),
         ("spsa", {"delta": 0.0}, r"expected delta > 0, got 0\.0"),
         ("nes", {"sigma": -1.0}, r"expected sigma > 0, got -1\.0"),
-        ("nes", {"momentum": 1.5}, r"expected momentum in \[0, 1\], got 1\.5"),
+        ("nes", {"decay": -0.5}, r"expected decay >= 0, got -0\.5"),
+        (
+            "nes",
+            {"init": INPUTS[:1]},
+            "expected init of the inputs' shape",
+        ),
         ("nes", {"num_parallel": 0}, "expected num_parallel to be a whole number >= 1, got 0"),
         ("nes", {"key": None}, "expected a PRNG key for random directions, got None"),
     ],
@@ -199,4 +232,4 @@ def test_everything_is_asked_for_inside_the_box():
 def test_bad_settings_are_named(name, kwargs, message):
     arguments = {"key": KEYS, "eps": 0.1} | kwargs
     with pytest.raises(ValueError, match=message):
-        METHODS[name][0](make(), arguments.pop("key"), INPUTS, LABELS, **arguments)
+        METHODS[name](make(), arguments.pop("key"), INPUTS, LABELS, **arguments)
