@@ -20,6 +20,7 @@ from jdistill.attacks._core.problem import (
     prepare,
     refuse_tracers,
 )
+from jdistill.attacks._core.traits import facts
 from jdistill.attacks._fab import fab, fab_targeted
 from jdistill.attacks._square import square
 from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
@@ -38,6 +39,7 @@ _GAP, _GAP_EXAMPLES = 0.1, 5
 Attack = Callable[..., AttackResult]
 
 
+@facts(title="AutoAttack", norms=_NORMS, host_loop=True)
 def autoattack(
     logits_fn: LogitsFn,
     key: Array,

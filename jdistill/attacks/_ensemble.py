@@ -11,9 +11,24 @@ from jdistill import _validate
 from jdistill.attacks._core import driver
 from jdistill.attacks._core.driver import EnsembleState
 from jdistill.attacks._core.problem import AttackResult, prepare, refuse_tracers
+from jdistill.attacks._core.traits import Settings, facts
 from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
 
 
+def _members(settings: Settings) -> Sequence[Callable[..., Any]]:
+    """The attacks of a list or a mapping; none where they are not bound."""
+    attacks = settings.get("attacks", ())
+    return list(attacks.values() if isinstance(attacks, Mapping) else attacks)
+
+
+@facts(
+    title="Ensemble",
+    norms=(),
+    follows=None,
+    minimum_norm=lambda settings: settings["minimum_norm"],
+    host_loop=True,
+    of=_members,
+)
 def ensemble(
     logits_fn: LogitsFn,
     key: Array | None,

@@ -10,10 +10,23 @@ from jdistill._precision import full_precision
 from jdistill.attacks._core import engine
 from jdistill.attacks._core.engine import Passes, select
 from jdistill.attacks._core.problem import AttackResult, Problem, prepare
+from jdistill.attacks._core.traits import Settings, facts, traits
 from jdistill.nets import callable_logits_fn
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 
+def _crafter(settings: Settings) -> list[Callable[..., Any]]:
+    """The attack that crafts; nothing where it is not bound."""
+    return [settings["attack"]] if "attack" in settings else []
+
+
+@facts(
+    title="Transfer",
+    norms=(),
+    follows=None,
+    minimum_norm=lambda settings: any(traits(part).minimum_norm for part in _crafter(settings)),
+    of=_crafter,
+)
 def transfer(
     logits_fn: LogitsFn,
     key: Array | None,

@@ -13,11 +13,19 @@ from jdistill._pytree import as_pytree
 from jdistill.attacks._core import engine
 from jdistill.attacks._core.engine import Method, Passes, Progress, Seen, register, static
 from jdistill.attacks._core.problem import AttackResult, Problem, prepare, refuse_tracers
+from jdistill.attacks._core.traits import by_loss, facts, with_loss
 from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
 
 _NORMS = ("linf", "l2")
 
 
+@facts(
+    title=with_loss("Universal", losses.cross_entropy),
+    norms=_NORMS,
+    follows=by_loss,
+    host_loop=True,
+    handicap="one perturbation for all examples",
+)
 def universal(
     logits_fn: LogitsFn,
     key: Array | None,

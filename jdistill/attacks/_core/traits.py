@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
@@ -33,7 +33,7 @@ class Traits(NamedTuple):
             or `"decisions"` (the predicted class); None where that is not known.
         follows: `"softmax"` if it climbs the softmax at T = 1, whose gradient a distilled network
             hides; `"logits"` if no scale of the logits stands in its way; None where that is not
-            known.
+            known, and of attacks that run others.
         host_loop: whether it is a loop on the host, which cannot be put under `jit` or `vmap`.
             True where that is not known.
         handicap: why it does worse than others on any network, such as `"one step"`; or None.
@@ -62,11 +62,11 @@ class _Facts(NamedTuple):
     norms: tuple[str, ...]
     minimum_norm: bool | Callable[[Settings], bool]
     access: Access
-    follows: Follows | Callable[[Settings], Follows | None]
+    follows: Follows | Callable[[Settings], Follows | None] | None
     host_loop: bool
     handicap: str | None
     freedom: str | None
-    of: Callable[[Settings], Any] | None
+    of: Callable[[Settings], Sequence[Callable[..., Any]]] | None
 
 
 def facts(
@@ -74,12 +74,12 @@ def facts(
     title: str | Callable[[Settings], str],
     norms: tuple[str, ...],
     access: Access = "gradient",
-    follows: Follows | Callable[[Settings], Follows | None] = "logits",
+    follows: Follows | Callable[[Settings], Follows | None] | None = "logits",
     minimum_norm: bool | Callable[[Settings], bool] = False,
     host_loop: bool = False,
     handicap: str | None = None,
     freedom: str | None = None,
-    of: Callable[[Settings], Any] | None = None,
+    of: Callable[[Settings], Sequence[Callable[..., Any]]] | None = None,
 ) -> Callable[[_Function], _Function]:
     """Decorator that puts facts on an attack, and changes nothing else about it.
 
@@ -93,8 +93,8 @@ def facts(
         host_loop: whether it is one.
         handicap: why it does worse than others, or None.
         freedom: what it may do where no norm limits that, or None.
-        of: of an attack that runs another one: the other one, from the settings. Norm, radius,
-            kind, and `host_loop` are then those of the other one.
+        of: of an attack that runs others: these, from the settings. Norms, radius, and access are
+            then theirs, where they agree.
     """
     made = _Facts(title, norms, minimum_norm, access, follows, host_loop, handicap, freedom, of)
 
@@ -131,7 +131,7 @@ def traits(attack: Callable[..., Any]) -> Traits:
         >>> attacks.traits(lambda logits_fn, key, inputs, labels, eps=0.3: ...).eps
         0.3
     """
-    function, settings = _unbound(attack)
+    function, settings = unbound(attack)
     known: _Facts | None = getattr(function, _ATTRIBUTE, None)
     name = getattr(function, "__name__", type(function).__name__)
     norm, eps = settings.get("norm"), _number(settings.get("eps"))
@@ -166,22 +166,27 @@ def traits(attack: Callable[..., Any]) -> Traits:
         freedom=known.freedom,
         settings=settings,
     )
-    other = known.of(settings) if known.of else None
-    if other is None:
+    parts = [traits(part) for part in known.of(settings)] if known.of else []
+    if not parts:
         return found
-    inner = traits(other)
     return found._replace(
-        norms=inner.norms,
-        norm=inner.norm,
-        eps=inner.eps,
-        minimum_norm=inner.minimum_norm,
-        host_loop=found.host_loop or inner.host_loop,
+        norms=_shared(part.norms for part in parts) or (),
+        norm=_shared(part.norm for part in parts),
+        eps=_shared(part.eps for part in parts),
+        access=_shared(part.access for part in parts),
+        host_loop=found.host_loop or any(part.host_loop for part in parts),
     )
+
+
+def _shared(values: Iterable[Any]) -> Any:
+    """The one value of all; None where they differ."""
+    first, *others = values
+    return first if all(value == first for value in others) else None
 
 
 def by_loss(settings: Settings) -> Follows | None:
     """What an attack with these settings climbs, from its `loss`."""
-    function, bound = _unbound(settings["loss"])
+    function, bound = unbound(settings["loss"])
     if function is losses.cross_entropy:
         return "softmax" if _number(bound.get("temperature")) == 1 else "logits"
     return "logits" if function in _SCALE_FREE else None
@@ -194,7 +199,7 @@ def with_loss(title: str, usual: Callable[..., Any]) -> Callable[[Settings], str
     """A title that names a loss other than the usual one."""
 
     def of(settings: Settings) -> str:
-        function, _ = _unbound(settings["loss"])
+        function, _ = unbound(settings["loss"])
         if function is usual:
             return title
         return f"{title} {getattr(function, '__name__', 'other loss').replace('_', ' ')}"
@@ -202,8 +207,8 @@ def with_loss(title: str, usual: Callable[..., Any]) -> Callable[[Settings], str
     return of
 
 
-def _unbound(function: Any) -> tuple[Any, dict[str, Any]]:
-    """The function without its partials; its settings, bound ones first, and their defaults."""
+def unbound(function: Any) -> tuple[Any, dict[str, Any]]:
+    """The function without its partials; and its settings, those left at their defaults too."""
     bound: dict[str, Any] = {}
     while isinstance(function, functools.partial):  # `jax.tree_util.Partial` is one, too
         function, bound = function.func, {**function.keywords, **bound}
