@@ -152,7 +152,7 @@ def curves(chains: Sequence[Chain], plans: Mapping[str, evaluate.AttackPlan]) ->
             outcome = chain.attacks[name]
             if num_steps is None or outcome.eps is None or "first_success" not in outcome.info:
                 continue
-            found = evaluate.accuracy_against_steps(outcome, np.arange(num_steps + 1))
+            found = evaluate.accuracy_against_steps(outcome, np.arange(num_steps + 2))
             about = {"curve": "steps", "attack": name, "norm": outcome.norm, "eps": outcome.eps}
             rows += _points(chain, found, about)
     return rows

@@ -343,7 +343,7 @@ def test_targets_and_info_are_those_of_direct_calls(vmapped):
     outcome = evaluate.under_attack(
         STACK, INPUTS, LABELS, plan, key=KEY, targets=targets, vmapped=vmapped
     )
-    assert set(outcome.info) == {"first_success", "restart"}
+    assert set(outcome.info) == {"first_success", "gradients", "restart"}
     hits = 0
     for r, run in enumerate(NETWORKS):
         direct = plan.attack(run, KEY, INPUTS[:17], LABELS[:17], targets=targets[:17])

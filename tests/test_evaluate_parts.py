@@ -216,23 +216,23 @@ def test_the_curve_against_steps_is_that_of_shorter_runs(results):
         plan = evaluate.AttackPlan(functools.partial(PGD, num_steps=steps))
         shorter = evaluate.under_attack(STACK, INPUTS, LABELS, plan)
         for r in range(R):
-            assert curves[r].robust_accuracy[steps] == (~shorter.success[r]).mean()
+            # The start is the first point.
+            assert curves[r].robust_accuracy[steps + 1] == (~shorter.success[r]).mean()
     for r, curve in enumerate(curves):
-        assert curve.x.tolist() == list(range(STEPS + 1))
+        assert curve.x.tolist() == list(range(STEPS + 2))
         assert curve.robust_accuracy[0] == results[False].clean.accuracy[r].value
         assert curve.robust_accuracy[-1] == (~results[False].attacks["pgd"].success[r]).mean()
     assert len(set(curves[0].robust_accuracy)) > 2
 
 
 def test_steps_of_several_starts_are_counted_one_after_another():
-    info = {"first_success": np.array([[0, 2, 1, -1]]), "restart": np.array([[0, 0, 2, 2]])}
-    row = np.zeros((1, 4))
-    success = info["first_success"] >= 0
-    outcome = evaluate.summarize(attacks.AttackResult(row, success, row, row, info))
-    with pytest.raises(ValueError, match="one start, got 3; pass steps_per_start"):
-        evaluate.accuracy_against_steps(outcome, range(5))
-    (curve,) = evaluate.accuracy_against_steps(outcome, [0, 2, 10, 11], steps_per_start=5)
-    assert curve.robust_accuracy.tolist() == [0.75, 0.5, 0.5, 0.25]
+    attack = functools.partial(PGD, num_steps=2, step_size=0.004, num_restarts=4, random_start=True)
+    outcome = evaluate.under_attack(STACK, INPUTS, LABELS, evaluate.AttackPlan(attack), key=KEY)
+    for r, curve in enumerate(evaluate.accuracy_against_steps(outcome)):
+        first = outcome.info["first_success"][r]
+        assert np.any(first > 3)  # some fall in a later start
+        np.testing.assert_array_equal(curve.x, np.unique(first[first >= 0]))
+        assert curve.robust_accuracy[-1] == (~outcome.success[r]).mean()
     with pytest.raises(ValueError, match="no first_success in its info"):
         evaluate.accuracy_against_steps(outcome_of([[1.0]]), range(3))
 
@@ -384,18 +384,7 @@ def test_one_call_is_its_parts(results):
     assert nothing.distances == nothing.eps_curves == nothing.transfer == {}
 
 
-def restarting(logits_fn, key, inputs, labels, *, eps=EPS, num_steps=2):
-    """PGD whose steps begin anew, though its settings do not say so."""
-    result = attacks.pgd(logits_fn, key, inputs, labels, eps=eps, num_steps=num_steps)
-    return result._replace(info={**result.info, "restart": result.info["first_success"] > 0})
-
-
-def test_steps_of_several_starts_have_no_curve_by_default():
-    plans = {"starts": evaluate.AttackPlan(restarting), "pgd": PLANS["pgd"]}
-    result = evaluate.evaluate(STACK, INPUTS, LABELS, attacks=plans, key=KEY)
-    assert result.attacks["starts"].info["restart"].any()
-    assert set(result.step_curves) == {"pgd"}
-    assert result.attacks["starts"].norm is None
+def test_names_of_attacks_and_distances_do_not_collide():
     named = {"distance l2": PLANS["pgd"]}
     with pytest.raises(ValueError, match="got 'distance l2'; rename the attack"):
         evaluate.evaluate(STACK, INPUTS, LABELS, attacks=named, distances=DISTANCES)

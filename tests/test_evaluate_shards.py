@@ -16,6 +16,7 @@ import pytest
 from flax import linen
 
 from jdistill import attacks, evaluate, nets, runtime
+from jdistill.attacks._core import chunks
 from jdistill.evaluate import _identity
 
 N, D, K, R, BATCH = 11, 4, 3, 2, 4
@@ -64,7 +65,15 @@ def run(shards=None, plan=PLAN, **options):
 def assert_same(one, other):
     for name in ("success", "distance", "queries", "inputs", "mean_distance", "num_nonfinite"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
-    assert one.info.keys() == other.info.keys() == {"first_success", "restart"}
+    assert (
+        one.info.keys()
+        == other.info.keys()
+        == {
+            "first_success",
+            "gradients",
+            "restart",
+        }
+    )
     for name in one.info:
         np.testing.assert_array_equal(one.info[name], other.info[name])
     assert one.success_rate == other.success_rate
@@ -400,3 +409,42 @@ def test_hosts_of_one_job_read_what_the_others_did(monkeypatch):
     assert len(waited) == 2
     monkeypatch.undo()
     assert_same(outcome, run())
+
+
+@pytest.mark.parametrize("driver", [False, True], ids=["attack", "autoattack"])
+def test_killed_inside_a_batch_goes_on_inside_it(driver, monkeypatch):
+    monkeypatch.setattr(chunks, "_SHORTEST", 0.0)
+    monkeypatch.setattr(chunks, "_LONGEST", 0.0)  # one event per chunk
+    monkeypatch.setattr("jdistill.evaluate._attack._SECONDS_BETWEEN_SAVES", 0.0)
+    attack = functools.partial(attacks.pgd, eps=0.1, num_steps=12, step_size=0.001)
+    if driver:  # several methods one after the other; the last one is interrupted
+        first = functools.partial(attacks.fgsm, eps=0.01)
+        attack = functools.partial(attacks.ensemble, attacks=[first, attack])
+    plan = evaluate.AttackPlan(attack)
+    stack = nets.stack(networks()[:1])
+    whole = run(stack=stack, plan=plan)
+    shards, steps = {}, []
+
+    def stop(event):
+        steps.append(event.get("step"))
+        if event.get("step") == 7:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(shards, stack=stack, plan=plan, callback=stop)
+    assert list(shards) == ["pgd/network-0/00000.part"]
+    killed, steps = steps, []
+    again = run(shards, stack=stack, plan=plan, callback=lambda e: steps.append(e.get("step")))
+    assert killed[-1] == 7
+    assert steps[0] == 7  # and not 0
+    assert list(shards) == ["pgd/network-0/00000"]  # what was kept on the way is gone
+    for name in ("success", "distance", "queries", "inputs"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(whole, name), err_msg=name)
+    for name in whole.info:
+        np.testing.assert_array_equal(again.info[name], whole.info[name], err_msg=name)
+
+
+def test_what_was_kept_of_another_attack_is_done_anew(monkeypatch):
+    shards = {"pgd/network-0/00000.part": {"part": np.zeros(3, np.uint8), "settings": "other"}}
+    outcome = run(shards)
+    np.testing.assert_array_equal(outcome.success, run().success)

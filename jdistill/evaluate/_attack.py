@@ -1,7 +1,9 @@
 """What an attack does to a stack of networks."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,14 +12,19 @@ import numpy as np
 
 from jdistill import _validate, attacks, metrics, nets
 from jdistill.attacks import AttackResult
+from jdistill.attacks._core.chunks import run_in_chunks
 from jdistill.attacks._core.problem import example_keys
 from jdistill.evaluate import _identity, _settings, _shards
-from jdistill.evaluate._runs import Runs, Unit, first, joined, refuse_tracers
+from jdistill.evaluate._runs import Announcer, Runs, Unit, first, joined, refuse_tracers
 from jdistill.evaluate._shards import Piece, Shards, Store
 from jdistill.typing import Array, ArrayLike, AttackFn, Callback, LogitsFn
 
 # Loops on the host, which cannot be put under vmap.
 _DRIVERS = (attacks.autoattack, attacks.ensemble, attacks.universal)
+
+
+# How often what an attack did inside a batch is kept.
+_SECONDS_BETWEEN_SAVES = 30.0
 
 
 class AttackPlan(NamedTuple):
@@ -88,8 +95,10 @@ def under_attack(
     """What one attack does to every network of a stack.
 
     With `shards` it can be stopped at any moment and called again: what is there is read, and the
-    outcome is that of a run without a stop. On several hosts (`jax.process_count()`) each computes
-    its share, waits for the others and reads theirs, so all must see the same shards.
+    outcome is that of a run without a stop. Networks that are attacked one by one are also kept
+    inside a batch, every half a minute, and go on from there. On several hosts
+    (`jax.process_count()`) each computes its share, waits for the others and reads theirs, so all
+    must see the same shards.
 
     Args:
         stack: a `logits_fn` pytree whose leaves lead with `R`.
@@ -127,13 +136,14 @@ def under_attack(
     """
     job = _job(stack, inputs, labels, plan, key, targets, temperature, vmapped, callback)
     if shards is None:
-        columns = job.columns
-        piece = job.runs.map(job.attacked, stage, plan.batch_size, *columns, eager=True)
+        pieces = job.work(None, stage, 0, 1).pieces
     else:
         kept = job.shards(shards, shard_name or stage, names)
         host, num_hosts = jax.process_index(), jax.process_count()
-        done = job.work(kept, stage, host, num_hosts)
-        piece = joined(done.pieces if num_hosts == 1 else _of_all_hosts(job.units, kept))
+        pieces = job.work(kept, stage, host, num_hosts).pieces
+        if num_hosts > 1:
+            pieces = _of_all_hosts(job.units, kept)
+    piece = joined(pieces)
     return summarize(
         piece.result,
         num_nonfinite=(~piece.finite).sum(axis=1),
@@ -251,11 +261,16 @@ class _Job(NamedTuple):
     def attacked(self) -> "_Attacked":
         return _Attacked(self.plan.attack)
 
-    def work(self, kept: Shards, stage: str, host: int, num_hosts: int) -> _shards.Progressed:
+    def work(
+        self, kept: Shards | None, stage: str, host: int, num_hosts: int
+    ) -> _shards.Progressed:
         """One host's share, read or computed."""
         units = _shards.share(self.units, host, num_hosts)
         compute = self.runs.computer(self.attacked, *self.columns, eager=True)
-        return _shards.work(units, compute, kept, self.runs.announcer(stage, units))
+        announcer = self.runs.announcer(stage, units)
+        if not self.runs.vmapped and (kept is not None or self.runs.callback is not None):
+            compute = functools.partial(_computed_in_chunks, compute, kept, announcer)
+        return _shards.work(units, compute, kept, announcer.after)
 
     def shards(self, store: Store, name: str, names: Sequence[str] | None) -> Shards:
         """The store's shards for this job: what they are called, and what they must say."""
@@ -302,6 +317,28 @@ class _Job(NamedTuple):
                 for name, column in zip(names, self.columns, strict=True)
             },
         }
+
+
+def _computed_in_chunks(
+    compute: Callable[[Unit], dict[Any, Piece]],
+    kept: Shards | None,
+    announcer: Announcer,
+    unit: Unit,
+) -> dict[Any, Piece]:
+    """A unit of one network, that can be stopped inside and goes on from there."""
+    (place,) = unit.places
+    saved = time.monotonic()
+
+    def between(event: Mapping[str, Any]) -> None:
+        nonlocal saved
+        if kept is not None and time.monotonic() - saved >= _SECONDS_BETWEEN_SAVES:
+            kept.write_part(place, event["save"]())
+            saved = time.monotonic()
+        announcer.inside(unit, event)
+
+    part = None if kept is None else kept.read_part(place)
+    found: dict[Any, Piece] = run_in_chunks(functools.partial(compute, unit), between, part)
+    return found
 
 
 def _job(

@@ -129,28 +129,24 @@ def accuracy_against_eps(
 
 
 def accuracy_against_steps(
-    outcome: AttackOutcome,
-    steps: ArrayLike | Sequence[int] | None = None,
-    *,
-    steps_per_start: int | None = None,
+    outcome: AttackOutcome, steps: ArrayLike | Sequence[int] | None = None
 ) -> list[Curve]:
     """Robust accuracy after every step of a fixed-budget attack, from one run of it.
 
     A curve that still falls at its end says that more steps would have broken more.
 
     Args:
-        outcome: of an attack whose `info` has `first_success`, the step at which it succeeded
-            (0: the start, or wrong to begin with).
-        steps: `[J]`, rising whole numbers, at least 0. None takes those at which an example falls.
-        steps_per_start: of an attack with several starts: the step `s` of start `r` counts as
-            `r · steps_per_start + s`.
+        outcome: of an attack whose `info` has `first_success`.
+        steps: `[J]`, rising whole numbers, at least 0: points that the attack has judged, as
+            `first_success` counts them, over all starts. 0 is the clean input; the start of PGD is
+            the first point, and the one after `s` of its steps is point `s + 1`. None takes those
+            at which an example falls.
 
     Returns:
         `[R]`, one curve for each network.
 
     Raises:
-        ValueError: an attack that does not say when it succeeded, or had several starts and
-            `steps_per_start` is None; steps below 0 or not rising.
+        ValueError: an attack that does not say when it succeeded, steps below 0 or not rising.
 
     Example:
         >>> from jdistill.attacks import AttackResult
@@ -168,15 +164,6 @@ def accuracy_against_steps(
             "like"
         )
     when = outcome.info["first_success"].astype(np.float64)
-    start = outcome.info.get("restart", np.zeros_like(when))
-    if steps_per_start is not None:
-        _validate.count(steps_per_start=steps_per_start)
-        when = when + start * steps_per_start
-    elif outcome.success.any() and start[outcome.success].max() > 0:
-        raise ValueError(
-            f"expected one start, got {int(start.max()) + 1}; pass steps_per_start, the attack's "
-            "num_steps, to count the steps of all starts"
-        )
     return _curves(np.where(outcome.success, when, np.inf), steps, "steps")
 
 

@@ -230,8 +230,8 @@ def _step_curves(
         num_steps = settings.get("num_steps")
         if outcome.eps is None or num_steps is None or "first_success" not in outcome.info:
             continue
-        if "restart" not in outcome.info or not outcome.info["restart"].any():
-            curves[name] = _curves.accuracy_against_steps(outcome, range(num_steps + 1))
+        last = max(num_steps + 1, int(outcome.info["first_success"].max()))
+        curves[name] = _curves.accuracy_against_steps(outcome, range(last + 1))
     return curves
 
 

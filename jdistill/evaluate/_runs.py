@@ -99,19 +99,9 @@ class Runs(NamedTuple):
 
         return compute
 
-    def announcer(self, stage: str, units: list[Unit]) -> Callable[[Unit], None]:
-        """What tells the callback that a unit is done."""
-        total = sum(unit.num_real * len(unit.networks) for unit in units)
-        done = 0
-
-        def announce(unit: Unit) -> None:
-            nonlocal done
-            done += unit.num_real * len(unit.networks)
-            if self.callback is not None:
-                progress = {"stage": stage, "done": done, "total": total}
-                self.callback({"event": "evaluate", **progress})
-
-        return announce
+    def announcer(self, stage: str, units: list[Unit]) -> "Announcer":
+        """What tells the callback how far the units are."""
+        return Announcer(self.callback, stage, units)
 
     def map(
         self,
@@ -129,8 +119,32 @@ class Runs(NamedTuple):
         for unit in units:
             pieces |= compute(unit)
             if stage is not None:
-                announce(unit)
+                announce.after(unit)
         return joined(pieces)
+
+
+class Announcer:
+    """What the callback is told: after each unit, and inside one."""
+
+    def __init__(self, callback: Callback | None, stage: str, units: list[Unit]) -> None:
+        self._callback, self._stage = callback, stage
+        self._total = sum(unit.num_real * len(unit.networks) for unit in units)
+        self._done = 0
+
+    def after(self, unit: Unit) -> None:
+        """A unit is done."""
+        self._done += unit.num_real * len(unit.networks)
+        self._tell(self._done)
+
+    def inside(self, unit: Unit, event: Mapping[str, Any]) -> None:
+        """Between two chunks of the unit's attack, see `attacks._core.chunks.Chunks`."""
+        finished = unit.num_real - int(np.sum(event["active"][: unit.num_real]))
+        self._tell(self._done + finished, step=event["done"], num_steps=event["total"])
+
+    def _tell(self, done: int, **more: Any) -> None:
+        if self._callback is not None:
+            progress = {"stage": self._stage, "done": done, "total": self._total}
+            self._callback({"event": "evaluate", **progress, **more})
 
 
 def joined(pieces: Mapping[Place, Any]) -> Any:

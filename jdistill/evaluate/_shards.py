@@ -17,6 +17,7 @@ Store = MutableMapping[str, Mapping[str, np.ndarray]]
 
 _log = logging.getLogger("jdistill")
 _INFO = "info."
+_PART = ".part"  # of a shard's name: how far the attack is that makes it
 
 
 class Piece(NamedTuple):
@@ -63,15 +64,32 @@ class Shards(NamedTuple):
         finite = shard.pop("finite")
         return Piece(AttackResult(**shard, info=info), finite)  # type: ignore[arg-type]
 
+    def read_part(self, place: Place) -> np.ndarray | None:
+        """How far a stopped run got with the place; None where nothing that fits was kept."""
+        shard = self.store.get(self.names[place] + _PART)
+        if shard is None or str(shard["settings"]) != self._text(place):
+            return None
+        arrays = {"part": np.asarray(shard["part"])}
+        whole = str(shard["checksum"]) == _checksum(self._text(place), arrays)
+        return arrays["part"] if whole else None
+
+    def write_part(self, place: Place, part: np.ndarray) -> None:
+        """Keep how far the attack is with the place."""
+        self._put(self.names[place] + _PART, place, {"part": part})
+
     def write(self, place: Place, piece: Piece) -> None:
         """Keep a place's result."""
         arrays = piece.result._asdict()
         info = arrays.pop("info")
         arrays |= {"finite": piece.finite, **{_INFO + name: info[name] for name in info}}
         arrays = {name: np.asarray(values) for name, values in arrays.items()}
+        self._put(self.names[place], place, arrays)
+        self.store.pop(self.names[place] + _PART, None)
+
+    def _put(self, name: str, place: Place, arrays: Mapping[str, np.ndarray]) -> None:
         text = self._text(place)
         marks = {"settings": np.array(text), "checksum": np.array(_checksum(text, arrays))}
-        self.store[self.names[place]] = {**arrays, **marks}
+        self.store[name] = {**arrays, **marks}
 
     def _text(self, place: Place) -> str:
         return json.dumps(self.settings[place], sort_keys=True)
@@ -87,19 +105,20 @@ class Progressed(NamedTuple):
 def work(
     units: Iterable[Unit],
     compute: Callable[[Unit], Mapping[Place, Piece]],
-    shards: Shards,
+    shards: Shards | None,
     announce: Callable[[Unit], None],
 ) -> Progressed:
     """Read the units' shards, and compute and keep those that are not there."""
     pieces: dict[Place, Piece] = {}
     num_computed = 0
     for unit in units:
-        known = {place: shards.read(place) for place in unit.places}
+        known = {place: shards.read(place) if shards else None for place in unit.places}
         if None in known.values():
             # Under vmap the others of the unit are computed again: one program fits all.
             for place, piece in compute(unit).items():
                 if known[place] is None:
-                    shards.write(place, piece)
+                    if shards:
+                        shards.write(place, piece)
                     known[place] = piece
                     num_computed += 1
         pieces |= {place: piece for place, piece in known.items() if piece is not None}

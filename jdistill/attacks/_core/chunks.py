@@ -30,7 +30,7 @@ class Chunks:
     call reads the results off, and goes on.
 
     Args:
-        callback: called between chunks with `done` and `total` events of the method that runs
+        callback: called between chunks, every half second at most, with `done` and `total` events of the method that runs
             (`total` is None where it has no fixed number), `active [B]` bool, the examples that
             are not done, and `save`, a function that returns what `saved` takes, `[P]` uint8.
         saved: what an interrupted call of the same attack on the same examples had saved; where
@@ -72,17 +72,19 @@ class Chunks:
 
     def _advanced(self, method: Method, problem: Problem, carry: Carry) -> Carry:
         """The carry when all examples are done."""
-        events, compiled = 1, False
+        events, compiled, told = 1, False, time.monotonic()
         while np.any(active := ~np.asarray(carry[1].done)) and method.num_events != 0:
-            self._callback(
-                {
-                    "done": int(np.max(np.asarray(carry[1].event))),
-                    "total": method.num_events,
-                    "active": active,
-                    "save": functools.partial(self._pack, carry),
-                }
-            )
             begun = time.monotonic()
+            if begun - told >= _SHORTEST:
+                self._callback(
+                    {
+                        "done": int(np.max(np.asarray(carry[1].event))),
+                        "total": method.num_events,
+                        "active": active,
+                        "save": functools.partial(self._pack, carry),
+                    }
+                )
+                told = begun
             carry = jax.block_until_ready(_advance(method, problem, carry, jnp.int32(events)))
             seconds = time.monotonic() - begun
             if compiled and seconds > _LONGEST:
