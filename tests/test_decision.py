@@ -121,25 +121,24 @@ def test_without_a_start_the_draws_are_counted_and_nothing_is_claimed(attack):
 @all_cases
 def test_the_trace_goes_down_to_the_distance(attack):
     result = run(attack)
-    trace = result.info["distance"]
-    assert trace.shape == (B, NUM_QUERIES)
-    assert np.all(trace[:, 1:] <= trace[:, :-1])
-    np.testing.assert_array_equal(trace[:, -1], result.distance)
-    np.testing.assert_array_equal(trace[-1], 0)
+    trace = result.info["trace"]
+    assert trace.shape == (B, NUM_QUERIES - 2)
+    assert np.all(np.isnan(trace[-1]))
+    assert np.all(trace[RIGHT, 1:] <= trace[RIGHT, :-1])
+    np.testing.assert_allclose(trace[RIGHT, -1], result.distance[RIGHT], rtol=1e-6)
     first = result.info["first_success"]
     for row in np.flatnonzero(RIGHT):
-        # Found by that query, counted from 0; one more verifies it.
-        assert np.isinf(trace[row, first[row]])
-        assert np.isfinite(trace[row, first[row] + 1])
-        assert trace[row, -1] < 0.9 * trace[row, first[row] + 1]
+        assert np.all(np.isinf(trace[row, : first[row] - 1]))
+        assert np.isfinite(trace[row, first[row] - 1])
+        assert trace[row, -1] < 0.9 * trace[row, first[row] - 1]
 
 
 @l2_cases
 def test_the_trace_is_what_a_smaller_budget_finds(attack):
-    trace = run(attack).info["distance"]
+    larger = run(attack)
     smaller = run(attack, num_queries=60)
-    np.testing.assert_allclose(smaller.distance, trace[:, 59], rtol=1e-5)
-    assert np.all(smaller.distance[RIGHT] > run(attack).distance[RIGHT])
+    np.testing.assert_allclose(smaller.distance[RIGHT], larger.info["trace"][RIGHT, 57], rtol=1e-5)
+    assert np.all(smaller.distance[RIGHT] > larger.distance[RIGHT])
     np.testing.assert_array_equal(smaller.queries, np.where(RIGHT, 60, 1))
 
 

@@ -1,4 +1,4 @@
-"""The boundary attack: a random walk along the decision boundary that asks for decisions only."""
+"""Boundary attack: a random walk along the decision boundary that asks for decisions only."""
 
 import functools
 from typing import NamedTuple
@@ -7,11 +7,18 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, norms
-from jdistill._precision import full_precision
-from jdistill.attacks._core import decisions as _decision
-from jdistill.attacks._core import problem as _base
-from jdistill.attacks._core.decisions import Ledger, Oracle
-from jdistill.attacks._core.problem import AttackResult, Problem
+from jdistill.attacks._core import decisions
+from jdistill.attacks._core.decisions import DecisionMethod
+from jdistill.attacks._core.engine import Seen, register, run, select
+from jdistill.attacks._core.problem import (
+    AttackResult,
+    Problem,
+    need_key,
+    one_per_example,
+    prepare,
+    start_point,
+)
+from jdistill.attacks._core.traits import facts
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 # Halvings of the way from the start to the input: the walk begins at the boundary within 0.1 %.
@@ -25,6 +32,7 @@ _NUM_MOVES, _MOVE_RANGE = 30, (0.1, 0.25)
 _ADAPTATION = 1.5
 
 
+@facts(title="Boundary", norms=("l2",), access="decisions", minimum_norm=True)
 def boundary(
     logits_fn: LogitsFn,
     key: Array | None,
@@ -77,9 +85,9 @@ def boundary(
     Returns:
         The result, the closest of all adversarial points that were asked for. Where no start was
         found: the clean input, `success=False`, `distance=inf`. `distance` is the L2 distance.
-        `info`: `first_success [B]` int32, the query that found the first adversarial (0: the clean
-        input), -1 if none did; with `trace`, `distance [B, num_queries]`, whose entry `q - 1`
-        is what `num_queries=q` would have found (`inf`: nothing).
+        `info`: `first_success`, `gradients` (zeros), and with `trace` the smallest distance after
+        each query (`inf` before the first adversarial), `trace [B, num_queries - 2]`, whose entry
+        `k` is what `num_queries=k + 3` finds; see `jdistill.attacks`.
 
     Raises:
         ValueError: num_queries below 3, num_starts below 1, a step not above 0, no key, inputs
@@ -97,23 +105,24 @@ def boundary(
         Against Black-Box Machine Learning Models", section 2. The differences: the bisection
         before the walk; every number that adapts is the example's own, and adapts after 10
         orthogonal and 30 whole tries (the released code: 100 and 30, both counted every tenth
-        try); the walk ends with its budget, or when ε is below 1e-5.
+        try); the walk ends with its budget, or when ε is below 1e-5; each event asks one query for
+        whatever the example is at, so that none waits for another's halvings and the budget is
+        exact; a point counts as closer only by 1e-5 of the distance, since otherwise rounding
+        would decide where the walk goes.
     """
-    _decision.check_counts(num_queries, num_starts)
+    decisions.check_counts(num_queries, num_starts)
     _validate.positive(orthogonal_step=orthogonal_step, source_step=source_step)
-    problem = _base.prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
-    _base.need_key(problem, "random starts")
-    each = functools.partial(_base.one_per_example, inputs=problem.inputs)
-    with full_precision():
-        return _boundary(
-            problem,
-            None if init is None else _base.start_point(init, problem),
-            each(orthogonal_step, name="orthogonal_step"),
-            each(source_step, name="source_step"),
-            num_queries=num_queries,
-            num_starts=num_starts,
-            trace=trace,
-        )
+    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
+    need_key(problem, "random starts")
+    each = functools.partial(one_per_example, inputs=problem.inputs)
+    method = _Boundary(
+        first=None if init is None else start_point(init, problem),
+        orthogonal_step=each(orthogonal_step, name="orthogonal_step"),
+        source_step=each(source_step, name="source_step"),
+        num_queries=num_queries,
+        num_starts=num_starts,
+    )
+    return run(method, problem, trace=trace)
 
 
 class _Tries(NamedTuple):
@@ -135,120 +144,94 @@ class _Tries(NamedTuple):
         return jnp.where(full, factor, 1.0), _Tries(*kept)
 
 
-class _Carry(NamedTuple):
-    """The state of each example; every leaf leads with `[B]`. Its point is the ledger's best."""
-
-    ledger: Ledger
-    step: Array
+class _State(NamedTuple):
+    tries: Array  # since the first adversarial was found: halvings, and then the walk
+    start: Array  # the first adversarial
+    low: Array  # shares of the way from the input to there: the largest not adversarial
+    high: Array  # and the smallest that is
+    point: Array  # the closest adversarial, where the walk is
+    distance: Array  # its distance; inf before there is one
     orthogonal_step: Array
     source_step: Array
     checks: _Tries  # of the orthogonal step alone
     moves: _Tries  # of both steps
-    done: Array
 
 
-def _approach(oracle: Oracle, ledger: Ledger) -> Ledger:
-    """Bisect between the input and the start, which moves the ledger's best to the boundary."""
-    inputs, start = oracle.problem.inputs, ledger.best
-    done = ~ledger.found
+@register
+class _Boundary(DecisionMethod):
+    orthogonal_step: Array  # [B], the first
+    source_step: Array  # [B], the first
+    norm = "l2"
 
-    def body(carry: tuple[Ledger, Array, Array, Array]) -> tuple[Ledger, Array, Array, Array]:
-        ledger, low, high, step = carry
-        active = ~done & affordable(ledger) & (step < _NUM_HALVINGS)
-        middle = (low + high) / 2
-        candidate = inputs + norms.per_example(middle, inputs) * (start - inputs)
-        candidate = jnp.clip(candidate, *oracle.problem.bounds)
-        adversarial, ledger = _decision.ask(oracle, ledger, candidate, active)
-        high = jnp.where(adversarial, middle, high)
-        return ledger, jnp.where(active & ~adversarial, middle, low), high, step + active
+    def init(self, problem: Problem) -> tuple[_State, Array]:
+        whole = jnp.zeros(self.source_step.shape, jnp.int32)
+        zeros = jnp.zeros_like(self.source_step)
+        state = _State(
+            tries=whole,
+            start=problem.inputs,
+            low=zeros,
+            high=zeros + 1,
+            point=problem.inputs,
+            distance=zeros + jnp.inf,
+            orthogonal_step=self.orthogonal_step,
+            source_step=self.source_step,
+            checks=_Tries(whole, whole),
+            moves=_Tries(whole, whole),
+        )
+        return state, problem.logits_fn(problem.inputs)
 
-    affordable = functools.partial(_decision.affordable, oracle)
-    zeros = jnp.zeros_like(ledger.best_distance)
-    ledger, *_ = jax.lax.while_loop(
-        lambda carry: jnp.any(~done & affordable(carry[0]) & (carry[3] < _NUM_HALVINGS)),
-        body,
-        (ledger, zeros, zeros + 1, jnp.zeros_like(ledger.queries)),
-    )
-    return ledger
+    def step(self, problem: Problem, state: _State, event: Array) -> tuple[_State, Seen]:
+        """One query: a start, a halving of the way from there, or a try of the walk."""
+        starting = jnp.isinf(state.distance)
+        walking = state.tries >= _NUM_HALVINGS
+        walked = state.tries - _NUM_HALVINGS
+        checking = walking & (walked % _CHECK_EVERY == _CHECK_EVERY - 1)
+        inputs, middle = problem.inputs, (state.low + state.high) / 2
+        halved = inputs + norms.per_example(middle, inputs) * (state.start - inputs)
+        sphere, closer = _propose(problem, state, walked)
+        candidate = select(walking, closer, jnp.clip(halved, *problem.bounds))
+        candidate = select(checking, sphere, candidate)
+        candidate = select(starting, self.start(problem, starting, event), candidate)
+        adversarial, seen = self.ask(problem, candidate, state.distance)
+
+        halving = ~starting & ~walking
+        checks = state.checks.add(checking, adversarial)
+        moves = state.moves.add(walking & ~checking, adversarial)
+        both_factor, checks = checks.judge(_NUM_CHECKS, _CHECK_RANGE)
+        source_factor, moves = moves.judge(_NUM_MOVES, _MOVE_RANGE)
+        new = _State(
+            tries=state.tries + ~starting,
+            start=select(starting, candidate, state.start),
+            low=jnp.where(halving & ~adversarial, middle, state.low),
+            high=jnp.where(halving & adversarial, middle, state.high),
+            point=select(seen.success, candidate, state.point),
+            distance=seen.value,
+            orthogonal_step=state.orthogonal_step * both_factor,
+            source_step=state.source_step * both_factor * source_factor,
+            checks=checks,
+            moves=moves,
+        )
+        converged = walking & (new.source_step < decisions.CLOSER)
+        out_of_starts = self.out_of_starts(starting, adversarial, event)
+        return new, seen._replace(spent=converged | out_of_starts)
 
 
-def _propose(
-    problem: Problem, ledger: Ledger, noise: Array, orthogonal_step: Array, source_step: Array
-) -> tuple[Array, Array]:
+def _propose(problem: Problem, state: _State, walked: Array) -> tuple[Array, Array]:
     """The points `[B, ...]` after the orthogonal step, and after the step towards the input."""
     inputs = problem.inputs
     per_example = functools.partial(norms.per_example, like=inputs)
-    delta = ledger.best - inputs
+    keys = jax.vmap(jax.random.fold_in)(decisions.stream(problem, 1), walked)
+    noise = decisions.normal(keys, inputs)
+    delta = state.point - inputs
     unit = norms.normalize(delta, "l2")
     along = jnp.sum(norms.flatten(noise * unit), axis=1)
     noise = norms.normalize(noise - per_example(along) * unit, "l2")
-    distance = ledger.best_distance
-    turned = delta + per_example(orthogonal_step * jnp.where(ledger.found, distance, 0.0)) * noise
-    turned = turned / per_example(jnp.sqrt(1 + jnp.square(orthogonal_step)))
+    turned = delta + per_example(state.orthogonal_step * state.distance) * noise
+    turned = turned / per_example(jnp.sqrt(1 + jnp.square(state.orthogonal_step)))
     sphere = jnp.clip(inputs + turned, *problem.bounds)
     # Clipping may have brought the point closer already than the step would.
     length = norms.distance(sphere - inputs, "l2")
-    share = jnp.minimum((1 - source_step) * distance / jnp.where(length > 0, length, 1.0), 1.0)
+    nearer = (1 - state.source_step) * state.distance
+    share = jnp.minimum(nearer / jnp.where(length > 0, length, 1.0), 1.0)
     closer = inputs + per_example(jnp.maximum(share, 0.0)) * (sphere - inputs)
     return sphere, jnp.clip(closer, *problem.bounds)
-
-
-def _step(oracle: Oracle, keys: Array, carry: _Carry) -> _Carry:
-    """One try: both steps, or every tenth time the orthogonal one alone."""
-    ledger, active = carry.ledger, ~carry.done
-    noise = _decision.normal(jax.vmap(jax.random.fold_in)(keys, carry.step), oracle.problem.inputs)
-    sphere, closer = _propose(
-        oracle.problem, ledger, noise, carry.orthogonal_step, carry.source_step
-    )
-    checking = carry.step % _CHECK_EVERY == _CHECK_EVERY - 1
-    candidate = jnp.where(norms.per_example(checking, sphere) > 0, sphere, closer)
-    adversarial, ledger = _decision.ask(oracle, ledger, candidate, active)
-
-    checks = carry.checks.add(active & checking, adversarial)
-    moves = carry.moves.add(active & ~checking, adversarial)
-    both_factor, checks = checks.judge(_NUM_CHECKS, _CHECK_RANGE)
-    source_factor, moves = moves.judge(_NUM_MOVES, _MOVE_RANGE)
-    source_step = carry.source_step * both_factor * source_factor
-    return _Carry(
-        ledger=ledger,
-        step=carry.step + active,
-        orthogonal_step=jnp.where(
-            active, carry.orthogonal_step * both_factor, carry.orthogonal_step
-        ),
-        source_step=jnp.where(active, source_step, carry.source_step),
-        checks=checks,
-        moves=moves,
-        done=carry.done | (source_step < _decision.CLOSER) | ~_decision.affordable(oracle, ledger),
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("num_queries", "num_starts", "trace"))
-def _boundary(
-    problem: Problem,
-    init: Array | None,
-    orthogonal_step: Array,
-    source_step: Array,
-    *,
-    num_queries: int,
-    num_starts: int,
-    trace: bool,
-) -> AttackResult:
-    oracle = Oracle(problem, "l2", num_queries)
-    clean_success, ledger = _decision.open_ledger(oracle, trace)
-    ledger = _decision.find_start(oracle, ledger, init, num_starts, clean_success)
-    ledger = _approach(oracle, ledger)
-    zeros = jnp.zeros_like(ledger.queries)
-    carry = jax.lax.while_loop(
-        lambda carry: jnp.any(~carry.done),
-        functools.partial(_step, oracle, _decision.stream(problem, 1)),
-        _Carry(
-            ledger=ledger,
-            step=zeros,
-            orthogonal_step=orthogonal_step,
-            source_step=source_step,
-            checks=_Tries(zeros, zeros),
-            moves=_Tries(zeros, zeros),
-            done=~ledger.found | ~_decision.affordable(oracle, ledger),
-        ),
-    )
-    return _decision.close(oracle, carry.ledger, clean_success, trace=trace)

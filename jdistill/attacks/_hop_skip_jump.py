@@ -1,6 +1,5 @@
 """HopSkipJump: steps along a gradient that is estimated at the boundary from decisions only."""
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -8,18 +7,24 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, norms
-from jdistill._precision import full_precision
-from jdistill.attacks._core import decisions as _decision
-from jdistill.attacks._core import problem as _base
-from jdistill.attacks._core.constant_search import select
-from jdistill.attacks._core.decisions import Ledger, Oracle
-from jdistill.attacks._core.problem import AttackResult, Problem
+from jdistill.attacks._core import decisions
+from jdistill.attacks._core.decisions import DecisionMethod
+from jdistill.attacks._core.engine import Progress, Seen, register, run, select, static
+from jdistill.attacks._core.problem import (
+    AttackResult,
+    Problem,
+    need_key,
+    one_per_example,
+    prepare,
+    start_point,
+)
+from jdistill.attacks._core.traits import facts
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 # The norms, and the power of the number of features in θ.
 _TOLERANCE = {"linf": 2.0, "l2": 1.5}
 # What an example's next query is for.
-_SEARCH, _SAMPLE, _STEP = 0, 1, 2
+_START, _SEARCH, _SAMPLE, _STEP = 0, 1, 2, 3
 # Of the box's width: the size of the first samples, when the distance is still that of noise.
 _FIRST_SAMPLES = 0.1
 # A step halved this often has found no adversarial; the example samples again.
@@ -28,6 +33,7 @@ _NUM_HALVINGS = 20
 _LEAST_TOLERANCE = 1e-6
 
 
+@facts(title="HopSkipJump", norms=tuple(_TOLERANCE), access="decisions", minimum_norm=True)
 def hop_skip_jump(
     logits_fn: LogitsFn,
     key: Array | None,
@@ -82,10 +88,11 @@ def hop_skip_jump(
 
     Returns:
         The result, the closest of all adversarial points that were asked for. Where no start was
-        found: the clean input, `success=False`, `distance=inf`. `info`: `first_success [B]` int32,
-        the query that found the first adversarial (0: the clean input), -1 if none did; `rounds
-        [B]` int32, how many were begun; with `trace`, `distance [B, num_queries]`, whose
-        entry `q - 1` is what `num_queries=q` would have found (`inf`: nothing).
+        found: the clean input, `success=False`, `distance=inf`. `info`: `first_success`;
+        `gradients` (zeros); `rounds [B]` int32, how many were begun; with `trace`, the smallest
+        distance after each query (`inf` before the first adversarial), `trace
+        [B, num_queries - 2]`, whose entry `k` is what `num_queries=k + 3` finds. See
+        `jdistill.attacks`.
 
     Raises:
         ValueError: an unknown norm, num_queries below 3, other counts below 1, gamma not above 0,
@@ -102,46 +109,35 @@ def hop_skip_jump(
     References:
         Chen, Jordan & Wainwright 2020, "HopSkipJumpAttack: A Query-Efficient Decision-Based
         Attack", sections III and IV, algorithms 1 and 2. The differences: rounds end with the
-        budget of queries; an example goes through its rounds at its own pace; a round that finds
-        no step after 20 halvings samples again; the closest point of all queries is returned, not
-        the last round's.
+        budget of queries; an example goes through its rounds at its own pace, one query per event
+        for whatever it is at, so that none waits for another's halvings and the budget is exact; a
+        round that finds no step after 20 halvings samples again; the closest point of all queries
+        is returned, not the last round's, where it is closer by 1e-5 of the distance, beyond what
+        rounding decides.
     """
     _validate.one_of(_TOLERANCE, norm=norm)
-    _decision.check_counts(num_queries, num_starts)
+    decisions.check_counts(num_queries, num_starts)
     _validate.count(num_samples=num_samples, max_samples=max_samples)
     _validate.positive(gamma=gamma)
-    problem = _base.prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
-    _base.need_key(problem, "random starts")
-    with full_precision():
-        return _hop_skip_jump(
-            problem,
-            None if init is None else _base.start_point(init, problem),
-            _base.one_per_example(gamma, problem.inputs, name="gamma"),
-            norm=norm,
-            num_queries=num_queries,
-            num_samples=num_samples,
-            max_samples=max_samples,
-            num_starts=num_starts,
-            trace=trace,
-        )
+    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
+    need_key(problem, "random starts")
+    method = _HopSkipJump(
+        first=None if init is None else start_point(init, problem),
+        gamma=one_per_example(gamma, problem.inputs, name="gamma"),
+        norm=norm,
+        num_queries=num_queries,
+        num_samples=num_samples,
+        max_samples=max_samples,
+        num_starts=num_starts,
+    )
+    return run(method, problem, trace=trace)
 
 
-class _Settings(NamedTuple):
-    keys: Array  # [B]
-    tolerance: Array  # [B], θ
-    gamma: Array  # [B]
-    num_samples: int
-    max_samples: int
-
-
-class _Carry(NamedTuple):
-    """The state of each example; every leaf leads with `[B]`."""
-
-    ledger: Ledger
-    done: Array
+class _State(NamedTuple):
     phase: Array  # what the next query is for
     round: Array  # t
     tries: Array  # queries in this phase
+    closest: Array  # the distance of the closest adversarial; inf before there is one
     point: Array  # the latest adversarial that is no sample; after a bisection x_t
     distance: Array  # d_t
     far: Array  # where the bisection comes from
@@ -154,179 +150,148 @@ class _Carry(NamedTuple):
     length: Array  # of the step to try
 
 
-def _init(oracle: Oracle, ledger: Ledger) -> _Carry:
-    zeros = jnp.zeros_like(ledger.best_distance)
-    whole = jnp.zeros_like(ledger.queries)
-    nothing = jnp.zeros_like(ledger.best)
-    return _Carry(
-        ledger=ledger,
-        done=~ledger.found | ~_decision.affordable(oracle, ledger),
-        phase=whole + _SEARCH,
-        round=whole,
-        tries=whole,
-        point=ledger.best,
-        distance=zeros,
-        far=ledger.best,
-        low=zeros,
-        high=zeros + 1,
-        weighted=nothing,
-        plain=nothing,
-        balance=zeros,
-        direction=nothing,
-        length=zeros,
+@register
+class _HopSkipJump(DecisionMethod):
+    gamma: Array  # [B]
+    norm: str = static()
+    num_samples: int = static()
+    max_samples: int = static()
+
+    def init(self, problem: Problem) -> tuple[_State, Array]:
+        zeros, nothing = jnp.zeros_like(self.gamma), jnp.zeros_like(problem.inputs)
+        whole = jnp.zeros(zeros.shape, jnp.int32)
+        state = _State(
+            phase=whole + _START,
+            round=whole,
+            tries=whole,
+            closest=zeros + jnp.inf,
+            point=problem.inputs,
+            distance=zeros,
+            far=problem.inputs,
+            low=zeros,
+            high=zeros + 1,
+            weighted=nothing,
+            plain=nothing,
+            balance=zeros,
+            direction=nothing,
+            length=zeros,
+        )
+        return state, problem.logits_fn(problem.inputs)
+
+    def step(self, problem: Problem, state: _State, event: Array) -> tuple[_State, Seen]:
+        """One query, for whatever the phase needs, and what follows from it."""
+        starting, searching = state.phase == _START, state.phase == _SEARCH
+        sampling = state.phase == _SAMPLE
+        size = norms.per_example(self._sample_size(problem, state), problem.inputs)
+        length = norms.per_example(state.length, problem.inputs)
+        move = select(sampling, size * self._noise(problem, state), length * state.direction)
+        candidate = select(searching, self._middle(problem, state), state.point + move)
+        candidate = jnp.clip(candidate, *problem.bounds)
+        candidate = select(starting, self.start(problem, starting, event), candidate)
+        adversarial, seen = self.ask(problem, candidate, state.closest)
+
+        state = state._replace(tries=state.tries + 1, closest=seen.value)
+        # What clipping left of the noise is what was sampled.
+        sample = (candidate - state.point) / size
+        new = select(
+            searching,
+            self._searched(problem, state, candidate, adversarial),
+            select(
+                sampling, self._sampled(state, sample, adversarial), self._missed(problem, state)
+            ),
+        )
+        found = adversarial & ~searching & ~sampling  # the first adversarial, or a step to one
+        new = select(found, _search(state, candidate), new)
+        return new, seen._replace(spent=self.out_of_starts(starting, adversarial, event))
+
+    def _middle(self, problem: Problem, state: _State) -> Array:
+        """The next point of the bisection, `[B, ...]`."""
+        inputs, delta = problem.inputs, state.far - problem.inputs
+        share = (state.low + state.high) / 2
+        if self.norm == "linf":
+            limit = norms.per_example(share * norms.distance(delta, "linf"), delta)
+            return inputs + jnp.clip(delta, -limit, limit)
+        return inputs + norms.per_example(share, delta) * delta
+
+    def _noise(self, problem: Problem, state: _State) -> Array:
+        """Random directions `[B, ...]` of l2 norm 1: normal for l2, uniform in a cube for linf."""
+        keys = jax.vmap(jax.random.fold_in)(decisions.stream(problem, 1), state.round)
+        keys = jax.vmap(jax.random.fold_in)(keys, state.tries)
+        if self.norm == "linf":
+            draw = 2 * decisions.uniform(keys, state.point) - 1
+        else:
+            draw = decisions.normal(keys, state.point)
+        return norms.normalize(draw, "l2")
+
+    def _sample_size(self, problem: Problem, state: _State) -> Array:
+        """δ, `[B]`."""
+        low, high = problem.bounds
+        later = self.gamma * state.distance / math.prod(state.point.shape[1:])
+        return jnp.where(state.round == 1, _FIRST_SAMPLES * (high - low), later)
+
+    def _searched(
+        self, problem: Problem, state: _State, candidate: Array, adversarial: Array
+    ) -> _State:
+        """One halving; at the end of the bisection a new round begins."""
+        middle = (state.low + state.high) / 2
+        low = jnp.where(adversarial, state.low, middle)
+        high = jnp.where(adversarial, middle, state.high)
+        point = select(adversarial, candidate, state.point)
+        state = state._replace(low=low, high=high, point=point)
+        share = self.gamma / math.prod(point.shape[1:]) ** _TOLERANCE[self.norm]
+        ended = high - low <= jnp.maximum(share, _LEAST_TOLERANCE)
+        return select(ended, self._next_round(problem, state), state)
+
+    def _next_round(self, problem: Problem, state: _State) -> _State:
+        return state._replace(
+            phase=jnp.full_like(state.phase, _SAMPLE),
+            round=state.round + 1,
+            tries=jnp.zeros_like(state.tries),
+            distance=norms.distance(state.point - problem.inputs, self.norm),
+            weighted=jnp.zeros_like(state.weighted),
+            plain=jnp.zeros_like(state.plain),
+            balance=jnp.zeros_like(state.balance),
+        )
+
+    def _sampled(self, state: _State, sample: Array, adversarial: Array) -> _State:
+        """One more sample; after the last one of the round its direction and the first step."""
+        decision = jnp.where(adversarial, 1.0, -1.0).astype(sample.dtype)
+        weighted = state.weighted + norms.per_example(decision, sample) * sample
+        plain = state.plain + sample
+        balance = state.balance + decision
+        mean = balance / state.tries
+        # Where all decisions agree, subtracting their mean would leave nothing.
+        mean = norms.per_example(jnp.where(jnp.abs(mean) < 1, mean, 0.0), sample)
+        root = jnp.sqrt(state.round.astype(sample.dtype))
+        num_samples = jnp.minimum(jnp.floor(self.num_samples * root), self.max_samples)
+        state = state._replace(weighted=weighted, plain=plain, balance=balance)
+        stepping = state._replace(
+            phase=jnp.full_like(state.phase, _STEP),
+            tries=jnp.zeros_like(state.tries),
+            direction=norms.steepest(weighted - mean * plain, self.norm),
+            length=state.distance / root,
+        )
+        return select(state.tries >= num_samples, stepping, state)
+
+    def _missed(self, problem: Problem, state: _State) -> _State:
+        """After a step too long: half of it, or samples again."""
+        given_up = (state.phase == _STEP) & (state.tries > _NUM_HALVINGS)
+        shorter = state._replace(length=state.length / 2)
+        return select(given_up, self._next_round(problem, state), shorter)
+
+    def info(
+        self, problem: Problem, state: _State, progress: Progress, result: AttackResult
+    ) -> dict[str, Array]:
+        return {"rounds": state.round}
+
+
+def _search(state: _State, far: Array) -> _State:
+    """The bisection from this adversarial `[B, ...]` towards the input begins."""
+    return state._replace(
+        phase=jnp.full_like(state.phase, _SEARCH),
+        tries=jnp.zeros_like(state.tries),
+        point=far,
+        far=far,
+        low=jnp.zeros_like(state.low),
+        high=jnp.ones_like(state.high),
     )
-
-
-def _ask(oracle: Oracle, settings: _Settings, carry: _Carry) -> _Carry:
-    """One query for each example, for whatever its phase needs, and what follows from it."""
-    problem, active = oracle.problem, ~carry.done
-    searching, sampling = carry.phase == _SEARCH, carry.phase == _SAMPLE
-    size = norms.per_example(_sample_size(oracle, settings, carry), problem.inputs)
-    length = norms.per_example(carry.length, problem.inputs)
-    move = select(sampling, size * _noise(oracle, settings, carry), length * carry.direction)
-    candidate = select(searching, _middle(oracle, carry), carry.point + move)
-    candidate = jnp.clip(candidate, *problem.bounds)
-    adversarial, ledger = _decision.ask(oracle, carry.ledger, candidate, active)
-
-    asked = carry._replace(tries=carry.tries + 1)
-    # What clipping left of the noise is what was sampled.
-    sample = (candidate - carry.point) / size
-    moved = select(
-        searching,
-        _searched(oracle, settings, asked, candidate, adversarial),
-        select(
-            sampling,
-            _sampled(oracle, settings, asked, sample, adversarial),
-            _stepped(oracle, asked, candidate, adversarial),
-        ),
-    )
-    moved = select(active, moved, carry)
-    return moved._replace(ledger=ledger, done=carry.done | ~_decision.affordable(oracle, ledger))
-
-
-def _middle(oracle: Oracle, carry: _Carry) -> Array:
-    """The next point of the bisection, `[B, ...]`."""
-    inputs, delta = oracle.problem.inputs, carry.far - oracle.problem.inputs
-    share = (carry.low + carry.high) / 2
-    if oracle.norm == "linf":
-        limit = norms.per_example(share * norms.distance(delta, "linf"), delta)
-        return inputs + jnp.clip(delta, -limit, limit)
-    return inputs + norms.per_example(share, delta) * delta
-
-
-def _searched(
-    oracle: Oracle, settings: _Settings, carry: _Carry, candidate: Array, adversarial: Array
-) -> _Carry:
-    """One halving; at the end of the bisection a new round begins."""
-    middle = (carry.low + carry.high) / 2
-    low = jnp.where(adversarial, carry.low, middle)
-    high = jnp.where(adversarial, middle, carry.high)
-    point = select(adversarial, candidate, carry.point)
-    carry = carry._replace(low=low, high=high, point=point)
-    ended = high - low <= settings.tolerance
-    return select(ended, _next_round(oracle, carry), carry)
-
-
-def _next_round(oracle: Oracle, carry: _Carry) -> _Carry:
-    return carry._replace(
-        phase=jnp.full_like(carry.phase, _SAMPLE),
-        round=carry.round + 1,
-        tries=jnp.zeros_like(carry.tries),
-        distance=norms.distance(carry.point - oracle.problem.inputs, oracle.norm),
-        weighted=jnp.zeros_like(carry.weighted),
-        plain=jnp.zeros_like(carry.plain),
-        balance=jnp.zeros_like(carry.balance),
-    )
-
-
-def _noise(oracle: Oracle, settings: _Settings, carry: _Carry) -> Array:
-    """Random directions `[B, ...]` of l2 norm 1: normal for l2, uniform in a cube for linf."""
-    keys = jax.vmap(jax.random.fold_in)(settings.keys, carry.round)
-    keys = jax.vmap(jax.random.fold_in)(keys, carry.tries)
-    if oracle.norm == "linf":
-        draw = 2 * _decision.uniform(keys, carry.point) - 1
-    else:
-        draw = _decision.normal(keys, carry.point)
-    return norms.normalize(draw, "l2")
-
-
-def _sample_size(oracle: Oracle, settings: _Settings, carry: _Carry) -> Array:
-    """δ, `[B]`."""
-    low, high = oracle.problem.bounds
-    num_features = math.prod(carry.point.shape[1:])
-    later = settings.gamma * carry.distance / num_features
-    return jnp.where(carry.round == 1, _FIRST_SAMPLES * (high - low), later)
-
-
-def _sampled(
-    oracle: Oracle, settings: _Settings, carry: _Carry, sample: Array, adversarial: Array
-) -> _Carry:
-    """One more sample; after the last one of the round its direction and the first step."""
-    decision = jnp.where(adversarial, 1.0, -1.0).astype(sample.dtype)
-    weighted = carry.weighted + norms.per_example(decision, sample) * sample
-    plain = carry.plain + sample
-    balance = carry.balance + decision
-    mean = balance / carry.tries
-    # Where all decisions agree, subtracting their mean would leave nothing.
-    mean = norms.per_example(jnp.where(jnp.abs(mean) < 1, mean, 0.0), sample)
-    root = jnp.sqrt(carry.round.astype(sample.dtype))
-    num_samples = jnp.minimum(jnp.floor(settings.num_samples * root), settings.max_samples)
-    carry = carry._replace(weighted=weighted, plain=plain, balance=balance)
-    stepping = carry._replace(
-        phase=jnp.full_like(carry.phase, _STEP),
-        tries=jnp.zeros_like(carry.tries),
-        direction=norms.steepest(weighted - mean * plain, oracle.norm),
-        length=carry.distance / root,
-    )
-    return select(carry.tries >= num_samples, stepping, carry)
-
-
-def _stepped(oracle: Oracle, carry: _Carry, candidate: Array, adversarial: Array) -> _Carry:
-    """After a success the next bisection, otherwise half the step, or samples again."""
-    searching = carry._replace(
-        phase=jnp.full_like(carry.phase, _SEARCH),
-        tries=jnp.zeros_like(carry.tries),
-        point=candidate,
-        far=candidate,
-        low=jnp.zeros_like(carry.low),
-        high=jnp.ones_like(carry.high),
-    )
-    shorter = carry._replace(length=carry.length / 2)
-    given_up = carry.tries > _NUM_HALVINGS
-    return select(adversarial, searching, select(given_up, _next_round(oracle, carry), shorter))
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("norm", "num_queries", "num_samples", "max_samples", "num_starts", "trace"),
-)
-def _hop_skip_jump(
-    problem: Problem,
-    init: Array | None,
-    gamma: Array,
-    *,
-    norm: str,
-    num_queries: int,
-    num_samples: int,
-    max_samples: int,
-    num_starts: int,
-    trace: bool,
-) -> AttackResult:
-    num_features = math.prod(problem.inputs.shape[1:])
-    settings = _Settings(
-        keys=_decision.stream(problem, 1),
-        tolerance=jnp.maximum(gamma / num_features ** _TOLERANCE[norm], _LEAST_TOLERANCE),
-        gamma=gamma,
-        num_samples=num_samples,
-        max_samples=max_samples,
-    )
-    oracle = Oracle(problem, norm, num_queries)
-    clean_success, ledger = _decision.open_ledger(oracle, trace)
-    ledger = _decision.find_start(oracle, ledger, init, num_starts, clean_success)
-    carry = jax.lax.while_loop(
-        lambda carry: jnp.any(~carry.done),
-        functools.partial(_ask, oracle, settings),
-        _init(oracle, ledger),
-    )
-    result = _decision.close(oracle, carry.ledger, clean_success, trace=trace)
-    return result._replace(info=result.info | {"rounds": carry.round})
