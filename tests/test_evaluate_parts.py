@@ -127,24 +127,38 @@ def test_an_attack_of_another_norm_is_refused():
         evaluate.distances(STACK, INPUTS, LABELS, {"l2": fmn})
     with pytest.raises(ValueError, match="whose distances are linf, got one in l2"):
         evaluate.distances(STACK, INPUTS, LABELS, {"linf": evaluate.AttackPlan(attacks.ddn)})
-    with pytest.raises(ValueError, match=r"minimum-norm attack for linf, got one with eps 0\.05"):
+    with pytest.raises(ValueError, match=r"for linf, got PGD margin with eps 0\.05"):
         evaluate.evaluate(STACK, INPUTS, LABELS, attacks={}, distances={"linf": PLANS["pgd"]})
+    with pytest.raises(ValueError, match="minimum-norm attack for linf, got Spatial; pass one"):
+        evaluate.distances(STACK, INPUTS, LABELS, {"linf": evaluate.AttackPlan(attacks.spatial)})
     unknown = evaluate.AttackPlan(functools.partial(attacks.fab, norm="l0"))
     with pytest.raises(ValueError, match="norm to be one of"):
         evaluate.distances(STACK, INPUTS, LABELS, {"l0": unknown})
 
 
-def test_what_attacks_say_of_their_budget():
-    nested = functools.partial(functools.partial(attacks.pgd, eps=0.3, norm="l2"), norm="l1")
-    assert (evaluate.norm_of(nested), evaluate.eps_of(nested)) == ("l1", 0.3)
-    assert evaluate.eps_of(functools.partial(attacks.pgd, eps=np.float32(0.1))) == 0.1
-    assert evaluate.eps_of(functools.partial(attacks.pgd, eps=jnp.full(4, 0.1))) is None
-    assert (evaluate.norm_of(attacks.fab), evaluate.eps_of(attacks.fab)) == ("linf", None)
-    transferred = functools.partial(attacks.transfer, source=NETWORKS[0], attack=nested)
-    assert (evaluate.norm_of(transferred), evaluate.eps_of(transferred)) == ("l1", 0.3)
-    assert evaluate.norm_of(lambda *_: None) is None
-    for name in ("carlini_wagner_l0", "carlini_wagner_l2", "carlini_wagner_linf"):
-        assert evaluate.norm_of(getattr(attacks, name)) == name.split("_")[-1]
+def test_a_users_own_attack_is_measured():
+    """A function, a lambda and a callable object, with the facts that their arguments tell."""
+
+    def own(logits_fn, key, inputs, labels, *, eps=0.05, norm="linf"):
+        return attacks.fgsm(logits_fn, key, inputs, labels, eps=eps, norm=norm)
+
+    class Own:
+        def __call__(self, logits_fn, key, inputs, labels):
+            return own(logits_fn, key, inputs, labels)
+
+    wanted = evaluate.under_attack(
+        STACK, INPUTS, LABELS, evaluate.AttackPlan(functools.partial(attacks.fgsm, eps=0.05))
+    )
+    for attack, norm, eps in (
+        (own, "linf", 0.05),
+        (functools.partial(own, eps=0.05), "linf", 0.05),
+        (lambda *arguments: own(*arguments), None, None),
+        (Own(), None, None),
+    ):
+        plan = evaluate.AttackPlan(attack)
+        found = evaluate.under_attack(STACK, INPUTS, LABELS, plan, shards={})
+        np.testing.assert_array_equal(found.success, wanted.success)
+        assert (found.norm, found.eps) == (norm, eps)
 
 
 # -------------------------------------------------------------------------------------------------

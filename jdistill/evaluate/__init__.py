@@ -30,9 +30,8 @@ from jdistill.evaluate._curves import (
     worst_case,
 )
 from jdistill.evaluate._distances import distance_plans, distances
-from jdistill.evaluate._evaluate import Evaluation, evaluate
+from jdistill.evaluate._evaluate import Budget, Evaluation, evaluate
 from jdistill.evaluate._seeds import over_seeds
-from jdistill.evaluate._settings import Budget, eps_of, norm_of
 from jdistill.evaluate._transfer import TransferMatrix, transfer_matrix
 
 __all__ = [
@@ -50,9 +49,7 @@ __all__ = [
     "clean",
     "distance_plans",
     "distances",
-    "eps_of",
     "evaluate",
-    "norm_of",
     "over_seeds",
     "summarize",
     "transfer_matrix",

@@ -14,14 +14,10 @@ from jdistill import _validate, attacks, metrics, nets
 from jdistill.attacks import AttackResult
 from jdistill.attacks._core.chunks import run_in_chunks
 from jdistill.attacks._core.problem import example_keys
-from jdistill.evaluate import _identity, _settings, _shards
+from jdistill.evaluate import _identity, _shards
 from jdistill.evaluate._runs import Announcer, Runs, Unit, first, joined, refuse_tracers
 from jdistill.evaluate._shards import Piece, Shards, Store
 from jdistill.typing import Array, ArrayLike, AttackFn, Callback, LogitsFn
-
-# Loops on the host, which cannot be put under vmap.
-_DRIVERS = (attacks.autoattack, attacks.ensemble, attacks.universal)
-
 
 # How often what an attack did inside a batch is kept.
 _SECONDS_BETWEEN_SAVES = 30.0
@@ -59,7 +55,7 @@ class AttackOutcome(NamedTuple):
             finite. On a clean input that counts as misclassified, on an adversarial one it is no
             success: where there are some, the success rate is a lower bound. None where it was not
             counted.
-        norm: of the distances; None where the attack does not tell.
+        norm: of the distances; None where that is not known (see `attacks.Traits`).
         eps: the attack's radius; None for a minimum-norm attack.
     """
 
@@ -108,8 +104,8 @@ def under_attack(
         key: for random attacks; example `n` uses `fold_in(key, n)`. Or `[N]` keys, one each.
         targets: `[N]` int, what the attack aims at, passed on to it; None does not.
         temperature: at which the networks are attacked, above 0; scalar or `[R]`.
-        vmapped: whether to run the stack under `vmap`; None does so except on CPU, and for the
-            attacks that are loops of the host.
+        vmapped: whether to run the stack under `vmap`; None does so except on CPU, and except for
+            attacks that are loops on the host or may be (see `attacks.Traits`).
         callback: see `evaluate`.
         stage: a name for the callback.
         shards: where to keep what was done to one network on one batch, such as
@@ -143,12 +139,12 @@ def under_attack(
         pieces = job.work(kept, stage, host, num_hosts).pieces
         if num_hosts > 1:
             pieces = _of_all_hosts(job.units, kept)
-    piece = joined(pieces)
+    piece, known = joined(pieces), attacks.traits(plan.attack)
     return summarize(
         piece.result,
         num_nonfinite=(~piece.finite).sum(axis=1),
-        norm=_settings.norm_of(plan.attack),
-        eps=_settings.eps_of(plan.attack),
+        norm=known.norm,
+        eps=known.eps,
     )
 
 
@@ -353,7 +349,7 @@ def _job(
     callback: Callback | None,
 ) -> _Job:
     refuse_tracers(stack, inputs, labels, key)
-    if vmapped is None and _settings.function_of(plan.attack) in _DRIVERS:
+    if vmapped is None and attacks.traits(plan.attack).host_loop:
         vmapped = False
     runs = Runs.of(stack, temperature, vmapped, callback)
     _validate.count(batch_size=plan.batch_size)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jdistill import attacks
-from jdistill.evaluate import _settings
 from jdistill.evaluate._attack import AttackOutcome, AttackPlan, under_attack
 from jdistill.evaluate._shards import Store
 from jdistill.typing import Array, ArrayLike, Bounds, Callback, LogitsFn
@@ -120,14 +119,15 @@ def distances(
 def check_distance_plans(plans: Mapping[str, AttackPlan]) -> None:
     """An error for an attack of another norm, or with a fixed budget."""
     for norm, plan in plans.items():
-        found, eps = _settings.norm_of(plan.attack), _settings.eps_of(plan.attack)
-        if found is not None and found != norm:
+        found = attacks.traits(plan.attack)
+        if found.norm is not None and found.norm != norm:
             raise ValueError(
-                f"expected an attack whose distances are {norm}, got one in {found}; bind "
-                f"norm={norm!r} where the attack has that norm, or pass it as {found!r}"
+                f"expected an attack whose distances are {norm}, got one in {found.norm}; bind "
+                f"norm={norm!r} where the attack has that norm, or pass it as {found.norm!r}"
             )
-        if eps is not None:
+        if not found.minimum_norm:
+            within = "" if found.eps is None else f" with eps {found.eps:g}"
             raise ValueError(
-                f"expected a minimum-norm attack for {norm}, got one with eps {eps:g}; pass fmn, "
-                "ddn, fab without eps, or carlini_wagner_l2"
+                f"expected a minimum-norm attack for {norm}, got {found.title}{within}; pass one "
+                "that looks for the smallest distance, such as attacks.fmn"
             )

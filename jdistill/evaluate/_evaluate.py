@@ -7,16 +7,23 @@ import jax
 import numpy as np
 
 from jdistill import metrics, nets
-from jdistill.evaluate import _curves, _settings
+from jdistill.attacks import traits
+from jdistill.evaluate import _curves
 from jdistill.evaluate._attack import AttackOutcome, AttackPlan, under_attack
 from jdistill.evaluate._clean import CleanMeasures, clean
 from jdistill.evaluate._curves import Curve
 from jdistill.evaluate._distances import check_distance_plans, distances
 from jdistill.evaluate._runs import first, refuse_tracers
-from jdistill.evaluate._settings import Budget
 from jdistill.evaluate._shards import Store
 from jdistill.evaluate._transfer import TransferMatrix, transfer_matrix
 from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
+
+
+class Budget(NamedTuple):
+    """What an attack may do: move an input by at most `eps` in a norm."""
+
+    norm: str
+    eps: float
 
 
 class Evaluation(NamedTuple):
@@ -165,13 +172,12 @@ def evaluate(
         attacks=outcomes,
         distances=found,
         worst_case=_worst_cases(everything),
-        eps_curves=_eps_curves(everything, {} if eps_grids is None else eps_grids),
+        eps_curves=_eps_curves(everything, named, eps_grids or {}),
         step_curves=_step_curves(outcomes, attacks),
         query_curves={
             name: _curves.accuracy_against_queries(outcome)
             for name, outcome in outcomes.items()
-            if outcome.eps is not None
-            and "num_queries" in _settings.bound_settings(attacks[name].attack)
+            if outcome.eps is not None and "num_queries" in traits(attacks[name].attack).settings
         },
         transfer={
             name: [
@@ -208,13 +214,12 @@ def _worst_cases(outcomes: Mapping[str, AttackOutcome]) -> dict[Budget, list[met
 
 
 def _eps_curves(
-    outcomes: Mapping[str, AttackOutcome], grids: Mapping[str, Sequence[float]]
+    outcomes: Mapping[str, AttackOutcome],
+    plans: Mapping[str, AttackPlan],
+    grids: Mapping[str, Sequence[float]],
 ) -> dict[str, list[Curve]]:
-    norms = dict.fromkeys(
-        outcome.norm
-        for outcome in outcomes.values()
-        if outcome.norm is not None and outcome.eps is None
-    )
+    known = [traits(plan.attack) for plan in plans.values()]
+    norms = dict.fromkeys(found.norm for found in known if found.minimum_norm and found.norm)
     return {
         norm: _curves.accuracy_against_eps(_in_norm(outcomes, norm).values(), grids.get(norm))
         for norm in norms
@@ -226,8 +231,7 @@ def _step_curves(
 ) -> dict[str, list[Curve]]:
     curves = {}
     for name, outcome in outcomes.items():
-        settings = _settings.bound_settings(plans[name].attack)
-        num_steps = settings.get("num_steps")
+        num_steps = traits(plans[name].attack).settings.get("num_steps")
         if outcome.eps is None or num_steps is None or "first_success" not in outcome.info:
             continue
         last = max(num_steps + 1, int(outcome.info["first_success"].max()))

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jdistill.evaluate import _settings
+from jdistill.attacks._core.traits import unbound
 
 
 def describe(value: Any) -> Any:
@@ -47,10 +47,8 @@ def describe(value: Any) -> Any:
 
 def describe_attack(attack: Any) -> Any:
     """An attack's function with all its settings, also those left at their defaults."""
-    return {
-        "function": describe(_settings.function_of(attack)),
-        "settings": describe(_settings.bound_settings(attack)),
-    }
+    function, settings = unbound(attack)
+    return {"function": describe(function), "settings": describe(settings)}
 
 
 def fingerprint(value: Any) -> str:
