@@ -30,9 +30,10 @@ class Chunks:
     call reads the results off, and goes on.
 
     Args:
-        callback: called between chunks, every half second at most, with `done` and `total` events of the method that runs
-            (`total` is None where it has no fixed number), `active [B]` bool, the examples that
-            are not done, and `save`, a function that returns what `saved` takes, `[P]` uint8.
+        callback: called between chunks, every half second at most, with `done` and `total` events
+            of the method that runs (`total` is None where it has no fixed number), `active [B]`
+            bool, the examples that are not done, and `save`, a function that returns what `saved`
+            takes, `[P]` uint8.
         saved: what an interrupted call of the same attack on the same examples had saved; where
             it does not fit, the attack begins anew.
     """

@@ -134,7 +134,7 @@ class Method:
     keeps_closest: ClassVar[bool] = False
     moves_first: ClassVar[bool] = False
     maximizes: bool = False
-    narrows: ClassVar[bool] = True
+    narrows: bool = True
     passes_at_start: Passes = Passes(1, 0)
     passes: Passes = Passes(1, 1)
 
@@ -221,9 +221,12 @@ def run(method: Method, problem: Problem, *, trace: bool = False) -> AttackResul
     """
     handler = _handler.get()
     with full_precision():
-        if handler is None or (handler.on_host and _validate.is_traced(problem)):
-            return _run(method, problem, trace=trace)
-        return handler(method, problem, trace)
+        # A new array is a tracer too where the caller is compiled but passes constants only.
+        if handler is not None and not (
+            handler.on_host and _validate.is_traced(method, problem, jnp.zeros(()))
+        ):
+            return handler(method, problem, trace)
+        return _run(method, problem, trace=trace)
 
 
 @functools.partial(jax.jit, static_argnames="trace")
