@@ -268,6 +268,9 @@ def _attack(
             vmapped=False,
             callback=progress,
             stage=stage,
+            shards=results.shards,
+            shard_name=f"batches of {options.batch_size}",
+            names=[results.stem(network)],
         )
     rows, arrays = attack_results.per_example(
         network,

@@ -4,6 +4,7 @@ settings.json                    the attack, every setting, the networks, versio
 T100_seed0_g2_step3010.csv       a row an example
 T100_seed0_g2_step3010.npz       the adversarial inputs, and what else is an array
 T100_seed0_g2_step3010.partial.npz   how far autoattack got, until it is done
+partial/                         how far any other attack got, until it is done
 """
 
 import csv
@@ -86,6 +87,7 @@ class Folder:
         networks = list(networks)
         for network in networks:
             self._state_file(network).unlink(missing_ok=True)
+            _forget(self.shards, self.stem(network))
         names = [_identity(network._asdict()) for network in networks]
         gone = [entry for entry in self._networks if _identity(entry) in names]
         self._networks = [entry for entry in self._networks if entry not in gone]
@@ -98,9 +100,13 @@ class Folder:
 
     def files(self, network: Trained) -> tuple[epath.Path, epath.Path]:
         """The network's CSV and its NPZ."""
-        temperature = temperature_name(network.temperature)
-        stem = f"T{temperature}_seed{network.seed}_g{network.generation}_step{network.step}"
+        stem = self.stem(network)
         return self.path / f"{stem}.csv", self.path / f"{stem}.npz"
+
+    def stem(self, network: Trained) -> str:
+        """The network's name in the folder."""
+        temperature = temperature_name(network.temperature)
+        return f"T{temperature}_seed{network.seed}_g{network.generation}_step{network.step}"
 
     def save(
         self,
@@ -131,6 +137,12 @@ class Folder:
         self._networks.sort(key=_identity)
         self._write()
         self._state_file(network).unlink(missing_ok=True)
+        _forget(self.shards, self.stem(network))
+
+    @property
+    def shards(self) -> runtime.ShardFolder:
+        """Where `evaluate` keeps how far an attack is, until its results are saved."""
+        return runtime.ShardFolder(self.path / "partial")
 
     def save_state(self, network: Trained, state: EnsembleState) -> None:
         """Keep how far an attack got with a network."""
@@ -144,7 +156,7 @@ class Folder:
         if not path.exists():
             return None
         with np.load(io.BytesIO(path.read_bytes())) as file:
-            if file["network"] != self._of(network):
+            if set(EnsembleState._fields) - set(file.files) or file["network"] != self._of(network):
                 return None
             return EnsembleState(*(file[name] for name in EnsembleState._fields))
 
@@ -174,6 +186,11 @@ class Folder:
     def _write(self) -> None:
         content = {**self._settings, "networks": self._networks, "runs": self._runs}
         runtime.write_json(self.path / _FILE, content)
+
+
+def _forget(shards: runtime.ShardFolder, stem: str) -> None:
+    for name in [name for name in shards if stem in name.split("/")]:
+        del shards[name]
 
 
 def _identity(entry: Mapping[str, Any]) -> tuple[float, int, int, int]:

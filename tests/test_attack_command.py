@@ -208,7 +208,7 @@ def test_all_targets_and_arrays_of_info(trained):
     np.testing.assert_array_equal(success, direct.success)
     np.testing.assert_array_equal(success, column(rows, "prediction", int) == targets)
     assert 0 < success.sum() < len(rows)
-    np.testing.assert_allclose(points["info_loss"], direct.info["loss"], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(points["info_trace"], direct.info["trace"], rtol=1e-3, atol=1e-3)
 
 
 def test_aims():

@@ -9,6 +9,7 @@ import pytest
 
 from jdistill import attacks, nets
 from jdistill.attacks import _autoattack
+from jdistill.attacks._core import chunks
 
 B, SHAPE, D, H, K = 64, (6, 6, 1), 36, 16, 5
 RNG = np.random.default_rng(6)
@@ -129,12 +130,17 @@ class Stop(Exception):
     pass
 
 
+def batches(events):
+    """The events after a batch, without those inside one."""
+    return [event for event in events if "step" not in event]
+
+
 @pytest.mark.parametrize("stop_after", [1, 4, 9])
 def test_resumed_is_uninterrupted(whole, stop_after):
     kept, seen = [], []
 
     def until(event):
-        seen.append(event)
+        seen.extend(batches([event]))
         if len(seen) == stop_after:
             kept.append(jax.tree.map(np.copy, event["state"]))
             raise Stop
@@ -146,10 +152,39 @@ def test_resumed_is_uninterrupted(whole, stop_after):
     same(resumed, whole)
     events = []
     run(batch_size=16, callback=events.append)
+    events, later = batches(events), batches(later)
     assert len(later) == len(events) - stop_after  # nothing lost, nothing done twice
     assert [event["attack"] for event in later] == [
         event["attack"] for event in events[stop_after:]
     ]
+
+
+def test_stopped_inside_square_goes_on_inside_square(whole, monkeypatch):
+    monkeypatch.setattr(chunks, "_SHORTEST", 0.0)
+    monkeypatch.setattr(chunks, "_LONGEST", 0.0)  # one event per chunk
+    kept, steps = [], []
+
+    def until(event):
+        if event["attack"] == "square" and event.get("step") == 20:
+            kept.append(jax.tree.map(np.copy, event["state"]))
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(callback=until)
+    assert len(kept[0].part)
+
+    def first_only(event):
+        steps.append((event["attack"], event.get("step")))
+        monkeypatch.setattr(chunks, "_LONGEST", 9.0)  # and then in as few as possible
+        monkeypatch.setattr(chunks, "_SHORTEST", 9.0)
+
+    same(run(start=kept[0], callback=first_only), whole)
+    assert steps[0] == ("square", 20)
+    # With another batch size the part is of other examples: its batch begins anew.
+    steps.clear()
+    monkeypatch.setattr(chunks, "_SHORTEST", 0.0)
+    same(run(start=kept[0], callback=first_only, batch_size=16), whole)
+    assert steps[0] == ("square", 0)
 
 
 @pytest.mark.parametrize(

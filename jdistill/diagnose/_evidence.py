@@ -134,8 +134,8 @@ def gather(problem: Problem, rows: Rows, settings: Settings) -> Evidence:
         on_path=on_path,
         lapsed=correct & naive.success & right_again,
         nonfinite=correct & ~ended_finite,
-        flat=standing & (np.ptp(naive.info["loss"][:, 0], axis=1) == 0),
-        moving=resisted & still_moving(results["margin"].info["loss"][:, 0]),
+        flat=standing & (np.ptp(naive.info["trace"], axis=1) == 0),
+        moving=resisted & still_moving(results["margin"].info["trace"]),
     )
 
 
