@@ -410,6 +410,85 @@ def test_result_is_what_it_says(case, targeted):
 
 
 @all_cases
+def test_every_attack_says_how_it_went(case):
+    result = run(case, MODEL, INPUTS, LABELS, trace=True)
+    plain = run(case, MODEL, INPUTS, LABELS)
+    for name in ("inputs", "success", "distance", "queries"):
+        np.testing.assert_array_equal(getattr(result, name), getattr(plain, name), err_msg=name)
+    assert plain.info.keys() >= {"first_success", "gradients"}
+    assert "trace" not in plain.info
+    first, trace = result.info["first_success"], result.info["trace"]
+    # -1 never, 0 the clean input, k >= 1 the k-th point judged.
+    np.testing.assert_array_equal(first >= 0, result.success)
+    np.testing.assert_array_equal(first == 0, ~RIGHT)
+    # What was judged is recorded, point by point; the verification may judge one more.
+    assert trace.ndim == 2
+    recorded = ~np.isnan(trace)
+    events = recorded.sum(1)
+    np.testing.assert_array_equal(recorded, np.arange(trace.shape[1]) < events[:, None])
+    assert np.all(first <= events + 1)
+    assert events[WRONG] == 0
+    # What it cost is what was judged, and no more than it can cost.
+    budget = {"eps": BUDGETS[case.norm]} if case.budget else {}
+    most = attacks.cost(functools.partial(case.attack, **budget), shape=SHAPE, num_classes=K)
+    assert result.info["gradients"].dtype == np.int32
+    assert np.all(result.queries <= most.forward)
+    assert np.all(result.info["gradients"] <= most.backward)
+    assert (most.backward > 0) == (attacks.traits(case.attack).access == "gradient")
+    if trace.shape[1]:
+        rest = result.queries[RIGHT] - 2
+        assert np.all(rest % events[RIGHT] == 0)
+        assert len(set(rest // events[RIGHT])) == 1  # forward passes per event
+
+
+@attack_cases
+def test_numbers_may_differ_by_example(case):
+    parameters = inspect.signature(case.attack).parameters.values()
+    numbers = {
+        p.name: case.changes.get(p.name, p.default)
+        for p in parameters
+        if isinstance(p.default, float) and p.name not in SHARED
+    }
+    numbers = {name: value for name, value in numbers.items()}
+    scalars = run(case, MODEL, INPUTS, LABELS, key=KEYS, **numbers)
+    each = {name: np.full(B, value, np.float32) for name, value in numbers.items()}
+    same = run(case, MODEL, INPUTS, LABELS, key=KEYS, **each)
+    jax.tree.map(np.testing.assert_array_equal, same, scalars)
+    # Another number for some leaves the others as they were.
+    for name, value in numbers.items():
+        some = np.where(np.arange(B) < B // 2, value, 0.9 * value).astype(np.float32)
+        mixed = run(case, MODEL, INPUTS, LABELS, key=KEYS, **(each | {name: some}))
+        half = jax.tree.map(lambda leaf: leaf[: B // 2], (mixed, scalars))
+        jax.tree.map(np.testing.assert_array_equal, *half)
+
+
+# Numbers that hold for all examples: what is seen beyond an image's edges.
+SHARED = {"fill"}
+
+
+@attack_cases
+def test_a_start_of_the_callers(case):
+    # Every attack that starts from a point takes it; what is outside ball and box is brought in.
+    if "init" not in inspect.signature(case.attack).parameters:
+        assert attacks.traits(case.attack).name in STARTLESS
+        return
+    init = np.random.default_rng(4).uniform(-0.2, 1.2, INPUTS.shape).astype(np.float32)
+    result = run(case, MODEL, INPUTS, LABELS, init=init)
+    np.testing.assert_array_equal(result.inputs[WRONG], INPUTS[WRONG])
+    assert np.all((result.inputs >= 0) & (result.inputs <= 1))
+    if case.budget:
+        assert np.all(result.distance <= BUDGETS[case.norm] * (1 + 1e-5))
+    plain = run(case, MODEL, INPUTS, LABELS)
+    assert not np.array_equal(result.inputs, plain.inputs)
+    with pytest.raises(ValueError, match=r"expected init of the inputs' shape \(8, 3, 2\), got"):
+        run(case, MODEL, INPUTS, LABELS, init=init[:3])
+
+
+# They start at the input by definition, or draw their starts around it.
+STARTLESS = {"ddn", "fab", "fab_targeted", "fgsm", "fmn"}
+
+
+@all_cases
 def test_an_example_already_at_its_target_is_left_alone(case):
     # The last example is taken for its target to begin with; its neighbors are not.
     targets = TARGETS.copy()
@@ -722,12 +801,12 @@ def test_order_split_and_padding_of_the_batch_change_nothing(case):
 def test_the_trace_does_not_depend_on_the_neighbors(name):
     # An example that stops early keeps what it recorded while the others go on.
     whole = run(CASES[name], MODEL, INPUTS, LABELS, key=KEYS, trace=True)
-    recorded = np.isfinite(whole.info["loss"]).reshape(B, -1).sum(1)
+    recorded = np.isfinite(whole.info["trace"]).sum(1)
     # All but the forward pass before the loop and the verification after it.
     np.testing.assert_array_equal(recorded, np.where(RIGHT, whole.queries - 2, 0))
     early = np.full(B, np.argmin(np.where(RIGHT, recorded, 999)))
     alone = run(CASES[name], MODEL, INPUTS[early], LABELS[early], key=KEYS[early], trace=True)
-    np.testing.assert_allclose(alone.info["loss"], whole.info["loss"][early], rtol=1e-4)
+    np.testing.assert_allclose(alone.info["trace"], whole.info["trace"][early], rtol=1e-4)
 
 
 @all_cases
