@@ -15,18 +15,36 @@ The contract of every attack:
   strictly above all others), and every logit is finite. It is checked again by a forward pass on
   the returned inputs. An example that already succeeds is returned unchanged, at distance 0
   after one query. Clean logits that are not finite count as misclassified: for an untargeted
-  attack that is a success already, for a targeted one it is none, and the search begins there.
+  attack that is a success already, for a targeted one the search begins there.
 * Every example stands alone: its randomness comes from its own key (`fold_in(key, index)`, or the
-  `[B]` keys given), and no sum over the batch decides anything. Between batches of different sizes
-  only rounding differs, where the network's own does (a matrix product may add in another order).
-  An empty batch gives an empty result, where the `logits_fn` itself takes one.
+  `[B]` keys given), and no sum over the batch decides anything. A number that can differ by example
+  is a scalar or `[B]`. Between batches of different sizes only rounding differs, where the
+  network's own does (a matrix product may add in another order). An empty batch gives an empty
+  result, where the `logits_fn` itself takes one.
+* Examples that are done stop costing: an attack that may take 50 steps or more, and ends at a
+  different time for each example, goes on in half as many rows when half of its examples are done,
+  and so on down to 32. So a `logits_fn`, a loss, and whatever else an attack calls must not hold
+  arrays `[B, ...]` (but see `maximize`).
 * Matrix products run at full float32 precision unless `jax_default_matmul_precision` is set.
+
+Every result says in `info` how the search went:
+
+* `first_success [B]` int32, the number of the first point judged a success: -1 never, 0 the clean
+  input, `k >= 1` the k-th point after it, over all restarts and searches.
+* `gradients [B]` int32, backward passes spent, as `queries` are the forward passes. `cost` says
+  how many an attack can spend at most.
+* with `trace=True`, `trace [B, events]`: a value of every point judged, which the attack's
+  docstring names; NaN once an example is done.
+
+`step_size` is always the length of a step in input units, and `decay` the share of the accumulated
+direction that is kept. `init [B, ...]`, wherever an attack starts from a point, is the first start.
 
 Three are drivers, loops on the host that refuse tracers: `ensemble` (the worst case over attacks),
 `autoattack` (the standard one), and `universal` (one perturbation for all inputs, the exception to
-"stands alone"). The first two can be stopped and go on from their state. `expectation` and `bpda`
-make a `logits_fn` of a defense that is random or not differentiable; `transfer` judges on one
-network what an attack crafted on another.
+"stands alone"). The first two can be stopped, inside a batch as well, and go on from their state.
+`expectation` and `bpda` make a `logits_fn` of a defense that is random or not differentiable;
+`transfer` judges on one network what an attack crafted on another; `maximize` is the inner loop of
+adversarial training. `traits` reads the facts of an attack off its function.
 """
 
 from jdistill.attacks._apgd import apgd, apgd_targeted
