@@ -237,6 +237,8 @@ def test_the_unreachable_is_a_failure_and_not_zeros():
     assert not np.any(result.success)
     assert np.all(np.isinf(result.distance))
     assert np.all(np.isinf(result.info["elastic_net"]))
+    without_l1 = attacks.ead(fixed, None, INPUTS, labels, num_searches=3, num_steps=10, beta=0)
+    assert np.all(np.isinf(without_l1.info["elastic_net"]))
     assert np.all(np.isnan(result.info["const"]))
 
 
@@ -250,26 +252,68 @@ def test_untouched_inputs_are_equal_to_the_bit():
 def test_the_trace_holds_the_objective_of_every_step():
     kwargs = {"num_searches": 2, "num_steps": 20, "initial_const": 1.0, "abort_early": False}
     result = attacks.ead(make(), None, INPUTS, LABELS, trace=True, beta=1e3, **kwargs)
-    loss = np.asarray(result.info["loss"])
     # Nothing passes such a threshold: the objective stays the constant times the clean margin.
     ordered = np.sort(logits_of(INPUTS.astype(np.float64)), axis=1)
-    expected = (ordered[:, -1] - ordered[:, -2])[:, None, None] * np.array([1, 10])[:, None]
-    np.testing.assert_allclose(loss, np.broadcast_to(expected, (B, 2, 20)), rtol=1e-3)
+    expected = (ordered[:, -1] - ordered[:, -2])[:, None] * np.repeat([1, 10], 20)
+    np.testing.assert_allclose(result.info["trace"], expected, rtol=1e-3)
+    # Two forward passes and one backward pass per step.
     np.testing.assert_array_equal(result.queries, np.full(B, 1 + 2 * 2 * 20 + 1))
+    np.testing.assert_array_equal(result.info["gradients"], np.full(B, 2 * 20))
     assert not np.any(result.success)
+
+
+def test_settings_per_example():
+    settings = {
+        "beta": np.linspace(1e-3, 0.02, B),
+        "confidence": np.linspace(0, 0.3, B),
+        "learning_rate": np.linspace(0.01, 0.03, B),
+        "initial_const": np.geomspace(0.01, 1, B),
+    }
+    steps = {"num_searches": 4, "num_steps": 30, "decision_rule": "elastic_net"}
+    together = attacks.ead(make(), None, INPUTS, LABELS, **settings, **steps)
+    assert np.all(together.success)
+    for b in (0, 3):
+        one = slice(b, b + 1)
+        single = {name: value[b] for name, value in settings.items()}
+        alone = attacks.ead(make(), None, INPUTS[one], LABELS[one], **single, **steps)
+        np.testing.assert_allclose(alone.inputs[0], together.inputs[b], atol=1e-5)
+        for name in ("elastic_net", "const"):
+            np.testing.assert_allclose(alone.info[name][0], together.info[name][b], rtol=1e-4)
+
+
+@pytest.mark.parametrize("abort_early", [True, False])
+def test_searches_start_where_they_are_told(abort_early):
+    settings = {"num_searches": 3, "num_steps": 20, "abort_early": abort_early}
+    plain = attacks.ead(make(), None, INPUTS, LABELS, **settings)
+    same = attacks.ead(make(), None, INPUTS, LABELS, init=INPUTS, **settings)
+    jax.tree.map(np.testing.assert_array_equal, same, plain)
+    # From far beyond the boundary already the first step is a success, at any constant.
+    far = attacks.ead(make(), None, INPUTS, LABELS, num_steps=100, confidence=0.5).inputs
+    warm = attacks.ead(make(), None, INPUTS, LABELS, init=far, **settings)
+    assert np.all(warm.success)
+    np.testing.assert_array_equal(warm.info["first_success"], np.ones(B))
+    outside = attacks.ead(make(), None, INPUTS, LABELS, init=INPUTS + 9, trace=True, **settings)
+    corner = attacks.ead(
+        make(), None, INPUTS, LABELS, init=np.ones_like(INPUTS), trace=True, **settings
+    )
+    jax.tree.map(np.testing.assert_array_equal, outside, corner)
+    # With `abort_early` every search starts there, otherwise only the first one.
+    loss = np.asarray(corner.info["trace"])
+    assert np.all((np.nanmax(loss[:, 10:], axis=1) > 0.9 * loss[:, 0]) == abort_early)
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
         ({"beta": -1.0}, r"expected beta >= 0, got -1\.0"),
-        ({"beta": np.ones(B)}, r"expected beta of rank 0, got shape \(6,\)"),
+        ({"beta": np.ones(3)}, r"expected beta to be a scalar or of shape \[B\] = .*, got \(3,\)"),
         ({"decision_rule": "EN"}, "expected decision_rule to be one of 'l1', 'elastic_net'"),
         ({"confidence": np.nan}, "expected confidence >= 0, got nan"),
         ({"learning_rate": 0.0}, r"expected learning_rate > 0, got 0\.0"),
         ({"initial_const": 0}, "expected initial_const > 0, got 0"),
         ({"num_searches": 0}, "expected num_searches to be a whole number >= 1, got 0"),
         ({"num_steps": 2.0}, r"expected num_steps to be a whole number >= 1, got 2\.0"),
+        ({"init": INPUTS[:1]}, "expected init of the inputs' shape"),
     ],
 )
 def test_bad_settings_are_named(kwargs, message):

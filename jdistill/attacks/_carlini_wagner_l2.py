@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, norms
-from jdistill.attacks._core import constant_search
-from jdistill.attacks._core.constant_search import Bracket
-from jdistill.attacks._core.engine import Method, Progress, Seen, register, run, select, static
-from jdistill.attacks._core.problem import (
-    AttackResult,
-    Problem,
-    one_per_example,
-    prepare,
-    start_point,
+from jdistill.attacks._core.constant_search import (
+    ConstantSearch,
+    Search,
+    first_point,
+    from_box,
+    per_example_adam,
+    to_box,
 )
+from jdistill.attacks._core.engine import Seen, register, run, select
+from jdistill.attacks._core.problem import AttackResult, Problem, one_per_example, prepare
 from jdistill.attacks._core.traits import facts
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
@@ -59,7 +59,7 @@ def carlini_wagner_l2(
         learning_rate: of Adam, in units of `w`, above 0; scalar or `[B]`. An input on the box's
             face starts at `|w| = 7.25` and moves at most `learning_rate` per step, so runs of few
             steps on images with black backgrounds need a larger one than the paper's 0.01.
-        initial_const: the first `c`, above 0; a scalar or `[B]`.
+        initial_const: the first `c`, above 0; scalar or `[B]`.
         abort_early: end a search when the example's own loss has stopped falling (checked every
             tenth of the steps).
         bounds: the box of valid inputs.
@@ -70,9 +70,9 @@ def carlini_wagner_l2(
     Returns:
         The result. Where nothing was found: the clean input, `success=False`, `distance=inf`.
         `distance` is the L2 distance to the clean input. `info`: `const [B]`, the `c` of the
-        returned point (NaN if none); `first_success`, over all searches; `gradients`; with
-        `trace` the loss of every iterate, `trace [B, num_searches · num_steps]`, one search after
-        the other. See `jdistill.attacks`.
+        returned point (NaN if nothing was found); `first_success`, over all searches;
+        `gradients`; with `trace` the loss of every iterate, `trace [B, num_searches · num_steps]`,
+        one search after the other. See `jdistill.attacks`.
 
     Raises:
         ValueError: confidence below 0, learning_rate or initial_const not above 0, counts below
@@ -88,27 +88,24 @@ def carlini_wagner_l2(
 
     References:
         Carlini & Wagner 2017, "Towards Evaluating the Robustness of Neural Networks", sections V
-        and VI.A (f6 with change of variables); the differences to the released code: failures
-        are the clean input and not zeros, every stop is per example, other classes are masked
-        with `-inf`, the distance is to the input itself and not to its image in tanh space, and a
-        success at the step that ends a search counts.
+        and VI.A (f6 with change of variables). The differences from the released code: failures
+        are the clean input and not a gray image; every stop and Adam's state, its count included,
+        are per example; the true class is masked with `-inf` and not by subtracting 10,000, so
+        that no scale of the logits matters; the distance is to the input itself and not to its
+        image in tanh space; a success at the step that ends a search counts.
     """
     del key
     _validate.non_negative(confidence=confidence)
     _validate.positive(learning_rate=learning_rate, initial_const=initial_const)
     _validate.count(num_searches=num_searches, num_steps=num_steps)
     problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
-    clean_w = constant_search.from_box(problem.inputs, problem.bounds)
-    offset = jnp.zeros_like(clean_w)
-    if init is not None:
-        point = jnp.clip(start_point(init, problem), *problem.bounds)
-        offset = constant_search.from_box(point, problem.bounds) - clean_w
+    clean_w = from_box(problem.inputs, problem.bounds)
     method = _CarliniWagnerL2(
         confidence=one_per_example(confidence, problem.inputs, name="confidence"),
         learning_rate=one_per_example(learning_rate, problem.inputs, name="learning_rate"),
         initial_const=one_per_example(initial_const, problem.inputs, name="initial_const"),
         clean_w=clean_w,
-        first_offset=offset,
+        first_offset=from_box(first_point(init, problem), problem.bounds) - clean_w,
         num_searches=num_searches,
         num_steps=num_steps,
         abort_early=abort_early,
@@ -119,57 +116,26 @@ def carlini_wagner_l2(
 class _State(NamedTuple):
     offset: Array  # w minus the clean input's w
     adam: Any
-    step: Array  # inside the current search
-    search: Array
-    bracket: Bracket
-    succeeded: Array  # in the current search
-    previous_loss: Array  # at the last check for an early end
+    search: Search
 
 
 @register
-class _CarliniWagnerL2(Method):
-    confidence: Array  # [B]
-    learning_rate: Array  # [B]
-    initial_const: Array  # [B]
+class _CarliniWagnerL2(ConstantSearch):
     clean_w: Array  # [B, ...], the clean inputs in the variable w
     first_offset: Array  # [B, ...], where each search starts
-    num_searches: int = static()
-    num_steps: int = static()
-    abort_early: bool = static()
     norm = "l2"
-    minimum_norm = True
-    keeps_closest = True
-
-    @property
-    def num_events(self) -> int:  # type: ignore[override]
-        return self.num_searches * self.num_steps
-
-    def _search(self, bracket: Bracket, search: Array) -> _State:
-        """The state in which search number `[B]` begins."""
-        return _State(
-            offset=self.first_offset,
-            adam=constant_search.per_example_adam().init(self.first_offset),
-            step=jnp.zeros_like(search),
-            search=search,
-            bracket=bracket,
-            succeeded=jnp.zeros(search.shape, bool),
-            previous_loss=jnp.full_like(bracket.const, jnp.inf),
-        )
 
     def init(self, problem: Problem) -> tuple[_State, Array]:
-        first = constant_search.first_bracket(self.initial_const)
-        search = jnp.zeros(self.initial_const.shape, jnp.int32)
-        return self._search(first, search), problem.logits_fn(problem.inputs)
-
-    def no_note(self, problem: Problem) -> Array:
-        return jnp.full_like(self.initial_const, jnp.nan)
+        adam = per_example_adam().init(self.first_offset)
+        state = _State(self.first_offset, adam, self.first_search())
+        return state, problem.logits_fn(problem.inputs)
 
     def step(self, problem: Problem, state: _State, event: Array) -> tuple[_State, Seen]:
         """Judge the current point, then one Adam step; a search's end begins the next one."""
-        inputs, goal, const = problem.inputs, problem.goal, state.bracket.const
+        inputs, goal, const = problem.inputs, problem.goal, state.search.const
 
         def total(offset: Array) -> tuple[Array, tuple[Array, Array, Array, Array]]:
-            point = constant_search.to_box(self.clean_w + offset, problem.bounds)
+            point = to_box(self.clean_w + offset, problem.bounds)
             logits = problem.logits_fn(point)
             squared = jnp.sum(jnp.square(point - inputs), axis=tuple(range(1, inputs.ndim)))
             loss = squared + const * jnp.maximum(self.confidence - goal.excess(logits), 0.0)
@@ -179,28 +145,10 @@ class _CarliniWagnerL2(Method):
         # A network that overflows far from the data must not spoil the example's moments.
         gradient = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
         success = goal.reached(logits) & (goal.excess(logits) > self.confidence)
-        succeeded = state.succeeded | success
-        update, adam = constant_search.per_example_adam().update(gradient, state.adam)
+        update, adam = per_example_adam().update(gradient, state.adam)
+        offset = state.offset - norms.per_example(self.learning_rate, update) * update
 
-        checked = state.step % max(self.num_steps // 10, 1) == 0
-        stalled = checked & (loss > 0.9999 * state.previous_loss) & self.abort_early
-        ended = stalled | (state.step + 1 == self.num_steps)
-        same = state._replace(
-            offset=state.offset - norms.per_example(self.learning_rate, update) * update,
-            adam=adam,
-            step=state.step + 1,
-            succeeded=succeeded,
-            previous_loss=jnp.where(checked, loss, state.previous_loss),
-        )
-        bracket = constant_search.next_bracket(
-            state.bracket, succeeded, state.search, self.num_searches
-        )
-        new = select(ended, self._search(bracket, state.search + 1), same)
-        spent = new.search == self.num_searches
+        search, ended, spent = self.next_search(state.search, success, loss)
+        first = _State(self.first_offset, per_example_adam().init(self.first_offset), search)
+        new = select(ended, first, _State(offset, adam, search))
         return new, Seen(success, loss, spent, point, squared, note=const)
-
-    def info(
-        self, problem: Problem, state: _State, progress: Progress, result: AttackResult
-    ) -> dict[str, Array]:
-        assert progress.best is not None
-        return {"const": progress.best[2]}

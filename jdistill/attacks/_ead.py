@@ -1,23 +1,21 @@
 """Elastic-net attack: a sparse minimum-norm attack by shrinkage and thresholding."""
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, norms
-from jdistill._precision import full_precision
-from jdistill.attacks._core import constant_search as _search
-from jdistill.attacks._core import problem as _base
-from jdistill.attacks._core.constant_search import Bracket
-from jdistill.attacks._core.problem import AttackResult, Problem
-from jdistill.attacks._loop import until_done
+from jdistill.attacks._core.constant_search import ConstantSearch, Search, first_point
+from jdistill.attacks._core.engine import Passes, Progress, Seen, register, run, select, static
+from jdistill.attacks._core.problem import AttackResult, Problem, one_per_example, prepare
+from jdistill.attacks._core.traits import facts
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 _RULES = ("l1", "elastic_net")
 
 
+@facts(title="EAD", norms=("l1",), minimum_norm=True)
 def ead(
     logits_fn: LogitsFn,
     key: Array | None,
@@ -34,6 +32,7 @@ def ead(
     abort_early: bool = True,
     bounds: tuple[float, float] = (0.0, 1.0),
     targets: ArrayLike | None = None,
+    init: ArrayLike | None = None,
     trace: bool = False,
 ) -> AttackResult:
     """Small L1 perturbation by accelerated gradient steps that set small entries to zero.
@@ -50,39 +49,42 @@ def ead(
     `S_β` moves each entry towards the input's by β, to the input's itself where that is nearer,
     and clips into the box. The smallest `c` that succeeds is searched for: times 10 until the
     first success, then bisection. A search begins at the input; without `abort_early`, where the
-    one before ended. Of all adversarial `x'` the decision rule picks one.
+    one before ended, which comes closer in few steps. Of all adversarial `x'` the decision rule
+    picks one.
 
-    As published β is the threshold of every step, not β times the step size. A step of size α so
-    descends the objective above with the weight β / α in β's place: with the defaults 1 and
-    rising, far more L1 than L2. That is what makes the perturbations sparse.
+    As published, and as in other toolkits, β is the threshold of every step, not β times the step
+    size. A step of size α so descends the objective above with the weight β / α in β's place: with
+    the defaults 1 and rising, far more L1 than L2. That is what makes the perturbations sparse.
 
     Args:
         logits_fn: inputs `[B, ...]` to logits `[B, K]`.
         key: unused (the attack is deterministic); None or any key.
         inputs: `[B, ...]` float inside `bounds`.
         labels: `[B]` int, the true classes.
-        beta: β in input units, at least 0. The paper's are 0.001 and 0.01.
+        beta: β in input units, at least 0; scalar or `[B]`. The paper's are 0.001 and 0.01.
         decision_rule: which adversarial is returned: `"l1"`, the one of the smallest L1 distance,
             or `"elastic_net"`, of the smallest `‖x' - x‖₂² + β · ‖x' - x‖₁`.
-        confidence: κ in logit units, at least 0: by how much the goal must be passed.
+        confidence: κ in logit units, at least 0: by how much the goal must be passed; scalar or
+            `[B]`.
         num_searches: values of `c` tried, at least 1; static.
         num_steps: n, steps for each `c`, at least 1; static.
-        learning_rate: the first step size, above 0.
-        initial_const: the first `c`, above 0; a scalar or `[B]`.
+        learning_rate: the first step size, above 0; scalar or `[B]`.
+        initial_const: the first `c`, above 0; scalar or `[B]`.
         abort_early: end a search when the example's own objective has stopped falling (checked
             every tenth of the steps).
         bounds: the box of valid inputs.
         targets: `[B]` int, classes to reach; None takes any class but the label.
-        trace: keep the objective of every step.
+        init: `[B, ...]`, where searches begin instead of at the inputs, moved into the box.
+        trace: keep the objective of every iterate.
 
     Returns:
         The result. Where nothing was found: the clean input, `success=False`, `distance=inf`.
         `distance` is the L1 distance, under either rule. A step costs two queries, at `v` and at
-        `x'`. `info`: `elastic_net [B]`, `‖x' - x‖₂² + β · ‖x' - x‖₁` of the returned point (inf
-        if none); `const [B]`, its `c` (NaN if none); `first_success [B]` int32, the step over all
-        searches at which the first adversarial was seen, -1 if never; with `trace`, `loss
-        [B, num_searches, num_steps]`, the objective after each step, NaN after the end of a
-        search.
+        `x'`, and one gradient, at `v`. `info`: `elastic_net [B]`, `‖x' - x‖₂² + β · ‖x' - x‖₁` of
+        the returned point (inf if nothing was found); `const [B]`, its `c` (NaN if nothing was
+        found); `first_success`, over all searches; `gradients`; with `trace` the objective of
+        every iterate, `trace [B, num_searches · num_steps]`, one search after the other. See
+        `jdistill.attacks`.
 
     Raises:
         ValueError: an unknown decision_rule, beta or confidence below 0, learning_rate or
@@ -107,202 +109,91 @@ def ead(
     """
     del key
     _validate.one_of(_RULES, decision_rule=decision_rule)
-    _validate.rank(0, beta=beta, confidence=confidence, learning_rate=learning_rate)
     _validate.non_negative(beta=beta, confidence=confidence)
     _validate.positive(learning_rate=learning_rate, initial_const=initial_const)
     _validate.count(num_searches=num_searches, num_steps=num_steps)
-    problem = _base.prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
-    as_float = functools.partial(jnp.asarray, dtype=problem.inputs.dtype)
-    with full_precision():
-        return _ead(
-            problem,
-            as_float(beta),
-            as_float(confidence),
-            as_float(learning_rate),
-            _base.one_per_example(initial_const, problem.inputs, name="initial_const"),
-            decision_rule=decision_rule,
-            num_searches=num_searches,
-            num_steps=num_steps,
-            abort_early=abort_early,
-            trace=trace,
-        )
-
-
-class _Settings(NamedTuple):
-    beta: Array
-    confidence: Array
-    learning_rate: Array
-    decision_rule: str
-    num_searches: int
-    num_steps: int
-    abort_early: bool
-
-
-class _Carry(NamedTuple):
-    """The state of each example; every leaf leads with `[B]`."""
-
-    current: Array  # x'
-    ahead: Array  # v, where the next gradient is taken
-    step: Array  # inside the current search
-    search: Array
-    done: Array
-    bracket: Bracket
-    succeeded: Array  # in the current search
-    previous_loss: Array  # at the last check for an early end
-    best: Array
-    best_value: Array  # what the decision rule compares
-    best_const: Array
-    first_success: Array
-    queries: Array
-    losses: Array  # [B, num_searches, num_steps], or [B, 0, 0] without a trace
-
-
-def _init(
-    problem: Problem, settings: _Settings, const: Array, clean_success: Array, trace: bool
-) -> _Carry:
-    inputs = problem.inputs
-    zeros = jnp.zeros(inputs.shape[:1], jnp.int32)
-    infinite = jnp.full(inputs.shape[:1], jnp.inf, inputs.dtype)
-    shape = (settings.num_searches, settings.num_steps) if trace else (0, 0)
-    return _Carry(
-        current=inputs,
-        ahead=inputs,
-        step=zeros,
-        search=zeros,
-        done=clean_success,
-        bracket=_search.first_bracket(const),
-        succeeded=jnp.zeros(zeros.shape, bool),
-        previous_loss=infinite,
-        best=inputs,
-        best_value=infinite,
-        best_const=jnp.full_like(infinite, jnp.nan),
-        first_success=jnp.where(clean_success, 0, -1),
-        queries=zeros + 1,  # the clean forward pass
-        losses=jnp.full(zeros.shape + shape, jnp.nan, inputs.dtype),
-    )
-
-
-def _squared(delta: Array) -> Array:
-    return jnp.sum(jnp.square(delta), axis=tuple(range(1, delta.ndim)))
-
-
-def _shrink(moved: Array, problem: Problem, beta: Array) -> Array:
-    """Each entry β nearer to the input's, or equal to it, inside the box."""
-    delta = moved - problem.inputs
-    kept = jnp.sign(delta) * jnp.maximum(jnp.abs(delta) - beta, 0.0)
-    return jnp.clip(problem.inputs + kept, *problem.bounds)
-
-
-def _step(problem: Problem, settings: _Settings, carry: _Carry) -> _Carry:
-    """One step and its judgment; at a search's end choose the next constant."""
-    active = ~carry.done
-    inputs, goal = problem.inputs, problem.goal
-    wide = functools.partial(norms.per_example, like=inputs)
-
-    def shortfall(logits: Array) -> Array:
-        return jnp.maximum(settings.confidence - goal.excess(logits), 0.0)
-
-    def smooth(point: Array) -> Array:
-        loss = _squared(point - inputs) + carry.bracket.const * shortfall(problem.logits_fn(point))
-        return jnp.sum(loss)
-
-    gradient = jax.grad(smooth)(carry.ahead)
-    # A network that overflows somewhere must not spoil the example's later searches.
-    gradient = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
-    fraction = carry.step.astype(inputs.dtype)
-    alpha = settings.learning_rate * jnp.sqrt(1 - fraction / settings.num_steps)
-    current = _shrink(carry.ahead - wide(alpha) * gradient, problem, settings.beta)
-    momentum = fraction / (fraction + 3)
-    ahead = jnp.clip(current + wide(momentum) * (current - carry.current), *problem.bounds)
-
-    logits = problem.logits_fn(current)
-    delta = current - inputs
-    l1 = norms.distance(delta, "l1")
-    elastic_net = _squared(delta) + settings.beta * l1
-    loss = elastic_net + carry.bracket.const * shortfall(logits)
-    value = l1 if settings.decision_rule == "l1" else elastic_net
-    success = active & goal.reached(logits) & (goal.excess(logits) > settings.confidence)
-    better = success & (value < carry.best_value)
-    succeeded = carry.succeeded | success
-
-    step = carry.step + 1
-    checked = carry.step % max(settings.num_steps // 10, 1) == 0
-    stalled = checked & (loss > 0.9999 * carry.previous_loss) & settings.abort_early
-    ended = active & (stalled | (step == settings.num_steps))
-    # From a point of low loss the first large steps lead up, which would look like a stall.
-    again = ended & settings.abort_early
-    bracket = _search.next_bracket(carry.bracket, succeeded, carry.search, settings.num_searches)
-    search = carry.search + ended
-    return _Carry(
-        current=_search.select(again, inputs, _search.select(active, current, carry.current)),
-        ahead=_search.select(again, inputs, _search.select(active, ahead, carry.ahead)),
-        step=jnp.where(ended, 0, jnp.where(active, step, carry.step)),
-        search=search,
-        done=carry.done | (search == settings.num_searches),
-        bracket=_search.select(ended, bracket, carry.bracket),
-        succeeded=succeeded & ~ended,
-        previous_loss=jnp.where(
-            ended, jnp.inf, jnp.where(checked & active, loss, carry.previous_loss)
-        ),
-        best=_search.select(better, current, carry.best),
-        best_value=jnp.where(better, value, carry.best_value),
-        best_const=jnp.where(better, carry.bracket.const, carry.best_const),
-        first_success=jnp.where(
-            success & (carry.first_success < 0),
-            carry.search * settings.num_steps + carry.step,
-            carry.first_success,
-        ),
-        queries=carry.queries + 2 * active,
-        losses=_base.record(carry.losses, active, loss, carry.search, carry.step),
-    )
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("decision_rule", "num_searches", "num_steps", "abort_early", "trace"),
-)
-def _ead(
-    problem: Problem,
-    beta: Array,
-    confidence: Array,
-    learning_rate: Array,
-    initial_const: Array,
-    *,
-    decision_rule: str,
-    num_searches: int,
-    num_steps: int,
-    abort_early: bool,
-    trace: bool,
-) -> AttackResult:
-    settings = _Settings(
-        beta=beta,
-        confidence=confidence,
-        learning_rate=learning_rate,
+    problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
+    method = _EAD(
+        beta=one_per_example(beta, problem.inputs, name="beta"),
+        confidence=one_per_example(confidence, problem.inputs, name="confidence"),
+        learning_rate=one_per_example(learning_rate, problem.inputs, name="learning_rate"),
+        initial_const=one_per_example(initial_const, problem.inputs, name="initial_const"),
+        first=first_point(init, problem),
         decision_rule=decision_rule,
         num_searches=num_searches,
         num_steps=num_steps,
         abort_early=abort_early,
     )
-    clean_success = problem.goal.reached_clean(problem.logits_fn(problem.inputs))
-    carry = until_done(
-        _step,
-        (problem, settings),
-        _init(problem, settings, initial_const, clean_success, trace),
-        at_most=num_searches * num_steps,
-        spread=problem.spread,
-    )
-    info = {"const": carry.best_const, "first_success": carry.first_success.astype(jnp.int32)}
-    if trace:
-        info["loss"] = carry.losses
-    result = _base.finish(
-        problem,
-        carry.best,
-        clean_success=clean_success,
-        found=jnp.isfinite(carry.best_value),
-        queries=carry.queries,
-        norm="l1",
-        info=info,
-        minimum_norm=True,
-    )
-    elastic_net = _squared(result.inputs - problem.inputs) + beta * result.distance
-    return result._replace(info=info | {"elastic_net": elastic_net})
+    return run(method, problem, trace=trace)
+
+
+class _State(NamedTuple):
+    current: Array  # x'
+    ahead: Array  # v, where the next gradient is taken
+    search: Search
+
+
+@register
+class _EAD(ConstantSearch):
+    beta: Array  # [B]
+    first: Array  # [B, ...], where searches begin
+    decision_rule: str = static()
+    norm = "l1"
+    passes = Passes(2, 1)
+
+    def init(self, problem: Problem) -> tuple[_State, Array]:
+        state = _State(self.first, self.first, self.first_search())
+        return state, problem.logits_fn(problem.inputs)
+
+    def _shrink(self, moved: Array, problem: Problem) -> Array:
+        """Each entry β nearer to the input's, or equal to it, inside the box."""
+        delta = moved - problem.inputs
+        beta = norms.per_example(self.beta, delta)
+        kept = jnp.sign(delta) * jnp.maximum(jnp.abs(delta) - beta, 0.0)
+        return jnp.clip(problem.inputs + kept, *problem.bounds)
+
+    def step(self, problem: Problem, state: _State, event: Array) -> tuple[_State, Seen]:
+        """One step and its judgment; a search's end begins the next one."""
+        inputs, goal, const = problem.inputs, problem.goal, state.search.const
+
+        def shortfall(logits: Array) -> Array:
+            return jnp.maximum(self.confidence - goal.excess(logits), 0.0)
+
+        def smooth(point: Array) -> Array:
+            loss = _squared(point - inputs) + const * shortfall(problem.logits_fn(point))
+            return jnp.sum(loss)
+
+        gradient = jax.grad(smooth)(state.ahead)
+        # A network that overflows somewhere must not spoil the example's later searches.
+        gradient = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
+        k = state.search.step.astype(inputs.dtype)
+        alpha = norms.per_example(self.learning_rate * jnp.sqrt(1 - k / self.num_steps), inputs)
+        current = self._shrink(state.ahead - alpha * gradient, problem)
+        momentum = norms.per_example(k / (k + 3), inputs)
+        ahead = jnp.clip(current + momentum * (current - state.current), *problem.bounds)
+
+        logits = problem.logits_fn(current)
+        delta = current - inputs
+        l1 = norms.distance(delta, "l1")
+        elastic_net = _squared(delta) + self.beta * l1
+        loss = elastic_net + const * shortfall(logits)
+        success = goal.reached(logits) & (goal.excess(logits) > self.confidence)
+
+        search, ended, spent = self.next_search(state.search, success, loss)
+        # From a point of low loss the first large steps lead up, which would look like a stall.
+        anew = ended & self.abort_early
+        first = _State(self.first, self.first, search)
+        new = select(anew, first, _State(current, ahead, search))
+        value = l1 if self.decision_rule == "l1" else elastic_net
+        return new, Seen(success, loss, spent, current, value, note=const)
+
+    def info(
+        self, problem: Problem, state: _State, progress: Progress, result: AttackResult
+    ) -> dict[str, Array]:
+        elastic_net = _squared(result.inputs - problem.inputs) + self.beta * result.distance
+        elastic_net = jnp.where(result.success, elastic_net, jnp.inf)
+        return super().info(problem, state, progress, result) | {"elastic_net": elastic_net}
+
+
+def _squared(delta: Array) -> Array:
+    return jnp.sum(jnp.square(delta), axis=tuple(range(1, delta.ndim)))

@@ -1,4 +1,4 @@
-"""Search for the weight of the adversarial term, as Carlini and Wagner do, and Adam inside a box."""
+"""Carlini and Wagner's search for the weight of the adversarial term, Adam, and their box."""
 
 from typing import Any, NamedTuple
 

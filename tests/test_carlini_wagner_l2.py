@@ -226,14 +226,34 @@ def test_distilled_logits_of_any_scale_stand_in_nobodys_way():
 def test_the_trace_holds_the_loss_of_every_step():
     kwargs = {"num_searches": 2, "num_steps": 20, "initial_const": 1.0, "abort_early": False}
     result = attacks.carlini_wagner_l2(make(), None, INPUTS, LABELS, trace=True, **kwargs)
-    loss = np.asarray(result.info["loss"])
-    assert loss.shape == (B, 2, 20)
-    logits = logits_of(INPUTS.astype(np.float64))
-    ordered = np.sort(logits, axis=1)
-    np.testing.assert_allclose(loss[:, 0, 0], ordered[:, -1] - ordered[:, -2], rtol=1e-3)
-    assert np.all(np.isfinite(loss))
+    loss = np.asarray(result.info["trace"])
+    assert loss.shape == (B, 40)
+    ordered = np.sort(logits_of(INPUTS.astype(np.float64)), axis=1)
+    margin = ordered[:, -1] - ordered[:, -2]
+    # Each search begins at the input, the second with ten times the constant or with half of it.
+    np.testing.assert_allclose(loss[:, 0], margin, rtol=1e-3)
     first = np.asarray(result.info["first_success"])
-    assert np.all((first >= -1) & (first < 40))
+    second = np.where((first >= 1) & (first <= 20), 0.5, 10)
+    assert len(np.unique(second)) == 2
+    np.testing.assert_allclose(loss[:, 20], second * margin, rtol=1e-3)
+    assert np.all(np.isfinite(loss))
+
+
+def test_settings_per_example():
+    settings = {
+        "confidence": np.linspace(0, 0.3, B),
+        "learning_rate": np.linspace(0.02, 0.05, B),
+        "initial_const": np.geomspace(0.01, 1, B),
+    }
+    steps = {"num_searches": 4, "num_steps": 30}
+    together = attacks.carlini_wagner_l2(make(), None, INPUTS, LABELS, **settings, **steps)
+    assert together.success.sum() >= B - 1
+    for b in (0, 3):
+        one = slice(b, b + 1)
+        single = {name: value[b] for name, value in settings.items()}
+        alone = attacks.carlini_wagner_l2(make(), None, INPUTS[one], LABELS[one], **single, **steps)
+        np.testing.assert_allclose(alone.inputs[0], together.inputs[b], atol=1e-4)
+        np.testing.assert_allclose(alone.info["const"][0], together.info["const"][b], rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +262,7 @@ def test_the_trace_holds_the_loss_of_every_step():
         ({"confidence": -1.0}, r"expected confidence >= 0, got -1\.0"),
         ({"confidence": np.nan}, "expected confidence >= 0, got nan"),
         ({"learning_rate": 0.0}, r"expected learning_rate > 0, got 0\.0"),
-        ({"learning_rate": np.full(B, 0.1)}, r"expected learning_rate of rank 0, got shape \(6,\)"),
+        ({"learning_rate": np.ones(3)}, r"learning_rate to be a scalar or of shape \[B\] = "),
         ({"initial_const": 0}, "expected initial_const > 0, got 0"),
         ({"initial_const": np.ones(3)}, r"scalar or of shape \[B\] = .*, got \(3,\)"),
         ({"num_searches": 0}, "expected num_searches to be a whole number >= 1, got 0"),
@@ -260,14 +280,13 @@ def test_each_search_starts_where_it_is_told():
     plain = attacks.carlini_wagner_l2(make(), None, INPUTS, labels, **SETTINGS)
     same = attacks.carlini_wagner_l2(make(), None, INPUTS, labels, init=INPUTS, **SETTINGS)
     np.testing.assert_allclose(same.distance, plain.distance, rtol=1e-4)
-    # From a point that fools the network the first step is a success already, at any constant.
+    # A start that fools the network is a success already, at any constant.
     found = np.asarray(plain.success)
     warm = attacks.carlini_wagner_l2(
         make(), None, INPUTS[found], labels[found], init=plain.inputs[found], **SETTINGS
     )
     assert np.all(warm.success)
-    clean = np.asarray(plain.queries)[found] == 1
-    assert np.all(np.asarray(warm.info["first_success"])[~clean] == 0)
+    np.testing.assert_array_equal(warm.info["first_success"], np.ones(found.sum()))
     # Outside the box it is moved inside.
     far = attacks.carlini_wagner_l2(make(), None, INPUTS, labels, init=INPUTS + 9, **SETTINGS)
     assert np.all(np.isfinite(far.inputs))
