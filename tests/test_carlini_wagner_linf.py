@@ -1,5 +1,7 @@
 """Carlini and Wagner's Linf attack against an independent NumPy version and exact distances."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -192,7 +194,16 @@ def test_without_a_gradient_it_ends_at_once():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"shrink": 1.0}, {"shrink": np.nan}, {"const_factor": 0.5}, {"initial_const": np.nan}]
+    "bad",
+    [
+        {"shrink": 1.0},
+        {"shrink": np.nan},
+        {"const_factor": 0.5},
+        {"initial_const": np.nan},
+        {"initial_const": 0.0},
+        {"largest_const": np.inf},
+    ],
+    ids=str,
 )
 def test_traced_values_that_no_check_can_see_end_all_the_same(bad):
     settings = SETTINGS | {"num_steps": 5} | bad
@@ -208,6 +219,95 @@ def test_traced_values_that_no_check_can_see_end_all_the_same(bad):
     assert np.all(np.isfinite(result.inputs))
 
 
+def clean_margins():
+    ordered = np.sort(logits_of(INPUTS.astype(np.float64)), axis=1)
+    return ordered[:, -1] - ordered[:, -2]
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"shrink": 0.5},  # a power of it is just what the search ends below
+        {"initial_const": 0.02, "largest_const": 20.0, "const_factor": 10.0},
+        {"initial_const": 50.0},  # above the largest already
+    ],
+    ids=str,
+)
+def test_the_trace_has_room_for_every_step(kwargs):
+    settings = SETTINGS | {"num_steps": 15} | kwargs
+    attack = functools.partial(attacks.carlini_wagner_linf, **settings)
+    result = attack(make(), None, INPUTS, LABELS, trace=True)
+    trace = np.asarray(result.info["trace"])
+    np.testing.assert_allclose(trace[:, 0], settings["initial_const"] * clean_margins(), rtol=1e-3)
+    used = np.isfinite(trace).sum(axis=1)
+    np.testing.assert_array_equal(used, result.queries - 2)
+    assert np.all(used < trace.shape[1])
+    # As many steps as the cost of the attack is taken for.
+    cost = attacks.cost(attack, shape=(D,), num_classes=K)
+    assert cost == (trace.shape[1] + 2, trace.shape[1])
+    assert cost.backward == settings["num_steps"] * (
+        np.ceil(np.log(256) / -np.log(settings["shrink"]))
+        + np.ceil(
+            max(np.log(settings["largest_const"] / settings["initial_const"]), 0)
+            / np.log(settings["const_factor"])
+        )
+        + 2
+    )
+    without = attack(make(), None, INPUTS, LABELS)
+    np.testing.assert_array_equal(without.queries, result.queries)
+    np.testing.assert_allclose(without.inputs, result.inputs, atol=1e-5)
+
+
+def test_a_trace_needs_settings_that_are_known():
+    @jax.jit
+    def attempt(inputs):
+        return attacks.carlini_wagner_linf(make(), None, inputs, LABELS, trace=True)
+
+    with pytest.raises(ValueError, match=r"concrete settings, .* trace=False"):
+        attempt(INPUTS)
+
+
+def test_settings_per_example():
+    settings = {
+        "confidence": np.linspace(0, 0.3, B),
+        "learning_rate": np.linspace(0.02, 0.05, B),
+        "initial_const": np.geomspace(0.01, 1, B),
+        "largest_const": np.geomspace(10, 100, B),
+        "const_factor": np.linspace(2, 6, B),
+        "shrink": np.linspace(0.6, 0.9, B),
+    }
+    together = attacks.carlini_wagner_linf(make(), None, INPUTS, LABELS, num_steps=30, **settings)
+    assert together.success.sum() >= B - 1
+    for b in (0, 3):
+        one = slice(b, b + 1)
+        single = {name: value[b] for name, value in settings.items()}
+        alone = attacks.carlini_wagner_linf(
+            make(), None, INPUTS[one], LABELS[one], num_steps=30, **single
+        )
+        np.testing.assert_allclose(alone.inputs[0], together.inputs[b], atol=1e-4)
+        np.testing.assert_allclose(alone.info["const"][0], together.info["const"][b], rtol=1e-4)
+
+
+def test_the_first_round_starts_where_it_is_told():
+    plain = attacks.carlini_wagner_linf(make(), None, INPUTS, LABELS, **SETTINGS)
+    same = attacks.carlini_wagner_linf(make(), None, INPUTS, LABELS, init=INPUTS, **SETTINGS)
+    jax.tree.map(np.testing.assert_array_equal, same, plain)
+    # A start that fools the network is a success already, at any constant.
+    found = np.asarray(plain.success)
+    warm = attacks.carlini_wagner_linf(
+        make(), None, INPUTS[found], LABELS[found], init=plain.inputs[found], **SETTINGS
+    )
+    np.testing.assert_array_equal(warm.info["first_success"], np.ones(found.sum()))
+    assert np.all(warm.info["rounds"] >= 1)
+    assert np.all(warm.distance <= plain.distance[found] * (1 + 1e-4))
+    # Outside the box it is moved inside.
+    far = attacks.carlini_wagner_linf(make(), None, INPUTS, LABELS, init=INPUTS + 9, **SETTINGS)
+    corner = np.ones_like(INPUTS)
+    ones = attacks.carlini_wagner_linf(make(), None, INPUTS, LABELS, init=corner, **SETTINGS)
+    jax.tree.map(np.testing.assert_array_equal, far, ones)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -219,7 +319,7 @@ def test_traced_values_that_no_check_can_see_end_all_the_same(bad):
         ({"initial_const": np.ones(3)}, r"scalar or of shape \[B\] = .*, got \(3,\)"),
         ({"largest_const": np.inf}, "expected largest_const > 0, got inf"),
         ({"const_factor": 1}, r"expected const_factor in \[1\.01, 1e\+06\], got 1"),
-        ({"const_factor": np.ones(B)}, r"expected const_factor of rank 0, got shape \(6,\)"),
+        ({"const_factor": np.full(3, 2)}, r"const_factor to be a scalar or of shape \[B\] = "),
         ({"num_steps": 0}, "expected num_steps to be a whole number >= 1, got 0"),
     ],
 )

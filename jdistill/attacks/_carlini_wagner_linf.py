@@ -1,24 +1,24 @@
 """Carlini and Wagner's Linf attack."""
 
-import functools
-from typing import NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jdistill import _validate, norms
-from jdistill._precision import full_precision
-from jdistill.attacks._core import carlini_wagner_rounds as _rounds
-from jdistill.attacks._core import constant_search as _search
-from jdistill.attacks._core import problem as _base
-from jdistill.attacks._core.problem import AttackResult, Problem
+from jdistill.attacks._core.carlini_wagner_rounds import LARGEST_FACTOR, LEAST_FACTOR, Rounds, run
+from jdistill.attacks._core.constant_search import first_point
+from jdistill.attacks._core.engine import register
+from jdistill.attacks._core.problem import AttackResult, Problem, one_per_example, prepare
+from jdistill.attacks._core.traits import facts
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 # The search for smaller and smaller changes ends below one step of an 8-bit image.
 _SMALLEST = 1 / 256
-_LARGEST_SHRINK = 0.99
+_LEAST_SHRINK, _LARGEST_SHRINK = 0.01, 0.99
 
 
+@facts(title="C&W L∞", norms=("linf",), minimum_norm=True)
 def carlini_wagner_linf(
     logits_fn: LogitsFn,
     key: Array | None,
@@ -34,6 +34,8 @@ def carlini_wagner_linf(
     const_factor: ArrayLike = 2.0,
     bounds: tuple[float, float] = (0.0, 1.0),
     targets: ArrayLike | None = None,
+    init: ArrayLike | None = None,
+    trace: bool = False,
 ) -> AttackResult:
     """Smallest Linf perturbation by Adam on a margin and the entries above a falling threshold.
 
@@ -53,28 +55,36 @@ def carlini_wagner_linf(
         key: unused (the attack is deterministic); None or any key.
         inputs: `[B, ...]` float inside `bounds`.
         labels: `[B]` int, the true classes.
-        confidence: κ in logit units, at least 0: by how much the goal must be passed.
+        confidence: κ in logit units, at least 0: by how much the goal must be passed; scalar or
+            `[B]`.
         num_steps: Adam steps for each τ and `c`, at least 1; static.
-        learning_rate: of Adam, in units of `w`, above 0. An input on the box's face starts at
-            `|w| = 7.25` and moves at most `learning_rate` a step, so runs of few steps on
-            images with black backgrounds need a larger one than the paper's 0.005.
-        shrink: the factor of τ after a success, in `[0.01, 0.99]`.
-        initial_const: the first `c`, above 0; a scalar or `[B]`.
-        largest_const: the last `c` at most, above 0.
-        const_factor: of `c` after a failure, in `[1.01, 1e6]`.
+        learning_rate: of Adam, in units of `w`, above 0; scalar or `[B]`. An input on the box's
+            face starts at `|w| = 7.25` and moves at most `learning_rate` per step, so runs of few
+            steps on images with black backgrounds need a larger one than the paper's 0.005.
+        shrink: the factor of τ after a success, in `[0.01, 0.99]`; scalar or `[B]`.
+        initial_const: the first `c`, above 0; scalar or `[B]`.
+        largest_const: the last `c` at most, above 0; scalar or `[B]`.
+        const_factor: of `c` after a failure, in `[1.01, 1e6]`; scalar or `[B]`.
         bounds: the box of valid inputs.
         targets: `[B]` int, classes to reach; None takes any class but the label.
+        init: `[B, ...]`, where the first round starts, moved into the box; None starts at the
+            inputs.
+        trace: keep the loss of every iterate. The trace is as wide as the longest run possible,
+            `num_steps · (⌈ln 256 / ln (1 / shrink)⌉ + ⌈ln (largest_const / initial_const) /
+            ln const_factor⌉ + 2)`, by default 76,000 per example. Settings that change the width
+            are compiled anew.
 
     Returns:
         The result. Where nothing was found: the clean input, `success=False`, `distance=inf`.
         `distance` is the Linf distance to the clean input. `info`: `rounds [B]` int32, the
-        thresholds that were met; `const [B]`, the last `c`; `first_success [B]` int32, the step
-        over all rounds at which the first adversarial was seen, -1 if never.
+        thresholds that were met; `const [B]`, the last `c`; `first_success`, over all rounds;
+        `gradients`; with `trace` the loss of every iterate, `trace [B, width]`, one round after
+        the other. See `jdistill.attacks`.
 
     Raises:
         ValueError: confidence below 0, learning_rate or a constant not above 0, shrink or
             const_factor outside its range, num_steps below 1, inputs not finite or outside the
-            box, labels or targets outside `0..K-1`.
+            box, labels or targets outside `0..K-1`, a trace under `jit`.
 
     Example:
         >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [1.0, -1.0]]) - jnp.array([[0.8, 0]])
@@ -86,95 +96,60 @@ def carlini_wagner_linf(
 
     References:
         Carlini & Wagner 2017, "Towards Evaluating the Robustness of Neural Networks", section
-        VI.C. The differences to the released code: every example has its own τ, `c` and Adam
-        state; a round ends where `x'` is adversarial within τ itself, not where the loss is below
-        `0.0001 · c`, which depends on the scale of the logits; the closest adversarial of all
-        steps is returned, not the last round's; an example whose gradient is zero at its start
-        ends there.
+        VI.C. The differences from the released code: every example has its own τ, `c` and Adam
+        state; after a `c` that fails the search goes on from where it is, with a fresh Adam, and
+        not from the round's start, which leaves inputs on the box's face behind; a round ends
+        where `x'` is adversarial within τ itself, not where the loss is below `0.0001 · c`, which
+        depends on the scale of the logits; the closest adversarial of all steps is returned, not
+        the last round's; an example whose gradient is zero at its start ends there.
     """
     del key
-    _validate.rank(
-        0,
-        confidence=confidence,
-        learning_rate=learning_rate,
-        shrink=shrink,
-        largest_const=largest_const,
-        const_factor=const_factor,
-    )
     _validate.non_negative(confidence=confidence)
     _validate.positive(
         learning_rate=learning_rate, initial_const=initial_const, largest_const=largest_const
     )
-    _validate.within(0.01, _LARGEST_SHRINK, shrink=shrink)
-    _validate.within(_rounds.LEAST_FACTOR, 1e6, const_factor=const_factor)
+    _validate.within(_LEAST_SHRINK, _LARGEST_SHRINK, shrink=shrink)
+    _validate.within(LEAST_FACTOR, LARGEST_FACTOR, const_factor=const_factor)
     _validate.count(num_steps=num_steps)
-    problem = _base.prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
-    as_float = functools.partial(jnp.asarray, dtype=problem.inputs.dtype)
-    with full_precision():
-        return _carlini_wagner_linf(
-            problem,
-            as_float(confidence),
-            as_float(learning_rate),
-            _base.one_per_example(shrink, problem.inputs, name="shrink"),
-            _base.one_per_example(initial_const, problem.inputs, name="initial_const"),
-            as_float(largest_const),
-            as_float(const_factor),
-            num_steps=num_steps,
-        )
-
-
-def _excess_over(delta: Array, threshold: Array) -> Array:
-    over = jnp.maximum(jnp.abs(delta) - norms.per_example(threshold, delta), 0.0)
-    return jnp.sum(over, axis=tuple(range(1, delta.ndim)))
-
-
-def _distance(delta: Array) -> Array:
-    return norms.distance(delta, "linf")
-
-
-class _Limit(NamedTuple):
-    """How far each pixel may go, and by what the next round shrinks that, `[B]` each."""
-
-    threshold: Array
-    shrink: Array
-
-
-def _tighten(
-    problem: Problem, delta: Array, gradient: Array, limit: _Limit
-) -> tuple[_Limit, Array]:
-    low, high = problem.bounds
-    # As with the constant's factor, a traced 1 must not go on for ever.
-    shrink = jnp.minimum(limit.shrink, _LARGEST_SHRINK)
-    threshold = shrink * jnp.minimum(limit.threshold, _distance(delta))
-    return limit._replace(threshold=threshold), threshold < _SMALLEST * (high - low)
-
-
-@functools.partial(jax.jit, static_argnames="num_steps")
-def _carlini_wagner_linf(
-    problem: Problem,
-    confidence: Array,
-    learning_rate: Array,
-    shrink: Array,
-    initial_const: Array,
-    largest_const: Array,
-    const_factor: Array,
-    *,
-    num_steps: int,
-) -> AttackResult:
-    low, high = problem.bounds
-
-    rules = _rounds.Rules(
-        point=lambda problem, w, limit: _search.to_box(w, problem.bounds),
-        penalty=lambda delta, limit: _excess_over(delta, limit.threshold),
-        fits=lambda delta, limit: _distance(delta) <= limit.threshold,
-        distance=_distance,
-        tighten=_tighten,
+    problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
+    shrink = one_per_example(shrink, problem.inputs, name="shrink")
+    const_factor = one_per_example(const_factor, problem.inputs, name="const_factor")
+    method = _CarliniWagnerLinf(
+        confidence=one_per_example(confidence, problem.inputs, name="confidence"),
+        learning_rate=one_per_example(learning_rate, problem.inputs, name="learning_rate"),
+        # Traced values cannot be checked, and a factor of 1 would never end.
+        shrink=jnp.minimum(shrink, _LARGEST_SHRINK),
+        const_factor=jnp.maximum(const_factor, LEAST_FACTOR),
+        initial_const=one_per_example(initial_const, problem.inputs, name="initial_const"),
+        largest_const=one_per_example(largest_const, problem.inputs, name="largest_const"),
+        first=first_point(init, problem),
+        num_steps=num_steps,
     )
-    return _rounds.run(
-        problem,
-        _rounds.Settings(confidence, learning_rate, largest_const, const_factor, num_steps),
-        rules,
-        initial_const,
-        _Limit(jnp.full_like(initial_const, high - low), shrink),
-        norm="linf",
-    )
+    return run(method, problem, trace=trace)
+
+
+@register
+class _CarliniWagnerLinf(Rounds):
+    shrink: Array  # [B]
+    norm = "linf"
+
+    def first_limit(self, problem: Problem) -> Array:
+        low, high = problem.bounds
+        return jnp.full_like(self.shrink, high - low)
+
+    def penalty(self, delta: Array, limit: Array) -> Array:
+        over = jnp.maximum(jnp.abs(delta) - norms.per_example(limit, delta), 0.0)
+        return jnp.sum(over, axis=tuple(range(1, delta.ndim)))
+
+    def fits(self, delta: Array, limit: Array) -> Array:
+        return self.distance(delta) <= limit
+
+    def tighten(
+        self, problem: Problem, delta: Array, gradient: Array, limit: Array
+    ) -> tuple[Array, Array]:
+        low, high = problem.bounds
+        threshold = self.shrink * jnp.minimum(limit, self.distance(delta))
+        return threshold, threshold < _SMALLEST * (high - low)
+
+    def most_rounds(self) -> Any:
+        return np.ceil(np.log(_SMALLEST) / np.log(self.shrink)) + 1

@@ -1,4 +1,4 @@
-"""What Carlini and Wagner's Linf and L0 attacks share: rounds under an ever tighter limit.
+"""Rounds under an ever tighter limit: the loop of Carlini and Wagner's Linf and L0 attacks.
 
 A round looks for an adversarial within its limit, by Adam from where the round before ended. After
 so many steps without one the weight of the adversarial term grows, and Adam starts anew from where
@@ -6,47 +6,25 @@ it is: a pixel on the box's face needs many steps to leave it, and they are not 
 tightens the limit and starts the next round; the example ends when the weight is used up.
 """
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jdistill import norms
-from jdistill.attacks._core import constant_search as _search
-from jdistill.attacks._core import problem as _base
+from jdistill.attacks._core import engine
+from jdistill.attacks._core.constant_search import from_box, per_example_adam, to_box
+from jdistill.attacks._core.engine import Method, Progress, Seen, register, select, static
 from jdistill.attacks._core.problem import AttackResult, Problem
-from jdistill.attacks._loop import until_done
 from jdistill.typing import Array
 
-# Traced values cannot be checked; a factor of 1 would never end.
-LEAST_FACTOR = 1.01
+# A factor of 1 would never end.
+LEAST_FACTOR, LARGEST_FACTOR = 1.01, 1e6
 
 
-class Rules(NamedTuple):
-    """What tells the attacks apart; a limit is an array or a pytree that leads with `[B]`."""
-
-    point: Callable[[Problem, Array, Any], Array]  # (w, limit) -> the inputs they stand for
-    penalty: Callable[[Array, Any], Array]  # (delta, limit) -> [B], minimized beside c · f
-    fits: Callable[[Array, Any], Array]  # (delta, limit) -> [B] bool
-    distance: Callable[[Array], Array]  # delta -> [B], the measure of the best
-    # (delta, gradient of the excess, limit) -> the next limit, and whether that is the end [B]
-    tighten: Callable[[Problem, Array, Array, Any], tuple[Any, Array]]
-
-
-class Settings(NamedTuple):
-    """What stays the same over the steps; the count is static."""
-
-    confidence: Array
-    learning_rate: Array
-    largest_const: Array
-    const_factor: Array
-    num_steps: int
-
-
-class _Carry(NamedTuple):
-    """The state of each example; every leaf leads with `[B]`."""
-
+class _State(NamedTuple):
     w: Array
     adam: Any
     step: Array  # since the limit or the constant changed
@@ -54,122 +32,141 @@ class _Carry(NamedTuple):
     limit: Any
     fresh: Array  # whether a round begins here
     rounds: Array  # that succeeded
-    done: Array
-    best: Array
-    best_distance: Array
-    first_success: Array
-    queries: Array
 
 
-def _init(problem: Problem, const: Array, limit: Any, clean_success: Array) -> _Carry:
-    inputs = problem.inputs
-    zeros = jnp.zeros(inputs.shape[:1], jnp.int32)
-    w = _search.from_box(inputs, problem.bounds)
-    return _Carry(
-        w=w,
-        adam=_search.per_example_adam().init(w),
-        step=zeros,
-        const=const,
-        limit=limit,
-        fresh=jnp.ones(zeros.shape, bool),
-        rounds=zeros,
-        done=clean_success,
-        best=inputs,
-        best_distance=jnp.full(inputs.shape[:1], jnp.inf, inputs.dtype),
-        first_success=jnp.where(clean_success, 0, -1),
-        queries=zeros + 1,  # the clean forward pass
-    )
+@register
+class Rounds(Method):
+    """Base of the attacks; a limit is an array or a pytree that leads with `[B]`."""
+
+    confidence: Array  # [B]
+    learning_rate: Array  # [B]
+    initial_const: Array  # [B]
+    largest_const: Array  # [B]
+    const_factor: Array  # [B], at least LEAST_FACTOR
+    first: Array  # [B, ...], where the first round starts
+    num_steps: int = static()
+    num_events: int | None = static(default=None)  # with a trace alone, which needs a width
+    minimum_norm = True
+    keeps_closest = True
+
+    def first_limit(self, problem: Problem) -> Any:
+        """The limit of the first round."""
+        raise NotImplementedError
+
+    def moved(self, problem: Problem, w: Array, limit: Any) -> Array:
+        """The inputs that `w` stands for, `[B, ...]`."""
+        del limit
+        return to_box(w, problem.bounds)
+
+    def penalty(self, delta: Array, limit: Any) -> Array:
+        """What is minimized beside the adversarial term, `[B]`."""
+        raise NotImplementedError
+
+    def fits(self, delta: Array, limit: Any) -> Array:
+        """Whether an adversarial ends the round, `[B]` bool."""
+        del limit
+        return jnp.ones(delta.shape[:1], bool)
+
+    def tighten(
+        self, problem: Problem, delta: Array, gradient: Array, limit: Any
+    ) -> tuple[Any, Array]:
+        """The next round's limit, and whether there is no next round, `[B]` bool.
+
+        `delta` is the adversarial that ended this round, and `gradient` the excess's there.
+        """
+        raise NotImplementedError
+
+    def most_rounds(self) -> Any:
+        """The most rounds that can succeed, a number or `[B]`."""
+        raise NotImplementedError
+
+    def most_events(self) -> int:
+        try:
+            growth = np.log(self.largest_const) - np.log(self.initial_const)
+            # Rounded up, not down: the products are rounded, too.
+            constants = np.ceil(np.maximum(growth / np.log(self.const_factor), 0.0)) + 1
+            return int(np.max(self.most_rounds() + constants, initial=0)) * self.num_steps
+        except jax.errors.TracerArrayConversionError:
+            raise ValueError(
+                "expected concrete settings, which bound the number of steps, got a tracer; call "
+                "the attack outside jit, or with trace=False"
+            ) from None
+
+    def init(self, problem: Problem) -> tuple[_State, Array]:
+        w = from_box(self.first, problem.bounds)
+        zeros = jnp.zeros(w.shape[:1], jnp.int32)
+        state = _State(
+            w=w,
+            adam=per_example_adam().init(w),
+            step=zeros,
+            const=self.initial_const,
+            limit=self.first_limit(problem),
+            fresh=jnp.ones(zeros.shape, bool),
+            rounds=zeros,
+        )
+        return state, problem.logits_fn(problem.inputs)
+
+    def step(self, problem: Problem, state: _State, event: Array) -> tuple[_State, Seen]:
+        """Judge the current point, then one Adam step; a round's end chooses what comes next."""
+        goal, const, limit = problem.goal, state.const, state.limit
+        candidate, to_w = jax.vjp(lambda w: self.moved(problem, w, limit), state.w)
+        delta = candidate - problem.inputs
+
+        def total(x: Array) -> tuple[Array, tuple[Array, Array]]:
+            logits = problem.logits_fn(x)
+            excess = goal.excess(logits)
+            return jnp.sum(excess), (excess, logits)
+
+        def total_penalty(delta: Array) -> tuple[Array, Array]:
+            penalty = self.penalty(delta, limit)
+            return jnp.sum(penalty), penalty
+
+        gradient, (excess, logits) = jax.grad(total, has_aux=True)(candidate)
+        # A network that overflows far from the data must not spoil the example's moments.
+        gradient = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
+        missed = ~(excess > self.confidence)
+        weight = jnp.where(missed, const, 0.0)
+        pull, penalty = jax.grad(total_penalty, has_aux=True)(delta)
+        (slope,) = to_w(pull - norms.per_example(weight, gradient) * gradient)
+        (reach,) = to_w(gradient)
+
+        adversarial = goal.reached(logits) & ~missed
+        success = adversarial & self.fits(delta, limit)
+        tighter, finished = self.tighten(problem, delta, gradient, limit)
+
+        # Where nothing leads to the goal at a round's start, no weight will help.
+        lost = state.fresh & missed & jnp.all(norms.flatten(reach) == 0, axis=1)
+        step = state.step + 1
+        failed = ~success & (step == self.num_steps)
+        larger = const * self.const_factor
+        # Written so that whatever no check could see ends the loop as well.
+        usable = (larger > const) & (larger <= self.largest_const)
+        spent = (success & finished) | lost | (failed & ~usable)
+
+        update, adam = per_example_adam().update(slope, state.adam)
+        w = state.w - norms.per_example(self.learning_rate, update) * update
+        w = select(success, state.w, w)
+        anew = success | failed
+        new = _State(
+            w=w,
+            adam=select(anew, per_example_adam().init(w), adam),
+            step=jnp.where(anew, 0, step),
+            const=jnp.where(failed, larger, const),
+            limit=select(success, tighter, limit),
+            fresh=success,
+            rounds=state.rounds + success,
+        )
+        loss = penalty + weight * (self.confidence - excess)
+        return new, Seen(adversarial, loss, spent, candidate, self.distance(delta))
+
+    def info(
+        self, problem: Problem, state: _State, progress: Progress, result: AttackResult
+    ) -> dict[str, Array]:
+        return {"rounds": state.rounds, "const": state.const}
 
 
-def _step(problem: Problem, settings: Settings, rules: Rules, carry: _Carry) -> _Carry:
-    """Judge the current point, then one Adam step; a round's end chooses what comes next."""
-    active = ~carry.done
-    inputs, goal = problem.inputs, problem.goal
-    candidate, to_w = jax.vjp(lambda w: rules.point(problem, w, carry.limit), carry.w)
-    delta = candidate - inputs
-
-    def total(x: Array) -> tuple[Array, tuple[Array, Array]]:
-        logits = problem.logits_fn(x)
-        excess = goal.excess(logits)
-        return jnp.sum(excess), (excess, logits)
-
-    gradient, (excess, logits) = jax.grad(total, has_aux=True)(candidate)
-    # A network that overflows far from the data must not spoil the example's moments.
-    gradient = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
-    missed = ~(excess > settings.confidence)
-    weight = jnp.where(missed, carry.const, 0.0)
-    pull = jax.grad(lambda d: jnp.sum(rules.penalty(d, carry.limit)))(delta)
-    (slope,) = to_w(pull - norms.per_example(weight, gradient) * gradient)
-    (reach,) = to_w(gradient)
-
-    adversarial = active & goal.reached(logits) & ~missed
-    distance = rules.distance(delta)
-    better = adversarial & (distance < carry.best_distance)
-    success = adversarial & rules.fits(delta, carry.limit)
-    limit, finished = rules.tighten(problem, delta, gradient, carry.limit)
-
-    # Where nothing leads to the goal at a round's start, no weight will help.
-    lost = carry.fresh & missed & jnp.all(norms.flatten(reach) == 0, axis=1)
-    step = carry.step + 1
-    failed = active & ~success & (step == settings.num_steps)
-    factor = jnp.maximum(settings.const_factor, LEAST_FACTOR)
-    const = jnp.where(failed, carry.const * factor, carry.const)
-    # Written so that a NaN or an infinity that no check could see ends the loop as well.
-    usable = jnp.isfinite(const) & (const <= settings.largest_const)
-    over = (success & finished) | (active & lost) | (failed & ~usable)
-
-    update, adam = _search.per_example_adam().update(slope, carry.adam)
-    w = carry.w - settings.learning_rate * update
-    w = _search.select(success, carry.w, w)
-    anew = success | failed
-    adam = _search.select(anew, _search.per_example_adam().init(w), adam)
-    return _Carry(
-        w=_search.select(active, w, carry.w),
-        adam=_search.select(active, adam, carry.adam),
-        step=jnp.where(anew, 0, jnp.where(active, step, carry.step)),
-        const=const,
-        limit=_search.select(success, limit, carry.limit),
-        fresh=success,
-        rounds=carry.rounds + success,
-        done=carry.done | over,
-        best=_search.select(better, candidate, carry.best),
-        best_distance=jnp.where(better, distance, carry.best_distance),
-        first_success=jnp.where(
-            adversarial & (carry.first_success < 0), carry.queries - 1, carry.first_success
-        ),
-        queries=carry.queries + active,
-    )
-
-
-def run(
-    problem: Problem,
-    settings: Settings,
-    rules: Rules,
-    initial_const: Array,
-    limit: Any,
-    *,
-    norm: str,
-) -> AttackResult:
-    """Rounds until every example is done; the best adversarial of all, verified."""
-    clean_success = problem.goal.reached_clean(problem.logits_fn(problem.inputs))
-    carry = until_done(
-        lambda problem, settings, carry: _step(problem, settings, rules, carry),
-        (problem, settings),
-        _init(problem, initial_const, limit, clean_success),
-        at_most=settings.num_steps,  # of each round
-        spread=problem.spread,
-    )
-    return _base.finish(
-        problem,
-        carry.best,
-        clean_success=clean_success,
-        found=jnp.isfinite(carry.best_distance),
-        queries=carry.queries,
-        norm=norm,
-        info={
-            "rounds": carry.rounds.astype(jnp.int32),
-            "const": carry.const,
-            "first_success": carry.first_success.astype(jnp.int32),
-        },
-        minimum_norm=True,
-    )
+def run(method: Rounds, problem: Problem, *, trace: bool) -> AttackResult:
+    """The engine's `run`; a trace is as wide as the settings allow an attack to be long."""
+    if trace:
+        method = dataclasses.replace(method, num_events=method.most_events())
+    return engine.run(method, problem, trace=trace)
