@@ -89,7 +89,10 @@ def numpy_step(x, clean, direction, eps, step_size, norm):
 
 
 def numpy_pgd(inputs, labels, eps, step_size, num_steps, norm, start=None, sign=1, decay=None):
-    """The textbook loop; each example stops at its first success. Returns points and steps."""
+    """The textbook loop; each example stops at its first success.
+
+    Returns the points, and the number of the first that succeeded: 1 is the start, -1 never.
+    """
     velocity = 0.0
     clean = inputs.astype(np.float64)
     x = clean.copy() if start is None else start.astype(np.float64)
@@ -97,7 +100,7 @@ def numpy_pgd(inputs, labels, eps, step_size, num_steps, norm, start=None, sign=
     for step in range(num_steps + 1):
         wins = numpy_forward(x)[1].argmax(1)
         success = wins != labels if sign > 0 else wins == labels
-        first = np.where((first < 0) & success, step, first)
+        first = np.where((first < 0) & success, step + 1, first)
         active = first < 0
         direction = sign * numpy_gradient(x, labels)
         if decay is not None:
@@ -165,11 +168,10 @@ def test_pgd_against_numpy(norm, injected):
     np.testing.assert_array_equal(result.info["first_success"], first)
     np.testing.assert_array_equal(result.success, first >= 0)
     # Clean pass, one pass a judged iterate, verification; the last iterate is judged by it alone.
-    np.testing.assert_array_equal(
-        result.queries, 2 + np.where(first < 0, 7, np.minimum(first + 1, 7))
-    )
+    np.testing.assert_array_equal(result.queries, 2 + np.where(first < 0, 7, np.minimum(first, 7)))
     # The trace: the cross-entropy at the start, then rising.
-    loss = np.asarray(result.info["loss"])[:, 0]
+    loss = np.asarray(result.info["trace"])
+    assert loss.shape == (B, 7)
     at_start = losses.cross_entropy(MODEL(INPUTS if start is None else start), LABELS)
     np.testing.assert_allclose(loss[:, 0], at_start, rtol=1e-5)
     assert np.all(loss[first < 0, 3] > loss[first < 0, 0])
@@ -197,7 +199,7 @@ def test_bim_and_mim_against_numpy(norm, decay):
     np.testing.assert_allclose(result.inputs, expected, atol=1e-5)
     np.testing.assert_array_equal(result.info["first_success"], first)
     np.testing.assert_array_equal(result.success, first >= 0)
-    assert result.info["loss"].shape == (B, 1, 7)
+    assert result.info["trace"].shape == (B, 7)
     # The papers' steps are the default.
     expected, _ = numpy_pgd(INPUTS, LABELS, eps, path * eps / 7, 7, norm, decay=decay)
     result = iterative(attack, eps=eps, norm=norm, **kwargs)
@@ -231,7 +233,7 @@ def test_bim_is_pgd_without_a_random_start_and_starts_where_told():
         bim = iterative(attacks.bim, eps=0.1, step_size=0.03, init=init)
         pgd = iterative(attacks.pgd, eps=0.1, step_size=0.03, init=init, random_start=False)
         jax.tree.map(np.testing.assert_array_equal, bim, pgd)
-    assert not np.allclose(bim.info["loss"][:, 0, 0], losses.cross_entropy(MODEL(INPUTS), LABELS))
+    assert not np.allclose(bim.info["trace"][:, 0], losses.cross_entropy(MODEL(INPUTS), LABELS))
 
 
 def plateau(slope, inputs):
