@@ -9,7 +9,6 @@ import pytest
 
 from jdistill import attacks, nets
 from jdistill.attacks import _square, _square_bumps
-from jdistill.attacks._core import problem as _base
 from jdistill.attacks._square_bumps import Window
 
 B, SHAPE, H, K = 4, (6, 5, 2), 8, 4
@@ -61,20 +60,19 @@ def test_the_schedule_of_the_sides(size, norm, sides):
     # The last proposal of each size, and the first of the next one.
     last = np.array([10, 50, 200, 500, 1000, 2000, 4000])
     proposals = np.sort(np.r_[0, last, last + 1, 5000])
-    inputs = np.zeros((len(proposals), size, size, 1), np.float32)
-    problem = _base.prepare(
-        lambda x: x[:, 0, :2, 0],
-        jax.random.key(0),
-        inputs,
-        np.zeros(len(inputs), int),
-        targets=None,
-        bounds=(0.0, 1.0),
+    count = len(proposals)
+    method = _square._Square(
+        eps=jnp.ones(count),
+        p_init=jnp.full(count, 0.8),
+        first=None,
+        norm=norm,
+        num_queries=5001,
+        num_restarts=1,
     )
-    search = _square._Search(problem, jnp.ones(len(inputs)), jnp.full(len(inputs), 0.8))
-    draws = np.random.default_rng(0).uniform(0, 1, (len(inputs), 2)).astype(np.float32)
+    draws = np.random.default_rng(0).uniform(0, 1, (count, 2)).astype(np.float32)
     draws[0], draws[1] = 0, np.nextafter(np.float32(1), np.float32(0))
-    place = jax.jit(lambda search, numbers, u: _square._window(search, norm, numbers, u))
-    window = jax.tree.map(np.asarray, place(search, jnp.asarray(proposals), jnp.asarray(draws)))
+    place = jax.jit(lambda method, *args: method._window((count, size, size, 1), *args))
+    window = jax.tree.map(np.asarray, place(method, jnp.asarray(proposals), jnp.asarray(draws)))
     np.testing.assert_array_equal(window.height, np.repeat(sides, 2))
     np.testing.assert_array_equal(window.width, np.repeat(sides, 2))
     # Every corner of the image is in reach, the last row and column too.
@@ -235,7 +233,7 @@ def test_every_query_is_that_of_numpy():
         margins, (margin, point), tried, restart = reference(
             INPUTS[b].astype(float), LABELS[b], KEYS[b], p_init=0.5, **settings
         )
-        np.testing.assert_allclose(result.info["margin"][b], margins, atol=1e-5)
+        np.testing.assert_allclose(result.info["trace"][b], margins.ravel(), atol=1e-5)
         np.testing.assert_allclose(result.inputs[b], point, atol=1e-6)
         assert result.info["first_success"][b] == tried
         assert result.info["restart"][b] == restart
@@ -252,7 +250,7 @@ def test_what_resists_is_returned_at_its_largest_margin(norm):
     assert not result.success.any()
     np.testing.assert_array_equal(result.info["first_success"], -1)
     np.testing.assert_array_equal(result.queries, 2 * 41 + 2)
-    margins = np.asarray(result.info["margin"])
+    margins = np.asarray(result.info["trace"]).reshape(B, 2, 41)
     assert np.all(np.diff(margins, axis=2) >= 0)  # of each start, and never worse
     assert np.all(margins[:, :, -1] > margins[:, :, 0])
     logits = np.asarray(model(result.inputs))
@@ -281,10 +279,37 @@ def test_the_optimum_of_a_linear_network():
     slope = np.asarray(weights[:, 1] - weights[:, 0], float)
     clean = inputs.reshape(3, 16).astype(float) @ slope - 30
     best = clean + eps * np.abs(slope).sum()
-    np.testing.assert_allclose(result.info["margin"][:, 0, -1], best, atol=2e-5)
-    assert np.all(result.info["margin"][:, 0, 0] < best - 0.1)  # the start is not it
+    np.testing.assert_allclose(result.info["trace"][:, -1], best, atol=2e-5)
+    assert np.all(result.info["trace"][:, 0] < best - 0.1)  # the start is not it
     corner = inputs + eps[:, None, None, None] * np.sign(slope).reshape(1, 4, 4, 1)
     np.testing.assert_allclose(result.inputs, corner, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_injected_start_is_the_first_point(norm):
+    model, eps = make(bias=50.0), {"linf": 0.1, "l2": 0.5}[norm]
+    init = np.clip(INPUTS + RNG.normal(0, 0.2, INPUTS.shape), -0.5, 1.5)
+    delta = init - INPUTS
+    if norm == "linf":
+        delta = np.clip(delta, -eps, eps)
+    else:
+        delta *= eps / np.sqrt(np.sum(delta**2, axis=(1, 2, 3), keepdims=True))
+    start = np.clip(INPUTS + delta, 0, 1)
+    expected = [margin_of(row, 0) for row in np.asarray(model(jnp.asarray(start, jnp.float32)))]
+    settings = {"eps": eps, "norm": norm, "num_queries": 20, "trace": True}
+    for num_restarts in (1, 2):
+        result = attacks.square(
+            *(model, KEYS, INPUTS, np.zeros(B, int)),
+            init=init,
+            num_restarts=num_restarts,
+            **settings,
+        )
+        np.testing.assert_allclose(result.info["trace"][:, 0], expected, atol=1e-4)
+        assert np.all(result.info["trace"][:, 20] > result.info["trace"][:, 0])
+    # The second start is drawn, as it is without one.
+    drawn = attacks.square(model, KEYS, INPUTS, np.zeros(B, int), num_restarts=2, **settings)
+    np.testing.assert_allclose(result.info["trace"][:, 21:], drawn.info["trace"][:, 21:], atol=1e-4)
+    assert not np.allclose(result.info["trace"][:, 0], drawn.info["trace"][:, 0], atol=1e-2)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -355,7 +380,7 @@ def test_broken_logits_are_no_success_and_the_search_goes_on():
     result = attacks.square(
         logits_of, jax.random.key(0), inputs, np.zeros(8, int), eps=0.1, num_queries=80, trace=True
     )
-    start = np.asarray(result.info["margin"])[:, 0, 0]
+    start = np.asarray(result.info["trace"])[:, 0]
     assert 0 < np.isneginf(start).sum() < 8
     assert result.success.all()
     assert np.all(result.inputs[:, 0, 0, 0] <= 0.5)
