@@ -268,27 +268,6 @@ def test_a_trace_needs_settings_that_are_known():
         attempt(INPUTS)
 
 
-def test_settings_per_example():
-    settings = {
-        "confidence": np.linspace(0, 0.3, B),
-        "learning_rate": np.linspace(0.02, 0.05, B),
-        "initial_const": np.geomspace(0.01, 1, B),
-        "largest_const": np.geomspace(10, 100, B),
-        "const_factor": np.linspace(2, 6, B),
-        "shrink": np.linspace(0.6, 0.9, B),
-    }
-    together = attacks.carlini_wagner_linf(make(), None, INPUTS, LABELS, num_steps=30, **settings)
-    assert together.success.sum() >= B - 1
-    for b in (0, 3):
-        one = slice(b, b + 1)
-        single = {name: value[b] for name, value in settings.items()}
-        alone = attacks.carlini_wagner_linf(
-            make(), None, INPUTS[one], LABELS[one], num_steps=30, **single
-        )
-        np.testing.assert_allclose(alone.inputs[0], together.inputs[b], atol=1e-4)
-        np.testing.assert_allclose(alone.info["const"][0], together.info["const"][b], rtol=1e-4)
-
-
 def test_the_first_round_starts_where_it_is_told():
     plain = attacks.carlini_wagner_linf(make(), None, INPUTS, LABELS, **SETTINGS)
     same = attacks.carlini_wagner_linf(make(), None, INPUTS, LABELS, init=INPUTS, **SETTINGS)

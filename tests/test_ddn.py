@@ -193,27 +193,6 @@ def test_the_trace_is_the_loss_after_each_step():
     assert np.any(above > 1)
 
 
-def test_settings_per_example():
-    gamma = np.linspace(0.02, 0.2, B)
-    norm = np.linspace(0.2, 1.0, B)
-    together = attacks.ddn(
-        make(), None, INPUTS, LABELS, num_steps=20, gamma=gamma, initial_norm=norm, step_size=norm
-    )
-    for b in (0, 5):
-        one = slice(b, b + 1)
-        alone = attacks.ddn(
-            make(),
-            None,
-            INPUTS[one],
-            LABELS[one],
-            num_steps=20,
-            gamma=gamma[b],
-            initial_norm=norm[b],
-            step_size=norm[b],
-        )
-        np.testing.assert_allclose(alone.inputs[0], together.inputs[b], atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

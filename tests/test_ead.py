@@ -262,25 +262,6 @@ def test_the_trace_holds_the_objective_of_every_step():
     assert not np.any(result.success)
 
 
-def test_settings_per_example():
-    settings = {
-        "beta": np.linspace(1e-3, 0.02, B),
-        "confidence": np.linspace(0, 0.3, B),
-        "learning_rate": np.linspace(0.01, 0.03, B),
-        "initial_const": np.geomspace(0.01, 1, B),
-    }
-    steps = {"num_searches": 4, "num_steps": 30, "decision_rule": "elastic_net"}
-    together = attacks.ead(make(), None, INPUTS, LABELS, **settings, **steps)
-    assert np.all(together.success)
-    for b in (0, 3):
-        one = slice(b, b + 1)
-        single = {name: value[b] for name, value in settings.items()}
-        alone = attacks.ead(make(), None, INPUTS[one], LABELS[one], **single, **steps)
-        np.testing.assert_allclose(alone.inputs[0], together.inputs[b], atol=1e-5)
-        for name in ("elastic_net", "const"):
-            np.testing.assert_allclose(alone.info[name][0], together.info[name][b], rtol=1e-4)
-
-
 @pytest.mark.parametrize("abort_early", [True, False])
 def test_searches_start_where_they_are_told(abort_early):
     settings = {"num_searches": 3, "num_steps": 20, "abort_early": abort_early}
@@ -313,7 +294,6 @@ def test_searches_start_where_they_are_told(abort_early):
         ({"initial_const": 0}, "expected initial_const > 0, got 0"),
         ({"num_searches": 0}, "expected num_searches to be a whole number >= 1, got 0"),
         ({"num_steps": 2.0}, r"expected num_steps to be a whole number >= 1, got 2\.0"),
-        ({"init": INPUTS[:1]}, "expected init of the inputs' shape"),
     ],
 )
 def test_bad_settings_are_named(kwargs, message):
