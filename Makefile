@@ -9,12 +9,20 @@
 #   make parity   the attacks beside other toolkits at full size; writes docs/parity.md
 #                 (parity-small: a few images and steps, minutes)
 #   make bench    the attacks' speed beside other toolkits; writes runs/bench-attacks.md
+#   make device   checks and times an accelerator in at most 8 minutes, with the machine's own JAX;
+#                 writes runs/device/device.json (before, on a CPU: make device-reference; and
+#                 make device-wheels, if that machine lacks packages)
 #   make floor    the marked tests on the oldest supported versions, in .venv-floor
 
 PYTHON ?= python3
 PIP_OPTIONS := --quiet --disable-pip-version-check
+# The accelerator's own Python, whose JAX knows the accelerator.
+DEVICE_PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
+DEVICE_OPTIONS ?=
+DEVICE_WHEELS := absl-py etils flax msgpack optax PyYAML rich typing_extensions
 
-.PHONY: demo test test-slow lint docs parity parity-small bench floor install clean
+.PHONY: demo test test-slow lint docs parity parity-small bench device device-reference \
+	device-wheels floor install clean
 
 demo: .venv/installed
 	.venv/bin/python -m experiments.defend digits --workdir runs/demo
@@ -41,6 +49,17 @@ parity: .venv/peers
 
 bench: .venv/peers
 	.venv/bin/python -m experiments.bench attacks --output runs/bench-attacks.md
+
+device:
+	$(DEVICE_PYTHON) -m experiments.device run $(DEVICE_OPTIONS)
+
+device-reference: .venv/installed
+	.venv/bin/python -m experiments.device reference
+
+device-wheels:
+	$(PYTHON) -m pip download $(PIP_OPTIONS) --no-deps --only-binary=:all: -c requirements.txt \
+		--python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
+		--platform manylinux2014_x86_64 -d runs/device/wheels $(DEVICE_WHEELS)
 
 floor: .venv-floor/installed
 	.venv-floor/bin/python -m pytest -n 2 --dist loadgroup -m floor $(TEST_OPTIONS)
