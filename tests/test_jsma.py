@@ -1,5 +1,7 @@
 """The saliency map attack against a plain NumPy version, closed forms and its three outputs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,6 +104,20 @@ def test_the_same_pixels_in_the_same_order_as_numpy(output, targeted, theta):
         np.testing.assert_array_equal(found[: len(pairs)], np.reshape(pairs, (-1, 2)))
         assert np.all(found[len(pairs) :] == -1)
         success = succeeded(logits_of(expected))
+        # The clean input is judged again, and one iterate per pair.
+        points = [INPUTS[b].astype(float)]
+        for pair in pairs:
+            points.append(points[-1].copy())
+            points[-1][list(pair)] = (points[-1][list(pair)] + theta).clip(0, 1)
+        assert result.info["first_success"][b] == (len(points) if success else -1)
+        judged = logits_of(np.array(points[:num_steps]))
+        goal = target if targeted else LABELS[b]
+        excess = np.where(np.arange(K) == goal, -np.inf, judged).max(1) - judged[:, goal]
+        trace = np.asarray(result.info["trace"][b])
+        np.testing.assert_allclose(
+            trace[: len(judged)], -excess if targeted else excess, rtol=1e-4, atol=1e-5
+        )
+        assert np.all(np.isnan(trace[len(judged) :]))
         assert result.success[b] == success
         successes += success
         point = expected if success else INPUTS[b]
@@ -109,6 +125,49 @@ def test_the_same_pixels_in_the_same_order_as_numpy(output, targeted, theta):
         changed = np.sum(expected != INPUTS[b].astype(np.float64))
         assert result.distance[b] == (changed if success else np.inf)
     assert successes >= 2
+
+
+def test_an_injected_start_is_where_it_begins():
+    init = INPUTS.copy()
+    init[:, :2], init[:, 2] = 2.0, -1.0  # to be clipped into the box
+    start = init.clip(0, 1)
+    result = attacks.jsma(make(), None, INPUTS, LABELS, init=init, max_features=6, trace=True)
+    successes = 0
+    for b in range(B):
+        target = np.argsort(logits_of(INPUTS[b]))[-2]  # of the clean input
+
+        def succeeded(logits, b=b):
+            return logits.argmax() != LABELS[b]
+
+        expected, pairs = reference(start[b], target, succeeded, "softmax", 1.0, 3)
+        assert result.info["target"][b] == target
+        np.testing.assert_array_equal(
+            result.info["pairs"][b, : len(pairs)], np.reshape(pairs, (-1, 2))
+        )
+        success = succeeded(logits_of(expected))
+        assert result.success[b] == success
+        successes += success
+        if success:
+            np.testing.assert_allclose(result.inputs[b], expected, atol=1e-6)
+            assert result.distance[b] == np.sum(expected != INPUTS[b].astype(np.float64))
+            assert result.info["first_success"][b] == len(pairs) + 1
+    assert successes >= B // 2
+
+
+@pytest.mark.parametrize(
+    ("output", "follows"),
+    [
+        (attacks.softmax, "softmax"),
+        (attacks.softmax_at(1), "softmax"),
+        (attacks.softmax_at(20.0), "logits"),
+        (jnp.positive, "logits"),
+        (jnp.tanh, None),
+    ],
+    ids=["softmax", "at 1", "at 20", "logits", "other"],
+)
+def test_what_it_follows_depends_on_the_output(output, follows):
+    assert attacks.traits(functools.partial(attacks.jsma, output=output)).follows == follows
+    assert attacks.traits(attacks.jsma).follows == "softmax"
 
 
 def test_the_softmax_and_its_derivative():
@@ -257,7 +316,7 @@ def test_bad_settings_are_named(kwargs, message):
 
 
 def test_bad_shapes_and_temperatures_are_named():
-    with pytest.raises(ValueError, match="expected at least 2 features an example"):
+    with pytest.raises(ValueError, match="expected at least 2 features per example"):
         attacks.jsma(lambda x: x * jnp.ones((1, 2)), None, INPUTS[:, :1], np.zeros(B, int))
     with pytest.raises(ValueError, match="expected temperature > 0, got 0"):
         attacks.softmax_at(0)

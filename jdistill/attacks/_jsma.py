@@ -1,21 +1,25 @@
-"""The Jacobian-based saliency map attack, on any function of the logits."""
+"""Jacobian-based saliency map attack, on any function of the logits."""
 
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import Partial
 
 from jdistill import _validate, norms
-from jdistill._precision import full_precision
 from jdistill._pytree import as_pytree
-from jdistill.attacks._core import problem as _base
-from jdistill.attacks._core.problem import AttackResult, Problem
-from jdistill.attacks._loop import until_done
+from jdistill.attacks._core.engine import Method, Passes, Progress, Seen, register, run, static
+from jdistill.attacks._core.problem import (
+    AttackResult,
+    Problem,
+    one_per_example,
+    prepare,
+    start_point,
+)
+from jdistill.attacks._core.traits import Follows, Settings, facts
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 # The share of an input's features that may change: 112 of MNIST's 784.
@@ -31,7 +35,7 @@ def softmax(logits: Array) -> Array:
     The product of its Jacobian and a vector `w` is `F_j · Σ_k F_k (w_j - w_k)`. The usual form,
     `F_j · (w_j - Σ_k F_k w_k)`, subtracts numbers that are equal in float32 where a well-trained
     network is sure of its class, and the saliency of the other classes is then rounding alone.
-    `output` of `jsma`. The derivative costs `K²` operations an example, and only backward-mode
+    `output` of `jsma`. The derivative costs `K²` operations per example, and only backward-mode
     differentiation is there.
 
     Args:
@@ -63,6 +67,25 @@ def _softmax_backward(probs: Array, weights: Array) -> tuple[Array]:
 softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
+def _follows(settings: Settings) -> Follows | None:
+    """What the saliency with this `output` climbs."""
+    output = settings["output"]
+    if output is softmax:
+        return "softmax"
+    if isinstance(output, Partial) and output.func is _softmax_at:
+        (temperature,) = output.args
+        plain = not _validate.is_traced(temperature) and float(temperature) == 1
+        return "softmax" if plain else "logits"
+    return "logits" if output is jnp.positive else None
+
+
+@facts(
+    title="JSMA",
+    norms=("l0",),
+    minimum_norm=True,
+    follows=_follows,
+    freedom="changes a limited number of features",
+)
 def jsma(
     logits_fn: LogitsFn,
     key: Array | None,
@@ -74,6 +97,7 @@ def jsma(
     output: Callable[[Array], Array] = softmax,
     bounds: tuple[float, float] = (0.0, 1.0),
     targets: ArrayLike | None = None,
+    init: ArrayLike | None = None,
     trace: bool = False,
 ) -> AttackResult:
     """Jacobian-based saliency map attack: the fewest features, two at a time, each by `theta`.
@@ -99,10 +123,10 @@ def jsma(
     Args:
         logits_fn: inputs `[B, ...]` to logits `[B, K]`.
         key: unused (the attack is deterministic); None or any key.
-        inputs: `[B, ...]` float inside `bounds`, at least 2 features an example.
+        inputs: `[B, ...]` float inside `bounds`, at least 2 features per example.
         labels: `[B]` int, the true classes.
-        theta: what is added to a feature at a step, in input units; not 0; a scalar or `[B]`; may
-            be traced. At the default a feature of `[0, 1]` saturates at once.
+        theta: what a step adds to a feature, in input units; not 0; scalar or `[B]`; may be
+            traced. At the default a feature of `[0, 1]` saturates at once.
         max_features: the most features changed, at least 2; static. An odd number is rounded
             down to pairs. None takes the paper's 14.5 % of all features, rounded down to pairs
             (112 of 784), and at least 2. A step counts as two features even where `theta` is so
@@ -112,15 +136,18 @@ def jsma(
         bounds: the box of valid inputs.
         targets: `[B]` int, classes to reach. None aims at the most likely class other than the
             label at the clean input, and any class but the label is a success. For the least
-            over all targets, as the paper's robustness has it, call once a target.
-        trace: keep the pairs.
+            over all targets, as the paper's robustness has it, call once per target.
+        init: `[B, ...]`, the start instead of the inputs, clipped into the box; what it changes
+            counts in `distance`, not in `max_features`.
+        trace: keep the pairs, and by how much each iterate passes the goal.
 
     Returns:
         The result. Where nothing was found: the clean input, `success=False`, `distance=inf`.
-        `distance` is the number of changed features (l0). `info`: `target [B]` int32, the class
-        aimed at; `num_pairs [B]` int32, steps taken; with `trace`, `pairs
-        [B, max_features / 2, 2]` int32, flat indices of the features in the order of their change,
-        -1 after the end.
+        `distance` is the number of changed features (l0). `info`: `first_success`, where 1 is the
+        start; `gradients`; `target [B]` int32, the class aimed at; `num_pairs [B]` int32, steps
+        taken; with `trace`, by how many logits each iterate passes the goal, `trace
+        [B, max_features / 2]`, and `pairs [B, max_features / 2, 2]` int32, flat indices of the
+        features in the order of their change, -1 after the end. See `jdistill.attacks`.
 
     Raises:
         ValueError: theta 0 or not finite, max_features below 2, inputs of a single feature, not
@@ -140,25 +167,30 @@ def jsma(
         Defense", section V (112 features); Carlini & Wagner 2016, "Defensive Distillation is Not
         Robust to Adversarial Examples" (softmax(z / T)). Departures: α and β are divided by their
         largest entry first, which changes no order but keeps their product from rounding to 0 in
-        float32; features that start at the bound are left out from the start; the paper is
-        targeted only.
+        float32; features that start at the bound are left out from the start; all pairs are looked
+        at, some rows of their table at a time; the paper is targeted only.
     """
     del key
     _validate.non_zero(theta=theta, remedy="pass what a step adds to a feature, in input units")
-    problem = _base.prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
-    num_features = int(np.prod(problem.inputs.shape[1:]))
+    problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
+    num_features = math.prod(problem.inputs.shape[1:])
     if num_features < 2:
         raise ValueError(
-            f"expected at least 2 features an example, got inputs of shape "
+            f"expected at least 2 features per example, got inputs of shape "
             f"{problem.inputs.shape}; the attack changes features in pairs"
         )
     if max_features is None:
         max_features = max(2, int(num_features * _SHARE))
     _validate.count(minimum=2, max_features=max_features)
-    theta = _base.one_per_example(theta, problem.inputs, name="theta")
-    output = as_pytree(output)
-    with full_precision():
-        return _jsma(problem, output, theta, num_steps=max_features // 2, trace=trace)
+    start = problem.inputs if init is None else start_point(init, problem)
+    method = _JSMA(
+        output=as_pytree(output),
+        theta=one_per_example(theta, problem.inputs, name="theta"),
+        start=start,
+        num_events=max_features // 2,
+        keeps_pairs=trace,
+    )
+    return run(method, problem, trace=trace)
 
 
 def softmax_at(temperature: ArrayLike) -> Callable[[Array], Array]:
@@ -193,66 +225,66 @@ def _softmax_at(temperature: Array, logits: Array) -> Array:
     return softmax(logits / temperature.astype(logits.dtype))
 
 
-class _Carry(NamedTuple):
-    """The state of each example; every leaf leads with `[B]`."""
-
+class _State(NamedTuple):
     inputs: Array  # the current iterate
-    step: Array  # pairs changed
-    done: Array
-    queries: Array
-    pairs: Array  # [B, num_steps, 2], or [B, 0, 0] without a trace
+    target: Array  # the class aimed at
+    num_pairs: Array
+    pairs: Array | None  # [B, num_events, 2]
 
 
-def _init(problem: Problem, clean_success: Array, num_steps: int, trace: bool) -> _Carry:
-    zeros = jnp.zeros(clean_success.shape, jnp.int32)
-    shape = (num_steps, 2) if trace else (0, 0)
-    return _Carry(
-        inputs=problem.inputs,
-        step=zeros,
-        done=clean_success,
-        queries=zeros + 1,  # the clean forward pass
-        pairs=jnp.full(zeros.shape + shape, -1, jnp.int32),
-    )
+@register
+class _JSMA(Method):
+    output: Any
+    theta: Array  # [B]
+    start: Array  # [B, ...]
+    num_events: int = static()
+    keeps_pairs: bool = static()
+    norm = "l0"
+    minimum_norm = True
+    passes = Passes(1, 2)
 
+    def init(self, problem: Problem) -> tuple[_State, Array]:
+        logits, target = problem.logits_fn(problem.inputs), problem.goal.targets
+        if target is None:
+            others = jax.nn.one_hot(problem.goal.labels, logits.shape[1], dtype=bool)
+            target = jnp.argmax(jnp.where(others, -jnp.inf, logits), axis=1).astype(jnp.int32)
+        pairs = None
+        if self.keeps_pairs:
+            pairs = jnp.full((*target.shape, self.num_events, 2), -1, jnp.int32)
+        start = jnp.clip(self.start, *problem.bounds)
+        return _State(start, target, jnp.zeros_like(target), pairs), logits
 
-def _step(
-    output: Callable[[Array], Array],
-    num_steps: int,
-    problem: Problem,
-    theta: Array,
-    target: Array,
-    carry: _Carry,
-) -> _Carry:
-    """Judge the current iterate, then change the best pair of those that resist."""
-    active = ~carry.done
-    batch_size = target.shape[0]
-    logits, for_target, for_others = _saliency(problem, output, target, carry.inputs)
-    success = active & problem.goal.reached(logits)
+    def step(self, problem: Problem, state: _State, event: Array) -> tuple[_State, Seen]:
+        """Judge the current iterate, then change its best pair."""
+        logits, for_target, for_others = _saliency(problem, self.output, state.target, state.inputs)
+        sign, theta = jnp.sign(self.theta)[:, None], self.theta[:, None]
+        flat, (low, high) = norms.flatten(state.inputs), problem.bounds
+        movable = jnp.where(sign > 0, flat < high, flat > low)
+        score, first, second = _best_pair(sign * for_target, -sign * for_others, movable)
 
-    sign = jnp.sign(theta)[:, None]
-    flat = norms.flatten(carry.inputs)
-    low, high = problem.bounds
-    movable = jnp.where(sign > 0, flat < high, flat > low)
-    score, first, second = _best_pair(sign * for_target, -sign * for_others, movable)
-    moving = active & ~success & (score > 0)
-
-    index = jnp.arange(flat.shape[1])[None]
-    chosen = ((index == first[:, None]) | (index == second[:, None])) & moving[:, None]
-    moved = jnp.where(chosen, jnp.clip(flat + theta[:, None], low, high), flat)
-    step = carry.step + moving
-    # The iterate after the last step is judged by the verification that follows the loop.
-    return _Carry(
-        inputs=moved.reshape(carry.inputs.shape),
-        step=step,
-        done=carry.done | ~moving | (step == num_steps),
-        queries=carry.queries + active,
-        # An example that stopped keeps its entries: it writes past the end, where nothing is.
-        pairs=carry.pairs.at[jnp.arange(batch_size), jnp.where(moving, carry.step, num_steps)].set(
-            jnp.stack([first, second], axis=1), mode="drop"
+        moving, index = score > 0, jnp.arange(flat.shape[1])[None]
+        chosen = ((index == first[:, None]) | (index == second[:, None])) & moving[:, None]
+        moved = jnp.where(chosen, jnp.clip(flat + theta, low, high), flat)
+        pairs = state.pairs
+        if pairs is not None:
+            # Without a pair nothing is written: past the end nothing is.
+            place = jnp.where(moving, event, self.num_events)
+            pair = jnp.stack([first, second], axis=1)
+            pairs = pairs.at[jnp.arange(len(place)), place].set(pair, mode="drop")
+        new = _State(
+            moved.reshape(state.inputs.shape), state.target, state.num_pairs + moving, pairs
         )
-        if carry.pairs.size
-        else carry.pairs,
-    )
+        goal = problem.goal
+        return new, Seen(goal.reached(logits), goal.excess(logits), spent=~moving)
+
+    def point(self, problem: Problem, state: _State) -> Array:
+        return state.inputs
+
+    def info(
+        self, problem: Problem, state: _State, progress: Progress, result: AttackResult
+    ) -> dict[str, Array]:
+        pairs = {} if state.pairs is None else {"pairs": state.pairs}
+        return {"target": state.target, "num_pairs": state.num_pairs, **pairs}
 
 
 def _saliency(
@@ -308,40 +340,3 @@ def _best_pair(alpha: Array, beta: Array, movable: Array) -> tuple[Array, Array,
     first = jnp.argmax(best_of_rows, axis=0)
     row = products(first)
     return jnp.max(row, axis=1), first.astype(jnp.int32), jnp.argmax(row, axis=1).astype(jnp.int32)
-
-
-@functools.partial(jax.jit, static_argnames=("num_steps", "trace"))
-def _jsma(
-    problem: Problem,
-    output: Callable[[Array], Array],
-    theta: Array,
-    *,
-    num_steps: int,
-    trace: bool,
-) -> AttackResult:
-    logits = problem.logits_fn(problem.inputs)
-    clean_success = problem.goal.reached_clean(logits)
-    target = problem.goal.targets
-    if target is None:
-        others = jax.nn.one_hot(problem.goal.labels, logits.shape[1], dtype=bool)
-        target = jnp.argmax(jnp.where(others, -jnp.inf, logits), axis=1).astype(jnp.int32)
-    carry = until_done(
-        functools.partial(_step, output, num_steps),
-        (problem, theta, target),
-        _init(problem, clean_success, num_steps, trace),
-        at_most=num_steps,
-        spread=problem.spread,
-    )
-    info = {"target": target, "num_pairs": carry.step}
-    if trace:
-        info["pairs"] = carry.pairs
-    return _base.finish(
-        problem,
-        carry.inputs,
-        clean_success=clean_success,
-        found=jnp.ones(clean_success.shape, bool),
-        queries=carry.queries,
-        norm="l0",
-        info=info,
-        minimum_norm=True,
-    )
