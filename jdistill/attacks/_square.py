@@ -112,10 +112,10 @@ def square(
         Andriushchenko, Croce, Flammarion & Hein 2020, "Square Attack: a query-efficient black-box
         adversarial attack via random search", algorithms 1-3 and section 4; without a schedule
         that is rescaled to `num_queries`, as in AutoAttack (Croce & Hein 2020). Departures from the
-        released code: each example has windows and signs of its own, not one draw for the batch;
-        windows also reach the last row and column, an eighth as often as any other, because the
-        border of an image matters least and an equal share of the queries would be lost there. As
-        in AutoAttack, a sign that changes nothing is not drawn again.
+        released code: windows and signs are drawn for each example, not once for the batch; windows
+        also reach the last row and column, an eighth as often as any other, because the border of
+        an image matters least and an equal share of the queries would be lost there. As in
+        AutoAttack, a sign that changes nothing is not drawn again.
     """
     _validate.one_of(_NORMS, norm=norm)
     _validate.count(num_queries=num_queries, num_restarts=num_restarts)

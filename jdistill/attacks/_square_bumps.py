@@ -12,7 +12,7 @@ _IMAGE = (1, 2)  # the axes of rows and columns
 
 
 class Window(NamedTuple):
-    """One rectangle an example, whole numbers `[B]` each; all of it lies in the image."""
+    """One rectangle per example, whole numbers `[B]` each; all of it lies in the image."""
 
     top: Array
     left: Array
@@ -65,7 +65,7 @@ def bump(window: Window, turned: Array, shape: tuple[int, ...], dtype: jnp.dtype
 
 
 def num_draws(rows: int, columns: int, channels: int) -> int:
-    """How many random numbers `grid` takes for an example."""
+    """The number of random numbers that `grid` takes per example."""
     side = _tile(rows, columns)
     return (rows // side) * (columns // side) * (1 + channels)
 
