@@ -30,7 +30,8 @@ from typing import Any, NamedTuple
 import jax
 
 from experiments import bench_rows, device_checks, device_times
-from experiments.device_checks import PRECISIONS, Reference, Row
+from experiments.device_attacks import PRECISIONS
+from experiments.device_checks import Reference, Row
 from experiments.device_times import SIZES, Peak, Sizes
 from jdistill import runtime
 

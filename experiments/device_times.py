@@ -17,7 +17,7 @@ from experiments import (
     bench_rows,
     bench_sweep,
     bench_train,
-    device_checks,
+    device_attacks,
     npz_network,
     timing,
 )
@@ -236,13 +236,13 @@ def _row(row: BenchRow) -> Row:
 
 
 def _files(name: str) -> tuple[npz_network.Params, np.ndarray, np.ndarray]:
-    params = npz_network.read_params(device_checks.FILES / f"{name}.npz")
-    return params, *npz_network.read_images(device_checks.FILES / "images.npz")
+    params = npz_network.read_params(device_attacks.FILES / f"{name}.npz")
+    return params, *npz_network.read_images(device_attacks.FILES / "images.npz")
 
 
 def _images(name: str, count: int) -> tuple[LogitsFn, Array, Array]:
     """A network, and images on the device that it classifies correctly."""
     _, inputs, labels = _files(name)
-    logits_fn = nets.logits_fn(*device_checks.network(name))
+    logits_fn = nets.logits_fn(*device_attacks.network(name))
     inputs, labels = npz_network.correct_images(logits_fn, inputs, labels, count)
     return logits_fn, jnp.asarray(inputs), jnp.asarray(labels)

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import device, device_checks, device_times
+from experiments import device, device_attacks, device_checks, device_times
 from experiments.device import Part
-from experiments.device_checks import NETWORKS, Outcome, Reference
+from experiments.device_attacks import NETWORKS, Outcome
+from experiments.device_checks import Reference
 from jdistill import attacks, nets
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -60,7 +61,7 @@ def changed(reference, path, **meta):
 
 
 def test_every_attack_is_a_case_in_every_norm():
-    there = device_checks.cases()
+    there = device_attacks.cases()
     assert len({case.name for case in there}) == len(there)
     found = {attacks.traits(case.attack).name for case in there}
     assert {"pgd", "square", "ddn", "autoattack", "ensemble", "universal", "transfer"} <= found
@@ -72,7 +73,7 @@ def test_every_attack_is_a_case_in_every_norm():
         assert traits.settings.get("num_steps", 0) <= 20
         assert "0x" not in case.settings  # the same text in every process
     with pytest.raises(ValueError, match="expected attacks among apgd"):
-        device_checks.cases(["nothing"])
+        device_attacks.cases(["nothing"])
 
 
 def test_a_device_that_agrees_passes(reference, tmp_path, monkeypatch, capsys):
@@ -166,7 +167,7 @@ def test_operands_are_rounded(precision, dropped):
     inputs = draws.uniform(size=(5, 2, 2, 1)).astype(np.float32)
     kernel, bias = draws.normal(size=(4, 3)).astype(np.float32), np.float32([0.1, 0.2, 0.3])
     variables = {"params": {"logits": {"kernel": kernel, "bias": bias}}}
-    logits_fn = device_checks._logits_fn(model, variables, precision)
+    logits_fn = device_attacks._logits_fn(model, variables, precision)
     exact = rounded(inputs.reshape(5, 4) - np.float32(0.5)).astype(float) @ rounded(kernel)
     np.testing.assert_allclose(logits_fn(inputs), exact + bias, rtol=1e-6, atol=1e-6)
     assert np.abs(exact + bias - nets.logits_fn(model, variables)(inputs)).max() > 2.0**-dropped
@@ -181,7 +182,7 @@ def test_ties_on_either_side_are_left_out():
             for name in NETWORKS
         }
 
-    (case,) = device_checks.cases(["ddn"])
+    (case,) = device_attacks.cases(["ddn"])
     ours = outcome([True, False, False], [False, True, False])
     theirs = outcome([False, True, False], [True, False, False])
     row = device_checks.compared(case, ours, theirs)
@@ -220,8 +221,8 @@ def test_an_attack_that_fails_is_a_row(reference, tmp_path, monkeypatch):
             raise RuntimeError("no such kernel")
         return attack(case, *arguments)
 
-    attack = device_checks._attack
-    monkeypatch.setattr(device_checks, "_attack", broken)
+    attack = device_attacks._attack
+    monkeypatch.setattr(device_attacks, "_attack", broken)
     code, content = run(tmp_path, reference, "attacks")
     assert (code, content["failures"]) == (1, [f"attacks: {NAMES[1]}"])
     rows = {row["attack"]: row for row in content["parts"]["attacks"]["rows"]}
