@@ -1,34 +1,21 @@
 """EAD against a plain NumPy version of its algorithm, and against exact minima of its objective."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdistill import attacks, nets
+from jdistill import attacks
+from tests import tiny
 
 B, D, H, K = 6, 5, 7, 4
 RNG = np.random.default_rng(5)
-FIRST = RNG.normal(0, 1.2, (D, H))
-SECOND = RNG.normal(0, 1, (H, K))
+NET = tiny.Net(RNG.normal(0, 1.2, (D, H)), RNG.normal(0, 1, (H, K)))
+make, logits_of = NET.logits_fn, NET.logits
 INPUTS = RNG.uniform(0.05, 0.95, (B, D)).astype(np.float32)
 INPUTS[0, :2] = [0, 1]  # on the box's faces
-
-
-def network(weights, inputs):
-    first, second = weights
-    return jnp.tanh((inputs - 0.5) @ first) @ second
-
-
-def make(scale=1.0, dtype=jnp.float32):
-    weights = (jnp.asarray(FIRST, dtype), jnp.asarray(SECOND * scale, dtype))
-    return nets.callable_logits_fn(network, weights)
-
-
-def logits_of(x):
-    return np.tanh((x - 0.5) @ FIRST) @ SECOND
-
-
 LABELS = logits_of(INPUTS).argmax(1)
 TARGETS = np.argsort(logits_of(INPUTS), axis=1)[:, -2]
 SETTINGS = {"num_searches": 6, "num_steps": 60, "learning_rate": 0.02, "initial_const": 0.1}
@@ -49,16 +36,11 @@ def reference(
     abort_early=True,
 ):
     """The returned point's L1 distance, elastic net and constant, or (inf, inf, nan)."""
-    goal = label if target is None else target
-    sign = 1 if target is None else -1
+    goal, sign = (label, -1) if target is None else (target, 1)
 
     def judge(point):
-        hidden = np.tanh((point - 0.5) @ FIRST)
-        logits = hidden @ SECOND
-        other = np.where(np.arange(K) == goal, -np.inf, logits).argmax()
-        gap = sign * (logits[goal] - logits[other]) + confidence  # below 0: the goal is passed
-        slope = FIRST @ ((1 - hidden**2) * sign * (SECOND[:, goal] - SECOND[:, other]))
-        return gap, slope
+        margin, slope = NET.margin(point, goal)
+        return sign * margin + confidence, sign * slope  # below 0: the goal is passed
 
     lower, upper, const = 0.0, 1e10, initial_const
     best_value, best = np.inf, (np.inf, np.inf, np.nan)
@@ -112,26 +94,8 @@ def reference(
 def test_against_numpy_in_double_precision(kwargs):
     kwargs = SETTINGS | {"beta": 0.01, "decision_rule": "l1", "confidence": 0.0} | kwargs
     targets = kwargs.pop("targets", None)
-    rows = [
-        reference(
-            INPUTS[b].astype(np.float64),
-            LABELS[b],
-            None if targets is None else targets[b],
-            **kwargs,
-        )
-        for b in range(B)
-    ]
-    l1, elastic_net, const = np.array(rows).T
-    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
-        result = attacks.ead(
-            make(dtype=jnp.float64),
-            None,
-            INPUTS.astype(np.float64),
-            LABELS,
-            targets=targets,
-            **kwargs,
-        )
-        result = jax.tree.map(np.asarray, result)
+    l1, elastic_net, const = tiny.each(reference, INPUTS, LABELS, targets, **kwargs)
+    result = tiny.in_double(attacks.ead, NET, INPUTS, LABELS, targets=targets, **kwargs)
     np.testing.assert_array_equal(result.success, np.isfinite(l1))
     assert result.success.sum() >= B - 2
     np.testing.assert_allclose(result.distance, l1, rtol=1e-8)
@@ -142,9 +106,9 @@ def test_against_numpy_in_double_precision(kwargs):
 @pytest.mark.floor
 def test_against_numpy_in_single_precision():
     kwargs = SETTINGS | {"beta": 0.01, "decision_rule": "l1", "confidence": 0.0}
-    rows = [reference(INPUTS[b].astype(np.float64), LABELS[b], None, **kwargs) for b in range(B)]
+    l1, _, _ = tiny.each(reference, INPUTS, LABELS, **kwargs)
     result = attacks.ead(make(), None, INPUTS, LABELS, **kwargs)
-    np.testing.assert_allclose(result.distance, [row[0] for row in rows], rtol=1e-3)
+    np.testing.assert_allclose(result.distance, l1, rtol=1e-3)
 
 
 def least_elastic_net(weights, gap, low, high, beta):
@@ -230,14 +194,13 @@ def test_the_exact_minima_of_a_linear_network(beta):
 
 
 def test_the_unreachable_is_a_failure_and_not_zeros():
-    fixed = nets.callable_logits_fn(lambda x: jnp.stack([x[:, 0] + 1, x[:, 0] * 0], axis=1))
-    labels = np.zeros(B, int)
-    result = attacks.ead(fixed, None, INPUTS, labels, num_searches=3, num_steps=10)
+    run = functools.partial(attacks.ead, tiny.unbreakable, None, INPUTS, np.zeros(B, int))
+    result = run(num_searches=3, num_steps=10)
     np.testing.assert_array_equal(result.inputs, INPUTS)
     assert not np.any(result.success)
     assert np.all(np.isinf(result.distance))
     assert np.all(np.isinf(result.info["elastic_net"]))
-    without_l1 = attacks.ead(fixed, None, INPUTS, labels, num_searches=3, num_steps=10, beta=0)
+    without_l1 = run(num_searches=3, num_steps=10, beta=0)
     assert np.all(np.isinf(without_l1.info["elastic_net"]))
     assert np.all(np.isnan(result.info["const"]))
 
@@ -253,8 +216,7 @@ def test_the_trace_holds_the_objective_of_every_step():
     kwargs = {"num_searches": 2, "num_steps": 20, "initial_const": 1.0, "abort_early": False}
     result = attacks.ead(make(), None, INPUTS, LABELS, trace=True, beta=1e3, **kwargs)
     # Nothing passes such a threshold: the objective stays the constant times the clean margin.
-    ordered = np.sort(logits_of(INPUTS.astype(np.float64)), axis=1)
-    expected = (ordered[:, -1] - ordered[:, -2])[:, None] * np.repeat([1, 10], 20)
+    expected = -tiny.margins(logits_of(INPUTS), LABELS)[:, None] * np.repeat([1, 10], 20)
     np.testing.assert_allclose(result.info["trace"], expected, rtol=1e-3)
     # Two forward passes and one backward pass per step.
     np.testing.assert_array_equal(result.queries, np.full(B, 1 + 2 * 2 * 20 + 1))
@@ -287,13 +249,9 @@ def test_searches_start_where_they_are_told(abort_early):
     ("kwargs", "message"),
     [
         ({"beta": -1.0}, r"expected beta >= 0, got -1\.0"),
-        ({"beta": np.ones(3)}, r"expected beta to be a scalar or of shape \[B\] = .*, got \(3,\)"),
         ({"decision_rule": "EN"}, "expected decision_rule to be one of 'l1', 'elastic_net'"),
-        ({"confidence": np.nan}, "expected confidence >= 0, got nan"),
         ({"learning_rate": 0.0}, r"expected learning_rate > 0, got 0\.0"),
         ({"initial_const": 0}, "expected initial_const > 0, got 0"),
-        ({"num_searches": 0}, "expected num_searches to be a whole number >= 1, got 0"),
-        ({"num_steps": 2.0}, r"expected num_steps to be a whole number >= 1, got 2\.0"),
     ],
 )
 def test_bad_settings_are_named(kwargs, message):
