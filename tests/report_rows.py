@@ -1,12 +1,13 @@
 """Rows as a run would have them, and a reader of the page that is made of them."""
 
+import functools
 import html.parser
 import math
 import re
 
 import numpy as np
 
-from jdistill import report
+from jdistill import attacks, losses, report
 
 FGSM = ("fgsm", "linf", 0.1)
 PGD = ("pgd", "linf", 0.1)
@@ -15,6 +16,21 @@ CW = ("carlini_wagner_l2", "l2", None)
 JSMA = ("jsma", "l0", None)
 SPATIAL = ("spatial", "linf", None)
 UNIVERSAL = ("universal", "linf", 0.1)
+
+
+def facts_of(name):
+    """The columns on an attack of a plan; none where that is not of the library."""
+    function = getattr(attacks, name.removesuffix("_margin"), None)
+    if function is None:
+        return {}
+    bound = {"loss": losses.margin} if name.endswith("_margin") else {}
+    known = attacks.traits(functools.partial(function, **bound))
+    return {fact: getattr(known, fact) for fact in report.FACTS}
+
+
+def titled(name):
+    """The attack and its title, as tables beside `results.csv` have them."""
+    return {"attack": name, "title": facts_of(name)["title"]}
 
 
 def make_row(attack=FGSM, success=0.5, distance=None, num_attacked=1000, **columns):
@@ -46,6 +62,7 @@ def make_row(attack=FGSM, success=0.5, distance=None, num_attacked=1000, **colum
         "mean_queries": 40.0,
     }
     assert tuple(row) == report.COLUMNS
+    row |= facts_of(name)
     unknown = set(columns) - set(row)
     assert not unknown
     return {**row, **columns}
@@ -173,7 +190,12 @@ def make_verdict(label, naive, worst_case, outcomes=None, **changes):
         for name, title in CHECKS.items()
     ]
     settings = "40 steps, step size 0.01, 1 restart"
-    accuracies = {"PGD-40": naive, "APGD-CE": naive, "APGD-T": worst_case, "Square": naive}
+    tried = {
+        "PGD-40": (naive, "gradient", "softmax"),
+        "APGD-CE": (naive, "gradient", "softmax"),
+        "APGD-T": (worst_case, "gradient", "logits"),
+        "Square": (naive, "scores", "logits"),
+    }
     verdict = {
         "label": label,
         "reason": {
@@ -189,8 +211,11 @@ def make_verdict(label, naive, worst_case, outcomes=None, **changes):
         "num_examples": 200,
         "num_nonfinite": 0,
         "attacks": [
-            {"name": name, "robust_accuracy": share(value), "settings": settings}
-            for name, value in accuracies.items()
+            {
+                **{"name": name, "robust_accuracy": share(value), "settings": settings},
+                **{"access": access, "follows": follows},
+            }
+            for name, (value, access, follows) in tried.items()
         ],
         "checks": checks,
         "budget": BUDGET,
@@ -243,7 +268,7 @@ def make_measures(rows, label=None):
             ("linf", "fmn", 0.12),
         ):
             mean *= 1 + 0.1 * level + 0.01 * draw.normal()
-            row = {"norm": norm, "attack": attack, "success_rate": 1.0, "mean": mean}
+            row = {"norm": norm, **titled(attack), "success_rate": 1.0, "mean": mean}
             row = {**row, "median": 0.95 * mean, "num_examples": 100}
             measures["distances"].append({**network, **row})
     for chain in dict.fromkeys((n["dataset"], n["temperature"], n["seed"]) for n in found):
@@ -268,7 +293,7 @@ def _point(network, curve, attack, eps, x, value):
     ends = share(value)
     return {
         **network,
-        **{"curve": curve, "attack": attack, "norm": "linf", "eps": eps, "x": float(x)},
+        **{"curve": curve, **titled(attack), "norm": "linf", "eps": eps, "x": float(x)},
         **{"robust_accuracy": ends["value"], "low": ends["low"], "high": ends["high"]},
         "num_examples": 200,
     }
@@ -280,8 +305,8 @@ def _chain(measures, chain, generations):
     for source in generations:
         for target in generations:
             rate = share(0.25 if source == target else 0.12)
-            row = {"source_generation": source, "target_generation": target, "attack": "pgd_margin"}
-            row = {**row, "norm": "linf", "eps": 0.1, "num_examples": 200}
+            row = {"source_generation": source, "target_generation": target}
+            row |= {**titled("pgd_margin"), "norm": "linf", "eps": 0.1, "num_examples": 200}
             row = {**row, "success_rate": rate["value"], "low": rate["low"], "high": rate["high"]}
             measures["transfer"].append({**where, **row})
     for generation in generations:

@@ -66,10 +66,28 @@ def test_csv_leaves_blank_what_was_not_measured(tmp_path):
 
 
 def test_csv_keeps_further_columns(tmp_path):
-    rows = [{**make_row(), "verdict": "masked", "restarts": 3, "ece": 0.25}]
+    own = ("own", "linf", 0.1)
+    rows = [{**make_row(own), "verdict": "masked", "restarts": 3, "ece": 0.25}]
     path = report.write_results(tmp_path / "results.csv", rows)
     assert path.read_text().splitlines()[0].endswith("mean_queries,ece,restarts,verdict")
     assert report.read_results(path) == [{**rows[0]}]
+
+
+def test_csv_keeps_the_facts_of_attacks(tmp_path):
+    rows = [make_row(attack) for attack in (FGSM, CW, SPATIAL)]
+    path = report.write_results(tmp_path / "results.csv", rows)
+    back = {row["attack"]: row for row in report.read_results(path)}
+    for row in rows:
+        assert {name: back[row["attack"]][name] for name in report.FACTS} == {
+            name: row[name] for name in report.FACTS
+        }
+    found = {
+        net.key.attack: net.key for net in _networks.networks(back.values())[0].attacks.values()
+    }
+    assert found["fgsm"].facts == _networks.Facts(
+        "FGSM", "gradient", "softmax", False, "one step", None
+    )
+    assert [name for name, key in found.items() if key.has_no_norm] == ["spatial"]
 
 
 def test_csv_keeps_the_old_file_when_rows_are_bad(tmp_path):
@@ -89,6 +107,8 @@ def test_csv_keeps_the_old_file_when_rows_are_bad(tmp_path):
         ({"success_rate": 48.0}, r"expected success_rate in \[0, 1\], got 48\.0 in row 0"),
         ({"temperature": 0.0}, r"expected temperature > 0, got 0\.0 in row 0"),
         ({"mean_distance": "far"}, "expected mean_distance to be a number, got 'far' in row 0"),
+        ({"follows": "cross-entropy"}, "expected follows to be softmax or logits, got 'cross-ent"),
+        ({"minimum_norm": "no"}, "expected minimum_norm to be a number, got 'no'"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, change, message):
@@ -165,6 +185,31 @@ def test_attacks_that_are_not_known_appear_by_name(tmp_path):
     for text in ("new attack", "l1 ≤ 12", "other", "smallest l0", "25.0", "7.00"):
         assert text in page.text.replace("\N{NO-BREAK SPACE}", " ")
     assert "new attack" in report.summary(rows)
+
+
+def test_rows_without_facts_are_read_neutrally(tmp_path):
+    """A user's own rows, or those of an older run."""
+    rows = [
+        {name: row[name] for name in report.COLUMNS}
+        for row in chain(0.98, [(FGSM, 0.03, None), (MARGIN, 0.8, None), (CW, 1.0, 1.7)])
+    ]
+    assert read(rows).kind == "blind"
+    assert (
+        "An attack that follows it would find nothing to follow there." in read(rows).sentences[0]
+    )
+    text = write(tmp_path, rows).text.replace("\N{NO-BREAK SPACE}", " ")
+    assert MASKED not in text
+    for words in (
+        "pgd margin success",
+        "carlini wagner l2, which may change the input as far as it needs,",
+        "No attack here is known to avoid the softmax at T = 1",
+        "No attack here is known to work without gradients.",
+    ):
+        assert words in text
+    # One row that has them is enough for all on its attack.
+    rows.append(make_row(FGSM, seed=1))
+    hits = [hit for net in _networks.networks(rows) for hit in net.attacks.values()]
+    assert {hit.key.facts.title for hit in hits if hit.key.attack == "fgsm"} == {"FGSM"}
 
 
 # --- Figures -------------------------------------------------------------------------------------
@@ -599,14 +644,14 @@ def test_html_lists_settings_and_machine(tmp_path):
 
 def test_html_says_what_was_not_done(tmp_path):
     text = write(tmp_path, make_rows((20.0,), 2, (0,))).text
-    assert "neither Square nor AutoAttack was run" in text
+    assert "none here is known to work without gradients" in text
     assert "one seed cannot tell them from chance" in text
     assert "no teacher at T = 1 was measured" in text
     assert "the attacks saw 100 to 1,000 of 10,000 examples" in text
     assert "all follow the cross-entropy" in text
     more = [make_row(MARGIN), make_row(("square", "linf", 0.1)), make_row(("autoattack", "l2", 1))]
     text = write(tmp_path, more).text
-    assert "nor AutoAttack was run" not in text
+    assert "none here is known to work without gradients" not in text
     assert "all follow the cross-entropy" not in text
     assert "no teacher at T = 1" not in text
 

@@ -74,7 +74,8 @@ def test_a_table_reads_back_the_same_values(tmp_path, kind):
     assert tuple(rows[0]) != ()
     one = report.write_table(tmp_path / "deep" / "one.csv", kind, rows)
     back = report.read_table(one, kind)
-    assert one.read_text().splitlines()[0] == ",".join(report.TABLES[kind])
+    titled = "title" in rows[0]
+    assert one.read_text().splitlines()[0] == ",".join([*report.TABLES[kind], *["title"] * titled])
     assert sorted(map(str, map(sorted_items, back))) == sorted(map(str, map(sorted_items, rows)))
     two = report.write_table(tmp_path / "two.csv", kind, reversed(back))
     assert two.read_bytes() == one.read_bytes()
@@ -351,7 +352,9 @@ def test_the_sentence_on_assistants_has_its_figures():
     rows = make_rows((1.0, 20.0), 3, (0, 1))
     comparisons = [
         make_comparison(),
-        make_comparison("robust_accuracy: apgd_targeted at linf 0.1", p_value=0.0312),
+        make_comparison(
+            "robust_accuracy: apgd_targeted at linf 0.1", p_value=0.0312, title="APGD-T"
+        ),
     ]
     parts = report.answer(rows, {"comparisons": comparisons})
     short, rest = (part for part in parts if part.startswith("At T = 20"))

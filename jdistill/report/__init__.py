@@ -1,6 +1,6 @@
 """Results as files: tables as CSV, PNG figures, and a report as one HTML page and as Markdown.
 
-    rows = [...]                                  # one dict per network and attack, see COLUMNS
+    rows = [...]                        # one dict per network and attack, see COLUMNS and FACTS
     print(report.summary(rows))                   # a table for the terminal
     report.write_table("runs/mnist/curves.csv", "curves", curves)        # and what else there is
     report.write_verdicts("runs/mnist/verdicts.json", verdicts)
@@ -20,6 +20,7 @@ from jdistill.report._optional import check_packages
 from jdistill.report._pictures import write_picture_grid
 from jdistill.report._table import (
     COLUMNS,
+    FACTS,
     TABLES,
     read_results,
     read_table,
@@ -32,6 +33,7 @@ from jdistill.report._words import answer
 
 __all__ = [
     "COLUMNS",
+    "FACTS",
     "TABLES",
     "answer",
     "check_packages",

@@ -9,20 +9,12 @@ References:
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jdistill.report import _reading, _text
+from jdistill.report import _text
 from jdistill.report._blocks import Card
-from jdistill.report._networks import Network
+from jdistill.report._networks import AttackKey, Network
 from jdistill.report._run import Run
 from jdistill.report._table import Row
 from jdistill.report._verdicts import Judged
-
-_GRADIENT_FREE = ("square", "spsa", "nes", "boundary", "hopskipjump")
-_HARD_LABEL = ("boundary", "hopskipjump")
-_SCALE_FREE = (
-    *("apgdt", "apgddlr", "dlr", "margin", "fab", "square", "autoattack"),
-    *("deepfool", "cw", "ead", "ddn", "fmn"),
-)
-_ONE_STEP, _ITERATIVE = ("fgsm",), ("bim", "mim", "pgd", "apgd")
 
 
 def checklist(
@@ -68,7 +60,7 @@ def _threat_model(run: Run) -> str:
 
 def _adaptive(run: Run) -> str:
     probe = run.check("temperature_probe")
-    made = run.tried(_SCALE_FREE)
+    made = run.tried("follows", "logits")
     if not probe and not made:
         return ""
     text = "The known weakness of distillation is a softmax that saturates at T = 1. "
@@ -88,28 +80,30 @@ def _clean(run: Run) -> str:
 
 
 def _one_step(run: Run) -> str:
-    better, compared = [], 0
+    better, compared = [], []
     for net in run.found:
         for key, hit in net.attacks.items():
-            if key.attack not in _ONE_STEP:
+            if key.facts.handicap != "one step":
                 continue
-            many = [
-                other
-                for name, other in net.attacks.items()
-                if name[1:] == key[1:] and name.attack in _ITERATIVE
-            ]
+            many = [other for other in net.attacks.values() if _more_steps(other.key, key)]
             if many:
-                compared += 1
+                compared.append(_text.attack_name(key))
                 if all(hit.interval[0] > other.interval[1] for other in many):
                     better.append(f"T = {net.temperature:g} ({net.role})")
     checked = run.check("one_step")
     if not compared:
         return checked
-    text = f"{checked} Compared {_text.count(compared, 'time')} at the same budget: ".lstrip()
+    text = f"{checked} Compared {_text.count(len(compared), 'time')} at the same budget: ".lstrip()
+    text += f"one step of {_text.join(list(dict.fromkeys(compared)))} "
     if better:
-        where = _text.join(better)
-        return f"{text}one step of FGSM succeeds clearly more often at {where}, a sign of masking."
-    return f"{text}one step of FGSM nowhere succeeds clearly more often (95 % intervals apart)."
+        return f"{text}succeeds clearly more often at {_text.join(better)}, a sign of masking."
+    return f"{text}nowhere succeeds clearly more often (95 % intervals apart)."
+
+
+def _more_steps(key: AttackKey, of: AttackKey) -> bool:
+    """Whether an attack is as another one of a single step, and takes more of them."""
+    same = key.budget == of.budget and key.facts.access == of.facts.access
+    return same and key.facts.follows == of.facts.follows and key.facts.handicap is None
 
 
 def _more_effort(run: Run) -> str:
@@ -137,7 +131,7 @@ def _unbounded(run: Run) -> str:
         hit.success.mean
         for net in run.found
         for key, hit in net.attacks.items()
-        if key.eps is None and key.attack in _reading.FOLLOW_OTHER - _text.NO_NORM
+        if key.eps is None and key.facts.follows == "logits" and not key.has_no_norm
     ]
     if rates:
         least = f"{_text.percent(min(rates))} %{'' if min(rates) == 1 else ' or more'}"
@@ -151,12 +145,12 @@ def _curve_drawn(run: Run) -> str:
 
 
 def _gradient_free(run: Run) -> str:
-    made, text = run.tried(_GRADIENT_FREE), run.check("black_box")
+    made, text = run.tried("access", "scores", "decisions"), run.check("black_box")
     return f"{_text.join(made)}. {text}".lstrip(". ").strip() if made or text else ""
 
 
 def _hard_label(run: Run) -> str:
-    made = run.tried(_HARD_LABEL)
+    made = run.tried("access", "decisions")
     return f"{_text.join(made)}." if made else ""
 
 
@@ -232,7 +226,7 @@ def _by_distance(run: Run) -> str:
 
 
 def _norms(run: Run) -> str:
-    norms = {key.norm for key in run.keys if key.norm and key.attack not in _text.NO_NORM}
+    norms = {key.norm for key in run.keys if key.norm and not key.has_no_norm}
     norms |= {item.norm for item in run.judged}
     norms |= {str(row["norm"]) for row in run.measures["distances"]}
     if len(norms) < 2:
@@ -262,7 +256,7 @@ _ITEMS: tuple[tuple[str, Callable[[Run], str], str], ...] = (
     (
         "Attack in a way that is adapted to the defense",
         _adaptive,
-        "No attack avoids the softmax at T = 1, which distillation saturates.",
+        "No attack here is known to avoid the softmax at T = 1, which distillation saturates.",
     ),
     ("Report accuracy without an attack", _clean, "Not measured on every network."),
     (
@@ -273,7 +267,8 @@ _ITEMS: tuple[tuple[str, Callable[[Run], str], str], ...] = (
     (
         "Compare one step with many",
         _one_step,
-        "Neither that check of the verdict, nor FGSM and an iterative attack at the same budget.",
+        "Neither that check of the verdict, nor an attack that is known to take one step and one "
+        "that takes many at the same budget.",
     ),
     (
         "Show that more steps and restarts change nothing",
@@ -294,7 +289,7 @@ _ITEMS: tuple[tuple[str, Callable[[Run], str], str], ...] = (
     (
         "Reach full success without a bound",
         _unbounded,
-        "No attack without a bound was made that does not follow the softmax at T = 1.",
+        "No attack without a bound is known here to avoid the softmax at T = 1.",
     ),
     (
         "Check that the gradients are of use",
@@ -304,12 +299,12 @@ _ITEMS: tuple[tuple[str, Callable[[Run], str], str], ...] = (
     (
         "Try an attack without gradients",
         _gradient_free,
-        "Neither Square nor SPSA, NES or an attack on the predicted class was run.",
+        "No attack here is known to work without gradients.",
     ),
     (
         "Try an attack that sees the predicted class alone",
         _hard_label,
-        "Neither Boundary nor HopSkipJump was run.",
+        "No attack here is known to see the predicted class alone.",
     ),
     (
         "Try adversarial examples of another network",

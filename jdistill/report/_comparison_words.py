@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from jdistill.report import _text
-from jdistill.report._networks import AttackKey, Network
+from jdistill.report._networks import AttackKey, Network, facts
 from jdistill.report._table import Row, blank
 from jdistill.report._verdicts import is_of
 
@@ -147,13 +147,15 @@ def quantity(row: Row) -> str:
 
     >>> quantity({"quantity": "test_accuracy"})
     'test accuracy'
-    >>> quantity({"quantity": "robust_accuracy: pgd_margin at linf 0.1"})
+    >>> row = {"quantity": "robust_accuracy: pgd_margin at linf 0.1", "title": "PGD margin"}
+    >>> quantity(row)
     'accuracy under PGD margin within l∞ ≤ 0.1'
     """
     name, _, attack = str(row["quantity"]).partition(":")
     if name == "robust_accuracy":
         if budgeted := _BUDGETED.fullmatch(attack.strip()):
-            key = AttackKey(budgeted["attack"], budgeted["norm"], float(budgeted["eps"]))
+            eps = float(budgeted["eps"])
+            key = AttackKey(budgeted["attack"], budgeted["norm"], eps, facts(row))
             return f"accuracy under {_text.attack_name(key)} within {_text.budget(key)}"
         return f"accuracy under {attack.strip() or 'attack'}"
     return " ".join([name.replace("_", " "), attack.strip()]).strip()

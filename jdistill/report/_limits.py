@@ -23,10 +23,6 @@ def limits(
 ) -> tuple[str, ...]:
     """What this report does not show, from what was and was not run."""
     keys = attack_keys(found)
-    names = {key.attack for key in keys}
-    names |= {
-        str(a["name"]).lower() for item in judged for v in item.verdicts for a in v["attacks"]
-    }
     seeds = min(len(net.seeds) for net in found)
     lines = [
         "A proof. No attack here certifies that no adversarial example exists; every success "
@@ -36,13 +32,14 @@ def limits(
     missing = [words for kind, words in _KINDS.items() if not measures[kind]]
     if missing:
         lines.append(f"Not done in this run: {_text.join(missing)}.")
-    if not any("autoattack" in name or "square" in name for name in names):
+    made = [key.facts.access for key in keys]
+    made += [a.get("access") for item in judged for v in item.verdicts for a in v["attacks"]]
+    if not {"scores", "decisions"} & set(made):
         lines.append(
-            "What happens under a black-box or a combined attack: neither Square nor AutoAttack "
-            "was run."
+            "What happens under a black-box attack: none here is known to work without gradients."
         )
     bounded = [key for key in keys if key.eps is not None]
-    if not judged and all(key.attack in _reading.FOLLOW_CROSS_ENTROPY for key in bounded):
+    if not judged and all(key.facts.follows == "softmax" for key in bounded):
         lines.append(
             "The success of a scale-free loss within a fixed budget: the attacks that have a "
             "budget here all follow the cross-entropy at T = 1."
@@ -63,10 +60,10 @@ def limits(
             f"Whether small differences between chain lengths or temperatures are real: {had} "
             "cannot tell them from chance."
         )
-    moved = names & _text.NO_NORM
-    used = {key.norm for key in keys if key.attack not in moved} | {item.norm for item in judged}
+    moved = any(key.has_no_norm for key in keys)
+    used = {key.norm for key in keys if not key.has_no_norm} | {item.norm for item in judged}
     norms = [_text.norm_name(norm) for norm in sorted(used)]
-    norms = sorted(norms) + ["rotations and translations"] * bool(moved)
+    norms = sorted(norms) + ["rotations and translations"] * moved
     untried = "blur, other data sets" if moved else "rotations, blur, other data sets"
     if norms:
         lines.append(

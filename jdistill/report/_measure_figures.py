@@ -285,7 +285,7 @@ def distance_stats(network: Network, rows: Sequence[Row], key: AttackKey, name: 
 
 def distance_key(row: Row) -> AttackKey:
     """Which attack a row of `distances.csv` is about."""
-    return AttackKey(str(row["attack"]), str(row["norm"]), None)
+    return attack_key({**row, "eps": None})
 
 
 @styled

@@ -5,19 +5,45 @@ the words agree.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from jdistill.report._table import Row, blank, checked, sort_key
+from jdistill.report._table import FACTS, Row, blank, checked, sort_key
 
 
-class AttackKey(NamedTuple):
-    """What tells two attacks of a report apart; `eps` is None for a minimum-norm attack."""
+class Facts(NamedTuple):
+    """What rows say of their attack, as `jdistill.attacks.Traits`; None where they do not."""
+
+    title: str | None = None
+    access: str | None = None
+    follows: str | None = None
+    minimum_norm: bool | None = None
+    handicap: str | None = None
+    freedom: str | None = None
+
+
+@dataclass(frozen=True)
+class AttackKey:
+    """What tells two attacks of a report apart, and the facts of the attack, which do not.
+
+    `eps` is None for a minimum-norm attack, and for one that no norm bounds.
+    """
 
     attack: str
     norm: str
     eps: float | None
+    facts: Facts = field(default=Facts(), compare=False)
+
+    @property
+    def budget(self) -> tuple[str, float | None]:
+        """What is the same for attacks that compare."""
+        return self.norm, self.eps
+
+    @property
+    def has_no_norm(self) -> bool:
+        """Whether no norm bounds it and it seeks no small distance."""
+        return self.eps is None and self.facts.minimum_norm is False
 
 
 @dataclass(frozen=True)
@@ -111,7 +137,10 @@ def networks(rows: Iterable[Row]) -> list[Network]:
         ValueError: As `write_results`; or there is no row.
     """
     groups: dict[tuple[str, float, int], list[dict[str, Any]]] = {}
-    for row in sorted(checked("results", rows), key=lambda row: sort_key("results", row)):
+    every = sorted(checked("results", rows), key=lambda row: sort_key("results", row))
+    # Of rows on the same attack some may be without.
+    known = {str(row["attack"]): facts(row) for row in every if facts(row) != Facts()}
+    for row in every:
         where = (str(row["dataset"]), float(row["temperature"]), int(row["generation"]))
         groups.setdefault(where, []).append(row)
     if not groups:
@@ -121,7 +150,7 @@ def networks(rows: Iterable[Row]) -> list[Network]:
         chain = (dataset, temperature)
         last[chain] = max(last.get(chain, 0), generation)
     return [
-        _network(*where, generation_last=last[where[:2]], rows=group)
+        _network(*where, generation_last=last[where[:2]], rows=group, known=known)
         for where, group in sorted(groups.items())
     ]
 
@@ -133,13 +162,15 @@ def _network(
     *,
     generation_last: int,
     rows: list[dict[str, Any]],
+    known: Mapping[str, Facts],
 ) -> Network:
     # What was measured once for a network stands in each of its attacks' rows: one row a seed.
     by_seed = list({int(row["seed"]): row for row in rows}.values())
     by_attack: dict[AttackKey, list[dict[str, Any]]] = {}
     for row in rows:
         if not blank(row["attack"]):
-            by_attack.setdefault(attack_key(row), []).append(row)
+            key = replace(attack_key(row), facts=known.get(str(row["attack"]), Facts()))
+            by_attack.setdefault(key, []).append(row)
     return Network(
         dataset=dataset,
         temperature=temperature,
@@ -180,7 +211,17 @@ def attack_keys(found: Sequence[Network]) -> list[AttackKey]:
 
 def attack_key(row: Row) -> AttackKey:
     """Which attack a row is about."""
-    return AttackKey(str(row["attack"]), str(row["norm"] or ""), budget_of(row["eps"]))
+    norm, eps = str(row["norm"] or ""), budget_of(row["eps"])
+    return AttackKey(str(row["attack"]), norm, eps, facts(row))
+
+
+def facts(row: Row) -> Facts:
+    """What a row says of its attack."""
+    found = {name: row.get(name) for name in FACTS}
+    found = {name: None if blank(value) else value for name, value in found.items()}
+    if found["minimum_norm"] is not None:
+        found["minimum_norm"] = bool(found["minimum_norm"])
+    return Facts(**found)
 
 
 def budget_of(eps: Any) -> float | None:

@@ -11,37 +11,6 @@ from typing import Literal
 from jdistill.report import _text
 from jdistill.report._networks import Attacked, AttackKey, Network
 
-# The attacks that, with their default loss, follow the input gradient of the cross-entropy at
-# T = 1, the gradient whose zeros `zero_gradient_fraction` counts (or of the softmax, as JSMA: it is
-# zero where that one is); and those that are known to follow something else. An attack in neither
-# is reported without a word on what it follows.
-FOLLOW_CROSS_ENTROPY = frozenset({"fgsm", "bim", "mim", "pgd", "apgd", "universal", "jsma"})
-FOLLOW_OTHER = frozenset(
-    {
-        "apgd_dlr",
-        "apgd_targeted",
-        "autoattack",
-        "pgd_margin",
-        "boundary",
-        "carlini_wagner_l0",
-        "carlini_wagner_l2",
-        "carlini_wagner_linf",
-        "ddn",
-        "deepfool",
-        "ead",
-        "fab",
-        "fab_targeted",
-        "fmn",
-        "nes",
-        "hop_skip_jump",
-        "spatial",
-        "spsa",
-        "square",
-    }
-)
-# One step does worse than many on any network, and so does one perturbation for all examples, so
-# these say nothing about a loss function.
-HANDICAPPED = frozenset({"fgsm", "universal"})
 # At least this share of exact zeros, and the gradient is no guide for most examples.
 ZERO_SHARE_MOST = 0.5
 # Below this share, exact zeros explain nothing.
@@ -69,15 +38,18 @@ class Reading:
 def reading(network: Network, baseline: Network | None) -> Reading:
     """Reads a network's zero gradients together with the attacks on it.
 
+    An attack follows the gradient whose zeros are counted, that of the cross-entropy at T = 1, if
+    its `follows` is "softmax"; where that is not known, nothing is said of what it follows.
+
     * "masked": the gradient is exactly zero on at least half of the examples, an attack that
-      follows it (FGSM, BIM, MIM, PGD, APGD-CE, JSMA) fails on at least half, and either an attack
-      of the same norm and budget that does not follow it succeeds on at least 10 points more (95 %
-      intervals apart), or a minimum-norm attack that does not follow it succeeds on at least 95 %
-      at a median distance of at most 1.5 times the baseline's.
+      follows it fails on at least half, and either an attack of the same norm and budget that does
+      not follow it succeeds on at least 10 points more (95 % intervals apart), or a minimum-norm
+      attack that does not follow it succeeds on at least 95 % at a median distance of at most 1.5
+      times the baseline's.
     * "blind": the gradient is zero on at least half, without that second piece of evidence.
     * "partly blind": it is zero on 1 % to 50 %.
     * "understated": below 1 %, but another attack of the same budget succeeds on 10 points more
-      than PGD.
+      than those that follow it and do not do worse on any network (as one step does).
     * "no zeros": below 1 % and no such attack. Says that no more than this was looked at.
     * "not measured": the rows have no share of zero gradients.
 
@@ -88,7 +60,7 @@ def reading(network: Network, baseline: Network | None) -> Reading:
     Returns:
         The kind, and the sentences that the report prints.
     """
-    naive = [hit for key, hit in network.attacks.items() if key.attack in FOLLOW_CROSS_ENTROPY]
+    naive = [hit for hit in network.attacks.values() if _follows_softmax(hit.key)]
     zero = network.zero_gradients
     if not zero.known:
         return Reading(
@@ -102,7 +74,7 @@ def reading(network: Network, baseline: Network | None) -> Reading:
     start = f"The input gradient of the loss at T = 1 is exactly zero in float32 on {share}"
     if zero.mean < ZERO_SHARE_NONE:
         bounded = [hit for hit in naive if hit.key.eps is not None]
-        able = [hit for hit in bounded if hit.key.attack not in HANDICAPPED]
+        able = [hit for hit in bounded if hit.key.facts.handicap is None]
         stronger = _stronger(network, able)
         if stronger:
             start += ", so zeros are not what separates the attacks."
@@ -135,10 +107,10 @@ def reading(network: Network, baseline: Network | None) -> Reading:
 def _stronger(network: Network, naive: Sequence[Attacked]) -> list[str]:
     """For each budget, a sentence if an attack does much better than all the naive ones."""
     sentences = []
-    for norm, eps in dict.fromkeys((hit.key.norm, hit.key.eps) for hit in naive):
-        same = [hit for hit in network.attacks.values() if hit.key[1:] == (norm, eps)]
-        others = [hit for hit in same if hit.key.attack not in FOLLOW_CROSS_ENTROPY]
-        if eps is None or not others:
+    for budget in dict.fromkeys(hit.key.budget for hit in naive if hit.key.eps is not None):
+        same = [hit for hit in network.attacks.values() if hit.key.budget == budget]
+        others = [hit for hit in same if not _follows_softmax(hit.key)]
+        if not others:
             continue
         weak = max((hit for hit in same if hit in naive), key=lambda hit: hit.success.mean)
         best = max(others, key=lambda hit: hit.success.mean)
@@ -146,7 +118,7 @@ def _stronger(network: Network, naive: Sequence[Attacked]) -> list[str]:
         overlap = best.interval[0] <= weak.interval[1]
         if best.success.mean - weak.success.mean >= SUCCESS_GAP and not overlap:
             sentences.append(
-                f"Within the same budget, {_text.budget(best.key)}, {_follows(best.key)} succeeds "
+                f"Within the same budget, {_text.budget(best.key)}, {_clause(best.key)} succeeds "
                 f"on {_text.percent(best.success.mean)} %."
             )
     return sentences
@@ -159,23 +131,29 @@ def _nearby(network: Network, baseline: Network | None) -> list[str]:
         other = baseline.attacks.get(key) if baseline else None
         if key.eps is not None or other is None or baseline is None:
             continue
-        if key.attack in FOLLOW_CROSS_ENTROPY | _text.NO_NORM:
+        if _follows_softmax(key) or key.has_no_norm:
             continue
         here, there = hit.median_distance, other.median_distance
         if min(hit.success.mean, other.success.mean) >= SUCCESS_FULL and (
             here.mean <= DISTANCE_SAME * there.mean
         ):
             sentences.append(
-                f"{_follows(key)} succeeds on {_text.percent(hit.success.mean)} %, at a median "
+                f"{_clause(key)} succeeds on {_text.percent(hit.success.mean)} %, at a median "
                 f"{_text.norm_name(key.norm)} distance of {_text.decimals(here.mean)} "
                 f"({_text.teacher_name(baseline)}: {_text.decimals(there.mean)})."
             )
     return sentences
 
 
-def _follows(key: AttackKey) -> str:
+def _follows_softmax(key: AttackKey) -> bool:
+    return key.facts.follows == "softmax"
+
+
+def _clause(key: AttackKey) -> str:
+    """The attack, and that it follows another gradient where that is known."""
     name = _text.attack_name(key)
-    return f"{name}, which does not follow that gradient," if key.attack in FOLLOW_OTHER else name
+    known = key.facts.follows == "logits"
+    return f"{name}, which does not follow that gradient," if known else name
 
 
 def _lower_bound(naive: Sequence[Attacked]) -> str:

@@ -24,21 +24,18 @@ class Run:
     def keys(self) -> list[AttackKey]:
         return attack_keys(self.found)
 
-    def tried(self, names: Sequence[str]) -> list[str]:
-        """The attacks, of `results.csv` and of the verdicts, that have one of the names."""
-        made = [_text.attack_name(key) for key in self.keys]
+    def tried(self, fact: str, *values: str) -> list[str]:
+        """The attacks, of `results.csv` and of the verdicts, of which a fact is one of the values.
+
+        Args:
+            fact: `"access"` or `"follows"`.
+            *values: of the fact.
+        """
+        made = [(_text.attack_name(key), getattr(key.facts, fact)) for key in self.keys]
         for item in self.judged:
-            made += [str(a["name"]) for found in item.verdicts for a in found["attacks"]]
-        letters = {name: "".join(c for c in name.lower() if c.isalnum()) for name in made}
-        return [
-            name
-            for name in letters
-            # Short names are meant at the start alone: there is a "nes" in "ones".
-            if any(
-                letters[name].startswith(wanted) or (len(wanted) > 4 and wanted in letters[name])
-                for wanted in names
-            )
-        ]
+            attacks = [attack for found in item.verdicts for attack in found["attacks"]]
+            made += [(str(attack["name"]), attack.get(fact)) for attack in attacks]
+        return list(dict.fromkeys(name for name, value in made if value in values))
 
     def check(self, *names: str) -> str:
         """What the verdicts' checks of these names found; nothing where none was run."""

@@ -40,7 +40,11 @@ COLUMNS = (
     "median_distance",
     "mean_queries",
 )
-_TEXT = frozenset({"dataset", "attack", "norm", "curve", "quantity", "test"})
+# What rows may say of their attack: fields of `jdistill.attacks.Traits`. A report of rows that lack
+# them, or of an attack that is not known, is neutral where it would need them.
+FACTS = ("title", "access", "follows", "minimum_norm", "handicap", "freedom")
+_TEXT = frozenset({"dataset", "attack", "norm", "curve", "quantity", "test", *FACTS})
+_TEXT -= {"minimum_norm"}
 _SHARE = frozenset(
     {
         *("test_accuracy", "test_accuracy_low", "test_accuracy_high", "zero_gradient_fraction"),
@@ -53,6 +57,7 @@ _WHOLE = frozenset(
     {
         *("seed", "generation", "source_generation", "target_generation", "baseline_generation"),
         *_AMOUNTS,
+        "minimum_norm",  # 1 or 0
     }
 )
 
@@ -68,7 +73,8 @@ class _Format:
         shares: The columns in [0, 1], beside those that are in every kind of table.
         differences: The columns in [-1, 1], differences of shares.
         choices: The texts that a column may hold, where they are limited.
-        more: Whether further columns are kept.
+        optional: The columns that a table may have beside these.
+        more: Whether any further columns are kept.
     """
 
     columns: tuple[str, ...]
@@ -77,6 +83,7 @@ class _Format:
     shares: frozenset[str] = frozenset()
     differences: frozenset[str] = frozenset()
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
     more: bool = False
 
 
@@ -86,6 +93,11 @@ _FORMATS = {
         columns=COLUMNS,
         key=(*NETWORK, "attack", "norm", "eps"),
         blank=frozenset(COLUMNS) - set(NETWORK),
+        choices={
+            "access": ("gradient", "scores", "decisions"),
+            "follows": ("softmax", "logits"),
+        },
+        optional=FACTS,
         more=True,
     ),
     "curves": _Format(
@@ -97,6 +109,7 @@ _FORMATS = {
         blank=_ENDS | {"eps"},
         shares=_ENDS,
         choices={"curve": ("eps", "steps", "queries")},
+        optional=("title",),
     ),
     "transfer": _Format(
         columns=(
@@ -109,6 +122,7 @@ _FORMATS = {
         ),
         blank=_ENDS | {"eps"},
         shares=_ENDS,
+        optional=("title",),
     ),
     "sensitivity": _Format(
         columns=(*NETWORK, "low", "high", "count"), key=(*NETWORK, "low", "high"), blank=_ENDS
@@ -122,6 +136,7 @@ _FORMATS = {
         columns=(*NETWORK, "norm", "attack", "success_rate", "mean", "median", "num_examples"),
         key=(*NETWORK, "norm", "attack"),
         blank=frozenset({"mean", "median"}),
+        optional=("title",),
     ),
     "comparisons": _Format(
         columns=(
@@ -134,6 +149,7 @@ _FORMATS = {
         ),
         blank=_ENDS | {"seed", "p_value", "num_examples", "test"},
         differences=frozenset({"difference"}),  # over few seeds its t interval goes beyond
+        optional=("title",),
     ),
 }
 TABLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -151,8 +167,9 @@ def write_table(path: PathLike, kind: str, rows: Iterable[Row]) -> epath.Path:
         path: The file to write; its folder is made.
         kind: What the rows are, a key of `TABLES`: "results", "curves", "transfer",
             "sensitivity", "calibration", "distances" or "comparisons".
-        rows: One mapping per row with the columns `TABLES[kind]`. Rates, shares and their ends are
-            in [0, 1], distances in units of the input.
+        rows: One mapping per row with the columns `TABLES[kind]`; where they name an attack, a
+            `title` that readers know it by may stand beside it. Rates, shares and their ends are in
+            [0, 1], distances in units of the input.
 
     Returns:
         The path.
@@ -226,7 +243,8 @@ def write_results(path: PathLike, rows: Iterable[Row]) -> epath.Path:
     Args:
         path: The file to write; its folder is made.
         rows: One mapping per (dataset, temperature, seed, generation, attack), with at least
-            `COLUMNS`. Rates and shares are in [0, 1], distances in units of the input.
+            `COLUMNS`. Rates and shares are in [0, 1], distances in units of the input. `FACTS` are
+            further columns that a report makes use of, from `jdistill.attacks.traits(attack)`.
 
     Returns:
         The path.
@@ -309,7 +327,7 @@ def _check_columns(kind: str, form: _Format, row: Row, place: str) -> None:
             f"expected rows with the columns of jdistill.report.TABLES[{kind!r}], got {place} "
             f"without {', '.join(missing)}; add them, None where there is no value"
         )
-    unknown = [str(name) for name in row if name not in form.columns]
+    unknown = [str(name) for name in row if name not in (*form.columns, *form.optional)]
     if unknown and not form.more:
         raise ValueError(
             f"expected rows with no columns but those of jdistill.report.TABLES[{kind!r}], got "
@@ -325,8 +343,10 @@ def _check_columns(kind: str, form: _Format, row: Row, place: str) -> None:
 
 
 def _check_values(form: _Format, row: Row, place: str) -> None:
-    for name in form.columns:
-        value = row[name]
+    for name in (*form.columns, *form.optional):
+        value: Any = row.get(name)
+        if name in form.optional and blank(value):
+            continue
         if name in form.choices and value not in form.choices[name]:
             wanted = f"to be {' or '.join(form.choices[name])}"
             raise ValueError(f"expected {name} {wanted}, got {value!r} in {place}; name one")

@@ -225,7 +225,7 @@ def budgets(found: Sequence[Network]) -> Table:
             spent = ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
         counts = sorted({hit.num_attacked for hit in hits})
         examples = [f"{end:,}" for end in dict.fromkeys(counts[:1] + counts[-1:])]
-        none = "none" if key.attack in _text.NO_NORM else "none: minimum norm"
+        none = "none" if key.has_no_norm else "none: minimum norm"
         lines.append(
             (
                 Cell(_text.attack_name(key), key.attack),

@@ -7,45 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 from jdistill.report._networks import Attacked, AttackKey, Network, Stat, attack_keys, networks
 from jdistill.report._table import Row
 
-# An attack that is not listed here appears under its own name.
-_ATTACKS = {
-    "fgsm": "FGSM",
-    "bim": "BIM",
-    "mim": "MIM",
-    "pgd": "PGD",
-    "pgd_margin": "PGD margin",
-    "carlini_wagner_l0": "C&W L0",
-    "carlini_wagner_l2": "C&W L2",
-    "carlini_wagner_linf": "C&W L∞",
-    "deepfool": "DeepFool",
-    "autoattack": "AutoAttack",
-    "apgd": "APGD-CE",
-    "apgd_dlr": "APGD-DLR",
-    "apgd_targeted": "APGD-T",
-    "fab": "FAB",
-    "fab_targeted": "FAB-T",
-    "square": "Square",
-    "spsa": "SPSA",
-    "nes": "NES",
-    "jsma": "JSMA",
-    "ead": "EAD",
-    "ddn": "DDN",
-    "fmn": "FMN",
-    "boundary": "Boundary",
-    "hop_skip_jump": "HopSkipJump",
-    "transfer": "Transfer",
-    "spatial": "Spatial",
-    "universal": "Universal",
-    "ensemble": "Ensemble",
-}
-# Attacks that no norm bounds and that seek no small distance.
-NO_NORM = frozenset({"spatial"})
 _NORMS = {"linf": "l∞", "l2": "l2", "l1": "l1", "l0": "l0"}
 
 
 def attack_name(key: AttackKey) -> str:
-    """The attack as readers know it: "FGSM", "C&W L2"; an unknown name without underscores."""
-    return _ATTACKS.get(key.attack, key.attack.replace("_", " "))
+    """The attack as readers know it; its own name where the rows have no title."""
+    return key.facts.title or key.attack.replace("_", " ")
 
 
 def norm_name(norm: str) -> str:
@@ -55,7 +22,7 @@ def norm_name(norm: str) -> str:
 
 def budget(key: AttackKey) -> str:
     """The perturbation that the attack was allowed: "l∞ ≤ 0.1", or "smallest l2" without."""
-    if key.attack in NO_NORM:
+    if key.has_no_norm:
         return "any size"
     if key.eps is None:
         return f"smallest {norm_name(key.norm)}"
@@ -65,8 +32,8 @@ def budget(key: AttackKey) -> str:
 def attack_label(key: AttackKey) -> str:
     """Name and budget: what identifies an attack beside others of the same report.
 
-    >>> attack_label(AttackKey("fgsm", "linf", 8 / 255))
-    'FGSM (l∞ ≤ 8/255)'
+    >>> attack_label(AttackKey("new_attack", "linf", 8 / 255))
+    'new attack (l∞ ≤ 8/255)'
     """
     return f"{attack_name(key)} ({budget(key)})"
 

@@ -13,11 +13,6 @@ from jdistill.report._reading import reading
 from jdistill.report._table import Row
 from jdistill.report._verdicts import Judged, judge
 
-# What attacks without a radius may do, where that is not all they need.
-_FREEDOM = {
-    "jsma": "changes a limited number of features",
-    "spatial": "turns and shifts the input",
-}
 # Fewer seeds than this, and no difference between chain lengths is called one.
 SEEDS_TO_COMPARE = 3
 
@@ -141,7 +136,7 @@ def _attacks(network: Network, baseline: Network | None) -> str:
 
 def _minimum_norm(hit: Attacked, network: Network, baseline: Network | None) -> str:
     norm = _text.norm_name(hit.key.norm)
-    freedom = _FREEDOM.get(hit.key.attack, "may change the input as far as it needs")
+    freedom = hit.key.facts.freedom or "may change the input as far as it needs"
     text = f"{_text.attack_name(hit.key)}, which {freedom}, succeeds on {_rate(hit)}"
     other = baseline.attacks.get(hit.key) if baseline else None
     if other is None or baseline is None:

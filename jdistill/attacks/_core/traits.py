@@ -185,10 +185,14 @@ def _shared(values: Iterable[Any]) -> Any:
 
 
 def by_loss(settings: Settings) -> Follows | None:
-    """What an attack with these settings climbs, from its `loss`."""
+    """What an attack with these settings climbs, from its `loss`.
+
+    A cross-entropy at another temperature is neither: it saturates on logits that are large beside
+    that temperature.
+    """
     function, bound = unbound(settings["loss"])
-    if function is losses.cross_entropy:
-        return "softmax" if _number(bound.get("temperature")) == 1 else "logits"
+    if function is losses.cross_entropy and _number(bound.get("temperature")) == 1:
+        return "softmax"
     return "logits" if function in _SCALE_FREE else None
 
 
@@ -196,13 +200,16 @@ _SCALE_FREE = (losses.margin, losses.soft_margin, losses.dlr, losses.targeted_dl
 
 
 def with_loss(title: str, usual: Callable[..., Any]) -> Callable[[Settings], str]:
-    """A title that names a loss other than the usual one."""
+    """A title that names a loss other than the usual one, or a temperature other than 1."""
 
     def of(settings: Settings) -> str:
-        function, _ = unbound(settings["loss"])
+        function, bound = unbound(settings["loss"])
+        temperature = _number(bound.get("temperature"))
+        at = "" if temperature in (None, 1) else f" at T = {temperature:g}"
         if function is usual:
-            return title
-        return f"{title} {getattr(function, '__name__', 'other loss').replace('_', ' ')}"
+            return title + at
+        name = getattr(function, "__name__", "<lambda>")
+        return f"{title} {'other loss' if '<' in name else name.replace('_', ' ')}{at}"
 
     return of
 
