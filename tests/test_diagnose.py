@@ -262,10 +262,24 @@ def test_a_verdict_is_plain_json_and_back(verdicts):
         assert diagnose.Verdict.from_dict(plain) == verdict
         assert plain["label"] == verdict.label
         assert set(plain["naive"]) == {"value", "low", "high"}
-        assert set(plain["attacks"][0]) == {"name", "robust_accuracy", "settings"}
+        for attempt in plain["attacks"]:
+            assert set(attempt) == {"name", "robust_accuracy", "settings", "access", "follows"}
+            del attempt["access"], attempt["follows"]  # as an earlier version wrote it
+        assert diagnose.Verdict.from_dict(plain).attacks[0].follows is None
         assert set(plain["checks"][0]) == {
             *("name", "title", "outcome", "figures", "threshold", "finding", "source")
         }
+
+
+def test_a_verdict_has_the_facts_of_its_attacks(verdicts):
+    made = {each.name: (each.access, each.follows) for each in verdicts["plain"].attacks}
+    assert made["PGD-40"] == made["FGSM"] == ("gradient", "softmax")
+    assert made["PGD-40 on the margin"] == made["APGD-T 50 (class 1)"] == ("gradient", "logits")
+    assert made["random noise"] == (None, None)
+    (square,) = (facts for name, facts in made.items() if name.startswith("Square"))
+    assert square == ("scores", "logits")
+    (probe,) = (facts for name, facts in made.items() if name.startswith("PGD-40 at T = "))
+    assert probe == ("gradient", None)  # of a temperature that may saturate as well
 
 
 def test_a_verdict_reads_well(verdicts):

@@ -11,6 +11,7 @@ from jax.tree_util import Partial
 from jdistill import attacks, losses, norms
 from jdistill.attacks import AttackResult
 from jdistill.attacks._core.problem import Problem
+from jdistill.attacks._core.traits import by_loss, facts
 from jdistill.diagnose import _probes, _thresholds, _words
 from jdistill.typing import Array, LogitsFn
 
@@ -51,7 +52,7 @@ class Planned(NamedTuple):
         name: its key in the evidence.
         title: for people.
         settings: in words.
-        attack: `(keys, inputs, labels) -> AttackResult`.
+        attack: `(keys, inputs, labels) -> AttackResult`; `attacks.traits` reads its facts.
         skips: the names of attacks whose successes it leaves out; None: whatever was broken before.
         draws: the name of the attack to draw the same as.
     """
@@ -84,26 +85,39 @@ def descend(
     random_start: bool = True,
 ) -> Attack:
     """`attacks.pgd` with its default settings: one program for all radii, starts, temperatures."""
+    return functools.partial(
+        _descent, problem, settings, loss=loss, radius=radius, random_start=random_start
+    )
 
-    def attack(keys: Array, inputs: Array, labels: Array) -> AttackResult:
-        init = inputs
-        if random_start:
-            init = inputs + norms.random_start(keys, inputs, radius, settings.norm)
-        return attacks.pgd(
-            problem.logits_fn,
-            None,
-            inputs,
-            labels,
-            eps=radius,
-            norm=settings.norm,
-            num_steps=NUM_STEPS,
-            init=jnp.clip(init, *problem.bounds),
-            bounds=settings.box,
-            loss=loss,
-            trace=True,
-        )
 
-    return attack
+@facts(title="PGD", norms=("linf", "l2", "l1"), follows=by_loss)
+def _descent(
+    problem: Problem,
+    settings: Settings,
+    keys: Array,
+    inputs: Array,
+    labels: Array,
+    *,
+    loss: Loss,
+    radius: float,
+    random_start: bool,
+) -> AttackResult:
+    init = inputs
+    if random_start:
+        init = inputs + norms.random_start(keys, inputs, radius, settings.norm)
+    return attacks.pgd(
+        problem.logits_fn,
+        None,
+        inputs,
+        labels,
+        eps=radius,
+        norm=settings.norm,
+        num_steps=NUM_STEPS,
+        init=jnp.clip(init, *problem.bounds),
+        bounds=settings.box,
+        loss=loss,
+        trace=True,
+    )
 
 
 def usual(problem: Problem, settings: Settings) -> Planned:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jdistill import _validate, metrics, nets
+from jdistill import _validate, attacks, metrics, nets
 from jdistill.attacks._core import problem as _base
 from jdistill.diagnose import _checks, _label
 from jdistill.diagnose._attacks import Settings
@@ -264,5 +264,6 @@ def _attempts(evidence: Evidence) -> tuple[Attempt, ...]:
     for planned in evidence.plan:
         left = left & ~evidence.broken[planned.name]
         share = metrics.proportion(int(left.sum()), left.size)
-        rows.append(Attempt(planned.title, share, planned.settings))
+        known = attacks.traits(planned.attack)
+        rows.append(Attempt(planned.title, share, planned.settings, known.access, known.follows))
     return tuple(rows)

@@ -40,11 +40,15 @@ class Attempt:
         name: of the attack.
         robust_accuracy: share of all examples right after this attack and all before it.
         settings: its settings, and the examples it was run on, in words.
+        access: what it uses of the network, as in `jdistill.attacks.Traits`.
+        follows: what it climbs, likewise.
     """
 
     name: str
     robust_accuracy: Interval
     settings: str
+    access: str | None = None
+    follows: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +103,7 @@ class Verdict:
         for name in ("naive", "worst_case", "clean"):
             plain[name] = plain[name]._asdict()
         plain["attacks"] = [
-            {
-                "name": attempt.name,
-                "robust_accuracy": attempt.robust_accuracy._asdict(),
-                "settings": attempt.settings,
-            }
+            {**vars(attempt), "robust_accuracy": attempt.robust_accuracy._asdict()}
             for attempt in self.attacks
         ]
         plain["checks"] = [
@@ -126,7 +126,7 @@ class Verdict:
             )
         shares = {name: Interval(**values[name]) for name in ("naive", "worst_case", "clean")}
         attacks = tuple(
-            Attempt(row["name"], Interval(**row["robust_accuracy"]), row["settings"])
+            Attempt(**{**row, "robust_accuracy": Interval(**row["robust_accuracy"])})
             for row in values["attacks"]
         )
         checks = tuple(Check(**row) for row in values["checks"])

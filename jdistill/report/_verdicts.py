@@ -1,7 +1,8 @@
 """`verdicts.json`: the masking verdict of each network, and its evidence.
 
 The verdicts are plain dictionaries, as `jdistill.diagnose.Verdict.as_dict` gives them; what is read
-is checked, because a report of a half-understood verdict would be worse than none.
+is checked, because a report of a half-understood verdict would be worse than none. Of its attacks
+`access` and `follows` may be missing: then nothing is said of what they use and climb.
 """
 
 import json
