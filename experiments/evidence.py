@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.training import Network
-from jdistill import data, evaluate, metrics, nets
+from jdistill import data, evaluate, metrics, nets, report
 
 Row = dict[str, Any]
 
@@ -67,13 +67,29 @@ class Chain(NamedTuple):
         return {"dataset": self.dataset, "temperature": first.temperature, "seed": first.seed}
 
 
+def _facts(outcomes: Mapping[str, evaluate.AttackOutcome]) -> dict[str, Row]:
+    """The columns on each attack, by name; nothing on an attack that is not the library's."""
+    found = {
+        name: {fact: getattr(outcome.traits, fact) for fact in report.FACTS}
+        for name, outcome in outcomes.items()
+        if outcome.traits is not None and outcome.traits.access is not None
+    }
+    titles = [facts["title"] for facts in found.values()]
+    for name, facts in found.items():
+        if titles.count(facts["title"]) > 1:
+            facts["title"] += f" ({name})"
+    return {name: found.get(name, {}) for name in outcomes}
+
+
 def results(chain: Chain) -> list[Row]:
     """A row for each network and attack."""
+    facts = _facts(chain.attacks)
     return [
         {
             **chain.names(index),
             **chain.clean[index].columns,
             "attack": name,
+            **facts[name],
             "norm": outcome.norm,
             "eps": outcome.eps,
             "num_attacked": outcome.success.shape[1],
@@ -112,7 +128,7 @@ def distances(chain: Chain) -> list[Row]:
         {
             **chain.names(index),
             "norm": norm,
-            "attack": "fmn",
+            **_named(outcome),
             "success_rate": outcome.success_rate[index].value,
             "mean": float(outcome.mean_distance[index]),
             "median": float(outcome.median_distance[index]),
@@ -123,14 +139,16 @@ def distances(chain: Chain) -> list[Row]:
     ]
 
 
-def curves(chains: Sequence[Chain], plans: Mapping[str, evaluate.AttackPlan]) -> list[Row]:
+def _named(outcome: evaluate.AttackOutcome) -> Row:
+    """The columns that name an attack which has no name in the run."""
+    assert outcome.traits is not None
+    return {"attack": outcome.traits.name, "title": outcome.traits.title}
+
+
+def curves(chains: Sequence[Chain]) -> list[Row]:
     """Robust accuracy against the radius, and against the steps of the attacks that count them.
 
     At the same radii and steps for all chains, so that seeds can be averaged.
-
-    Args:
-        chains: of the run.
-        plans: by name, the attacks made.
     """
     rows = []
     for norm in ("linf", "l2"):
@@ -146,14 +164,15 @@ def curves(chains: Sequence[Chain], plans: Mapping[str, evaluate.AttackPlan]) ->
                 found = evaluate.accuracy_against_eps(outcomes, radii)
                 about: Row = {"curve": "eps", "attack": "worst_case", "norm": norm, "eps": None}
                 rows += _points(chain, found, about)
-    for name, plan in plans.items():
-        num_steps = getattr(plan.attack, "keywords", {}).get("num_steps")
-        for chain in chains:
-            outcome = chain.attacks[name]
+    for chain in chains:
+        facts = _facts(chain.attacks)
+        for name, outcome in chain.attacks.items():
+            num_steps = outcome.traits and outcome.traits.settings.get("num_steps")
             if num_steps is None or outcome.eps is None or "first_success" not in outcome.info:
                 continue
             found = evaluate.accuracy_against_steps(outcome, np.arange(num_steps + 2))
-            about = {"curve": "steps", "attack": name, "norm": outcome.norm, "eps": outcome.eps}
+            about = {"curve": "steps", "attack": name, "title": facts[name].get("title")}
+            about |= {"norm": outcome.norm, "eps": outcome.eps}
             rows += _points(chain, found, about)
     return rows
 
@@ -162,7 +181,7 @@ def _in_norm(chain: Chain, norm: str) -> dict[str, evaluate.AttackOutcome]:
     """The attacks in a norm, by name."""
     found = {name: outcome for name, outcome in chain.attacks.items() if outcome.norm == norm}
     if norm in chain.distances:
-        found["fmn"] = chain.distances[norm]
+        found[f"distance {norm}"] = chain.distances[norm]
     return found
 
 
@@ -200,7 +219,7 @@ def transfer(chain: Chain, plan: evaluate.AttackPlan, examples: data.Split) -> l
             **chain.run,
             "source_generation": source.generation,
             "target_generation": target.generation,
-            "attack": "apgd_margin",
+            **_named(outcome),
             "norm": outcome.norm,
             "eps": outcome.eps,
             "num_examples": outcome.success.shape[1],
@@ -247,18 +266,28 @@ def comparisons_over_seeds(chains: Sequence[Chain]) -> list[Row]:
     return rows
 
 
-def _quantities(chain: Chain) -> dict[str, np.ndarray]:
-    """What students are compared in, `[G, N]` flags each."""
-    found = {"test_accuracy": np.stack([clean.correct for clean in chain.clean])}
+class _Quantity(NamedTuple):
+    """What students are compared in, and the title of the attack where there is one."""
+
+    name: str
+    title: str | None
+
+
+def _quantities(chain: Chain) -> dict[_Quantity, np.ndarray]:
+    """Of each quantity `[G, N]` flags."""
+    found = {_Quantity("test_accuracy", None): np.stack([clean.correct for clean in chain.clean])}
+    facts = _facts(chain.attacks)
     for name, outcome in chain.attacks.items():
         if outcome.eps is not None:
-            found[f"robust_accuracy: {name} at {outcome.norm} {outcome.eps:g}"] = ~outcome.success
+            at = f"robust_accuracy: {name} at {outcome.norm} {outcome.eps:g}"
+            found[_Quantity(at, facts[name].get("title"))] = ~outcome.success
     return found
 
 
-def _compared(quantity: str, generation: int, found: metrics.Comparison) -> Row:
+def _compared(quantity: _Quantity, generation: int, found: metrics.Comparison) -> Row:
     return {
-        "quantity": quantity,
+        "quantity": quantity.name,
+        "title": quantity.title,
         "generation": generation,
         "baseline_generation": _PLAIN,
         "difference": found.difference.value,

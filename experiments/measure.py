@@ -43,7 +43,7 @@ def measure(
         The rows of `results.csv`, one a network and attack.
     """
     shards = runtime.ShardFolder(folder / "shards")
-    plans, before = recipe.attack_plans(), _tables(folder)
+    before = _tables(folder)
     chains: list[Chain] = []
     tables: dict[str, list[Row]] = {kind: [] for kind in report.TABLES}
     with Progress() as progress:
@@ -52,7 +52,7 @@ def measure(
             chains.append(chain)
             _save_pictures(folder, chain, examples)
             tables["results"] += evidence.results(chain)
-            tables["curves"] = evidence.curves(chains, plans)
+            tables["curves"] = evidence.curves(chains)
             tables["sensitivity"] += evidence.sensitivity(chain)
             tables["calibration"] += evidence.calibration(chain)
             tables["distances"] += evidence.distances(chain)

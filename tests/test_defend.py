@@ -167,6 +167,17 @@ def test_run_leaves_the_whole_workdir(finished):
     assert sorted(found) == sorted(expected)
     assert all(row["num_test"] == 32 for row in rows)
     assert {r["num_attacked"] for r in rows if r["attack"] == "fgsm"} == {16}
+    facts = {row["attack"]: (row["title"], row["follows"], row["minimum_norm"]) for row in rows}
+    assert facts == {
+        "fgsm": ("FGSM", "softmax", False),
+        "pgd": ("PGD", "softmax", False),
+        "pgd_margin": ("PGD margin", "logits", False),
+        "carlini_wagner_l2": ("C&W L2", "logits", True),
+    }
+    for kind in ("curves", "transfer", "distances", "comparisons"):
+        for row in report.read_table(finished / f"{kind}.csv", kind):
+            alone = row.get("attack") == "worst_case" or row.get("quantity") == "test_accuracy"
+            assert (row["title"] is None) == alone, (kind, row)
     for name in ("accuracy.png", "sensitivity.png", "distances.png", "pictures_T20.png"):
         assert (finished / "figures" / name).stat().st_size > 5000
     page = (finished / "report.html").read_text()
@@ -293,15 +304,30 @@ def test_tables_hold_what_several_seeds_say():
     assert robust["high"] > 1
     report.write_table(found_path := f"{tempfile.mkdtemp()}/comparisons.csv", "comparisons", rows)
     assert report.read_table(found_path, "comparisons")
-    plans = {"pgd": evaluate.AttackPlan(functools.partial(attacks.pgd, eps=0.1, num_steps=4))}
-    curves = evidence.curves(found, plans)
+    assert {row["title"] for row in rows} == {None, "PGD"}
+    curves = evidence.curves(found)
     for curve in ("eps", "steps"):
         x = [
             {row["x"] for row in curves if (row["curve"], row["seed"]) == (curve, seed)}
             for seed in (0, 1)
         ]
         assert x[0] == x[1]
-    assert {row["x"] for row in curves if row["curve"] == "steps"} == {0, 1, 2, 3, 4}
+    steps = [row for row in curves if row["curve"] == "steps"]
+    assert {row["x"] for row in steps} == {0, 1, 2, 3, 4, 5}
+    assert {(row["attack"], row["title"]) for row in steps} == {("pgd", "PGD")}
+
+
+def test_attacks_of_one_title_are_told_apart():
+    pgd = functools.partial(attacks.pgd, eps=0.1)
+    plans = {"pgd": pgd, "long": functools.partial(pgd, num_steps=9), "own": lambda *_: None}
+    chain = _chain(0, gain=0.0)
+    outcomes = {
+        name: chain.attacks["pgd"]._replace(traits=attacks.traits(attack))
+        for name, attack in plans.items()
+    }
+    rows = evidence.results(chain._replace(attacks=outcomes))
+    titles = {row["attack"]: row.get("title") for row in rows}
+    assert titles == {"pgd": "PGD (pgd)", "long": "PGD (long)", "own": None}
 
 
 def _chain(seed, gain):
@@ -318,11 +344,13 @@ def _chain(seed, gain):
         success=np.ones((3, size), bool), distance=np.full((3, size), 0.2 + 0.1 * seed), info={}
     )
     clean = evidence.Clean(np.ones(size, bool), np.zeros(size), {}, {})
+    pgd = attacks.traits(functools.partial(attacks.pgd, eps=0.1, num_steps=4))
+    outcome = evaluate.summarize(result, norm="linf", eps=0.1)._replace(traits=pgd)
     return evidence.Chain(
         dataset="digits",
         networks=[training.Network(20.0, seed, number, None) for number in range(3)],
         clean=[clean] * 3,
-        attacks={"pgd": evaluate.summarize(result, norm="linf", eps=0.1)},
+        attacks={"pgd": outcome},
         distances={"linf": evaluate.summarize(smallest, norm="linf")},
         crafted=None,
     )

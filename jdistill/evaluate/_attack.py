@@ -57,6 +57,7 @@ class AttackOutcome(NamedTuple):
             counted.
         norm: of the distances; None where that is not known (see `attacks.Traits`).
         eps: the attack's radius; None for a minimum-norm attack.
+        traits: the attack's facts; None of an outcome that was made by hand.
     """
 
     success: np.ndarray
@@ -70,6 +71,7 @@ class AttackOutcome(NamedTuple):
     num_nonfinite: np.ndarray | None = None
     norm: str | None = None
     eps: float | None = None
+    traits: attacks.Traits | None = None
 
 
 def under_attack(
@@ -140,12 +142,13 @@ def under_attack(
         if num_hosts > 1:
             pieces = _of_all_hosts(job.units, kept)
     piece, known = joined(pieces), attacks.traits(plan.attack)
-    return summarize(
+    outcome = summarize(
         piece.result,
         num_nonfinite=(~piece.finite).sum(axis=1),
         norm=known.norm,
         eps=known.eps,
     )
+    return outcome._replace(traits=known)
 
 
 def attack_shards(
