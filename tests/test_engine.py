@@ -12,6 +12,7 @@ from jdistill import attacks, losses, nets, parallel
 from jdistill.attacks._core import chunks, engine
 from jdistill.attacks._core import problem as problems
 from jdistill.attacks._core.engine import Counter, Method, Passes, Seen, register, static
+from tests import tiny
 
 BATCH = 70
 
@@ -392,18 +393,14 @@ def test_each_example_takes_its_own_number_of_steps_in_few_rows():
 @pytest.fixture
 def problem():
     """A network with borders at very different distances, in float64: rounding must not decide."""
-    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+    with tiny.double_precision():
         yield _problem()
 
 
 def _problem():
     rng = np.random.default_rng(0)
-    first, second = 3 * rng.normal(size=(6, 16)), rng.normal(size=(16, 4))
-    logits_fn = nets.callable_logits_fn(
-        lambda first, second, x: jnp.tanh((x - 0.5) @ first) @ second,
-        jnp.asarray(first, jnp.float64),
-        jnp.asarray(second, jnp.float64),
-    )
+    net = tiny.Net(3 * rng.normal(size=(6, 16)), rng.normal(size=(16, 4)))
+    logits_fn = net.logits_fn(dtype=jnp.float64)
     inputs = jax.random.uniform(jax.random.key(0), (BATCH, 6), jnp.float64)
     return logits_fn, jax.random.key(2), inputs, jnp.argmax(logits_fn(inputs), axis=-1)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jdistill._order import first_to_reach, largest
+from tests import tiny
 
 
 def by_sorting(size, weights, amount):
@@ -29,7 +30,7 @@ def sizes(ties):
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_counts_against_a_stable_sort(dtype, ties):
-    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+    with tiny.double_precision():
         size = jnp.asarray(sizes(ties), dtype)
         amount = np.arange(40)[:, None] - 5  # from below none to more than all
         found = first_to_reach(size, jnp.ones(size.shape, jnp.int32), jnp.asarray(amount))
