@@ -1,7 +1,5 @@
 """DeepFool against a NumPy version, iterate by iterate, and against exact distances."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 
 from jdistill import attacks, nets
 from jdistill.attacks import _deepfool
+from jdistill.attacks._core import engine
 from jdistill.attacks._core import problem as _base
 
 B, D, H, K = 8, 5, 7, 5
@@ -93,20 +92,34 @@ def test_every_iterate_is_that_of_numpy(norm, targeted, kwargs):
         model, inputs = make(dtype=jnp.float64), INPUTS.astype(np.float64)
         # The loop's own steps, one by one.
         problem = _base.prepare(model, None, inputs, LABELS, targets=targets, bounds=(0.0, 1.0))
-        overshoot = jnp.full(B, kwargs["overshoot"])
-        candidates = _deepfool._candidates(problem, model(inputs), kwargs["num_candidates"])
-        carry = _deepfool._init(problem, jnp.zeros(B, bool))
-        step = jax.jit(functools.partial(_deepfool._step, norm, 12, problem, overshoot, candidates))
+        method = _deepfool._DeepFool(
+            overshoot=jnp.full(B, kwargs["overshoot"]),
+            start=jnp.zeros_like(problem.inputs),
+            norm=norm,
+            num_events=12,
+            num_boundaries=1 if targeted else min(kwargs["num_candidates"], K) - 1,
+        )
+        carry = engine.start(method, problem, trace=False)
+        step = jax.jit(lambda carry: engine.advance(method, problem, carry, jnp.int32(1)))
         for index in range(13):
-            points = np.asarray(_deepfool._iterate(problem, overshoot, carry.total))
+            points = np.asarray(method.point(problem, carry[0]))
             rows = [iterates[min(index, len(iterates) - 1)] for iterates, _ in expected]
             np.testing.assert_allclose(points, rows, rtol=1e-6, atol=1e-9)
             carry = step(carry)
         # And all of it.
-        result = attacks.deepfool(model, None, inputs, LABELS, targets=targets, **settings)
+        result = attacks.deepfool(
+            model, None, inputs, LABELS, targets=targets, trace=True, **settings
+        )
         result = jax.tree.map(np.asarray, result)
     np.testing.assert_array_equal(result.success, success)
-    np.testing.assert_array_equal(result.info["first_success"], np.where(success, steps, -1))
+    np.testing.assert_array_equal(result.info["first_success"], np.where(success, steps + 1, -1))
+    for b, (iterates, _) in enumerate(expected):
+        logits = logits_of(np.array(iterates[:12]))
+        goal = TARGETS[b] if targeted else LABELS[b]
+        excess = np.where(np.arange(K) == goal, -np.inf, logits).max(1) - logits[:, goal]
+        trace = np.full(12, np.nan)
+        trace[: len(excess)] = -excess if targeted else excess
+        np.testing.assert_allclose(result.info["trace"][b], trace, rtol=1e-5, atol=1e-8)
     last = np.array([iterates[-1] for iterates, _ in expected])
     last[~success] = INPUTS[~success]
     np.testing.assert_allclose(result.inputs, last, rtol=1e-6, atol=1e-9)
@@ -158,7 +171,7 @@ def test_on_a_linear_network_one_step_and_the_overshoot(norm, overshoot):
     np.testing.assert_allclose(ratio, 1 + overshoot, rtol=2e-3)
     # A clean pass, the two iterates, and the verification.
     np.testing.assert_array_equal(result.queries, 4)
-    np.testing.assert_array_equal(result.info["first_success"], 1)
+    np.testing.assert_array_equal(result.info["first_success"], 2)
     nearest = attacks.deepfool(
         logits_fn, None, inputs, labels, norm=norm, overshoot=overshoot, targets=exact.argmin(1)
     )
@@ -216,6 +229,48 @@ def test_a_start_on_the_boundary_is_left(norm):
 
 
 @both_norms
+def test_a_success_by_rounding_is_not_lost(norm):
+    # The whole batch rounds class 0 up, and the half that is left after a while does not.
+    def logits_of(x):
+        rounding = 4e-7 if len(x) == 70 else 0.0
+        return jnp.stack([1.5 - x[:, 0] + rounding, jnp.ones_like(x[:, 0])], axis=1)
+
+    inputs = np.full((70, 2), 0.25, np.float32)
+    labels = np.where(np.arange(70) < 35, 1, 0)  # half of them wrong to begin with
+    result = attacks.deepfool(
+        logits_of, None, inputs, labels, norm=norm, overshoot=1e-6, trace=True
+    )
+    assert np.all(result.success)
+    np.testing.assert_allclose(result.distance[35:], 0.25, atol=3e-5)
+    # The second iterate is past the boundary by rounding alone, the third one by a step.
+    trace = np.asarray(result.info["trace"])[35:]
+    assert np.all((trace[:, 1] > 0) & (trace[:, 1] < 4e-7) & (trace[:, 2] > 9e-6))
+    np.testing.assert_array_equal(result.info["first_success"][35:], 3)
+
+
+@both_norms
+def test_an_injected_start_is_where_the_sum_begins(norm):
+    logits_fn, inputs, logits, weights = linear(num_classes=2)
+    labels = logits.argmax(1)
+    slope = weights.T[1 - labels] - weights.T[labels]
+    delta = np.random.default_rng(1).normal(0, 0.02, inputs.shape)
+    result = attacks.deepfool(
+        logits_fn, None, inputs, labels, norm=norm, overshoot=0.1, init=inputs + delta, trace=True
+    )
+    assert np.all(result.success)
+    first = inputs + 1.1 * delta
+    excess = np.sum(first * slope, axis=1) - 0.5 * slope.sum(1)
+    np.testing.assert_allclose(result.info["trace"][:, 0], excess, atol=1e-5)
+    # On a linear network either the start is adversarial, or the point after one step.
+    distance = -excess[:, None] / np.linalg.norm(slope, DUAL[norm], axis=1, keepdims=True)
+    unit = np.sign(slope) if norm == "linf" else slope / np.linalg.norm(slope, axis=1)[:, None]
+    step = np.where(excess[:, None] > 0, 0.0, distance * unit)
+    np.testing.assert_allclose(result.inputs, inputs + 1.1 * (delta + step), atol=1e-5)
+    np.testing.assert_array_equal(result.info["first_success"], np.where(excess > 0, 1, 2))
+    assert 0 < np.sum(excess > 0) < len(excess)
+
+
+@both_norms
 def test_the_unreachable_is_a_failure_that_ends_early(norm):
     # Class 0 wins by at least 1 everywhere in the box; for the second example nothing moves.
     def fixed(x):
@@ -249,7 +304,7 @@ def test_queries_are_the_forward_passes_that_were_run(norm):
         assert len(CALLS) == int(result.queries[0])
         claims.add(len(CALLS))
         first = int(result.info["first_success"][0])
-        assert len(CALLS) == 2 + (4 if first < 0 else min(first + 1, 4))
+        assert len(CALLS) == 2 + (4 if first < 0 else min(first, 4))
     assert len(claims) >= 2
 
 
