@@ -108,7 +108,8 @@ def deepfool(
         released code, and not as printed, the overshoot is part of every iterate: without it the
         iterates approach the boundary and need not cross it. Departures: the box; a step is at
         least 1e-5 of the box's width long, so that it leaves a boundary, where the released code
-        adds 1e-4 to every distance. The targeted form is ours.
+        adds 1e-4 to every distance; an iterate that is misclassified by rounding alone moves on.
+        The targeted form is ours.
     """
     del key
     _validate.one_of(_NORMS, norm=norm)
