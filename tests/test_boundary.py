@@ -6,45 +6,34 @@ import numpy as np
 import pytest
 
 from jdistill import attacks, nets
+from tests import tiny
 
 B, D, H, K = 6, 12, 9, 4
 RNG = np.random.default_rng(4)
-SMOOTH = (RNG.normal(0, 1, (D, H)), RNG.normal(0, 1, (H, K)), np.zeros((D, K)), np.zeros(K))
+SMOOTH = tiny.Net(RNG.normal(0, 1, (D, H)), RNG.normal(0, 1, (H, K)), np.zeros((D, K)), np.zeros(K))
 LINEAR = RNG.normal(0, 1, (D, K))
-STRAIGHT = (np.zeros((D, H)), np.zeros((H, K)), LINEAR, -0.5 * LINEAR.sum(0))
+STRAIGHT = tiny.Net(np.zeros((D, H)), np.zeros((H, K)), LINEAR, -0.5 * LINEAR.sum(0))
 INPUTS = RNG.uniform(0.35, 0.65, (B, D)).astype(np.float32)
 KEYS = jax.random.split(jax.random.key(5), B)
 NUM_QUERIES = 1500
 
 
-def network(weights, inputs):
-    first, second, linear, bias = weights
-    return jnp.tanh((inputs - 0.5) @ first) @ second + inputs @ linear + bias[None]
-
-
-def logits_of(weights, x):
-    first, second, linear, bias = weights
-    return np.tanh((x - 0.5) @ first) @ second + x @ linear + bias
-
-
-def run(weights, inputs):
-    logits_fn = nets.callable_logits_fn(network, jax.tree.map(jnp.float32, weights))
-    labels = logits_of(weights, inputs).argmax(1)
-    result = attacks.boundary(
-        logits_fn, KEYS, inputs, labels, num_queries=NUM_QUERIES, orthogonal_step=0.5, trace=True
-    )
+def run(net, inputs):
+    labels = net.logits(inputs).argmax(1)
+    settings = {"num_queries": NUM_QUERIES, "orthogonal_step": 0.5, "trace": True}
+    result = attacks.boundary(net.logits_fn(), KEYS, inputs, labels, **settings)
     return jax.tree.map(np.asarray, result)
 
 
-def reference(weights, x, key, num_queries):
+def reference(net, x, key, num_queries):
     """The walk of one example in float64: the distance after each query, and all step sizes."""
-    label = logits_of(weights, x).argmax()
+    label = net.logits(x).argmax()
     distances = [np.inf]  # of the clean input
     best, delta, epsilon = None, 0.5, 0.01
 
     def ask(candidate):
         nonlocal best
-        adversarial = logits_of(weights, candidate).argmax() != label
+        adversarial = net.logits(candidate).argmax() != label
         if adversarial and np.linalg.norm(candidate - x) < min(distances) * (1 - 1e-5):
             best = candidate
         distances.append(np.inf if best is None else np.linalg.norm(best - x))
@@ -106,13 +95,7 @@ def test_the_walk_is_that_of_a_plain_version():
 def test_linear_models_have_exact_distances(offset):
     # With the offset the inputs are at the box's edge, and the box may cost some distance.
     inputs = np.clip(INPUTS - offset, 0.0, 1.0)
-    logits = logits_of(STRAIGHT, inputs)
-    labels = logits.argmax(1)
-    rows = np.arange(B)
-    slopes = LINEAR.T[labels][:, None] - LINEAR.T[None]
-    lengths = np.linalg.norm(slopes, axis=2)
-    gaps = logits[rows, labels][:, None] - logits
-    exact = np.where(lengths > 0, gaps / np.where(lengths > 0, lengths, 1), np.inf).min(1)
+    exact = tiny.exact_distances(STRAIGHT.logits(inputs), LINEAR, "l2").min(1)
     result = run(STRAIGHT, inputs)
     assert np.all(result.success)
     ratio = result.distance / exact

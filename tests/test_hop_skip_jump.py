@@ -3,17 +3,17 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdistill import attacks, nets
+from jdistill import attacks
+from tests import tiny
 
 B, D, H, K = 6, 12, 9, 4
 RNG = np.random.default_rng(6)
-SMOOTH = (RNG.normal(0, 1, (D, H)), RNG.normal(0, 1, (H, K)), np.zeros((D, K)), np.zeros(K))
+SMOOTH = tiny.Net(RNG.normal(0, 1, (D, H)), RNG.normal(0, 1, (H, K)), np.zeros((D, K)), np.zeros(K))
 LINEAR = RNG.normal(0, 1, (D, K))
-STRAIGHT = (np.zeros((D, H)), np.zeros((H, K)), LINEAR, -0.5 * LINEAR.sum(0))
+STRAIGHT = tiny.Net(np.zeros((D, H)), np.zeros((H, K)), LINEAR, -0.5 * LINEAR.sum(0))
 INPUTS = RNG.uniform(0.35, 0.65, (B, D)).astype(np.float32)
 KEYS = jax.random.split(jax.random.key(6), B)
 NUM_QUERIES, NUM_SAMPLES, MAX_SAMPLES = 1500, 20, 50
@@ -21,26 +21,14 @@ NORMS = {"l2": 2, "linf": np.inf}
 norms = pytest.mark.parametrize("norm", NORMS)
 
 
-def network(weights, inputs):
-    first, second, linear, bias = weights
-    return jnp.tanh((inputs - 0.5) @ first) @ second + inputs @ linear + bias[None]
-
-
-def logits_of(weights, x):
-    first, second, linear, bias = weights
-    return np.tanh((x - 0.5) @ first) @ second + x @ linear + bias
-
-
 @functools.cache
 def run(norm, name):
-    weights = {"smooth": SMOOTH, "straight": STRAIGHT}[name]
-    logits_fn = nets.callable_logits_fn(network, jax.tree.map(jnp.float32, weights))
-    labels = logits_of(weights, INPUTS).argmax(1)
+    net = {"smooth": SMOOTH, "straight": STRAIGHT}[name]
     result = attacks.hop_skip_jump(
-        logits_fn,
+        net.logits_fn(),
         KEYS,
         INPUTS,
-        labels,
+        net.logits(INPUTS).argmax(1),
         norm=norm,
         num_queries=NUM_QUERIES,
         num_samples=NUM_SAMPLES,
@@ -55,9 +43,9 @@ class Budget(Exception):
     """No query is left."""
 
 
-def reference(weights, x, key, norm, num_queries, gamma=0.1):
+def reference(net, x, key, norm, num_queries, gamma=0.1):
     """Algorithm 2 for one example in float64: the least distance after each query, the rounds."""
-    label = logits_of(weights, x).argmax()
+    label = net.logits(x).argmax()
     order = NORMS[norm]
     distances, rounds = [np.inf], 0
     theta = gamma / D ** {"l2": 1.5, "linf": 2}[norm]
@@ -65,7 +53,7 @@ def reference(weights, x, key, norm, num_queries, gamma=0.1):
     def ask(candidate):
         if len(distances) == num_queries:
             raise Budget
-        adversarial = logits_of(weights, candidate).argmax() != label
+        adversarial = net.logits(candidate).argmax() != label
         distance = np.linalg.norm(candidate - x, order) if adversarial else np.inf
         distances.append(min(distance, distances[-1]))
         return adversarial
@@ -141,12 +129,7 @@ def test_the_rounds_are_those_of_a_plain_version(norm):
 
 @norms
 def test_linear_models_have_exact_distances(norm):
-    logits = logits_of(STRAIGHT, INPUTS)
-    labels = logits.argmax(1)
-    slopes = LINEAR.T[labels][:, None] - LINEAR.T[None]
-    lengths = np.linalg.norm(slopes, {"l2": 2, "linf": 1}[norm], axis=2)
-    gaps = logits[np.arange(B), labels][:, None] - logits
-    exact = np.where(lengths > 0, gaps / np.where(lengths > 0, lengths, 1), np.inf).min(1)
+    exact = tiny.exact_distances(STRAIGHT.logits(INPUTS), LINEAR, norm).min(1)
     result = run(norm, "straight")
     assert np.all(result.success)
     ratio = result.distance / exact

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jdistill import attacks, losses, nets
+from tests import tiny
 
 B, D, H, K = 8, 5, 7, 4
 RNG = np.random.default_rng(0)
@@ -23,12 +24,7 @@ def network(weights, inputs):
     return jnp.tanh(inputs @ first) @ second
 
 
-def make(scale=1.0):
-    weights = (jnp.asarray(FIRST), jnp.asarray(SECOND * np.float32(scale)))
-    return nets.callable_logits_fn(network, weights)
-
-
-MODEL = make()
+MODEL = nets.callable_logits_fn(network, (jnp.asarray(FIRST), jnp.asarray(SECOND)))
 
 
 def numpy_forward(inputs):
@@ -308,7 +304,7 @@ def test_an_init_is_projected(norm):
         random_start=False,
     )
     delta = np.asarray(result.inputs) - INPUTS
-    length = np.linalg.norm(delta, {"linf": np.inf, "l2": 2, "l1": 1}[norm], axis=1)
+    length = np.linalg.norm(delta, tiny.ORDER[norm], axis=1)
     np.testing.assert_allclose(length, eps, rtol=0.2)
     assert length.max() <= eps * (1 + 1e-5)
 
@@ -338,16 +334,6 @@ def test_queries_are_the_forward_passes_that_were_run():
     assert run == claimed
     run, claimed, _ = count_calls(attacks.carlini_wagner_l2, index, abort_early=False, **kwargs)
     assert run == claimed == 1 + 2 * 12 + 1
-
-
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("power", [-30, 8, 60])
-def test_the_scale_of_the_logits_changes_nothing_for_the_margin(norm, power):
-    kwargs = {"eps": 0.1, "norm": norm, "num_steps": 5, "loss": losses.margin}
-    plain = attacks.pgd(MODEL, KEYS, INPUTS, LABELS, **kwargs)
-    scaled = attacks.pgd(make(2.0**power), KEYS, INPUTS, LABELS, **kwargs)
-    jax.tree.map(np.testing.assert_array_equal, plain, scaled)
-    assert 0 < plain.success.sum() < B
 
 
 def test_more_restarts_only_help_and_only_survivors_take_them():
@@ -384,12 +370,8 @@ def test_random_starts_fill_the_ball():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"num_steps": 0}, "expected num_steps to be a whole number >= 1, got 0"),
-        ({"num_restarts": 0}, "expected num_restarts to be a whole number >= 1, got 0"),
         ({"num_steps": 2.0}, r"got 2\.0; pass a Python int"),
         ({"step_size": -0.1}, r"expected step_size >= 0, got -0\.1"),
-        ({"step_size": np.nan}, "expected step_size >= 0, got nan"),
-        ({"init": INPUTS[:2]}, r"expected init of the inputs' shape \(8, 5\), got \(2, 5\)"),
         ({"init": INPUTS * np.nan}, "got nan"),
         ({"num_restarts": 2, "random_start": False}, "expected num_restarts=1 without random"),
         ({"num_restarts": 2, "init": INPUTS, "key": None}, "expected a PRNG key for random"),
@@ -408,15 +390,8 @@ def test_bad_settings_are_named(kwargs, message):
         ({"num_steps": 0}, "expected num_steps to be a whole number >= 1, got 0"),
         ({"step_size": -0.1}, r"expected step_size >= 0, got -0\.1"),
         ({"norm": "l0"}, "expected norm to be one of 'linf', 'l2', 'l1', got 'l0'"),
-        ({"init": INPUTS[:2]}, r"expected init of the inputs' shape \(8, 5\), got \(2, 5\)"),
     ],
 )
 def test_bad_settings_of_bim_and_mim_are_named(attack, kwargs, message):
     with pytest.raises(ValueError, match=message):
         attack(MODEL, None, INPUTS, LABELS, eps=0.1, **kwargs)
-
-
-def test_a_bad_decay_is_named():
-    for bad, message in [(-1.0, "expected decay >= 0, got -1.0"), (np.ones(3), "decay to be a sc")]:
-        with pytest.raises(ValueError, match=message):
-            attacks.mim(MODEL, None, INPUTS, LABELS, eps=0.1, decay=bad)
