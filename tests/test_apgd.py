@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jdistill import attacks, losses, nets
-from jdistill.attacks import _apgd_core, _apgd_l1
+from jdistill.attacks import _apgd, _apgd_l1
 
 B, D, H, K = 8, 12, 9, 5
 RNG = np.random.default_rng(3)
@@ -194,26 +194,27 @@ def test_against_numpy_in_double_precision(loss, norm, size):
         result = jax.tree.map(np.asarray, result)
     assert result.success.sum() < B if size is TINY else result.success.any()
     for b, (trace, point) in enumerate(runs):
-        found = result.info["loss"][b, 0]
+        found = result.info["trace"][b]
         assert np.isfinite(found).sum() == len(trace)
         np.testing.assert_allclose(found[: len(trace)], trace, rtol=1e-7, atol=1e-9)
         np.testing.assert_allclose(result.inputs[b], point, atol=1e-8)
         assert result.success[b] == (len(trace) < len(found))
+        assert result.info["first_success"][b] == (len(trace) if result.success[b] else -1)
 
 
 def test_checkpoints_are_the_papers():
-    places = np.flatnonzero(_apgd_core.checkpoints(100))
+    places = np.flatnonzero(_apgd._checkpoints(100))
     assert places.tolist() == [22, 41, 57, 70, 80, 87, 93, 99]
-    assert np.flatnonzero(_apgd_core.checkpoints(50)).tolist() == [11, 21, 30, 38, 45]
-    assert np.flatnonzero(_apgd_core.checkpoints(10)).tolist() == list(range(2, 11))
-    periods = _apgd_core.checkpoints(100)
+    assert np.flatnonzero(_apgd._checkpoints(50)).tolist() == [11, 21, 30, 38, 45]
+    assert np.flatnonzero(_apgd._checkpoints(10)).tolist() == list(range(2, 11))
+    periods = _apgd._checkpoints(100)
     assert periods[periods > 0].tolist() == np.diff([0, *places]).tolist()
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 10, 100])
 def test_the_stages_of_l1_use_all_steps(num_steps):
     plan = _apgd_l1._Plan.of(num_steps)
-    assert plan.steps[-1] == num_steps
+    assert len(plan.radius) == num_steps + 3  # the points that the steps and the stages begin at
     assert np.all(np.diff(plan.radius) <= 0)
     assert plan.radius[plan.judged].tolist() == [1.0] * plan.judged.sum()
     assert plan.enters.sum() == 3
@@ -254,15 +255,30 @@ def test_restarts_and_targets_are_for_survivors():
     assert many.info["restart"].max() == K - 2  # no more classes than there are
 
 
+def test_the_first_target_may_differ_by_example():
+    kwargs = {"eps": 0.05, "num_steps": 5, "num_targets": 3}
+    inputs = INPUTS.astype(np.float32)
+    first = np.arange(B) % (K - 1)
+    mixed = attacks.apgd_targeted(make(), KEY, inputs, LABELS, first_target=first, **kwargs)
+    for rank in range(K - 1):  # the last ones have fewer classes left
+        alone = attacks.apgd_targeted(make(), KEY, inputs, LABELS, first_target=rank, **kwargs)
+        rows = first == rank
+        for name in ("success", "queries"):
+            np.testing.assert_array_equal(getattr(mixed, name)[rows], getattr(alone, name)[rows])
+        np.testing.assert_allclose(mixed.inputs[rows], alone.inputs[rows], atol=1e-6)
+        np.testing.assert_array_equal(mixed.info["target"][rows], alone.info["target"][rows])
+    assert len(set(np.asarray(mixed.queries)[~np.asarray(mixed.success)].tolist())) == 3
+
+
 def test_best_loss_goes_on_and_returns_the_worst_point():
     inputs = INPUTS.astype(np.float32)
     kwargs = {"eps": MIDDLING["linf"], "num_steps": 20, "num_restarts": 2, "trace": True}
     until = attacks.apgd(make(), KEY, inputs, LABELS, **kwargs)
     worst = attacks.apgd(make(), KEY, inputs, LABELS, best_loss=True, **kwargs)
-    trace = np.asarray(worst.info["loss"])
+    trace = np.asarray(worst.info["trace"])
     assert np.all(np.isfinite(trace))
     loss = losses.cross_entropy(make()(worst.inputs), LABELS)
-    np.testing.assert_allclose(loss, trace.max((1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(loss, trace.max(1), rtol=1e-4)
     assert np.all(loss >= losses.cross_entropy(make()(until.inputs), LABELS) - 1e-5)
     assert np.all(worst.queries == 2 * 21 + 2)
     np.testing.assert_array_equal(worst.info["first_success"] >= 0, until.success)
@@ -297,6 +313,8 @@ def test_a_traced_first_target_stays_among_the_classes():
         lambda rank: attacks.apgd_targeted(make(), KEY, inputs, LABELS, first_target=rank, **kwargs)
     )(2)
     assert np.all((traced.info["target"] >= 0) & (traced.info["target"] < K))
+    known = attacks.apgd_targeted(make(), KEY, inputs, LABELS, first_target=2, **kwargs)
+    np.testing.assert_array_equal(traced.queries, known.queries)
 
 
 @pytest.mark.parametrize("num_classes", [2, 3])

@@ -1,5 +1,6 @@
 """FAB against a NumPy version in float64, and its projections against exact solutions."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,9 +10,10 @@ import pytest
 from scipy import optimize
 
 from jdistill import attacks, nets
-from jdistill.attacks import _fab_core
+from jdistill.attacks import _fab
 from jdistill.attacks._core import hyperplane as _hyperplane
 from jdistill.attacks._core import problem as _base
+from jdistill.attacks._core import targets
 
 NORMS = ("linf", "l2", "l1")
 ORDER = {"linf": np.inf, "l2": 2, "l1": 1}
@@ -249,8 +251,12 @@ def test_against_numpy(norm, num_targets):
     if num_targets is not None:
         attack, more = attacks.fab_targeted, {"num_targets": num_targets}
         assert len({np.argmin([row[0] for row in found]) for found in expected}) >= 2
-    result = run(attack, norm=norm, num_steps=20, **more)
+    result = run(attack, norm=norm, num_steps=20, trace=True, **more)
     np.testing.assert_allclose(result.distance, distances, rtol=1e-4)
+    trace = result.info["trace"]
+    np.testing.assert_array_equal(trace.min(1), result.distance)
+    first = np.where(result.success, np.isfinite(trace).argmax(1) + 1, -1)
+    np.testing.assert_array_equal(result.info["first_success"], first)
     for b, (distance, point) in enumerate(nearest):
         if np.isfinite(distance):
             np.testing.assert_allclose(result.inputs[b], point, atol=1e-4)
@@ -260,6 +266,8 @@ def test_against_numpy(norm, num_targets):
         np.testing.assert_array_equal(result.info["restart"], start)
         np.testing.assert_array_equal(result.info["target"], order[np.arange(B), start + 1])
     np.testing.assert_array_equal(result.queries, 2 + 2 * 20 * (num_targets or 1))
+    gradients = 20 * (K - 1 if num_targets is None else num_targets)
+    np.testing.assert_array_equal(result.info["gradients"], gradients)
 
 
 def test_a_radius_ends_the_search_with_the_start_that_succeeds():
@@ -329,16 +337,17 @@ def test_random_starts_are_at_half_the_radius():
     model = nets.callable_logits_fn(lambda _, x: x, ())
     problem = _base.prepare(model, KEY, inputs, np.zeros(3, int), targets=None, bounds=(0, 1))
     eps = jnp.array([0.4, 0.4, jnp.inf])
-    search = _fab_core.Search(problem, eps, eps, eps, eps, jnp.int32(0))
+    starts = targets.Starts.of(problem, 3)
+    method = _fab._method(problem, starts, None, 0.1, 1.05, 0.9, "linf", num_steps=1)
     for norm, widest in (("linf", 1.0), ("l2", 40**0.5)):
-        settings = _fab_core.Settings(norm, 1, 3, None, False)
-        begin = jax.jit(lambda start, best, s=settings: _fab_core._begin(search, s, start, best))
+        begin = jax.jit(dataclasses.replace(method, eps=eps, norm=norm)._begin)
         # Within eps; within the smallest distance so far; and where nothing is known, the box's.
-        moved = begin(jnp.array([1, 4, 2]), jnp.array([jnp.inf, 0.1, jnp.inf])) - inputs
+        smallest = jnp.array([jnp.inf, 0.1, jnp.inf])
+        moved = begin(problem, jnp.array([1, 4, 2]), smallest) - inputs
         found = np.linalg.norm(moved, ORDER[norm], axis=1)
         np.testing.assert_allclose(found[:2], [0.2, 0.05], rtol=1e-5)
         assert 0.1 * widest < found[2] <= widest / 2 * (1 + 1e-5)
-        np.testing.assert_array_equal(begin(jnp.array([0, 3, 6]), eps), inputs)
+        np.testing.assert_array_equal(begin(problem, jnp.array([0, 3, 6]), eps), inputs)
 
 
 @all_norms

@@ -1,21 +1,41 @@
 """Auto-PGD: gradient steps with momentum whose size follows from the progress of the loss."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
-from jdistill import _validate, losses
-from jdistill._precision import full_precision
+from jdistill import _validate, losses, norms
 from jdistill._pytree import as_pytree
-from jdistill.attacks import _apgd_core, _apgd_l1
-from jdistill.attacks._apgd_core import Search, Settings
-from jdistill.attacks._core import problem as _base
-from jdistill.attacks._core import targets as _aims
-from jdistill.attacks._core.gradient import NORMS as _NORMS
-from jdistill.attacks._core.problem import AttackResult, Problem
+from jdistill.attacks._apgd_core import APGD, State, Visited
+from jdistill.attacks._apgd_l1 import SparseAPGD
+from jdistill.attacks._core.engine import register, run, select
+from jdistill.attacks._core.gradient import NORMS
+from jdistill.attacks._core.problem import (
+    AttackResult,
+    Problem,
+    need_key,
+    num_classes,
+    one_per_example,
+    prepare,
+    radius,
+    start_point,
+)
+from jdistill.attacks._core.targets import Starts, direction
+from jdistill.attacks._core.traits import Settings, by_loss, facts, with_loss
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
+_MOMENTUM = 0.25  # the share of the step before
+_TITLES = {"APGD": "APGD-CE", "APGD dlr": "APGD-DLR"}
 
+
+def _title(settings: Settings) -> str:
+    title = with_loss("APGD", losses.cross_entropy)(settings)
+    return _TITLES.get(title, title)
+
+
+@facts(title=_title, norms=NORMS, follows=by_loss)
 def apgd(
     logits_fn: LogitsFn,
     key: Array | None,
@@ -34,7 +54,7 @@ def apgd(
     best_loss: bool = False,
     trace: bool = False,
 ) -> AttackResult:
-    """Auto-PGD: projected gradient ascent with momentum and a step size of its own.
+    """Auto-PGD: projected gradient ascent with momentum and an adaptive step size.
 
         z  = project(x + η · steepest(∂ loss / ∂x))
         x' = project(x + α (z - x) + (1 - α) (x - x₋₁)),     α = 1 at first, then 0.75
@@ -58,7 +78,7 @@ def apgd(
         labels: `[B]` int, the true classes.
         eps: radius of the ball in input units, at least 0; scalar or `[B]`; may be traced.
         norm: `"linf"`, `"l2"` or `"l1"`.
-        num_steps: gradient steps a start, at least 1; static.
+        num_steps: gradient steps per start, at least 1; static.
         num_restarts: starts, at least 1; static. Only survivors take the next one.
         rho: ρ, the share of steps in which the loss must grow, in `[0, 1]`; scalar or `[B]`; may
             be traced. Unused for l1.
@@ -67,17 +87,17 @@ def apgd(
         init: `[B, ...]`, the first start instead (projected into ball and box).
         loss: per-example loss `(logits [B, K], labels [B]) -> [B]`, maximized (for targets:
             minimized). Bind numbers as in `fgsm`.
-        best_loss: go on after a success, attack what is wrong to begin with too, and return the
-            point of the largest loss of all starts, as training on adversarial examples wants it;
-            static.
-        trace: keep the loss of every step.
+        best_loss: go on after a success, attack misclassified examples, too, and return the point
+            of the largest loss of all starts, as training on adversarial examples wants it; static.
+        trace: keep the loss of every point judged.
 
     Returns:
         The result. An example that resists is returned at the point of the largest loss of its
-        last start. `info`: `first_success [B]` int32, the step (0: the start) at which it
-        succeeded, -1 if never; `restart [B]` int32, the start it ended in; with `trace`, `loss
-        [B, num_restarts, num_steps + 1]` (for l1 two more), what was maximized at each start and
-        after each step, NaN where the example had stopped.
+        last start. `info`: `first_success`, where 1 is the first start; `gradients`; `restart [B]`
+        int32, the start it ended in; with `trace`, the loss of each start and of the points that
+        its steps lead to, `trace [B, num_restarts · (num_steps + 1)]`. For l1 each start judges
+        `num_steps + 3` points: the larger balls' last ones, which cannot succeed, are projected
+        into the next ball and judged again. See `jdistill.attacks`.
 
     Raises:
         ValueError: eps below 0 or NaN, rho outside `[0, 1]`, inputs not finite or outside the box,
@@ -96,24 +116,18 @@ def apgd(
         Croce & Hein 2020, "Reliable Evaluation of Adversarial Robustness with an Ensemble of
         Diverse Parameter-free Attacks", section 3 and algorithm 1; for l1 Croce & Hein 2021,
         "Mind the box: l1-APGD for sparse adversarial attacks on image classifiers", sections 3-4.
+        As in the released code, and so in the published numbers, the first step's loss is compared
+        with 0 and not with the start's. The differences to that code are where a constant or a
+        rounding would decide: no floor is added to a gradient's length, and the features of a step
+        in l1 are counted in whole numbers.
     """
-    problem = _base.prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
-    return _search(
-        problem,
-        loss,
-        eps,
-        rho,
-        init,
-        norm=norm,
-        num_steps=num_steps,
-        num_restarts=num_restarts,
-        num_targets=None,
-        first_target=jnp.zeros((), jnp.int32),
-        best_loss=best_loss,
-        trace=trace,
-    )
+    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
+    starts = Starts.of(problem, num_restarts)
+    method = _method(problem, starts, loss, eps, rho, init, norm, num_steps, best_loss)
+    return run(method, problem, trace=trace)
 
 
+@facts(title="APGD-T", norms=NORMS)
 def apgd_targeted(
     logits_fn: LogitsFn,
     key: Array | None,
@@ -135,7 +149,7 @@ def apgd_targeted(
     """APGD-T: Auto-PGD towards one class after another, on the targeted DLR loss.
 
     The classes are taken in the order of the clean logits, the runner-up first. Any class but the
-    label is a success, whichever was aimed at. Below four classes the loss is not defined; there
+    label is a success, whichever was the target. Below four classes the loss is not defined; there
     the difference of the two logits, z_t - z_y, takes its place.
 
     Args:
@@ -146,26 +160,25 @@ def apgd_targeted(
         labels: `[B]` int, the true classes.
         eps: radius of the ball in input units, at least 0; scalar or `[B]`; may be traced.
         norm: `"linf"`, `"l2"` or `"l1"`.
-        num_targets: classes aimed at, at least 1, and at most as many as there are; static.
-        first_target: rank of the first class aimed at, 0 is the runner-up; in `0..K-2`; a scalar;
+        num_targets: classes to move towards, at least 1; static. There are fewer where fewer are
+            left.
+        first_target: rank of the first of them, 0 is the runner-up; in `0..K-2`; scalar or `[B]`;
             may be traced. With `num_targets=1` one class at a time, as `autoattack` does.
-        num_steps: gradient steps a start, at least 1; static.
+        num_steps: gradient steps per start, at least 1; static.
         num_restarts: starts for each class, at least 1; static. Only survivors take the next one.
         rho: as in `apgd`.
         bounds: the box of valid inputs.
-        targets: `[B]` int, the one class to aim at, and to reach: `num_targets` and `first_target`
-            are then unused.
+        targets: `[B]` int, the only class to move towards, and to reach: `num_targets` and
+            `first_target` are then unused.
         init: `[B, ...]`, the first start towards each class instead.
-        trace: keep the loss of every step.
+        trace: keep the loss of every point judged.
 
     Returns:
-        The result, as of `apgd`. `info`: `first_success [B]` int32, the step at which it
-        succeeded, -1 if never; `restart [B]` int32, the start it ended in, counted over all
-        targets; `target [B]` int32, the class aimed at in it; with `trace`, `loss [B, num_targets
-        · num_restarts, num_steps + 1]`.
+        The result and `info`, as of `apgd`; points and starts are counted over all classes. `info`
+        has `target [B]` int32, too, the class moved towards in the last start.
 
     Raises:
-        ValueError: as `apgd`; num_targets below 1, first_target outside `0..K-2`.
+        ValueError: as `apgd`; num_targets below 1, first_target not whole or outside `0..K-2`.
 
     Example:
         >>> import jax
@@ -179,22 +192,11 @@ def apgd_targeted(
         Croce & Hein 2020, "Reliable Evaluation of Adversarial Robustness with an Ensemble of
         Diverse Parameter-free Attacks", section 4.1, equation 7, and section 5.
     """
-    problem = _base.prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
-    num_targets, first = _aims.check(problem, num_targets, first_target)
-    return _search(
-        problem,
-        losses.targeted_dlr if _base.num_classes(problem) >= 4 else _gap,
-        eps,
-        rho,
-        init,
-        norm=norm,
-        num_steps=num_steps,
-        num_restarts=num_restarts,
-        num_targets=num_targets,
-        first_target=first,
-        best_loss=False,
-        trace=trace,
-    )
+    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
+    starts = Starts.of(problem, num_restarts, num_targets, first_target)
+    loss = losses.targeted_dlr if num_classes(problem) >= 4 else _gap
+    method = _method(problem, starts, loss, eps, rho, init, norm, num_steps)
+    return run(method, problem, trace=trace)
 
 
 def _gap(logits: Array, labels: Array, *, targets: Array) -> Array:
@@ -203,38 +205,111 @@ def _gap(logits: Array, labels: Array, *, targets: Array) -> Array:
     return logits[rows, targets] - logits[rows, labels]
 
 
-def _search(
+def _method(
     problem: Problem,
+    starts: Starts,
     loss: Callable[..., Array],
     eps: ArrayLike,
     rho: ArrayLike,
     init: ArrayLike | None,
-    *,
     norm: str,
     num_steps: int,
-    num_restarts: int,
-    num_targets: int | None,
-    first_target: Array,
-    best_loss: bool,
-    trace: bool,
-) -> AttackResult:
-    """Check the arguments that both attacks share, and run."""
-    _validate.one_of(_NORMS, norm=norm)
-    _validate.count(num_steps=num_steps, num_restarts=num_restarts)
+    maximizes: bool = False,
+) -> APGD:
+    """The checked settings."""
+    _validate.one_of(NORMS, norm=norm)
+    _validate.count(num_steps=num_steps)
     _validate.within(0.0, 1.0, rho=rho)
-    if init is None or num_restarts > 1:
-        _base.need_key(problem, "random starts")
-    if init is not None:
-        init = _base.start_point(init, problem)
-    search = Search(
-        problem,
-        as_pytree(loss),
-        _base.radius(eps, problem.inputs),
-        _base.one_per_example(rho, problem.inputs, name="rho"),
-        init,
-        first_target,
-    )
-    settings = Settings(norm, num_steps, num_restarts, num_targets, best_loss, trace)
-    run = _apgd_l1.run if norm == "l1" else _apgd_core.run
-    with full_precision():
-        return run(search, settings)
+    if init is None or starts.num_restarts > 1:
+        need_key(problem, "random starts")
+    rho = one_per_example(rho, problem.inputs, name="rho")
+    settings: dict[str, Any] = {
+        "loss": as_pytree(loss),
+        "eps": radius(eps, problem.inputs),
+        "first": None if init is None else start_point(init, problem),
+        "starts": starts,
+        "norm": norm,
+        "num_steps": num_steps,
+        "maximizes": maximizes,
+    }
+    return SparseAPGD(**settings) if norm == "l1" else _MomentumAPGD(rho=rho, **settings)
+
+
+def _checkpoints(num_steps: int) -> np.ndarray:
+    """After each number of steps, those since the last checkpoint if it is one, else 0.
+
+    The first one comes after 22 % of the steps; each period is 3 % shorter than the one before,
+    and no shorter than 6 %.
+    """
+    period = max(int(0.22 * num_steps), 1)
+    shrink, shortest = max(int(0.03 * num_steps), 1), max(int(0.06 * num_steps), 1)
+    periods = np.zeros(num_steps + 1, np.int32)
+    step = period
+    while step <= num_steps:
+        periods[step] = period
+        period = max(period - shrink, shortest)
+        step += period
+    return periods
+
+
+class _Schedule(NamedTuple):
+    previous: Array  # the point that the last step began at
+    checked_loss: Array  # the best one at the last checkpoint
+    last_loss: Array
+    increases: Array  # steps since the last checkpoint in which the loss grew
+    halved: Array  # whether the last checkpoint halved the step size
+    step_size: Array
+
+
+@register
+class _MomentumAPGD(APGD):
+    """The method for linf and l2."""
+
+    rho: Array  # [B]
+
+    def noisy(self, problem: Problem, keys: Array) -> Array:
+        """Points on the surface of the ball, as in the released code, clipped into the box."""
+        unit = direction(keys, problem.inputs, self.norm)
+        return jnp.clip(problem.inputs + norms.per_example(self.eps, unit) * unit, *problem.bounds)
+
+    def into_ball(self, problem: Problem, inputs: Array) -> Array:
+        return norms.into_ball_and_box(inputs, problem.inputs, self.eps, self.norm, problem.bounds)
+
+    def first_schedule(self, problem: Problem, start: Array) -> _Schedule:
+        zeros, never = jnp.zeros_like(self.eps), jnp.zeros(self.eps.shape, bool)
+        return _Schedule(start, zeros, zeros, never.astype(jnp.int32), never, zeros)
+
+    def move(
+        self, problem: Problem, state: State, event: Array, now: Visited
+    ) -> tuple[Array, _Schedule]:
+        """A step with momentum, from the best point where a checkpoint halves the step size."""
+        best, schedule, first = state.best, state.schedule, event == 0
+        # The reference compares the first step's loss with 0 and not with the start's.
+        increases = jnp.where(first, 0, schedule.increases + (now.loss > schedule.last_loss))
+        checked_loss = jnp.where(first, now.loss, schedule.checked_loss)
+        halved = first | schedule.halved
+        step_size = jnp.where(first, 2.0 * self.eps, schedule.step_size)
+
+        period = jnp.asarray(_checkpoints(self.num_steps))[event]
+        check = period > 0
+        stalled = (increases <= self.rho * period) | (~halved & (checked_loss >= best.loss))
+        halve = check & stalled
+        step_size = jnp.where(halve, 0.5 * step_size, step_size)
+        point, gradient, _ = select(halve, best, now)
+
+        moved = self.into_ball(
+            problem, norms.ascend(point, gradient, step_size, self.norm, problem.bounds)
+        )
+        share = norms.per_example(jnp.where(first, 0.0, _MOMENTUM), point)
+        behind = select(first, point, schedule.previous)
+        moved = self.into_ball(
+            problem, point + (1.0 - share) * (moved - point) + share * (point - behind)
+        )
+        return moved, _Schedule(
+            previous=point,
+            checked_loss=jnp.where(check, best.loss, checked_loss),
+            last_loss=jnp.where(first, 0.0, now.loss),
+            increases=jnp.where(check, 0, increases),
+            halved=jnp.where(check, halve, halved),
+            step_size=step_size,
+        )

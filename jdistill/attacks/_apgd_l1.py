@@ -9,21 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _order, norms
-from jdistill.attacks._apgd_core import (
-    Progress,
-    Search,
-    Settings,
-    aim_of,
-    aims_of,
-    evaluate,
-    finish,
-    needs_no_attack,
-    start_point,
-)
-from jdistill.attacks._core.constant_search import select
-from jdistill.attacks._core.problem import AttackResult
-from jdistill.attacks._core.targets import Aims
-from jdistill.attacks._loop import until_done
+from jdistill.attacks._apgd_core import APGD, State, Visited
+from jdistill.attacks._core.engine import register, select
+from jdistill.attacks._core.problem import Problem
 from jdistill.typing import Array
 
 _RADII = (3.0, 2.0, 1.0)  # in units of eps
@@ -36,7 +24,6 @@ class _Plan(NamedTuple):
 
     Attributes:
         radius: in units of eps.
-        steps: gradient steps made before.
         enters: whether a stage begins.
         checks: whether the sparsity is looked at.
         leaves: whether its stage ends, and another one follows.
@@ -44,48 +31,97 @@ class _Plan(NamedTuple):
     """
 
     radius: np.ndarray
-    steps: np.ndarray
     enters: np.ndarray
     checks: np.ndarray
     leaves: np.ndarray
     judged: np.ndarray
 
     @classmethod
+    @functools.cache
     def of(cls, num_steps: int) -> "_Plan":
         """Of a start with so many gradient steps."""
         early = math.ceil(0.3 * num_steps) if num_steps >= 3 else 0
         counts = (early, early, num_steps - 2 * early)
         rows = []
-        steps = 0
         for stage, (radius, count) in enumerate(zip(_RADII, counts, strict=True)):
             period = max(int(0.04 * count), 1)
             for step in range(count + 1):
                 last = step == count and stage < len(counts) - 1
                 check = step > 0 and step % period == 0
-                rows.append((radius, steps + step, step == 0, check, last, stage == 2))
-            steps += count
+                rows.append((radius, step == 0, check, last, stage == 2))
         columns = [np.array(column) for column in zip(*rows, strict=True)]
         return cls(*columns)
 
 
-class _Carry(NamedTuple):
-    """The state of each example; every leaf leads with `[B]`."""
-
-    progress: Progress
-    inputs: Array
-    best: Array
-    best_gradient: Array
-    best_loss: Array
+class _Schedule(NamedTuple):
     density: Array  # features changed at the last checkpoint; a step changes two thirds as many
     step_size: Array
 
 
-def _project(search: Search, inputs: Array, radius: Array) -> Array:
+@register
+class SparseAPGD(APGD):
+    """The method for l1."""
+
+    @property
+    def plan(self) -> _Plan:
+        """The tables of a start."""
+        return _Plan.of(self.num_steps)
+
+    @property
+    def events_per_start(self) -> int:
+        return len(self.plan.radius)
+
+    def begins(self, event: Array) -> Array:
+        return jnp.asarray(self.plan.enters)[event]
+
+    def counts(self, event: Array) -> Array:
+        return jnp.asarray(self.plan.judged)[event]
+
+    def noisy(self, problem: Problem, keys: Array) -> Array:
+        """Points around the inputs, as in the released code."""
+        inputs = problem.inputs
+        draw = lambda key: jax.random.normal(key, inputs.shape[1:], inputs.dtype)  # noqa: E731
+        return inputs + jax.vmap(draw)(keys)
+
+    def into_ball(self, problem: Problem, inputs: Array) -> Array:
+        return _project(problem, inputs, _RADII[0] * self.eps)
+
+    def first_schedule(self, problem: Problem, start: Array) -> _Schedule:
+        zeros = jnp.zeros_like(self.eps)
+        return _Schedule(zeros, zeros)
+
+    def move(
+        self, problem: Problem, state: State, event: Array, now: Visited
+    ) -> tuple[Array, _Schedule]:
+        """A sparse step, from the best point where that became sparser."""
+        best, (density, step_size) = state.best, state.schedule
+        enters, checks, leaves = (
+            jnp.asarray(column)[event]
+            for column in (self.plan.enters, self.plan.checks, self.plan.leaves)
+        )
+        radii = jnp.asarray(self.plan.radius, self.eps.dtype)
+        radius = radii[event] * self.eps
+
+        changed = norms.distance(best.inputs - problem.inputs, "l0")
+        sparser = checks & (changed < 0.95 * density)
+        smaller = jnp.maximum(step_size / _SHRINK, _SMALLEST_STEP * radius)
+        step_size = jnp.where(enters | sparser, radius, jnp.where(checks, smaller, step_size))
+        density = jnp.where(enters | checks, changed, density)
+        point, gradient, _ = select(sparser, best, now)
+        gradient = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
+        moved = _project(problem, _ascend(point, gradient, step_size, density), radius)
+        # The next stage begins at the best point of this one.
+        later = radii[jnp.minimum(event + 1, len(radii) - 1)] * self.eps
+        moved = select(leaves, _project(problem, best.inputs, later), moved)
+        return moved, _Schedule(density, step_size)
+
+
+def _project(problem: Problem, inputs: Array, radius: Array) -> Array:
     """The closest point in the box of the ball of that radius `[B]`, exactly but for rounding.
 
     It is the soft-thresholded change, clipped into the box; the threshold is found by bisection.
     """
-    center, (low, high) = search.problem.inputs, search.problem.bounds
+    center, (low, high) = problem.inputs, problem.bounds
     delta = inputs - center
     room = norms.flatten(jnp.where(delta > 0, high - center, center - low))
     largest, delta = norms.distance(delta, "linf"), norms.flatten(delta)
@@ -109,16 +145,6 @@ def _project(search: Search, inputs: Array, radius: Array) -> Array:
     return jnp.clip(center + moved, low, high)
 
 
-def _begin(search: Search, settings: Settings, radius: float, start: Array) -> Array:
-    inputs = search.problem.inputs
-
-    def noisy(keys: Array) -> Array:
-        draw = lambda key: jax.random.normal(key, inputs.shape[1:], inputs.dtype)  # noqa: E731
-        return inputs + jax.vmap(draw)(keys)
-
-    return _project(search, start_point(search, settings, start, noisy), radius * search.eps)
-
-
 def _ascend(inputs: Array, gradient: Array, length: Array, density: Array) -> Array:
     """Equal steps along the signs of the gradient's largest entries, two thirds of `density [B]`.
 
@@ -132,102 +158,3 @@ def _ascend(inputs: Array, gradient: Array, length: Array, density: Array) -> Ar
     kept = jnp.abs(gradient) >= norms.per_example(smallest, gradient)  # and all equal ones
     direction = jnp.where(kept, jnp.sign(gradient), 0.0)
     return inputs + norms.per_example(length, inputs) * norms.normalize(direction, "l1")
-
-
-def _step(
-    search: Search, settings: Settings, plan: _Plan, aims: Aims | None, carry: _Carry
-) -> _Carry:
-    """One forward and backward pass: judge the current point, then move those that resist."""
-    progress, inputs = carry.progress, carry.inputs
-    active = ~progress.done
-    radius, steps, enters, checks, leaves, judged = (
-        jnp.asarray(column)[progress.event] for column in plan
-    )
-    radius = radius.astype(search.eps.dtype) * search.eps
-    aim = aim_of(settings, aims, progress.start)
-    gradient, success, gain = evaluate(search, aim, inputs)
-    gradient = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
-    success &= judged
-
-    better = enters | (gain > carry.best_loss)
-    best = select(better, inputs, carry.best)
-    best_gradient = select(better, gradient, carry.best_gradient)
-    best_loss = jnp.where(better, gain, carry.best_loss)
-
-    changed = norms.distance(best - search.problem.inputs, "l0")
-    sparser = checks & (changed < 0.95 * carry.density)
-    smallest = _SMALLEST_STEP * radius
-    step_size = jnp.where(
-        enters | sparser,
-        radius,
-        jnp.where(checks, jnp.maximum(carry.step_size / _SHRINK, smallest), carry.step_size),
-    )
-    look = enters | checks
-    density = jnp.where(look, changed, carry.density)
-    point = select(sparser, best, inputs)
-    gradient = select(sparser, best_gradient, gradient)
-    moved = _project(search, _ascend(point, gradient, step_size, density), radius)
-    # The next stage begins at the best point of this one.
-    later = jnp.asarray(plan.radius)[jnp.minimum(progress.event + 1, len(plan.radius) - 1)]
-    moved = select(leaves, _project(search, best, later.astype(radius.dtype) * search.eps), moved)
-
-    progress, again = progress.after(
-        settings,
-        gain=gain,
-        success=success,
-        last=progress.event == len(plan.radius) - 1,
-        best=best,
-        best_loss=best_loss,
-        step=steps.astype(jnp.int32),
-    )
-    if settings.num_starts > 1:
-        moved = select(again, _begin(search, settings, _RADII[0], progress.start), moved)
-    stopped = active & progress.done
-    moved = select(stopped, select(success, inputs, best), moved)
-    return _Carry(
-        progress=progress,
-        inputs=select(active, moved, inputs),
-        best=best,
-        best_gradient=best_gradient,
-        best_loss=best_loss,
-        density=density,
-        step_size=step_size,
-    )
-
-
-@functools.partial(jax.jit, static_argnames="settings")
-def run(search: Search, settings: Settings) -> AttackResult:
-    """The whole attack, for l1."""
-    problem = search.problem
-    plan = _Plan.of(settings.num_steps)
-    logits = problem.logits_fn(problem.inputs)
-    clean_success = needs_no_attack(search, settings, logits)
-    aims = aims_of(search, settings, logits)
-    progress = Progress.begin(search, settings, clean_success, len(plan.radius))
-    start = _begin(search, settings, _RADII[0], progress.start)
-    zeros = jnp.zeros_like(search.eps)
-    carry = _Carry(
-        progress=progress,
-        inputs=start,
-        best=start,
-        best_gradient=jnp.zeros_like(start),
-        best_loss=zeros,
-        density=zeros,
-        step_size=zeros,
-    )
-    carry = until_done(
-        lambda search, aims, carry: _step(search, settings, plan, aims, carry),
-        (search, aims),
-        carry,
-        at_most=settings.num_starts * settings.num_steps,
-        spread=problem.spread,
-        done=lambda carry: carry.progress.done,
-    )
-    return finish(
-        search,
-        settings,
-        carry.progress,
-        candidate=carry.inputs,
-        clean_success=clean_success,
-        aim=aim_of(settings, aims, carry.progress.start),
-    )

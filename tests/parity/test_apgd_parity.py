@@ -94,7 +94,7 @@ def runs(case, num_steps, networks, inputs, labels, start):
             logits_fn, None, inputs, labels, num_targets=1, first_target=rank, **kwargs
         )
     flags = np.asarray(result.success)
-    return np.asarray(result.info["loss"])[:, 0], flags, their_losses.T, their_flags
+    return np.asarray(result.info["trace"]), flags, their_losses.T, their_flags
 
 
 def double_runs(double_precision, case, num_steps, networks, inputs, labels, start):

@@ -1,59 +1,113 @@
-"""The classes that APGD-T and FAB-T aim at, one after another."""
-
-from typing import Any, NamedTuple
+"""Targets of APGD-T and FAB-T, one class after another, and the starts at each of them."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdistill import _validate
-from jdistill.attacks._core import problem as _base
-from jdistill.attacks._core.problem import Goal, Problem
+from jdistill import _validate, norms
+from jdistill.attacks._core.engine import register, static
+from jdistill.attacks._core.problem import Goal, Problem, need_key, num_classes, one_per_example
 from jdistill.typing import Array, ArrayLike
 
 
-class Aims(NamedTuple):
-    """Which class each start of an example aims at.
+@register
+class Starts:
+    """The starts of an attack, numbered from 0; those at the first target come first.
 
     Attributes:
-        ranked: `[B, K - 1]` int32, the classes other than the label, the largest clean logit
-            first; or `[B, 1]`, the targets given.
-        first: scalar, the rank that the first start aims at.
+        first_target: `[B]` int32, rank of the first target in the order of the clean logits, 0 is
+            the runner-up.
+        count: `[B]` int32, how many starts an example has.
+        num_restarts: starts at each target.
+        num_targets: the most classes that an example is moved towards; None without targets.
     """
 
-    ranked: Array
-    first: Array
+    first_target: Array
+    count: Array
+    num_restarts: int = static()
+    num_targets: int | None = static()
 
     @classmethod
-    def of(cls, goal: Goal, logits: Array, first: Array) -> "Aims":
-        """From the clean logits `[B, K]`."""
+    def of(
+        cls,
+        problem: Problem,
+        num_restarts: int,
+        num_targets: int | None = None,
+        first_target: ArrayLike = 0,
+    ) -> "Starts":
+        """From the checked arguments.
+
+        Args:
+            problem: the attack's arguments; where it has targets, these are the only ones.
+            num_restarts: starts at each target.
+            num_targets: fewer where fewer classes are left; None without targets.
+            first_target: a scalar or `[B]`; may be traced.
+
+        Raises:
+            ValueError: counts below 1, first_target not whole or outside `0..K-2`.
+        """
+        _validate.count(num_restarts=num_restarts)
+        ranks = num_classes(problem) - 1
+        _validate.within(0, ranks - 1, first_target=first_target)
+        dtype = getattr(first_target, "dtype", None) or np.asarray(first_target).dtype
+        if not np.issubdtype(dtype, np.integer):
+            raise ValueError(
+                f"expected first_target to be a whole number, got {first_target!r}; pass a rank in "
+                "the order of the clean logits, 0 is the runner-up"
+            )
+        if problem.goal.targets is not None:
+            ranks, first_target = 1, 0
+        first = one_per_example(first_target, problem.inputs, name="first_target")
+        first = first.astype(jnp.int32)
+        count = jnp.full(first.shape, num_restarts, jnp.int32)
+        if num_targets is not None:
+            _validate.count(num_targets=num_targets)
+            smallest = 0
+            if not _validate.is_traced(first_target):
+                smallest = int(np.min(first_target, initial=ranks - 1))
+            num_targets = min(num_targets, ranks - smallest)
+            count *= jnp.clip(ranks - first, 1, num_targets)
+        return cls(
+            first_target=first, count=count, num_restarts=num_restarts, num_targets=num_targets
+        )
+
+    @property
+    def most(self) -> int:
+        """The most starts that an example has."""
+        return self.num_restarts * (self.num_targets or 1)
+
+    def targets(self, goal: Goal, logits: Array) -> Array | None:
+        """The classes `[B, num_targets]` in their order, from the clean logits `[B, K]`."""
+        if self.num_targets is None:
+            return None
         if goal.targets is not None:
-            return cls(goal.targets[:, None], first)
-        own = jax.nn.one_hot(goal.labels, logits.shape[1], dtype=bool)
-        order = jnp.argsort(-jnp.where(own, -jnp.inf, logits), axis=1)
-        return cls(order[:, :-1].astype(jnp.int32), first)
+            return goal.targets[:, None]
+        label = jax.nn.one_hot(goal.labels, logits.shape[1], dtype=bool)
+        order = jnp.argsort(-jnp.where(label, -jnp.inf, logits), axis=1)[:, :-1]
+        ranks = self.first_target[:, None] + jnp.arange(self.num_targets)[None]
+        # An example with fewer classes left ends before the repeated ones.
+        return jnp.take_along_axis(order, ranks, axis=1, mode="clip").astype(jnp.int32)
 
-    def at(self, place: Array) -> Array:
-        """The class of each example's `place` `[B]` in the order, from the first one aimed at."""
-        # A traced first rank may leave fewer classes than starts: the last one is then repeated.
-        rank = jnp.minimum(self.first + place, self.ranked.shape[1] - 1)
-        return jnp.take_along_axis(self.ranked, rank[:, None], axis=1)[:, 0]
+    def target(self, targets: Array | None, start: Array) -> Array | None:
+        """The class that each example's start `[B]` moves towards, of those from `targets`."""
+        if targets is None:
+            return None
+        place = start[:, None] // self.num_restarts
+        return jnp.take_along_axis(targets, place, axis=1, mode="clip")[:, 0]
+
+    def keys(self, problem: Problem, start: Array) -> Array:
+        """A key for each example's start `[B]`, the same wherever the first target is."""
+        number = self.first_target * self.num_restarts + start
+        return jax.vmap(jax.random.fold_in)(need_key(problem, "random starts"), number)
 
 
-def check(problem: Problem, num_targets: int, first_target: ArrayLike) -> tuple[int, Array]:
-    """How many classes there are to aim at, at most `num_targets`, and the first one's rank.
+def direction(keys: Array, inputs: Array, norm: str) -> Array:
+    """A random direction of length 1 for each of the keys `[B]`, `[B, ...]`."""
 
-    Raises:
-        ValueError: num_targets below 1, first_target outside `0..K-2`.
-    """
-    _validate.count(num_targets=num_targets)
-    _validate.rank(0, first_target=first_target)
-    last = _base.num_classes(problem) - 2
-    _validate.within(0, last, first_target=first_target)
-    if problem.goal.targets is not None:
-        num_targets, first_target = 1, 0
-    elif not _validate.is_traced(first_target):
-        _validate.count(minimum=0, first_target=first_target)
-        number: Any = np.asarray(first_target)
-        num_targets = min(num_targets, last + 1 - int(number))
-    return min(num_targets, last + 1), jnp.asarray(first_target, jnp.int32)
+    def draw(key: Array) -> Array:
+        shape, dtype = inputs.shape[1:], inputs.dtype
+        if norm == "linf":
+            return jax.random.uniform(key, shape, dtype, minval=-1.0, maxval=1.0)
+        return jax.random.normal(key, shape, dtype)
+
+    return norms.normalize(jax.vmap(draw)(keys), norm)
