@@ -68,6 +68,21 @@ def margins(logits, goals):
     return others.max(1) - logits[rows, goals]
 
 
+def secretive(logits_fn, rows):
+    """The logits alone, since their gradient cannot be had; the rows are counted in `rows`."""
+
+    @jax.custom_vjp
+    def logits_alone(inputs):
+        jax.debug.callback(lambda _: rows.update(rows=inputs.shape[0]), inputs[0].sum())
+        return logits_fn(inputs)
+
+    def no_gradient(*_):
+        raise AssertionError("a gradient was asked for")
+
+    logits_alone.defvjp(no_gradient, no_gradient)
+    return logits_alone
+
+
 def unbreakable(inputs):
     """Class 0 leads by at least 1 in the whole box, and by less where the first input is less."""
     return jnp.stack([inputs[:, 0] + 1, inputs[:, 0] * 0], axis=1)
