@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jdistill import attacks, losses, nets
+from tests import tiny
 
 
 class Case(NamedTuple):
@@ -327,17 +328,12 @@ def run(*args, **kwargs):
 
 def numpy_excess(logits, labels, targets=None):
     """By how much the goal is passed; above 0 is a success."""
-    rows = np.arange(len(logits))
-    goal = labels if targets is None else targets
-    others = logits.copy()
-    others[rows, goal] = -np.inf
-    excess = others.max(1) - logits[rows, goal]
-    return excess if targets is None else -excess
+    return tiny.margins(logits, labels) if targets is None else -tiny.margins(logits, targets)
 
 
 def numpy_distance(delta, norm):
-    order = {"linf": np.inf, "l2": 2, "l1": 1, "l0": 0}[norm]
-    return np.linalg.norm(np.asarray(delta, np.float64).reshape(len(delta), -1), order, axis=1)
+    flat = np.asarray(delta, np.float64).reshape(len(delta), -1)
+    return np.linalg.norm(flat, tiny.ORDER[norm], axis=1)
 
 
 MODEL = make()
@@ -478,6 +474,16 @@ def test_a_start_of_the_callers(case):
     assert np.all((result.inputs >= 0) & (result.inputs <= 1))
     if case.budget:
         assert np.all(result.distance <= BUDGETS[case.norm] * (1 + 1e-5))
+    else:
+        inside = run(case, MODEL, INPUTS, LABELS, init=init.clip(0, 1))
+        jax.tree.map(np.testing.assert_array_equal, result, inside)
+        # One beyond the boundary is a success, the first point that is judged.
+        pool = np.random.default_rng(5).uniform(0, 1, (64, *SHAPE)).astype(np.float32)
+        logits = numpy_logits(MODEL, pool)
+        best = [numpy_excess(logits, np.full(64, label)).argmax() for label in LABELS]
+        result = run(case, MODEL, INPUTS, LABELS, init=pool[best])
+        np.testing.assert_array_equal(result.success, True)
+        np.testing.assert_array_equal(result.info["first_success"], RIGHT)
     plain = run(case, MODEL, INPUTS, LABELS)
     assert not np.array_equal(result.inputs, plain.inputs)
     with pytest.raises(ValueError, match=r"expected init of the inputs' shape \(8, 3, 2\), got"):
@@ -574,15 +580,14 @@ def exact_distances(logits_fn, inputs, labels, norm):
     """The distance to each other class's boundary, |f| / ‖Δw‖ in the dual norm, `[B, K]`."""
     linear = np.asarray(weights_of(logits_fn)["linear"], np.float64)
     logits = numpy_logits(logits_fn, inputs)
+    if norm != "l0":
+        return tiny.exact_distances(logits, linear, norm)
+    # The most effective entries first, each as far as the box lets it.
     gaps = logits[np.arange(B), labels][:, None] - logits
     slopes = linear.T[labels][:, None] - linear.T[None]
-    if norm == "l0":  # the most effective entries first, each as far as the box lets it
-        room = np.where(slopes > 0, inputs.reshape(B, 1, D), 1 - inputs.reshape(B, 1, D))
-        gains = np.cumsum(-np.sort(-room * np.abs(slopes), axis=2), axis=2)
-        return np.where(gaps > 0, 1.0 + np.sum(gains <= gaps[:, :, None], axis=2), np.inf)
-    dual = {"linf": 1, "l2": 2, "l1": np.inf}[norm]
-    lengths = np.linalg.norm(slopes, dual, axis=2)
-    return np.where(lengths > 0, gaps / np.where(lengths > 0, lengths, 1), np.inf)
+    room = np.where(slopes > 0, inputs.reshape(B, 1, D), 1 - inputs.reshape(B, 1, D))
+    gains = np.cumsum(-np.sort(-room * np.abs(slopes), axis=2), axis=2)
+    return np.where(gaps > 0, 1.0 + np.sum(gains <= gaps[:, :, None], axis=2), np.inf)
 
 
 @pytest.mark.floor
@@ -718,7 +723,7 @@ def test_no_scale_of_the_logits_changes_a_scale_free_attack(name):
     settings = SCALE_FREE.get(name, {})
     plain = run(CASES[name], make(), INPUTS, LABELS, **settings)
     assert np.sum(plain.success[RIGHT]) >= 2
-    for scale in SCALES:
+    for scale in (*SCALES, 2.0**-40, 2.0**60):
         result = run(CASES[name], make(scale=scale), INPUTS, LABELS, **settings)
         np.testing.assert_array_equal(result.success, plain.success)
         np.testing.assert_array_equal(result.inputs, plain.inputs)
@@ -946,7 +951,7 @@ def test_products_are_at_full_precision_unless_chosen(case):
 
 
 def test_double_precision_is_kept():
-    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+    with tiny.double_precision():
         model = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), make(0))
         result = run(CASES["pgd-linf"], model, INPUTS.astype(np.float64), LABELS)
     assert result.inputs.dtype == result.distance.dtype == np.float64
