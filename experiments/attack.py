@@ -198,7 +198,7 @@ def _check(
     shape = dataset.test.inputs.shape[1:]
     step, state = networks.template(recipe, shape)
     attack = attack_options.bind(options.attack, settings, temperature=1.0)
-    if options.attack in attack_options.DRIVERS:
+    if attack_options.is_host_loop(options.attack):
         nobody = np.zeros((0, *shape), np.float32)
         attack(train.logits_fn(step, state), jax.random.key(0), nobody, np.zeros(0, int))
         return
@@ -252,7 +252,7 @@ def _attack(
     index, targets = aim(options.targets, labels, logits, key)
     attack = attack_options.bind(options.attack, settings, network.temperature)
     stage = networks.title(*network[:3])
-    if options.attack in attack_options.DRIVERS:
+    if attack_options.is_host_loop(options.attack):
         examples = (inputs[index], labels[index])
         outcome = _drive(results, network, attack, examples, targets, options, progress)
     else:

@@ -40,8 +40,6 @@ _CHOICE_HELP = {
 _FIRST = ("logits_fn", "key", "inputs", "labels")
 # Given otherwise, or not on a command line; every data set lies in the default bounds.
 _NOT_OFFERED = ("bounds", "targets", "init", "batch_size", "devices", "start", "callback")
-# Loops on the host that need no more than settings: they batch, report and resume by themselves.
-DRIVERS = ("autoattack",)
 _KINDS = {
     bool: "flag",
     int: "whole number",
@@ -56,14 +54,15 @@ _LONGEST_NAME = 200
 
 
 def _is_offered(function: Any) -> bool:
-    """Whether settings are all it needs: wrappers take functions, other drivers all examples."""
+    """Whether settings are all it needs: wrappers take functions, `universal` all examples."""
     parameters = inspect.signature(function).parameters
     if tuple(parameters)[: len(_FIRST)] != _FIRST:
         return False
     settings = parameters.keys() - {*_FIRST, *_NOT_OFFERED, *CHOICES}
     if any(parameters[name].annotation not in _KINDS for name in settings):
         return False
-    return "callback" not in parameters or function.__name__ in DRIVERS
+    # A loop on the host that goes on from where it was stopped batches and reports by itself.
+    return not attacks.traits(function).host_loop or "start" in parameters
 
 
 ATTACKS: dict[str, Callable[..., attacks.AttackResult]] = {
@@ -126,6 +125,11 @@ def options(attack: str) -> list[Option]:
             text = "T of softmax_at, above 0. None takes the temperature of a network's training."
             found.append(Option("output_temperature", "number", None, text))
     return found
+
+
+def is_host_loop(attack: str) -> bool:
+    """Whether it is a loop on the host, which batches, reports and resumes by itself."""
+    return attacks.traits(ATTACKS[attack]).host_loop
 
 
 def summary(attack: str) -> str:

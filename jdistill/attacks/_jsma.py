@@ -75,7 +75,7 @@ def _follows(settings: Settings) -> Follows | None:
     if isinstance(output, Partial) and output.func is _softmax_at:
         (temperature,) = output.args
         plain = not _validate.is_traced(temperature) and float(temperature) == 1
-        return "softmax" if plain else "logits"
+        return "softmax" if plain else None
     return "logits" if output is jnp.positive else None
 
 

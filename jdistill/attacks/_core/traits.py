@@ -1,6 +1,5 @@
 """Facts of an attack, read off its function."""
 
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -217,7 +216,8 @@ def with_loss(title: str, usual: Callable[..., Any]) -> Callable[[Settings], str
 def unbound(function: Any) -> tuple[Any, dict[str, Any]]:
     """The function without its partials; and its settings, those left at their defaults too."""
     bound: dict[str, Any] = {}
-    while isinstance(function, functools.partial):  # `jax.tree_util.Partial` is one, too
+    # By their attributes: what `jax.tree_util.Partial` makes of a partial is none.
+    while hasattr(function, "func") and hasattr(function, "keywords"):
         function, bound = function.func, {**function.keywords, **bound}
     try:
         parameters = inspect.signature(function).parameters.values()
