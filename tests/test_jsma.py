@@ -143,7 +143,7 @@ def test_an_injected_start_is_where_it_begins():
     [
         (attacks.softmax, "softmax"),
         (attacks.softmax_at(1), "softmax"),
-        (attacks.softmax_at(20.0), "logits"),
+        (attacks.softmax_at(20.0), None),  # another network may saturate there
         (jnp.positive, "logits"),
         (jnp.tanh, None),
     ],

@@ -159,17 +159,6 @@ def test_a_loss_may_hold_a_temperature():
     assert pgd(loss=lambda logits, labels: logits[:, 0]).title == "PGD other loss"
 
 
-def test_jsma_follows_its_output():
-    for output, follows in (
-        (attacks.softmax, "softmax"),
-        (attacks.softmax_at(1.0), "softmax"),
-        (attacks.softmax_at(20.0), None),
-        (jnp.positive, "logits"),
-        (jax.nn.log_softmax, None),
-    ):
-        assert traits(functools.partial(attacks.jsma, output=output)).follows == follows
-
-
 def test_fab_looks_for_the_smallest_distance_or_within_a_radius():
     for function in (attacks.fab, attacks.fab_targeted):
         assert traits(function).minimum_norm
