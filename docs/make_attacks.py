@@ -1,8 +1,8 @@
 """Writes the table of attacks into `docs/attacks.md`; `make docs` runs it.
 
-Nothing in the table is typed by hand. What an attack takes is read from its signature and its own
-error messages, the reference from its docstring; the rest is measured on two tiny networks, which
-count their forward and backward passes.
+Nothing in the table is typed by hand. The facts of an attack are those of `attacks.traits`, what it
+takes is read from its signature, the reference from its docstring; the rest is measured on two tiny
+networks, which count their forward and backward passes. The facts that can be are measured as well.
 """
 
 import collections
@@ -23,6 +23,7 @@ PAGE = pathlib.Path(__file__).parent / "attacks.md"
 BEGIN, END = "<!-- The table is written by `make docs`. -->", "<!-- The end of the table. -->"
 COLUMNS = (
     "attack",
+    "in reports",
     "norms",
     "looks for",
     "targets",
@@ -47,6 +48,7 @@ REQUIRED = {
 TO_THE_END = {"abort_early": False}
 # The logits of a network distilled at T are about T times as large as usual.
 SATURATING = 1024.0
+USES = {"gradient": "gradients", "scores": "logits", "decisions": "the class"}
 # An ensemble is what its attacks are, and what is transferred what it was crafted by.
 COMPOSED = {"attacks": "its attacks'", "attack": "its attack's"}
 
@@ -86,73 +88,72 @@ def parse_table(page: str) -> dict[str, dict[str, str]]:
 
 
 def read(attack: Attack) -> dict[str, str]:
-    """The cells that need no run: from the signature, the checks and the docstring."""
-    parameters = inspect.signature(attack).parameters
+    """The cells that need no run: from the facts, the signature and the docstring."""
+    parameters, facts = inspect.signature(attack).parameters, attacks.traits(attack)
     losses = [parameters[name].default for name in ("loss", "output") if name in parameters]
+    looks_for = ["smallest"] * facts.minimum_norm + ["within `eps`"] * ("eps" in parameters)
     cells = {
+        "in reports": facts.title,
+        "norms": ", ".join(facts.norms),
+        "looks for": ", or ".join(looks_for) or "its range",
         "targets": "yes" if "targets" in parameters else "no",
-        "kind": "driver" if _refuses_tracers(attack) else "compiled",
+        "uses": USES[facts.access],
+        "kind": "driver" if facts.host_loop else "compiled",
         "default loss": f"`{losses[0].__name__}`" if losses else "–",
         "reference": _reference(attack),
     }
-    if "norm" in parameters:
-        cells["norms"] = ", ".join(_accepted_norms(attack))
+    if words := _composed(attack):
+        cells |= dict.fromkeys(("norms", "looks for", "uses"), words)
     return cells
 
 
 def measure(attack: Attack) -> dict[str, str]:
-    """The cells that take three runs with the attack's defaults."""
-    columns = ("norms", "looks for", "uses", "forward", "backward", "saturated softmax")
-    parameters = inspect.signature(attack).parameters
-    for name, words in COMPOSED.items():
-        if name in parameters:
-            return dict.fromkeys(columns, words)
+    """The cells that take three runs with the attack's defaults.
+
+    What is measured is compared with what the attack, its facts and `attacks.cost` say.
+    """
+    parameters, facts = inspect.signature(attack).parameters, attacks.traits(attack)
+    if words := _composed(attack):
+        return dict.fromkeys(("forward", "backward", "saturated softmax"), words)
     settings = {name: TO_THE_END[name] for name in TO_THE_END if name in parameters}
+    bound = functools.partial(attack, **_required(attack), **settings)
+    most = attacks.cost(bound, shape=SHAPE, num_classes=NUM_CLASSES)
     resists = _run(attack, resisting_network(), **settings)
     forward, backward = PASSES["forward"], PASSES["backward"]
-    if resists.success[0] or resists.queries[0] != forward:
-        raise RuntimeError(
-            f"expected {attack.__name__} to fail and to count its passes, got success "
-            f"{resists.success[0]} and {resists.queries[0]} queries where {forward} forward passes "
-            "ran; mend the attack, or the network here"
-        )
     breaks = _run(attack, breakable_network())
-    if not breaks.success[0]:
-        raise RuntimeError(f"expected {attack.__name__} to succeed here; use an easier network")
-    masked = _run(attack, breakable_network(scale=SATURATING))
-    cells = {
-        "looks for": "its range",
-        "uses": "gradients" if backward else "queries",
-        "forward": f"{forward:,}",
-        "backward": f"{backward:,}",
-        "saturated softmax": "succeeds" if masked.success[0] else "**fails**",
+    masked = bool(_run(attack, breakable_network(scale=SATURATING)).success[0])
+    said = {
+        "success on a network that resists": (bool(resists.success[0]), False),
+        "success on one that does not": (bool(breaks.success[0]), True),
+        "queries": (int(resists.queries[0]), forward),
+        "gradients": (int(resists.info["gradients"][0]), backward),
+        "at least the cost": (most.forward >= forward and most.backward >= backward, True),
+        "a failure at infinity": (bool(np.isinf(resists.distance[0])), facts.minimum_norm),
+        "backward passes": (backward > 0, facts.access == "gradient"),
+        "success where the softmax saturates": (masked, facts.follows != "softmax"),
+        "distances in its norm": (facts.norm in _norms_of(breaks), True),
     }
-    if np.isinf(resists.distance[0]):
-        cells["looks for"] = "smallest, or within `eps`" if "eps" in parameters else "smallest"
-    elif "eps" in parameters:
-        cells["looks for"] = "within `eps`"
-    if "norm" not in parameters:
-        cells["norms"] = _norm_of(breaks)
-    return cells
+    for what, (found, expected) in said.items():
+        if found != expected:
+            raise RuntimeError(
+                f"expected {attack.__name__} to have {what}: {expected}, got {found}; mend the "
+                "attack, its facts, or the network here"
+            )
+    return {
+        "forward": _passes(forward, most.forward),
+        "backward": _passes(backward, most.backward),
+        "saturated softmax": "succeeds" if masked else "**fails**",
+    }
 
 
-def _refuses_tracers(attack: Attack) -> bool:
-    try:
-        jax.eval_shape(functools.partial(_call, attack, resisting_network()), *example())
-    except ValueError as error:
-        if "got a tracer" in str(error):
-            return True
-        raise
-    return False
+def _composed(attack: Attack) -> str:
+    """Words on an attack that is what those are which it runs."""
+    parameters = inspect.signature(attack).parameters
+    return next((words for name, words in COMPOSED.items() if name in parameters), "")
 
 
-def _accepted_norms(attack: Attack) -> list[str]:
-    try:
-        _call(attack, resisting_network(), *example(), norm="none")
-    except ValueError as error:
-        listed, _, _ = str(error).removeprefix("expected norm to be one of ").partition(", got")
-        return re.findall(r"'(\w+)'", listed)
-    raise RuntimeError(f"expected {attack.__name__} to refuse an unknown norm; check it there")
+def _passes(found: int, most: int) -> str:
+    return f"{found:,}" if found == most else f"{found:,} (at most {most:,})"
 
 
 def _reference(attack: Attack) -> str:
@@ -166,17 +167,14 @@ def _reference(attack: Attack) -> str:
     return f"{found[1]}, *{found[2]}*"
 
 
-def _norm_of(result: attacks.AttackResult) -> str:
-    """The norm in which the result's distance is given: the only one with that number."""
+def _norms_of(result: attacks.AttackResult) -> list[str]:
+    """The norms in which the result's distance may be given."""
     delta = result.inputs - example()[0]
-    names = [
+    return [
         name
         for name in ("linf", "l2", "l1", "l0")
         if np.allclose(norms.distance(delta, name), result.distance, rtol=1e-5)
     ]
-    if len(names) != 1:
-        raise RuntimeError(f"expected a distance in one norm, got {names}; change the network here")
-    return names[0]
 
 
 def _run(attack: Attack, logits_fn: Any, **settings: Any) -> attacks.AttackResult:
@@ -190,15 +188,19 @@ def _run(attack: Attack, logits_fn: Any, **settings: Any) -> attacks.AttackResul
 def _call(
     attack: Attack, logits_fn: Any, inputs: jax.Array, labels: jax.Array, **settings: Any
 ) -> attacks.AttackResult:
+    if "batch_size" in inspect.signature(attack).parameters:
+        settings["batch_size"] = len(inputs)  # a driver pads no further
+    return attack(logits_fn, jax.random.key(0), inputs, labels, **_required(attack), **settings)
+
+
+def _required(attack: Attack) -> dict[str, Any]:
+    """Values of the settings without a default."""
     parameters = inspect.signature(attack).parameters
-    settings |= {
+    return {
         name: value
         for name, value in REQUIRED.items()
         if name in parameters and parameters[name].default is inspect.Parameter.empty
     }
-    if "batch_size" in parameters:
-        settings["batch_size"] = len(inputs)  # a driver pads no further
-    return attack(logits_fn, jax.random.key(0), inputs, labels, **settings)
 
 
 # -------------------------------------------------------------------------------------------------

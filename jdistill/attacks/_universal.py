@@ -121,9 +121,11 @@ def universal(
     if engine.counts(Passes(2 + num_epochs, num_epochs)):
         return engine.untried(problem)
     with full_precision():
-        clean = np.zeros(size, bool)
+        clean, logits = np.zeros(size, bool), []
         for rows, real in _chunks(np.arange(size), batch_size):
-            clean[rows[:real]] = np.asarray(_reached_clean(_rows(problem, rows)))[:real]
+            found, reached = _judged_clean(_rows(problem, rows))
+            clean[rows[:real]] = np.asarray(reached)[:real]
+            logits.append(found)
         needy = np.flatnonzero(~clean)
         step, num_steps = 0, num_epochs * -(-len(needy) // batch_size)
         for epoch in range(num_epochs if len(needy) else 0):
@@ -139,11 +141,11 @@ def universal(
                 progress = {"done": epoch + 1, "total": num_epochs}
                 callback({"event": "epoch", "stage": "universal", **progress})
         parts = []
-        for rows, real in _chunks(np.arange(size), batch_size):
-            part = _shifted(_rows(problem, rows), delta, norm, num_epochs)
+        for (rows, real), of_rows in zip(_chunks(np.arange(size), batch_size), logits, strict=True):
+            part = _shifted(_rows(problem, rows), of_rows, delta, norm, num_epochs)
             parts.append(jax.tree.map(lambda leaf, real=real: leaf[:real], part))
     if not parts:
-        return _shifted(problem, delta, norm, num_epochs)
+        return _shifted(problem, _judged_clean(problem)[0], delta, norm, num_epochs)
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
@@ -161,8 +163,10 @@ def _rows(problem: Problem, rows: np.ndarray) -> Problem:
 
 
 @jax.jit
-def _reached_clean(problem: Problem) -> Array:
-    return problem.goal.reached_clean(problem.logits_fn(problem.inputs))
+def _judged_clean(problem: Problem) -> tuple[Array, Array]:
+    """The clean logits, and which succeed already."""
+    logits = problem.logits_fn(problem.inputs)
+    return logits, problem.goal.reached_clean(logits)
 
 
 @functools.partial(jax.jit, static_argnames="norm")
@@ -190,10 +194,13 @@ def _step(
     return norms.project(moved, eps, norm)[0]
 
 
-def _shifted(problem: Problem, delta: Array, norm: str, num_epochs: int) -> AttackResult:
+def _shifted(
+    problem: Problem, logits: Array, delta: Array, norm: str, num_epochs: int
+) -> AttackResult:
     """The inputs plus the perturbation, judged."""
     deltas = jnp.broadcast_to(delta[None], problem.inputs.shape)
-    return engine.run(_Shift(deltas=deltas, norm=norm, num_epochs=num_epochs), problem)
+    method = _Shift(deltas=deltas, logits=logits, norm=norm, num_epochs=num_epochs)
+    return engine.run(method, problem)
 
 
 @register
@@ -201,6 +208,7 @@ class _Shift(Method):
     """The perturbation as an attack of one event: all epochs, which judged nothing."""
 
     deltas: Array  # [B, ...], all the same
+    logits: Array  # [B, K], of the clean inputs
     norm: str = static()
     num_epochs: int = static()
     num_events = 1
@@ -212,7 +220,7 @@ class _Shift(Method):
 
     def init(self, problem: Problem) -> tuple[Array, Array]:
         shifted = jnp.clip(problem.inputs + self.deltas, *problem.bounds)
-        return shifted, problem.logits_fn(problem.inputs)
+        return shifted, self.logits
 
     def step(self, problem: Problem, state: Array, event: Array) -> tuple[Array, Seen]:
         nothing = jnp.full(event.shape, jnp.nan, state.dtype)
