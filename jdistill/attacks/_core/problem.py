@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdistill import _validate, losses, norms
+from jdistill import _validate, losses
 from jdistill._pytree import call
 from jdistill.nets import callable_logits_fn
 from jdistill.typing import Array, ArrayLike, LogitsFn
@@ -197,57 +197,6 @@ def refuse_tracers(name: str, *arguments: Any) -> None:
             f"expected concrete arrays, got a tracer; {name} is a loop on the host: call it "
             "outside jit and vmap"
         )
-
-
-def record(trace: Array, active: Array, values: Array, row: Array, column: Array) -> Array:
-    """The trace `[B, rows, columns]` with the active examples' values, each at its own place.
-
-    A trace `[B, 0, 0]`, which is none, stays as it is.
-    """
-    if not trace.size:
-        return trace
-    # An example that stopped keeps its entries: it writes past the end, where nothing is.
-    column = jnp.where(active, column, trace.shape[2])
-    return trace.at[jnp.arange(trace.shape[0]), row, column].set(values, mode="drop")
-
-
-def finish(
-    problem: Problem,
-    candidate: Array,
-    *,
-    clean_success: Array,
-    found: Array,
-    queries: Array,
-    norm: str,
-    info: dict[str, Array],
-    minimum_norm: bool,
-) -> AttackResult:
-    """Verify the candidates by a forward pass and assemble the result.
-
-    Args:
-        problem: the attack's arguments.
-        candidate: `[B, ...]`, what the attack wants to return.
-        clean_success: `[B]` bool, examples that needed no attack: returned unchanged.
-        found: `[B]` bool; where False a minimum-norm attack returns the clean input.
-        queries: `[B]` forward passes so far.
-        norm: of the distance.
-        info: passed on.
-        minimum_norm: whether failure means distance `inf` and the clean input.
-
-    Returns:
-        The result; `queries` counts the verification of attacked examples.
-    """
-    keep_clean = clean_success | (~found if minimum_norm else False)
-    mask = norms.per_example(keep_clean, candidate) > 0
-    candidate = jnp.where(mask, problem.inputs, candidate)
-    verified = problem.goal.reached(problem.logits_fn(candidate))
-    success = clean_success | (verified & (found if minimum_norm else True))
-    distance = norms.distance(candidate - problem.inputs, norm)
-    if minimum_norm:
-        candidate = jnp.where(norms.per_example(success, candidate) > 0, candidate, problem.inputs)
-        distance = jnp.where(success, distance, jnp.inf)
-    queries = (queries + jnp.where(clean_success, 0, 1)).astype(jnp.int32)
-    return jax.lax.stop_gradient(AttackResult(candidate, success, distance, queries, info))
 
 
 def _num_classes(logits_fn: LogitsFn, inputs: Array) -> int:
