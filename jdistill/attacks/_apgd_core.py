@@ -62,11 +62,11 @@ class APGD(Method):
         raise NotImplementedError
 
     def begins(self, event: Array) -> Array:
-        """Whether the best point is sought anew from this event of a start on, `[B]`."""
+        """Events of a start from which on the best point is sought anew, `[B]` bool."""
         return event == 0
 
     def counts(self, event: Array) -> Array:
-        """Whether a success at this event of a start is one, `[B]`."""
+        """Events of a start at which a success counts, `[B]` bool."""
         return jnp.ones(event.shape, bool)
 
     def move(self, problem: Problem, state: State, event: Array, now: Visited) -> tuple[Array, Any]:

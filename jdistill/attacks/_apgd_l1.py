@@ -20,7 +20,7 @@ _SMALLEST_STEP = 0.1  # in units of the radius
 
 
 class _Plan(NamedTuple):
-    """What happens at each evaluation of a start, `[events]`: static tables.
+    """Course of a start, evaluation by evaluation, `[events]`: static tables.
 
     Attributes:
         radius: in units of eps.

@@ -172,5 +172,5 @@ def _by_pixel(value: Array) -> Array:
 
 
 def _changed(delta: Array) -> Array:
-    """Which pixels differ at all, `[B, pixels]`."""
+    """Mask of the pixels that differ at all, `[B, pixels]` bool."""
     return jnp.any(_by_pixel(delta) != 0, axis=2)

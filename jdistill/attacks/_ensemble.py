@@ -1,4 +1,4 @@
-"""The worst case over several attacks, per example: a host loop."""
+"""Ensemble of attacks: the worst case per example, in a loop on the host."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""The fast gradient (sign) method."""
+"""Fast gradient (sign) method."""
 
 from collections.abc import Callable
 from typing import Any

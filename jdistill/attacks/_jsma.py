@@ -68,7 +68,7 @@ softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def _follows(settings: Settings) -> Follows | None:
-    """What the saliency with this `output` climbs."""
+    """Scores that the saliency with this `output` climbs."""
     output = settings["output"]
     if output is softmax:
         return "softmax"

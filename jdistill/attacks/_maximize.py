@@ -1,4 +1,4 @@
-"""The inner maximization of adversarial training."""
+"""Inner maximization of adversarial training."""
 
 from collections.abc import Callable
 from typing import Any

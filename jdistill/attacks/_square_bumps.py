@@ -26,7 +26,7 @@ class Window(NamedTuple):
         return row[:, :, None, None], column[:, None, :, None]
 
     def inside(self, shape: tuple[int, ...]) -> Array:
-        """Which pixels of images of that shape are in it, `[B, H, W, 1]` bool."""
+        """Mask of the pixels in the window, for images of that shape, `[B, H, W, 1]` bool."""
         # Comparisons and no slices, so that the sides may be traced.
         row, column = self.places(*shape[1:3])
         height, width = _column(self.height), _column(self.width)

@@ -1,4 +1,4 @@
-"""Transfer: what was crafted on one network, judged on another."""
+"""Transfer attack: inputs crafted on one network, judged on another."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""One perturbation for a whole set of inputs: a host loop."""
+"""Universal perturbation: one for a whole set of inputs, in a loop on the host."""
 
 import functools
 from collections.abc import Callable, Iterator

@@ -59,11 +59,11 @@ class Rounds(Method):
         return to_box(w, problem.bounds)
 
     def penalty(self, delta: Array, limit: Any) -> Array:
-        """What is minimized beside the adversarial term, `[B]`."""
+        """Term minimized beside the adversarial one, `[B]`."""
         raise NotImplementedError
 
     def fits(self, delta: Array, limit: Any) -> Array:
-        """Whether an adversarial ends the round, `[B]` bool."""
+        """Adversarials that end the round, `[B]` bool."""
         del limit
         return jnp.ones(delta.shape[:1], bool)
 

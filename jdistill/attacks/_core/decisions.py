@@ -61,7 +61,7 @@ class DecisionMethod(Method):
         return point
 
     def out_of_starts(self, starting: Array, adversarial: Array, event: Array) -> Array:
-        """Whether an example's last start was not adversarial, `[B]`."""
+        """Examples whose last start was not adversarial, `[B]` bool."""
         num_tries = self.num_starts + (self.first is not None)
         return starting & ~adversarial & (event + 1 == num_tries)
 

@@ -18,7 +18,7 @@ _SMALLEST = 16  # fewer rows are not worth a program of their own
 
 
 class EnsembleState(NamedTuple):
-    """What is known of each example so far: arrays on the host, `[N]` and `[N, ...]`.
+    """State of a run, example by example: arrays on the host, `[N]` and `[N, ...]`.
 
     Attributes:
         inputs: `[N, ...]`, the point that it is left with.
@@ -60,7 +60,7 @@ def nothing(inputs: np.ndarray, of: np.ndarray) -> EnsembleState:
 
 
 def fingerprint(problem: Problem, *settings: Any) -> np.ndarray:
-    """A hash of the examples, their keys and what has a `repr` of its own, `[16]` uint8."""
+    """A hash of the examples, their keys and settings by their `repr`, `[16]` uint8."""
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
     keys = None if problem.keys is None else jax.random.key_data(problem.keys)
     columns = (problem.inputs, problem.goal.labels, problem.goal.targets, keys, *problem.bounds)
@@ -155,13 +155,13 @@ def run(
 
 
 def _part_of(state: EnsembleState, size: int) -> np.ndarray | None:
-    """What was saved inside a batch of this size; with another one it was of other examples."""
+    """State saved inside a batch of this size; with another size it was of other examples."""
     part = state.part
     return part[4:] if len(part) and part[:4].view("<u4")[0] == size else None
 
 
 class _Telling(NamedTuple):
-    """What the callback is told of one batch."""
+    """Events that the callback gets of one batch."""
 
     callback: Callback
     stage: str

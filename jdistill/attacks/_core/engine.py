@@ -65,7 +65,7 @@ class Passes(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a step learned of the point it judged; every leaf leads with `[B]`.
+    """Findings of a step on the point it judged; every leaf leads with `[B]`.
 
     Attributes:
         success: whether the point is adversarial.
@@ -85,7 +85,7 @@ class Seen(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far each example is; every leaf leads with `[B]`.
+    """Progress of each example; every leaf leads with `[B]`.
 
     Attributes:
         event: int32, points judged after the clean input.
@@ -152,11 +152,11 @@ class Method:
         return self.num_events
 
     def point(self, problem: Problem, state: Any) -> Array:
-        """What an attack that keeps no closest point returns, `[B, ...]`."""
+        """Points to return, of a method that keeps no closest one, `[B, ...]`."""
         raise NotImplementedError
 
     def no_note(self, problem: Problem) -> Any:
-        """What stands for the note before there is a closest point."""
+        """Note before there is a closest point."""
         del problem
 
     def distance(self, delta: Array) -> Array:
@@ -166,7 +166,7 @@ class Method:
     def info(
         self, problem: Problem, state: Any, progress: Progress, result: AttackResult
     ) -> dict[str, Array]:
-        """What else the result says, every array `[B, ...]`."""
+        """Further `info` of the result, every array `[B, ...]`."""
         del problem, state, progress, result
         return {}
 
@@ -183,7 +183,7 @@ def select(condition: Array, new: Any, old: Any) -> Any:
 
 
 class Handler(Protocol):
-    """What `run` hands a method to, in place of compiling it into one program.
+    """Receiver of the methods that `run` does not compile into one program itself.
 
     Attributes:
         on_host: whether it works on concrete arrays alone; under `jit` and `vmap` it is not asked.
@@ -402,7 +402,7 @@ class Counter:
 
 
 def counts(passes: Passes) -> bool:
-    """Whether passes are only counted here; then these are."""
+    """Count passes, if a `Counter` asks; returns whether it does."""
     handler = _handler.get()
     if isinstance(handler, Counter):
         handler.add(passes)
@@ -464,7 +464,7 @@ def until_done(
 
 
 def row_counts(batch_size: int, at_most: int) -> list[int]:
-    """How many rows the loops after the first have, down to none."""
+    """Numbers of rows of the loops after the first, down to 0."""
     counts: list[int] = []
     while at_most >= _LEAST_STEPS:
         rows = counts[-1] if counts else batch_size

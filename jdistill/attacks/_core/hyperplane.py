@@ -1,4 +1,4 @@
-"""The way from a point to a hyperplane within the box, shortest in linf, l2 or l1, per example.
+"""Projection of a point onto a hyperplane within the box, shortest in linf, l2 or l1, per example.
 
 A hyperplane `{z : ⟨normal, z - point⟩ = gap}` is given relative to a point: what the logits say of
 it there is the gap itself, and no digits cancel. Everything is in units of the normal's largest
@@ -38,7 +38,7 @@ def unit(normal: Array, gap: Array) -> tuple[Array, Array]:
 
 
 def distance(normal: Array, gap: Array, norm: str) -> Array:
-    """How far the hyperplane is where no box is in the way, `[B]`; `inf` where there is none.
+    """Distance to the hyperplane where no box is in the way, `[B]`; `inf` without a hyperplane.
 
     Args:
         normal: `[B, ...]`, from `unit`.

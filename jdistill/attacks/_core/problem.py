@@ -1,4 +1,4 @@
-"""What all attacks share: the result, the public door's checks, keys, success, precision."""
+"""Arguments and result of an attack: checks of user input, keys, and success."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from jdistill.typing import Array, ArrayLike, LogitsFn
 
 
 class AttackResult(NamedTuple):
-    """What an attack found, one row per example.
+    """Result of an attack, one row per example.
 
     Attributes:
         inputs: `[B, ...]` float, inside the box, and inside the ball where there is one.
@@ -34,7 +34,7 @@ class AttackResult(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """What the attack is after: away from the labels, or towards the targets.
+    """Goal of an attack: away from the labels, or towards the targets.
 
     Attributes:
         labels: `[B]` int32, the true classes.
@@ -45,7 +45,7 @@ class Goal(NamedTuple):
     targets: Array | None
 
     def reached(self, logits: Array) -> Array:
-        """Whether each example's logits `[B, K]` are a success; a tie or a NaN is none, `[B]`."""
+        """Success of each example's logits `[B, K]`, `[B]` bool; a tie or a NaN is not one."""
         return jnp.all(jnp.isfinite(logits), axis=-1) & (self.excess(logits) > 0)
 
     def reached_clean(self, logits: Array) -> Array:
@@ -62,7 +62,7 @@ class Goal(NamedTuple):
         return -losses.margin(logits, self.targets)
 
     def gain(self, loss: Callable[..., Array], logits: Array) -> Array:
-        """What the attack maximizes: the labels' loss, or minus the targets' loss, `[B]`."""
+        """Value to maximize: the labels' loss, or minus the targets' loss, `[B]`."""
         goal = self.labels if self.targets is None else self.targets
         values = loss(logits, goal)
         if jnp.shape(values) != goal.shape:
@@ -77,7 +77,7 @@ class Goal(NamedTuple):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Whether the examples lie on several devices: static, so that a program is for either."""
+    """Spread of the examples over devices: static, so that a program is for either."""
 
     over_devices: bool
 

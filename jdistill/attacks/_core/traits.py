@@ -55,7 +55,7 @@ class Traits(NamedTuple):
 
 
 class _Facts(NamedTuple):
-    """What `facts` was given."""
+    """Arguments of `facts`."""
 
     title: str | Callable[[Settings], str]
     norms: tuple[str, ...]
@@ -114,7 +114,7 @@ def traits(attack: Callable[..., Any]) -> Traits:
         attack: an attack, with or without settings bound; any callable.
 
     Returns:
-        The traits. Of a callable that is none of `jdistill.attacks`, what its signature and its
+        The traits. Of a callable from elsewhere, what its signature and its
         bound settings tell, and cautious values otherwise.
 
     Example:
@@ -184,7 +184,7 @@ def _shared(values: Iterable[Any]) -> Any:
 
 
 def by_loss(settings: Settings) -> Follows | None:
-    """What an attack with these settings climbs, from its `loss`.
+    """Scores that an attack with these settings climbs, from its `loss`.
 
     A cross-entropy at another temperature is neither: it saturates on logits that are large beside
     that temperature.
