@@ -11,42 +11,26 @@ import pytest
 
 from jdistill import attacks, losses, nets
 from jdistill.attacks import _apgd, _apgd_l1
+from tests import tiny
 
 B, D, H, K = 8, 12, 9, 5
 RNG = np.random.default_rng(3)
-FIRST = RNG.normal(0, 1.2, (D, H))
-SECOND = RNG.normal(0, 1, (H, K))
+NET = tiny.Net(RNG.normal(0, 1.2, (D, H)), RNG.normal(0, 1, (H, K)))
+make = NET.logits_fn
 INPUTS = RNG.uniform(0.02, 0.98, (B, D))
 INPUTS[0, :2] = [0, 1]  # on the box's faces
 START = np.clip(INPUTS + RNG.uniform(-1, 1, (B, D)), 0, 1)
 KEY = jax.random.key(1)
-
-
-def network(weights, inputs):
-    first, second = weights
-    return jnp.tanh((inputs - 0.5) @ first) @ second
-
-
-def make(dtype=jnp.float32, scale=1.0):
-    weights = (jnp.asarray(FIRST, dtype), jnp.asarray(SECOND * scale, dtype))
-    return nets.callable_logits_fn(network, weights)
-
-
-CLEAN = np.tanh((INPUTS - 0.5) @ FIRST) @ SECOND
+CLEAN = NET.logits(INPUTS)
 LABELS = CLEAN.argmax(1)
 ORDER = np.argsort(-CLEAN, axis=1)
 TINY = {"linf": 0.03, "l2": 0.08, "l1": 0.2}  # most examples stand all steps
 MIDDLING = {"linf": 0.12, "l2": 0.3, "l1": 0.7}
 
 
-def double():
-    return jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()
-
-
 def value_and_slope(x, label, loss, target=None):
     """The loss at one point, its gradient, and the predicted class, in plain NumPy."""
-    hidden = np.tanh((x - 0.5) @ FIRST)
-    z = hidden @ SECOND
+    z, jacobian = NET.at(x)
     ranks = np.argsort(-z)
     unit = np.eye(K)
     if loss == "cross_entropy":
@@ -61,7 +45,7 @@ def value_and_slope(x, label, loss, target=None):
         above, below = unit[other] - unit[label], unit[ranks[0]] - low
         value = above @ z / (below @ z)
         slope = (above - value * below) / (below @ z)
-    return value, FIRST @ ((1 - hidden**2) * (SECOND @ slope)), z.argmax()
+    return value, slope @ jacobian, z.argmax()
 
 
 def project(x, center, eps, norm):
@@ -183,8 +167,8 @@ def test_against_numpy_in_double_precision(loss, norm, size):
     target = ORDER[:, 2] if loss == "targeted_dlr" else None
     runs = run_reference(norm, eps, num_steps, loss, target)
     kwargs = {"eps": eps, "norm": norm, "num_steps": num_steps, "init": START, "trace": True}
-    with double():
-        model = make(jnp.float64)
+    with tiny.double_precision():
+        model = make(dtype=jnp.float64)
         if target is None:
             result = attacks.apgd(model, None, INPUTS, LABELS, loss=getattr(losses, loss), **kwargs)
         else:
@@ -301,7 +285,7 @@ def test_logits_of_fewer_bits(norm):
     kwargs = {"eps": MIDDLING[norm], "norm": norm, "num_steps": 5}
     result = attacks.apgd(half, KEY, INPUTS.astype(np.float32), LABELS, **kwargs)
     assert result.success.any()
-    with double():
+    with tiny.double_precision():
         inputs = INPUTS.astype(np.float32)
         attacks.apgd(make(), jax.random.key(1), inputs, LABELS, **kwargs)
 
@@ -319,8 +303,7 @@ def test_a_traced_first_target_stays_among_the_classes():
 
 @pytest.mark.parametrize("num_classes", [2, 3])
 def test_few_classes_take_the_difference_of_two_logits(num_classes):
-    weights = jnp.asarray(SECOND[:, :num_classes], jnp.float32)
-    model = nets.callable_logits_fn(network, (jnp.asarray(FIRST, jnp.float32), weights))
+    model = NET._replace(second=NET.second[:, :num_classes]).logits_fn()
     inputs = INPUTS.astype(np.float32)
     labels = np.asarray(model(inputs)).argmax(1)
     kwargs = {"eps": MIDDLING["linf"], "num_steps": 20}

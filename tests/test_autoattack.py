@@ -10,28 +10,17 @@ import pytest
 from jdistill import attacks, nets
 from jdistill.attacks import _autoattack
 from jdistill.attacks._core import chunks
+from tests import tiny
 
 B, SHAPE, D, H, K = 64, (6, 6, 1), 36, 16, 5
 RNG = np.random.default_rng(6)
-FIRST = RNG.normal(0, 0.6, (D, H)).astype(np.float32)
-SECOND = RNG.normal(0, 1, (H, K)).astype(np.float32)
+NET = tiny.Net(
+    RNG.normal(0, 0.6, (D, H)).astype(np.float32), RNG.normal(0, 1, (H, K)).astype(np.float32)
+)
 INPUTS = RNG.uniform(0.02, 0.98, (B, *SHAPE)).astype(np.float32)
 KEY = jax.random.key(2)
 EPS = 0.035
-
-
-def network(weights, inputs):
-    first, second = weights
-    return jnp.tanh((inputs.reshape(inputs.shape[0], D) - 0.5) @ first) @ second
-
-
-def make(scale=1.0, num_classes=K):
-    return nets.callable_logits_fn(
-        network, (jnp.asarray(FIRST), jnp.asarray(SECOND[:, :num_classes] * scale))
-    )
-
-
-MODEL = make()
+MODEL = NET.logits_fn()
 CLEAN = np.asarray(MODEL(INPUTS))
 LABELS = CLEAN.argmax(1)
 LABELS[3] = CLEAN[3].argmin()  # wrong to begin with
@@ -112,16 +101,15 @@ def test_each_shape_is_compiled_once():
 
     def counted(weights, inputs):
         shapes.append(inputs.shape[0])
-        return network(weights, inputs)
+        return tiny.network(weights, inputs)
 
-    weights = (jnp.asarray(FIRST), jnp.asarray(SECOND))
-    first = run(nets.callable_logits_fn(counted, weights), batch_size=32)
+    first = run(nets.callable_logits_fn(counted, NET), batch_size=32)
     assert first.success.any()
     # The classes of apgd-t and of fab-t share a program: four attacks, each traced a few times.
     assert set(shapes) <= {B, 32, 24, 16}
     assert max(shapes.count(size) for size in (16, 24, 32)) <= 4 * 4
     shapes.clear()
-    changed = (jnp.asarray(FIRST), jnp.asarray(SECOND[::-1]))
+    changed = NET._replace(second=NET.second[::-1])
     run(nets.callable_logits_fn(counted, changed), batch_size=32, eps=2 * EPS)
     assert not shapes
 
@@ -180,10 +168,10 @@ def test_stopped_inside_square_goes_on_inside_square(whole, monkeypatch):
 
     same(run(start=kept[0], callback=first_only), whole)
     assert steps[0] == ("square", 20)
-    # With another batch size the part is of other examples: its batch begins anew.
+    # With fewer than the 16 survivors per batch the part is of other examples: it begins anew.
     steps.clear()
     monkeypatch.setattr(chunks, "_SHORTEST", 0.0)
-    same(run(start=kept[0], callback=first_only, batch_size=16), whole)
+    same(run(start=kept[0], callback=first_only, batch_size=8), whole)
     assert steps[0] == ("square", 0)
 
 
@@ -247,8 +235,7 @@ def test_versions_and_norms(version, norm):
     inputs, labels = INPUTS[:8], LABELS[:8]
     result = run(inputs=inputs, labels=labels, eps=eps, norm=norm, version=version)
     assert result.info["robust_after"].shape == (8, len(names))
-    order = {"linf": np.inf, "l2": 2, "l1": 1}[norm]
-    distance = np.linalg.norm((result.inputs - inputs).reshape(8, D), order, axis=1)
+    distance = np.linalg.norm((result.inputs - inputs).reshape(8, D), tiny.ORDER[norm], axis=1)
     assert np.all(distance <= eps * (1 + 1e-5))
     assert result.success.sum() >= 3  # one is wrong to begin with
     assert np.all(np.isfinite(result.distance))
@@ -257,7 +244,7 @@ def test_versions_and_norms(version, norm):
 @pytest.mark.slow
 @pytest.mark.parametrize("num_classes", [2, 3])
 def test_few_classes_are_said_and_attacked(num_classes):
-    model = make(num_classes=num_classes)
+    model = NET._replace(second=NET.second[:, :num_classes]).logits_fn()
     labels = np.asarray(model(INPUTS)).argmax(1)
     with pytest.warns(UserWarning, match=rf"not defined for {num_classes} classes"):
         result = run(model, labels=labels)
@@ -275,7 +262,7 @@ def test_any_shape():
 def test_distillation_hides_from_apgd_ce_and_not_from_apgd_t():
     plain = run()
     with pytest.warns(UserWarning, match=r"apgd-ce left \d+ of 64 .* the cross-entropy saturates"):
-        distilled = run(make(scale=2048.0))
+        distilled = run(NET.logits_fn(2048.0))
     np.testing.assert_array_equal(plain.success, distilled.success)
     after_ce = distilled.info["robust_after"][:, 0].mean()
     after_t = distilled.info["robust_after"][:, 1].mean()

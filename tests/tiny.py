@@ -19,7 +19,7 @@ def double_precision():
 
 def network(net, inputs):
     """The logits of a `Net` of JAX arrays."""
-    flat = inputs.reshape(inputs.shape[0], -1)
+    flat = inputs.reshape(inputs.shape[0], net.first.shape[0])
     logits = jnp.tanh((flat - 0.5) @ net.first) @ net.second
     if net.linear is not None:
         logits = logits + flat @ net.linear
