@@ -245,7 +245,7 @@ def attack_all(
     *,
     precision: str = "highest",
     deadline: float = float("inf"),
-) -> Iterator[tuple[Case, dict[str, Outcome] | Exception | None]]:
+) -> Iterator[tuple[Case, dict[str, Outcome] | BaseException | None]]:
     """Run the cases side by side, since nearly all of the time goes into compiling.
 
     Args:
@@ -259,21 +259,22 @@ def attack_all(
         left for it.
     """
     threads = concurrent.futures.ThreadPoolExecutor(_cores())
+    timeout = None if deadline == float("inf") else max(deadline - time.monotonic(), 0.0)
     try:
         futures = {
             threads.submit(_attack, case, there, precision, deadline): case for case in chosen
         }
-        left = set(futures)
-        with contextlib.suppress(concurrent.futures.TimeoutError):
-            timeout = None if deadline == float("inf") else max(deadline - time.monotonic(), 0.0)
+        left = dict.fromkeys(futures)
+        try:
             for future in concurrent.futures.as_completed(futures, timeout):
-                left.remove(future)
-                error = future.exception()
-                if error is not None and not isinstance(error, Exception):
-                    raise error
-                yield futures[future], error if error is not None else future.result()
-        for future in sorted(left, key=list(futures).index):
-            yield futures[future], None
+                del left[future]
+                yield futures[future], future.exception() or future.result()
+        except TimeoutError:
+            # What runs comes to its end, or it would disturb what is timed next.
+            threads.shutdown(cancel_futures=True)
+        for future in left:
+            found = None if future.cancelled() else future.exception() or future.result()
+            yield futures[future], found
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
 

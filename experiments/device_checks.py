@@ -30,9 +30,10 @@ from jdistill import data, distill, nets, runtime, train
 NUM_IMAGES = 64  # of each network
 SHARE = 0.99  # of the flags must be equal
 
-LOSS_STEPS, LOSS_BATCH, LOSS_TOLERANCE = 15, 128, 1e-3
+# Rounding alone parts the losses by 5e-4 between two releases of JAX on a CPU (twelve steps).
+LOSS_STEPS, LOSS_BATCH, LOSS_TOLERANCE = 12, 128, 2e-3
 TEMPERATURE, GENERATIONS, EPOCHS = 20.0, ("teacher", "assistant", "student"), 16
-ACCURACY_TOLERANCE = 0.02
+ACCURACY_TOLERANCE = 0.03  # 1.5 points between those two releases
 
 Row = dict[str, Any]
 
@@ -88,7 +89,9 @@ def write_reference(
     say(f"accuracies {', '.join(f'{accuracy:.4f}' for accuracy in meta['accuracies'])}")
     for case, outcomes in attack_all(cases(names), work(num_images)):
         if not isinstance(outcomes, Mapping):
-            raise RuntimeError(f"expected an outcome of {case.name}, got an error") from outcomes
+            raise RuntimeError(
+                f"expected an outcome of {case.name}, got {outcomes!r}"
+            ) from outcomes
         meta["cases"][case.name] = case.settings
         for name, outcome in outcomes.items():
             for field, value in outcome._asdict().items():
@@ -257,7 +260,7 @@ def check_attacks(reference: Reference, precision: str, deadline: float) -> Iter
     for case, found in attack_all(wanted, there, precision=precision, deadline=deadline):
         if found is None:
             yield {"attack": case.name, "skipped": "no time left"}
-        elif isinstance(found, Exception):
+        elif isinstance(found, BaseException):
             error = f"{type(found).__name__}: {' '.join(str(found).split())}"
             yield {"attack": case.name, "error": error, "passed": False}
         else:

@@ -271,6 +271,28 @@ def test_attacks_for_which_no_time_is_left_are_rows(reference):
     assert {row["skipped"] for row in rows} == {"no time left"}
 
 
+def test_what_runs_when_the_time_is_over_is_waited_for(monkeypatch):
+    """Or it would disturb what is timed next; what has not begun is left."""
+
+    def slow(*_):
+        time.sleep(0.5)
+        ended.append(time.monotonic())
+        return {}
+
+    ended = []
+    monkeypatch.setattr(device_attacks, "_attack", slow)
+    monkeypatch.setattr(device_attacks, "_cores", lambda: 2)
+    chosen = device_attacks.cases(["fgsm", "ddn"])
+    there, deadline = device_attacks.work(1), time.monotonic() + 0.1
+    found = {
+        case.name: result
+        for case, result in device_attacks.attack_all(chosen, there, deadline=deadline)
+    }
+    assert found == {"fgsm linf": {}, "fgsm l2": {}, "fgsm l1": None, "ddn": None}
+    assert max(ended) < time.monotonic()
+    assert len(ended) == 2
+
+
 @pytest.mark.parametrize(
     ("kind", "float32"),
     [
