@@ -68,7 +68,7 @@ def public_attacks() -> dict[str, Attack]:
 
 
 def make_table() -> str:
-    """The whole table; takes about two minutes."""
+    """The whole table; takes about four minutes."""
     lines = [COLUMNS, ["---"] * len(COLUMNS)]
     for name, attack in public_attacks().items():
         cells = {"attack": f"`{name}`"} | read(attack) | measure(attack)
