@@ -92,7 +92,8 @@ def test_the_page_knows_which_attacks_saturation_stops():
 def test_the_page_is_written_between_its_marks(tmp_path, monkeypatch):
     page = tmp_path / "attacks.md"
     page.write_text(PAGE, encoding="utf-8")
-    table = PAGE[PAGE.index("| attack | in reports |") : PAGE.index(make_attacks.END)].rstrip() + "\n"
+    first, last = PAGE.index("| attack | in reports |"), PAGE.index(make_attacks.END)
+    table = PAGE[first:last].rstrip() + "\n"
     monkeypatch.setattr(make_attacks, "PAGE", page)
     monkeypatch.setattr(make_attacks, "make_table", lambda: table)
     make_attacks.main()
