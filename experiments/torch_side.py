@@ -62,7 +62,7 @@ def torch_network(params: Mapping[str, Mapping[str, Any]], *, dropout_rate: floa
         while (name := f"conv_{block}_{position}") in params:
             kernel = tensor(name, "kernel", 3, 2, 0, 1)
             conv = nn.Conv2d(kernel.shape[1], kernel.shape[0], kernel.shape[2:])
-            conv.weight.data, conv.bias.data = kernel, tensor(name, "bias")
+            conv.weight, conv.bias = nn.Parameter(kernel), nn.Parameter(tensor(name, "bias"))
             layers += [conv, nn.ReLU()]
             position += 1
         layers.append(nn.MaxPool2d(2))
