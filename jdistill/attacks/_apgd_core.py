@@ -118,7 +118,7 @@ class APGD(Method):
             largest = select(larger, (best.inputs, best.loss), largest)
         if self.starts.most > 1:
             moved = select(ended, self._begin(problem, start + 1), moved)
-        spent = ended & (start + 1 >= self.starts.count)
+        spent = ended & self.starts.is_last(start)
         moved = select(spent, best.inputs if largest is None else largest[0], moved)
         return State(moved, best, largest, state.targets, schedule), Seen(success, gain, spent)
 

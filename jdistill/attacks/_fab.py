@@ -229,7 +229,6 @@ def _method(
         starts=starts,
         norm=norm,
         num_steps=num_steps,
-        within_radius=eps is not None,
         passes=Passes(2, backward),
     )
 
@@ -249,15 +248,10 @@ class _FAB(Method):
     starts: Starts
     norm: str = static()
     num_steps: int = static()
-    within_radius: bool = static()  # then an example ends with the start that succeeded
     passes: Passes = static()
     minimum_norm = True
     keeps_closest = True
-
-    @property
-    def narrows(self) -> bool:  # type: ignore[override]
-        # Examples end with a start, and without a radius with the last one.
-        return self.within_radius and self.starts.most > 1
+    narrows = False
 
     @property
     def num_events(self) -> int:  # type: ignore[override]
@@ -287,9 +281,9 @@ class _FAB(Method):
         inputs = select(adversarial, jnp.clip(back, *problem.bounds), moved)
 
         ended = event + 1 == self.num_steps
-        spent = ended & (start + 1 == self.starts.count)
-        if self.within_radius:
-            spent |= ended & jnp.isfinite(smallest)
+        spent = ended & self.starts.is_last(start)
+        # Within a radius an example ends with the start that succeeded.
+        spent |= ended & jnp.isfinite(smallest) & jnp.isfinite(self.eps)
         if self.starts.most > 1:
             inputs = select(ended, self._begin(problem, start + 1, smallest), inputs)
         return _State(inputs, smallest, state.targets), Seen(

@@ -17,15 +17,15 @@ class Starts:
     Attributes:
         first_target: `[B]` int32, rank of the first target in the order of the clean logits, 0 is
             the runner-up.
-        count: `[B]` int32, how many starts an example has.
         num_restarts: starts at each target.
         num_targets: the most classes that an example is moved towards; None without targets.
+        num_ranks: classes that there are to move towards.
     """
 
     first_target: Array
-    count: Array
     num_restarts: int = static()
     num_targets: int | None = static()
+    num_ranks: int = static()
 
     @classmethod
     def of(
@@ -57,24 +57,28 @@ class Starts:
             )
         if problem.goal.targets is not None:
             ranks, first_target = 1, 0
-        first = one_per_example(first_target, problem.inputs, name="first_target")
-        first = first.astype(jnp.int32)
-        count = jnp.full(first.shape, num_restarts, jnp.int32)
         if num_targets is not None:
             _validate.count(num_targets=num_targets)
-            smallest = 0
-            if not _validate.is_traced(first_target):
-                smallest = int(np.min(first_target, initial=ranks - 1))
+            traced = _validate.is_traced(first_target)
+            smallest = 0 if traced else int(np.min(first_target, initial=ranks - 1))
             num_targets = min(num_targets, ranks - smallest)
-            count *= jnp.clip(ranks - first, 1, num_targets)
+        first = one_per_example(first_target, problem.inputs, name="first_target")
         return cls(
-            first_target=first, count=count, num_restarts=num_restarts, num_targets=num_targets
+            first_target=first.astype(jnp.int32),
+            num_restarts=num_restarts,
+            num_targets=num_targets,
+            num_ranks=ranks,
         )
 
     @property
     def most(self) -> int:
         """The most starts that an example has."""
         return self.num_restarts * (self.num_targets or 1)
+
+    def is_last(self, start: Array) -> Array:
+        """Whether each example's start `[B]` is its last one."""
+        left = jnp.clip(self.num_ranks - self.first_target, 1, self.num_targets or 1)
+        return start + 1 >= left * self.num_restarts
 
     def targets(self, goal: Goal, logits: Array) -> Array | None:
         """The classes `[B, num_targets]` in their order, from the clean logits `[B, K]`."""
