@@ -78,12 +78,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "reference":
         jax.config.update("jax_platforms", "cpu")
         runtime.add_cpu_flags()
-        device_checks.write_reference(
-            options.output,
-            names=options.attacks,
-            num_images=options.images,
-            say=functools.partial(print, flush=True),
-        )
+        try:
+            device_checks.write_reference(
+                options.output,
+                names=options.attacks,
+                num_images=options.images,
+                say=functools.partial(print, flush=True),
+            )
+        except KeyboardInterrupt as error:
+            error.args = ("stopped; nothing was written, a new run starts from the beginning",)
+            raise
         return 0
     # What is compiled is to be timed, not read from a disk.
     jax.config.update("jax_enable_compilation_cache", False)

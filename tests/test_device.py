@@ -72,6 +72,8 @@ def test_every_attack_is_a_case_in_every_norm():
         assert len(alike) == max(len(traits.norms), 1) or " " not in case.name
         assert traits.settings.get("num_steps", 0) <= 20
         assert "0x" not in case.settings  # the same text in every process
+        # Runs nothing, but the attack checks its settings.
+        assert attacks.cost(case.attack, shape=(28, 28, 1), num_classes=10).forward < 20_000
     with pytest.raises(ValueError, match="expected attacks among apgd"):
         device_attacks.cases(["nothing"])
 
@@ -116,15 +118,17 @@ def test_a_device_that_differs_fails(reference, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_training_agrees_with_itself(reference, tmp_path):
+def test_training_agrees_with_itself(reference, tmp_path, monkeypatch):
     """The losses and the chain as they are, short."""
+    monkeypatch.setattr(device_checks, "LOSS_STEPS", 3)
+    monkeypatch.setattr(device_checks, "LOSS_BATCH", 16)
     losses = device_checks.training_losses("highest")
-    assert len(losses) == device_checks.LOSS_STEPS
-    assert losses[-1] < losses[0] - 0.2
-    accuracies = device_checks.chain_accuracies(device_checks.digits(), "highest", 2)
-    assert max(accuracies) > 0.3
+    np.testing.assert_allclose(losses, np.log(10), atol=0.1)  # it has learned nothing yet
+    assert len(set(losses)) == 3
+    accuracies = device_checks.chain_accuracies(device_checks.digits(), "highest", 3)
+    assert max(accuracies) > 0.15  # and more than chance
     path = changed(
-        reference, tmp_path / "own.npz", losses=losses, accuracies=accuracies, num_epochs=2
+        reference, tmp_path / "own.npz", losses=losses, accuracies=accuracies, num_epochs=3
     )
     code, content = run(tmp_path, path, "training", "chain")
     assert (code, content["failures"]) == (0, [])
