@@ -202,6 +202,15 @@ CASES = {
         changes={"theta": 0.5},
     ),
 }
+CASES["sigma_zero"] = Case(
+    functools.partial(attacks.sigma_zero, num_steps=40),
+    "l0",
+    False,
+    False,
+    closely={"num_steps": 300},
+    ratio=2.0,  # one feature of few
+    changes={"step_size": 0.5, "sigma": 0.01, "threshold": 0.2, "threshold_step": 0.02},
+)
 for _norm in ("linf", "l2", "l1", "l0"):
     CASES[f"fmn-{_norm}"] = Case(
         # Not to the default's 0.001, with which many examples end in what the battery calls a tie.
@@ -491,7 +500,7 @@ def test_a_start_of_the_callers(case):
 
 
 # They start at the input by definition, or draw their starts around it.
-STARTLESS = {"ddn", "fab", "fab_targeted", "fgsm", "fmn"}
+STARTLESS = {"ddn", "fab", "fab_targeted", "fgsm", "fmn", "sigma_zero"}
 
 
 @all_cases

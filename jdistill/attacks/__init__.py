@@ -70,6 +70,7 @@ from jdistill.attacks._hop_skip_jump import hop_skip_jump
 from jdistill.attacks._jsma import jsma, softmax, softmax_at
 from jdistill.attacks._maximize import maximize
 from jdistill.attacks._pgd import bim, mim, pgd
+from jdistill.attacks._sigma_zero import sigma_zero
 from jdistill.attacks._spatial import spatial
 from jdistill.attacks._square import square
 from jdistill.attacks._transfer import transfer
@@ -107,6 +108,7 @@ __all__ = [
     "mim",
     "nes",
     "pgd",
+    "sigma_zero",
     "softmax",
     "softmax_at",
     "spatial",

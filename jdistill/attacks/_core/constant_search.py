@@ -119,9 +119,9 @@ def from_box(inputs: Array, bounds: tuple[Array, Array]) -> Array:
     return jnp.arctanh((2 * inputs - low - high) / (high - low) * _INSIDE)
 
 
-def per_example_adam() -> optax.GradientTransformation:
+def per_example_adam(b1: float = 0.9) -> optax.GradientTransformation:
     """Adam with one state (moments and count) per example, so that each can start anew alone."""
-    adam = optax.scale_by_adam()
+    adam = optax.scale_by_adam(b1)
     return optax.GradientTransformation(
         init=jax.vmap(adam.init),
         update=lambda gradient, state, params=None: jax.vmap(adam.update)(gradient, state),
