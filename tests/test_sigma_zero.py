@@ -1,5 +1,6 @@
 """σ-zero against its algorithm in NumPy, and what its departures from the paper are for."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,30 +17,39 @@ LABELS = NET.logits(INPUTS).argmax(1)
 TARGETS = (LABELS + 1) % K
 
 
-def reference(x, label, target=None, *, num_steps=60, sigma=1e-3, threshold=0.3, change=0.01):
-    """One example, step by step: the fewest changed entries, and when the first was found."""
+def reference(
+    x, label, target=None, *, num_steps=60, sigma=1e-3, threshold=0.3, change=0.01, paper=None
+):
+    """One example, step by step: the fewest changed entries, and when the first was found.
+
+    With `paper`, a scale of the logits, the steps are the paper's.
+    """
     goal, sign = (label, 1) if target is None else (target, -1)
 
     def look(point):
         gain, gradient = NET.margin(point, goal)
         return sign * gain > 0, sign * gradient
 
+    momentum = 0.6 if paper is None else 0.9
     delta, (mean, square) = np.zeros(D), np.zeros((2, D))
     adversarial, gradient = look(x)
     fewest, first = np.inf, -1
     for step in range(num_steps):
         share = 0.1 + 0.9 * (1 + np.cos(np.pi * step / num_steps)) / 2
         unit = gradient / np.abs(gradient).max()
-        if adversarial:
+        pull = 2 * delta * sigma / (delta**2 + sigma) ** 2
+        if paper is not None:
+            down = pull / D - (0 if adversarial else paper * gradient)
+        elif adversarial:
             worth = np.maximum(unit * delta, 0)
             worth = worth / worth.max() if worth.max() > 0 else worth
-            down = 2 * delta * sigma / (delta**2 + sigma) ** 2 * (1 - worth)
+            down = pull * (1 - worth)
         else:
             down = -unit
         down = down / np.abs(down).max() if np.any(down) else down
-        mean, square = 0.6 * mean + 0.4 * down, 0.999 * square + 0.001 * down**2
+        mean, square = momentum * mean + (1 - momentum) * down, 0.999 * square + 0.001 * down**2
         corrected = square / (1 - 0.999 ** (step + 1))
-        update = mean / (1 - 0.6 ** (step + 1)) / (np.sqrt(corrected) + 1e-8)
+        update = mean / (1 - momentum ** (step + 1)) / (np.sqrt(corrected) + 1e-8)
         delta = np.clip(x + delta - share * update, 0, 1) - x
         threshold = np.clip(threshold + (share if adversarial else -share) * change, 0, 1)
         delta[np.abs(delta) < threshold] = 0
@@ -71,6 +81,33 @@ def test_the_settings_are_those_of_the_algorithm():
     fewest, first = tiny.each(reference, INPUTS, LABELS, num_steps=40, change=0.05, **settings)
     np.testing.assert_array_equal(result.distance, fewest)
     np.testing.assert_array_equal(result.info["first_success"], first)
+
+
+def test_fewer_entries_than_the_paper_and_no_scale_of_the_logits_decides():
+    settings = {"num_steps": 40}
+    ours = tiny.in_double(attacks.sigma_zero, NET, INPUTS, LABELS, **settings)
+    published = tiny.each(reference, INPUTS, LABELS, paper=1.0, **settings)[0]
+    small = tiny.each(reference, INPUTS, LABELS, paper=1e-4, **settings)[0]
+    assert np.all(ours.distance <= published)
+    assert ours.distance.mean() < published.mean()
+    # There the smooth norm outweighs the hinge of small logits.
+    assert small.mean() > 1.3 * published.mean()
+    scaled = tiny.in_double(attacks.sigma_zero, NET, INPUTS, LABELS, scale=2.0**-13, **settings)
+    np.testing.assert_array_equal(scaled.inputs, ours.inputs)
+
+
+def test_it_comes_back_from_where_the_logits_are_not_finite():
+    # The first step changes all entries, which is more than this network bears.
+    model, inputs, labels = NET.logits_fn(), INPUTS[:1], LABELS[:1]
+
+    def network(x):
+        far = jnp.sum(jnp.abs(x - inputs), axis=1, keepdims=True) > 3.0
+        return jnp.where(far, jnp.nan, model(x))
+
+    result = attacks.sigma_zero(network, None, inputs, labels, num_steps=100, trace=True)
+    assert np.isnan(result.info["trace"][0, 0])
+    assert bool(result.success[0])
+    assert result.distance[0] == 1
 
 
 def test_the_box_scales():

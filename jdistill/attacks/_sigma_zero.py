@@ -93,7 +93,8 @@ def sigma_zero(
         in which it is needed, as the hinge's gradient is 0 once it is passed. The smooth norm
         spares the entries that the margin needs (without the factor `1 - w` it pulls on all
         alike, and ends with a fifth more of them on the networks of docs/parity.md); Adam's first
-        moment decays by 0.6, not 0.9; the last iterate counts too.
+        moment decays by 0.6, not 0.9; the smooth norm also leads back from where the logits are
+        not finite; the last iterate counts too.
     """
     del key
     _validate.count(num_steps=num_steps)
@@ -117,7 +118,7 @@ def sigma_zero(
 class _State(NamedTuple):
     delta: Array
     gradient: Array  # of the margin at inputs + delta
-    adversarial: Array  # whether inputs + delta is
+    beyond: Array  # whether inputs + delta is adversarial, or its logits are not finite
     threshold: Array
     adam: Any
 
@@ -141,7 +142,7 @@ class _SigmaZero(Method):
         state = _State(
             delta=jnp.zeros_like(inputs),
             gradient=gradient,
-            adversarial=problem.goal.reached_clean(logits),
+            beyond=problem.goal.reached_clean(logits),
             threshold=self.threshold,
             adam=per_example_adam(_MOMENTUM).init(inputs),
         )
@@ -153,18 +154,16 @@ class _SigmaZero(Method):
         share = (1 + jnp.cos(jnp.pi * event / self.num_events)) / 2
         share = _LAST_STEP + (1 - _LAST_STEP) * share
 
-        # A network that overflows somewhere must not spoil the example's moments.
         gradient = norms.normalize(state.gradient, "linf")
-        gradient = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
         relative, sigma = state.delta / (high - low), norms.per_example(self.sigma, inputs)
         pull = 2 * relative * sigma / jnp.square(jnp.square(relative) + sigma)
         worth = norms.normalize(jnp.maximum(gradient * relative, 0.0), "linf")
-        down = select(state.adversarial, pull * (1 - worth), -gradient)
+        down = select(state.beyond, pull * (1 - worth), -gradient)
         update, adam = per_example_adam(_MOMENTUM).update(norms.normalize(down, "linf"), state.adam)
         moved = state.delta - norms.per_example(self.step_size * share, update) * update
         moved = jnp.clip(inputs + moved, low, high) - inputs
 
-        change = jnp.where(state.adversarial, share, -share) * self.threshold_step
+        change = jnp.where(state.beyond, share, -share) * self.threshold_step
         threshold = jnp.clip(state.threshold + change, 0.0, 1.0)
         kept = jnp.abs(moved) >= norms.per_example(threshold * (high - low), moved)
         point = jnp.where(kept & (moved != 0), jnp.clip(inputs + moved, low, high), inputs)
@@ -172,5 +171,8 @@ class _SigmaZero(Method):
         gradient, logits, gain = gain_gradient(problem, problem.goal, losses.margin, point)
         adversarial = problem.goal.reached(logits)
         delta = point - inputs
-        new = _State(delta, gradient, adversarial, threshold, adam)
+        # The first steps change most entries; where a network overflows there, no gradient leads
+        # back.
+        beyond = adversarial | ~jnp.isfinite(gain)
+        new = _State(delta, gradient, beyond, threshold, adam)
         return new, Seen(adversarial, gain, point=point, distance=norms.distance(delta, "l0"))
