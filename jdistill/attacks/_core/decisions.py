@@ -18,6 +18,9 @@ from jdistill.typing import Array
 
 # The clean input, one more point, and the verification.
 _LEAST_QUERIES = 3
+# From so many on it pays to compile loops over fewer rows, for the examples that run out of starts
+# or whose walk ends: each takes as long as some hundreds of queries.
+_MANY_QUERIES = 1000
 # By what share of the distance a point is closer: more than rounding, which must not decide where
 # points of equal distance are compared.
 CLOSER = 1e-5
@@ -44,6 +47,10 @@ class DecisionMethod(Method):
     def num_events(self) -> int:  # type: ignore[override]
         # The clean input is asked before them, the result after.
         return self.num_queries - 2
+
+    @property
+    def narrows(self) -> bool:  # type: ignore[override]
+        return self.num_queries >= _MANY_QUERIES
 
     def start(self, problem: Problem, starting: Array, event: Array) -> Array:
         """The next start `[B, ...]` of the examples without an adversarial so far."""
