@@ -54,7 +54,7 @@ _LONGEST_NAME = 200
 
 
 def _is_offered(function: Any) -> bool:
-    """Whether settings are all it needs: wrappers take functions, `universal` all examples."""
+    """Attacks that need settings alone: wrappers take functions, `universal` all examples."""
     parameters = inspect.signature(function).parameters
     if tuple(parameters)[: len(_FIRST)] != _FIRST:
         return False
@@ -128,7 +128,7 @@ def options(attack: str) -> list[Option]:
 
 
 def is_host_loop(attack: str) -> bool:
-    """Whether it is a loop on the host, which batches, reports and resumes by itself."""
+    """Attacks that are loops on the host, which batch, report, and resume by themselves."""
     return attacks.traits(ATTACKS[attack]).host_loop
 
 

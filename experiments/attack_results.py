@@ -141,7 +141,7 @@ class Folder:
 
     @property
     def shards(self) -> runtime.ShardFolder:
-        """Where `evaluate` keeps how far an attack is, until its results are saved."""
+        """Store of `evaluate` for an attack under way, until its results are saved."""
         return runtime.ShardFolder(self.path / "partial")
 
     def save_state(self, network: Trained, state: EnsembleState) -> None:

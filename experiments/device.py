@@ -39,7 +39,7 @@ FOLDER = "runs/device"
 
 
 class Run(NamedTuple):
-    """What the parts work with.
+    """Context of the parts.
 
     Attributes:
         reference: gives the CPU's numbers, or raises why there are none.
@@ -208,7 +208,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def failed(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What failed: parts that raised, and rows that did not pass."""
+    """Failures: parts that raised, and rows that did not pass."""
     found = []
     for name, entry in parts.items():
         if entry["status"] == "failed":

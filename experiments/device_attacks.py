@@ -64,7 +64,7 @@ class Case(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What an attack did on one network; arrays `[N]`.
+    """Outcome of an attack on one network; arrays `[N]`.
 
     Attributes:
         success: bool.
@@ -146,7 +146,7 @@ def _cases_of(attack: Callable[..., attacks.AttackResult]) -> list[Case]:
 
 @functools.cache
 def _required() -> dict[str, Any]:
-    """What attacks take that are made of others."""
+    """Settings of attacks that are made of others."""
     pgd = functools.partial(attacks.pgd, eps=_EPS["linf"], num_steps=_COUNTS["num_steps"])
     deepfool = functools.partial(attacks.deepfool, norm="linf", num_steps=_COUNTS["num_steps"])
     model, variables = network(NETWORKS[0])

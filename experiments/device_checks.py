@@ -39,7 +39,7 @@ Row = dict[str, Any]
 
 
 class Reference(NamedTuple):
-    """What a CPU gave.
+    """Reference of a CPU.
 
     Attributes:
         meta: `versions`, `xla_flags`, `sources` (a hash of the library's), `num_images`, `losses`,
@@ -104,7 +104,7 @@ def write_reference(
 
 
 def read_reference(path: str | os.PathLike) -> Reference:
-    """What `write_reference` wrote.
+    """Reference that `write_reference` wrote.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -132,7 +132,7 @@ def read_reference(path: str | os.PathLike) -> Reference:
 
 
 def stale(reference: Reference) -> bool:
-    """Whether the library has changed since the reference was made."""
+    """Check for a library that has changed since the reference was made."""
     return reference.meta["sources"] != _sources()
 
 

@@ -1,4 +1,4 @@
-"""What `python -m experiments.device` times, with the functions of `experiments.bench`.
+"""Times of `python -m experiments.device`, with the functions of `experiments.bench`.
 
 Each function is a part of the run: it yields rows as dictionaries that JSON can hold.
 """
@@ -30,7 +30,7 @@ _EPS = {"linf": 0.1, "l2": 1.5}  # as in experiments/README.md
 
 
 class Sizes(NamedTuple):
-    """How much is timed.
+    """Amounts to time.
 
     Attributes:
         repeats: calls that count, after one that warms up; those that take long have fewer.

@@ -267,7 +267,7 @@ def comparisons_over_seeds(chains: Sequence[Chain]) -> list[Row]:
 
 
 class _Quantity(NamedTuple):
-    """What students are compared in, and the title of the attack where there is one."""
+    """Quantities that students are compared in, and the title of the attack where there is one."""
 
     name: str
     title: str | None

@@ -20,7 +20,7 @@ from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
 
 
 class Budget(NamedTuple):
-    """What an attack may do: move an input by at most `eps` in a norm."""
+    """Budget of an attack: move an input by at most `eps` in a norm."""
 
     norm: str
     eps: float

@@ -100,7 +100,7 @@ class Runs(NamedTuple):
         return compute
 
     def announcer(self, stage: str, units: list[Unit]) -> "Announcer":
-        """What tells the callback how far the units are."""
+        """Announcer of the progress of the units."""
         return Announcer(self.callback, stage, units)
 
     def map(
@@ -124,7 +124,7 @@ class Runs(NamedTuple):
 
 
 class Announcer:
-    """What the callback is told: after each unit, and inside one."""
+    """Announcements to the callback, after each unit and inside one."""
 
     def __init__(self, callback: Callback | None, stage: str, units: list[Unit]) -> None:
         self._callback, self._stage = callback, stage

@@ -65,7 +65,7 @@ class Shards(NamedTuple):
         return Piece(AttackResult(**shard, info=info), finite)  # type: ignore[arg-type]
 
     def read_part(self, place: Place) -> np.ndarray | None:
-        """How far a stopped run got with the place; None where nothing that fits was kept."""
+        """State of a stopped run at the place; None where nothing that fits was kept."""
         shard = self.store.get(self.names[place] + _PART)
         if shard is None or str(shard["settings"]) != self._text(place):
             return None

@@ -101,7 +101,7 @@ def _one_step(run: Run) -> str:
 
 
 def _more_steps(key: AttackKey, of: AttackKey) -> bool:
-    """Whether an attack is as another one of a single step, and takes more of them."""
+    """Attacks that are as another one of a single step, and take more of them."""
     same = key.budget == of.budget and key.facts.access == of.facts.access
     return same and key.facts.follows == of.facts.follows and key.facts.handicap is None
 

@@ -13,7 +13,7 @@ from jdistill.report._table import FACTS, Row, blank, checked, sort_key
 
 
 class Facts(NamedTuple):
-    """What rows say of their attack, as `jdistill.attacks.Traits`; None where they do not."""
+    """Facts in the rows of an attack, as `jdistill.attacks.Traits`; None where there are none."""
 
     title: str | None = None
     access: str | None = None
@@ -25,7 +25,7 @@ class Facts(NamedTuple):
 
 @dataclass(frozen=True)
 class AttackKey:
-    """What tells two attacks of a report apart, and the facts of the attack, which do not.
+    """Key of an attack in a report, and the facts of the attack, which do not tell two apart.
 
     `eps` is None for a minimum-norm attack, and for one that no norm bounds.
     """
@@ -37,12 +37,12 @@ class AttackKey:
 
     @property
     def budget(self) -> tuple[str, float | None]:
-        """What is the same for attacks that compare."""
+        """Norm and radius, the same for attacks that compare."""
         return self.norm, self.eps
 
     @property
     def has_no_norm(self) -> bool:
-        """Whether no norm bounds it and it seeks no small distance."""
+        """True where no norm bounds it and it seeks no small distance."""
         return self.eps is None and self.facts.minimum_norm is False
 
 
@@ -216,7 +216,7 @@ def attack_key(row: Row) -> AttackKey:
 
 
 def facts(row: Row) -> Facts:
-    """What a row says of its attack."""
+    """Facts in a row of its attack."""
     found = {name: row.get(name) for name in FACTS}
     found = {name: None if blank(value) else value for name, value in found.items()}
     if found["minimum_norm"] is not None:

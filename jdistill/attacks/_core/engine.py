@@ -396,8 +396,8 @@ class Counter:
         del trace
         events = method.most_events()
         begun, each = method.passes_at_start, method.passes
-        self.add(Passes(begun.forward + each.forward * events + 1, 0))
-        self.add(Passes(0, begun.backward + each.backward * events))
+        forward = begun.forward + each.forward * events + 1
+        self.add(Passes(forward, begun.backward + each.backward * events))
         return untried(problem)
 
 

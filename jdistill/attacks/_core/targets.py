@@ -76,7 +76,7 @@ class Starts:
         return self.num_restarts * (self.num_targets or 1)
 
     def is_last(self, start: Array) -> Array:
-        """Whether each example's start `[B]` is its last one."""
+        """Mask of the examples whose start `[B]` is their last one, `[B]` bool."""
         left = jnp.clip(self.num_ranks - self.first_target, 1, self.num_targets or 1)
         return start + 1 >= left * self.num_restarts
 
