@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from jdistill import attacks, losses, nets, parallel
-from jdistill.attacks._core import chunks, engine
+from jdistill.attacks._core import chunks, engine, handlers
 from jdistill.attacks._core import problem as problems
-from jdistill.attacks._core.engine import Counter, Method, Passes, Seen, register, static
+from jdistill.attacks._core.engine import Method, Passes, Seen, register, static
+from jdistill.attacks._core.handlers import Counter
 from tests import tiny
 
 BATCH = 70
@@ -259,10 +260,10 @@ def test_chunks_leave_traced_calls_alone():
 
 def test_the_maximizing_form_takes_all_steps_and_judges_nothing():
     method, problem = walk([0.3, 0.01, -0.3], start=[0.0, 0.0, 0.7])
-    points = engine.maximized(method, problem)
+    points = handlers.maximized(method, problem)
     np.testing.assert_allclose(points[:, 0], [3.0, 0.1, -2.3], atol=1e-5)
     refused = pytest.raises(ValueError, match="expected a fixed-budget attack")
-    with refused, engine.handled_by(engine.Maximizer()):
+    with refused, engine.handled_by(handlers.Maximizer()):
         engine.run(*walk([0.3], minimum_norm=True))
 
 

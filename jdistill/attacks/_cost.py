@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from jdistill import _validate
 from jdistill.attacks._core import engine
-from jdistill.attacks._core.engine import Counter, Passes
+from jdistill.attacks._core.engine import Passes
+from jdistill.attacks._core.handlers import Counter
 from jdistill.typing import Array
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jdistill.attacks._core import engine
-from jdistill.attacks._core.engine import Maximizer
+from jdistill.attacks._core.handlers import Maximizer
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jdistill._precision import full_precision
-from jdistill.attacks._core import engine
+from jdistill.attacks._core import handlers
 from jdistill.attacks._core.engine import Passes, select
 from jdistill.attacks._core.problem import AttackResult, Problem, prepare
 from jdistill.attacks._core.traits import Settings, facts, traits
@@ -113,8 +113,8 @@ def transfer(
         bounds=bounds,
         targets=problem.goal.targets,
     )
-    if engine.counts(Passes(2, 0)):
-        return engine.untried(problem)
+    if handlers.counts(Passes(2, 0)):
+        return handlers.untried(problem)
     with full_precision():
         return _judge(problem, crafted)
 

@@ -10,7 +10,7 @@ import numpy as np
 from jdistill import _validate, losses, norms
 from jdistill._precision import full_precision
 from jdistill._pytree import as_pytree
-from jdistill.attacks._core import engine
+from jdistill.attacks._core import engine, handlers
 from jdistill.attacks._core.engine import Method, Passes, Progress, Seen, register, static
 from jdistill.attacks._core.problem import AttackResult, Problem, prepare, refuse_tracers
 from jdistill.attacks._core.traits import by_loss, facts, with_loss
@@ -118,8 +118,8 @@ def universal(
     ball = as_float(eps), as_float(np.inf if loss_cap is None else loss_cap)
     size = problem.inputs.shape[0]
     delta = jnp.zeros(problem.inputs.shape[1:], problem.inputs.dtype)
-    if engine.counts(Passes(2 + num_epochs, num_epochs)):
-        return engine.untried(problem)
+    if handlers.counts(Passes(2 + num_epochs, num_epochs)):
+        return handlers.untried(problem)
     with full_precision():
         clean, logits = np.zeros(size, bool), []
         for rows, real in _chunks(np.arange(size), batch_size):

@@ -207,6 +207,11 @@ def handled_by(handler: Handler) -> Iterator[None]:
         _handler.reset(token)
 
 
+def current_handler() -> Handler | None:
+    """The handler that methods go to, or None."""
+    return _handler.get()
+
+
 def run(method: Method, problem: Problem, *, trace: bool = False) -> AttackResult:
     """Step until every example is done, and verify.
 
@@ -345,75 +350,6 @@ def finish(method: Method, problem: Problem, carry: Carry, *, trace: bool) -> At
         **method.info(problem, state, progress, result),
     }
     return jax.lax.stop_gradient(result._replace(info=info))
-
-
-# -------------------------------------------------------------------------------------------------
-# All steps for all examples; and none at all
-
-
-@jax.jit
-def maximized(method: Method, problem: Problem) -> Array:
-    """The points `[B, ...]` after all steps of all examples, with nothing judged."""
-    state, _ = method.init(problem)
-
-    def one(event: Array, state: Any) -> Any:
-        return method.step(problem, state, jnp.full(problem.inputs.shape[:1], event))[0]
-
-    state = jax.lax.fori_loop(0, method.num_events, one, state)
-    return jax.lax.stop_gradient(method.point(problem, state))
-
-
-class Maximizer:
-    """Handler that runs the maximizing form, whose result has points and nothing else."""
-
-    on_host = False
-
-    def __call__(self, method: Method, problem: Problem, trace: bool, /) -> AttackResult:
-        """The points after all steps."""
-        del trace
-        if method.minimum_norm or method.num_events is None:
-            raise ValueError(
-                "expected a fixed-budget attack, got one that looks for the smallest distance; "
-                "pass an attack with eps, such as functools.partial(attacks.pgd, eps=8 / 255)"
-            )
-        return untried(problem)._replace(inputs=maximized(method, problem))
-
-
-class Counter:
-    """Handler that adds up what an example can cost, and runs nothing."""
-
-    on_host = False
-
-    def __init__(self) -> None:
-        self.total = Passes(0, 0)
-
-    def add(self, passes: Passes) -> None:
-        """Count these, too."""
-        self.total = Passes(*(a + b for a, b in zip(self.total, passes, strict=True)))
-
-    def __call__(self, method: Method, problem: Problem, trace: bool, /) -> AttackResult:
-        """Count a method to its end, its verification included."""
-        del trace
-        events = method.most_events()
-        begun, each = method.passes_at_start, method.passes
-        forward = begun.forward + each.forward * events + 1
-        self.add(Passes(forward, begun.backward + each.backward * events))
-        return untried(problem)
-
-
-def counts(passes: Passes) -> bool:
-    """Count passes, if a `Counter` asks; returns whether it does."""
-    handler = _handler.get()
-    if isinstance(handler, Counter):
-        handler.add(passes)
-    return isinstance(handler, Counter)
-
-
-def untried(problem: Problem) -> AttackResult:
-    """The clean inputs as failures at no cost."""
-    nothing = jnp.zeros(problem.inputs.shape[:1], jnp.int32)
-    distance = nothing.astype(problem.inputs.dtype)
-    return AttackResult(problem.inputs, nothing.astype(bool), distance, nothing, {})
 
 
 # -------------------------------------------------------------------------------------------------
