@@ -1,6 +1,7 @@
 """What every test shares: 8 CPU devices, strict broadcasting, a compilation cache on disk."""
 
 import gc
+import os
 import pathlib
 import signal
 
@@ -16,6 +17,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Compiling is most of a run's time, and a third of it buys speed that no test needs.
 jax.config.update("jax_disable_most_optimizations", True)
+# Half of the rest, which `jdistill._jax.jit` saves for what it compiles itself; XLA ends the
+# process on a flag it does not know, and that of JAX 0.12 does not.
+if jax.__version_info__ < (0, 11):
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+    )
 # A second run finds its programs here. The workers of pytest-xdist share them: two that write one
 # entry at once are rare (see `pytest_collection_modifyitems`), and a torn entry is compiled again.
 _CACHE = pathlib.Path(__file__).parents[1] / ".jax_cache" / jax.__version__

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate, losses, norms
-from jdistill._pytree import as_pytree
+from jdistill._jax import as_pytree
 from jdistill.attacks._apgd_core import APGD, State, Visited
 from jdistill.attacks._apgd_l1 import SparseAPGD
 from jdistill.attacks._core.engine import register, run, select

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jdistill import _validate, losses, norms
-from jdistill._pytree import as_pytree
+from jdistill._jax import as_pytree
 from jdistill.attacks._core.engine import Method, Passes, Seen, register, run, static
 from jdistill.attacks._core.gradient import gain_gradient
 from jdistill.attacks._core.problem import AttackResult, Problem, one_per_example, prepare

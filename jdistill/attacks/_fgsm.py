@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jdistill import _validate, losses, norms
-from jdistill._pytree import as_pytree
+from jdistill._jax import as_pytree
 from jdistill.attacks._core.engine import Method, Passes, register, run, static
 from jdistill.attacks._core.gradient import NORMS, gain_gradient
 from jdistill.attacks._core.problem import AttackResult, Problem, prepare, radius

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from jdistill import _validate, norms
-from jdistill._pytree import as_pytree
+from jdistill._jax import as_pytree
 from jdistill.attacks._core.engine import Method, Passes, Progress, Seen, register, run, static
 from jdistill.attacks._core.problem import (
     AttackResult,

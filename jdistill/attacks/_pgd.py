@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, losses, norms
-from jdistill._pytree import as_pytree
+from jdistill._jax import as_pytree
 from jdistill.attacks._core.engine import Method, Progress, Seen, register, run, select, static
 from jdistill.attacks._core.gradient import NORMS, gain_gradient
 from jdistill.attacks._core.problem import (

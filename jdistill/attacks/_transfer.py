@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jdistill._precision import full_precision
+from jdistill._jax import full_precision, jit
 from jdistill.attacks._core import handlers
 from jdistill.attacks._core.engine import Passes, select
 from jdistill.attacks._core.problem import AttackResult, Problem, prepare
@@ -119,7 +119,7 @@ def transfer(
         return _judge(problem, crafted)
 
 
-@jax.jit
+@jit
 def _judge(problem: Problem, crafted: AttackResult) -> AttackResult:
     clean_success = problem.goal.reached_clean(problem.logits_fn(problem.inputs))
     fooled = problem.goal.reached(problem.logits_fn(crafted.inputs))

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate, losses, norms
-from jdistill._precision import full_precision
-from jdistill._pytree import as_pytree
+from jdistill._jax import as_pytree, full_precision, jit
 from jdistill.attacks._core import engine, handlers
 from jdistill.attacks._core.engine import Method, Passes, Progress, Seen, register, static
 from jdistill.attacks._core.problem import AttackResult, Problem, prepare, refuse_tracers
@@ -162,14 +161,14 @@ def _rows(problem: Problem, rows: np.ndarray) -> Problem:
     return problem._replace(inputs=problem.inputs[rows], goal=goal)
 
 
-@jax.jit
+@jit
 def _judged_clean(problem: Problem) -> tuple[Array, Array]:
     """The clean logits, and which succeed already."""
     logits = problem.logits_fn(problem.inputs)
     return logits, problem.goal.reached_clean(logits)
 
 
-@functools.partial(jax.jit, static_argnames="norm")
+@functools.partial(jit, static_argnames="norm")
 def _step(
     problem: Problem,
     loss: Callable[..., Array],

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import losses
-from jdistill._precision import full_precision
-from jdistill._pytree import call
+from jdistill._jax import call, full_precision
 from jdistill.attacks._core.problem import Problem
 from jdistill.diagnose import _attacks, _probes, _thresholds
 from jdistill.diagnose._attacks import Planned, Settings

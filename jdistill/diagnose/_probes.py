@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import losses, norms
-from jdistill._precision import full_precision
+from jdistill._jax import full_precision, jit
 from jdistill.diagnose import _thresholds
 from jdistill.typing import Array, LogitsFn
 
@@ -36,7 +36,7 @@ def gradients(logits_fn: LogitsFn, inputs: Array, labels: Array, temperature: Ar
         return Gradients(*_gradients(logits_fn, inputs, labels, temperature))
 
 
-@jax.jit
+@jit
 def _gradients(logits_fn: LogitsFn, inputs: Array, labels: Array, temperature: Array) -> Array:
     logits, pullback = jax.vjp(logits_fn, inputs)
     num_classes = logits.shape[-1]
@@ -94,7 +94,7 @@ def agreement(
         return _agreement(logits_fn, keys, inputs, labels, radius, bounds)
 
 
-@jax.jit
+@jit
 def _agreement(
     logits_fn: LogitsFn,
     keys: Array,
@@ -155,7 +155,7 @@ def noise_breaks(
         )
 
 
-@functools.partial(jax.jit, static_argnames=("norm", "num_draws"))
+@functools.partial(jit, static_argnames=("norm", "num_draws"))
 def _noise_breaks(
     logits_fn: LogitsFn,
     keys: Array,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate, attacks, metrics, nets
+from jdistill._jax import jit
 from jdistill.attacks import AttackResult
 from jdistill.attacks._core.chunks import run_in_chunks
 from jdistill.attacks._core.problem import example_keys
@@ -382,8 +383,8 @@ def _of_all_hosts(units: list[Unit], kept: Shards) -> dict[Any, Piece]:
     return {place: piece for place, piece in pieces.items() if piece is not None}
 
 
-@jax.jit
-def _finite(logits_fn: LogitsFn, inputs: Array) -> Array:
+@jit
+def _finite(logits_fn: LogitsFn, inputs: Array) -> Any:
     return jnp.all(jnp.isfinite(logits_fn(inputs)), axis=-1)
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jdistill import _validate, data, nets
-from jdistill._precision import full_precision
+from jdistill._jax import full_precision, jit
 from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
 
 Place = tuple[int, int]  # (network, batch)
@@ -161,7 +161,7 @@ def joined(pieces: Mapping[Place, Any]) -> Any:
 @functools.lru_cache(maxsize=64)
 def _jit(fun: Callable[..., Any]) -> Callable[..., Any]:
     """One compiled function for each `fun`."""
-    return jax.jit(fun)
+    return jit(fun)
 
 
 @functools.lru_cache(maxsize=64)

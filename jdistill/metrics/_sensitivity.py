@@ -10,8 +10,7 @@ import numpy as np
 import optax
 
 from jdistill import _validate
-from jdistill._precision import full_precision
-from jdistill._pytree import as_pytree
+from jdistill._jax import as_pytree, full_precision, jit
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 # log10 of the edges of Papernot et al. 2016: 0, 1e-40, …, 1e-5, 1e-3, 1; and, so that
@@ -41,7 +40,7 @@ def sensitivity_logits(logits_fn: LogitsFn, inputs: Array) -> Array:
         return _sensitivity_logits(as_pytree(logits_fn), inputs)
 
 
-@jax.jit
+@jit
 def _sensitivity_logits(logits_fn: LogitsFn, inputs: Array) -> Array:
     gradient = jax.grad(lambda x: jnp.sum(logits_fn(x)))(inputs)
     return jnp.mean(jnp.abs(gradient), axis=tuple(range(1, gradient.ndim)))
@@ -84,7 +83,7 @@ def log10_sensitivity_softmax(
         return _log10_sensitivity_softmax(as_pytree(logits_fn), inputs, temperature)
 
 
-@jax.jit
+@jit
 def _log10_sensitivity_softmax(logits_fn: LogitsFn, inputs: Array, temperature: ArrayLike) -> Array:
     rows = (inputs.shape[0], math.prod(inputs.shape[1:]))
     logits, pullback = jax.vjp(logits_fn, inputs)
@@ -169,7 +168,7 @@ def zero_gradient(
         return _zero_gradient(as_pytree(logits_fn), inputs, jnp.asarray(labels), temperature)
 
 
-@jax.jit
+@jit
 def _zero_gradient(
     logits_fn: LogitsFn, inputs: Array, labels: Array, temperature: ArrayLike
 ) -> Array:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate
+from jdistill._jax import jit
 from jdistill.nets._convolution import conv_general_dilated
 from jdistill.nets._pooling import max_pool
 from jdistill.typing import Array, PyTree
@@ -254,6 +255,6 @@ def init(model: nn.Module, key: Array, input_shape: tuple[int, ...]) -> tuple[Py
 
 
 # Compiled, because the forward pass that `Module.init` runs to learn the shapes then costs nothing.
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jit, static_argnums=(0, 1))
 def _draw(model: nn.Module, input_shape: tuple[int, ...], key: Array) -> PyTree:
     return model.init(key, jnp.zeros((1, *input_shape), jnp.float32))

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jdistill._xla_flags import CPU_FLAG_VALUE
+from jdistill._jax import CPU_FLAG_VALUE
 from jdistill.typing import Array
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")

@@ -14,7 +14,7 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
 from jdistill import _files
-from jdistill._xla_flags import CPU_FLAG, CPU_FLAG_VALUE
+from jdistill._jax import CPU_FLAG, CPU_FLAG_VALUE
 from jdistill.runtime._records import check_writable
 
 logger = logging.getLogger("jdistill")

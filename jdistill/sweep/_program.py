@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jdistill import data
-from jdistill._precision import full_precision
+from jdistill._jax import full_precision
 from jdistill.train import TrainState, TrainStep, logits_fn
 from jdistill.typing import Array, Batch, LossFn, Metrics
 

@@ -7,8 +7,7 @@ import jax
 import numpy as np
 
 from jdistill import _validate, data, nets, parallel
-from jdistill._precision import full_precision
-from jdistill._pytree import call
+from jdistill._jax import call, full_precision
 from jdistill.train._step import TrainState, TrainStep, logits_fn
 from jdistill.typing import Callback, LogitsFn, LossFn, Metrics
 

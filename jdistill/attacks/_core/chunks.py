@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jdistill._jax import jit
 from jdistill.attacks._core import engine
 from jdistill.attacks._core.engine import Carry, Method
 from jdistill.attacks._core.problem import AttackResult, Problem
@@ -17,9 +18,9 @@ from jdistill.attacks._core.problem import AttackResult, Problem
 # Seconds that a chunk should take; between these nothing is changed.
 _SHORTEST, _LONGEST = 0.5, 2.0
 
-_start = jax.jit(engine.start, static_argnames="trace")
-_advance = jax.jit(engine.advance)
-_finish = jax.jit(engine.finish, static_argnames="trace")
+_start = jit(engine.start, static_argnames="trace")
+_advance = jit(engine.advance)
+_finish = jit(engine.finish, static_argnames="trace")
 
 
 class Chunks:

@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, norms
-from jdistill._precision import full_precision
+from jdistill._jax import full_precision, jit
 from jdistill.attacks._core.problem import AttackResult, Problem
 from jdistill.typing import Array, PyTree
 
@@ -234,7 +234,7 @@ def run(method: Method, problem: Problem, *, trace: bool = False) -> AttackResul
         return _run(method, problem, trace=trace)
 
 
-@functools.partial(jax.jit, static_argnames="trace")
+@functools.partial(jit, static_argnames="trace")
 def _run(method: Method, problem: Problem, *, trace: bool) -> AttackResult:
     carry = start(method, problem, trace=trace)
     return finish(method, problem, advance(method, problem, carry), trace=trace)

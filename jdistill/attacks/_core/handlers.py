@@ -5,13 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jdistill._jax import jit
 from jdistill.attacks._core import engine
 from jdistill.attacks._core.engine import Method, Passes
 from jdistill.attacks._core.problem import AttackResult, Problem
 from jdistill.typing import Array
 
 
-@jax.jit
+@jit
 def maximized(method: Method, problem: Problem) -> Array:
     """The points `[B, ...]` after all steps of all examples, with nothing judged."""
     state, _ = method.init(problem)

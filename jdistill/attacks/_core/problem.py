@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate, losses
-from jdistill._pytree import call
+from jdistill._jax import call
 from jdistill.nets import callable_logits_fn
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
@@ -201,7 +201,7 @@ def refuse_tracers(name: str, *arguments: Any) -> None:
 
 def _num_classes(logits_fn: LogitsFn, inputs: Array) -> int:
     """The network's K, from its shapes alone; the trace is cached by jit, so this is cheap."""
-    logits = call.eval_shape(logits_fn, inputs)
+    logits = jax.eval_shape(call, logits_fn, inputs)
     shape = logits.shape
     if len(shape) != 2 or shape[0] != inputs.shape[0] or shape[1] < 2:
         raise ValueError(

@@ -1,0 +1,78 @@
+"""JAX's settings as the library uses them: precision, compiler options, functions as arguments."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+
+# The XLA flag for convolutions on CPU: `runtime` sets it, `nets` looks whether it is set. Lone
+# convolutions go to Eigen, not to the YNN library, which is slow at them.
+CPU_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+CPU_FLAG_VALUE = "-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
+
+# XLA's newer way to compile fused loops on CPU takes up to half of an attack's compile time, and
+# the attack is no faster for it.
+_CPU_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def full_precision() -> contextlib.AbstractContextManager[Any]:
+    """Full float32 matrix products unless the user chose a precision.
+
+    JAX's defaults are bfloat16 on TPU and TF32 on recent GPUs; that alone moves robust accuracy.
+    """
+    configured: str | None = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    if configured is None:
+        return jax.default_matmul_precision("highest")
+    return contextlib.nullcontext()
+
+
+def jit(fun: _F, **options: Any) -> _F:
+    """`jax.jit` with the compiler options that suit the backend.
+
+    Inside code that is compiled already the caller's options apply, as JAX allows no others.
+
+    Args:
+        fun: the function to compile.
+        **options: of `jax.jit`.
+    """
+    inner = jax.jit(fun, **options)
+    outermost = functools.cache(
+        lambda: jax.jit(fun, **options, compiler_options=_compiler_options())
+    )
+
+    @functools.wraps(fun)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # A new array is a tracer too where the caller is compiled but passes constants only.
+        leaves = jax.tree.leaves((args, kwargs, jnp.zeros(())))
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+        return (inner if traced else outermost())(*args, **kwargs)
+
+    return cast(_F, call)
+
+
+@functools.cache
+def _compiler_options() -> dict[str, bool] | None:
+    """Options for the default backend, or None for XLA's own."""
+    if jax.default_backend() != "cpu":
+        return None
+    try:
+        jax.jit(lambda: 0, compiler_options=_CPU_OPTIONS)()
+    except jax.errors.JaxRuntimeError:  # an XLA that does not know them, such as JAX 0.12's
+        return None
+    return _CPU_OPTIONS
+
+
+def as_pytree(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that jit can take as an argument: a plain one becomes static."""
+    return jax.tree_util.Partial(fun) if jax.tree_util.all_leaves([fun]) else fun
+
+
+@jit
+def call(fun: Callable[..., Any], *args: Any) -> Any:
+    """The function compiled, once for all pytrees of one structure."""
+    return fun(*args)
