@@ -1,5 +1,6 @@
 """The wheel holds the library alone, typed, and the pins name no index and no path."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -59,3 +60,9 @@ def test_floor_pins_are_the_declared_floor():
     )
     for name, version in re.findall(r'"([a-z_\-]+)>=([0-9.]+)"', declared):
         assert pins[name] == version, name
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="one process has all tests")
+def test_tests_of_a_file_share_a_worker(request):
+    # Otherwise each worker makes and compiles what the file's tests share.
+    assert request.node.nodeid.endswith("@test_packaging.py")
