@@ -418,8 +418,10 @@ def test_result_is_what_it_says(case, targeted):
 def test_every_attack_says_how_it_went(case):
     result = run(case, MODEL, INPUTS, LABELS, trace=True)
     plain = run(case, MODEL, INPUTS, LABELS)
-    for name in ("inputs", "success", "distance", "queries"):
-        np.testing.assert_array_equal(getattr(result, name), getattr(plain, name), err_msg=name)
+    # Another program, which may round the last bit differently.
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), result[:4], plain[:4]
+    )
     assert plain.info.keys() >= {"first_success", "gradients"}
     assert "trace" not in plain.info
     first, trace = result.info["first_success"], result.info["trace"]
