@@ -5,6 +5,7 @@ Every function works on batches `[B, ...]` and treats each example alone; `eps` 
 needed there is also `"l0"`, the number of entries that are not 0.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _order, _validate
+from jdistill._jax import jit
 from jdistill.typing import Array, ArrayLike
 
 
@@ -226,10 +228,14 @@ def random_start(keys: Array, like: Array, eps: ArrayLike, norm: str) -> Array:
         ((4, 28, 28), True)
     """
     _validate.non_negative(eps=eps)
-    shape = like.shape[1:]
-    random_unit = _pick(_DIRECTIONS, norm).random_unit
-    unit = jax.vmap(lambda key: random_unit(key, shape, like.dtype))(keys)
-    return unit * per_example(eps, like)
+    _pick(_DIRECTIONS, norm)
+    return _random_units(keys, like, norm=norm) * per_example(eps, like)
+
+
+@functools.partial(jit, static_argnames="norm")
+def _random_units(keys: Array, like: Array, *, norm: str) -> Array:
+    draw = functools.partial(_DIRECTIONS[norm].random_unit, shape=like.shape[1:], dtype=like.dtype)
+    return jax.vmap(draw)(keys)
 
 
 def into_ball_and_box(

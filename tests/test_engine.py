@@ -156,11 +156,17 @@ def test_a_method_that_maximizes_goes_on_for_all():
     np.testing.assert_array_equal(result.queries, 1 + 20 + 1)
 
 
-def test_neighbors_and_rows_change_nothing():
+@pytest.fixture
+def small_inputs_count(monkeypatch):
+    """Inputs of few numbers go on in fewer rows, as large ones do."""
+    monkeypatch.setattr(engine, "_LEAST_NUMBERS", 0)
+
+
+def test_neighbors_and_rows_change_nothing(small_inputs_count):
     speed = np.random.default_rng(0).uniform(0.004, 0.3, 200)
     kinds = {"num_events": 80, "patience": np.arange(200) % 90 + 1}
     whole = result_of(speed, **kinds)
-    assert engine.row_counts(200, 80) == [100, 50, 0]
+    assert engine.row_counts((200, 1), 80) == [100, 50, 0]
     for rows in (slice(0, 3), slice(3, 50)):
         part = result_of(speed[rows], num_events=80, patience=kinds["patience"][rows])
         jax.tree.map(
@@ -349,14 +355,17 @@ def test_cost_counts_without_running():
 
 
 def test_rows_are_halved_twice_and_quartered_then():
-    assert engine.row_counts(1000, 100) == [500, 250, 63, 0]
-    assert engine.row_counts(500, 100) == [250, 125, 32, 0]
-    assert engine.row_counts(70, 50) == [35, 0]
-    assert engine.row_counts(62, 1000) == [0]
-    assert engine.row_counts(512, 49) == [0]
+    image = (28, 28, 1)
+    assert engine.row_counts((1000, *image), 100) == [500, 250, 63, 0]
+    assert engine.row_counts((500, *image), 100) == [250, 125, 32, 0]
+    assert engine.row_counts((70, *image), 50) == [35, 0]
+    assert engine.row_counts((62, *image), 1000) == [0]
+    assert engine.row_counts((512, *image), 49) == [0]
+    assert engine.row_counts((1000, 8, 8), 100) == [500, 0]  # a step on fewer is cheap
+    assert engine.row_counts((200, 64), 100) == [0]
 
 
-def test_each_example_takes_its_own_number_of_steps_in_few_rows():
+def test_each_example_takes_its_own_number_of_steps_in_few_rows(small_inputs_count):
     """Counted in the loop: the rows of all steps, and which examples each of them had."""
     rng = np.random.default_rng(0)
     needed = rng.integers(0, 100, size=BATCH)
@@ -372,7 +381,7 @@ def test_each_example_takes_its_own_number_of_steps_in_few_rows():
     def run(needed):
         start = (jnp.zeros(BATCH, jnp.int32), needed <= 0)
         fixed = (needed, jnp.int32(1), nets.callable_logits_fn(lambda x: 2 * x))
-        sizes = engine.row_counts(BATCH, 100)
+        sizes = engine.row_counts((BATCH, 1), 100)
         return engine.until_done(
             lambda fixed, carry: (carry[0] + 1, step(*fixed, carry[1])),
             fixed,
@@ -426,7 +435,7 @@ ATTACKS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ATTACKS)
-def test_the_result_is_that_of_all_rows_to_the_end(name, problem, monkeypatch):
+def test_the_result_is_that_of_all_rows_to_the_end(name, problem, small_inputs_count, monkeypatch):
     attack = ATTACKS[name]
     narrowed = attack(*problem)
     loops = str(jax.make_jaxpr(attack)(*problem)).count(" while[")

@@ -26,6 +26,7 @@ import contextvars
 import dataclasses
 import functools
 import itertools
+import math
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -39,10 +40,11 @@ from jdistill.attacks._core.problem import AttackResult, Problem
 from jdistill.typing import Array, PyTree
 
 # A loop is compiled once for each number of rows that it may have, so there are few of them, and
-# none where an attack takes too few steps to be worth the compilation: halves while half the rows
-# are many, and quarters then.
+# none where a step on all rows costs too little, or an attack takes too few steps, to be worth the
+# compilation: halves while half the rows are many, and quarters then.
 _FEWER = (2, 2, 4)
 _LEAST_ROWS = 32
+_LEAST_NUMBERS = 20_000  # of the inputs of these rows
 _LEAST_STEPS = 50
 
 
@@ -312,7 +314,7 @@ def advance(method: Method, problem: Problem, carry: Carry, at_most: Array | Non
         done=lambda carry: carry[1][1].done,
         sizes=[0]
         if problem.spread.over_devices or not method.narrows
-        else row_counts(problem.inputs.shape[0], _LEAST_STEPS if steps is None else steps),
+        else row_counts(problem.inputs.shape, _LEAST_STEPS if steps is None else steps),
     )
     return carry
 
@@ -399,13 +401,13 @@ def until_done(
     return carry
 
 
-def row_counts(batch_size: int, at_most: int) -> list[int]:
-    """Numbers of rows of the loops after the first, down to 0."""
+def row_counts(shape: tuple[int, ...], at_most: int) -> list[int]:
+    """Numbers of rows of the loops after the first, down to 0, for inputs of this shape."""
     counts: list[int] = []
     while at_most >= _LEAST_STEPS:
-        rows = counts[-1] if counts else batch_size
+        rows = counts[-1] if counts else shape[0]
         rows = -(-rows // _FEWER[min(len(counts), len(_FEWER) - 1)])
-        if rows < _LEAST_ROWS:
+        if rows < _LEAST_ROWS or rows * math.prod(shape[1:]) < _LEAST_NUMBERS:
             break
         counts.append(rows)
     return [*counts, 0]
