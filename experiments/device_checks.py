@@ -25,7 +25,7 @@ from experiments.device_attacks import (
     cases,
     work,
 )
-from jdistill import data, distill, nets, runtime, train
+from jdistill import data, distill, metrics, nets, runtime, train
 
 NUM_IMAGES = 64  # of each network
 SHARE = 0.99  # of the flags must be equal
@@ -189,7 +189,7 @@ def chain_accuracies(
             batch_size=32,
         )
         logits = [train.predict(train.logits_fn(step, state), test_inputs) for state in states]
-    return [float(np.mean(one.argmax(-1) == examples["test_labels"])) for one in logits]
+    return [metrics.accuracy(one, examples["test_labels"]).value for one in logits]
 
 
 def digits() -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdistill import nets
+from jdistill import metrics, nets
 from jdistill.typing import LogitsFn
 
 _REMEDY = "pass a file such as tests/parity/make_networks.py writes"
@@ -64,7 +64,7 @@ def correct_images(
     Raises:
         ValueError: the images are too few.
     """
-    (right,) = np.nonzero(np.asarray(logits_fn(jnp.asarray(inputs))).argmax(1) == labels)
+    (right,) = np.nonzero(metrics.correct(logits_fn(jnp.asarray(inputs)), labels))
     if len(right) < count:
         raise ValueError(
             f"expected batch_size <= {len(right)}, which is how many of the images the network "

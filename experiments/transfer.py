@@ -133,10 +133,14 @@ def _judge(
 ) -> Row:
     """How much of what the source was fooled by fools a network too."""
     inputs, labels = examples
-    right = [train.predict(one.logits_fn, inputs).argmax(-1) == labels for one in (network, source)]
-    counted = np.logical_and(*right)
+    counted = np.logical_and(
+        *(
+            metrics.correct(train.predict(one.logits_fn, inputs), labels)
+            for one in (network, source)
+        )
+    )
     logits = train.predict(network.logits_fn, crafted.inputs[0])
-    fooled = np.isfinite(logits).all(-1) & (logits.argmax(-1) != labels)
+    fooled = metrics.predicts(logits) & ~metrics.correct(logits, labels)
     if not counted.any():
         raise ValueError(
             f"expected examples that {networks.title(*source[:3])} and "

@@ -1,10 +1,9 @@
 """Losses, one value per example: `(logits [B, K], …) -> [B]`. The mean is the caller's.
 
 Training minimizes them; attacks maximize them (and minimize them towards a target class).
-The temperature divides the logits: `softmax(z / T)`, and may be traced.
+The temperature divides the logits: `softmax(z / T)`, and may be traced. A class whose logit is
+`-inf` is masked out: the losses are those of the other classes alone.
 """
-
-import math
 
 import jax
 import jax.numpy as jnp
@@ -148,9 +147,12 @@ def soft_margin(logits: Array, labels: ArrayLike) -> Array:
         >>> bool(soft_margin(1024 * z, y) == 1024 * soft_margin(z, y))
         True
     """
-    spread = jnp.max(logits, axis=-1, keepdims=True) - jnp.mean(logits, axis=-1, keepdims=True)
-    temperature = jnp.where(spread > 0, spread, 1.0) / (4.0 + math.log(logits.shape[-1] - 1))
-    temperature = jax.lax.stop_gradient(temperature)
+    classes = ~jnp.isneginf(logits)
+    count = jnp.maximum(jnp.sum(classes, axis=-1, keepdims=True), 2)
+    mean = jnp.sum(jnp.where(classes, logits, 0.0), axis=-1, keepdims=True) / count
+    spread = jnp.max(logits, axis=-1, keepdims=True) - mean
+    divisor = 4.0 + jnp.log(count - 1.0).astype(logits.dtype)
+    temperature = jax.lax.stop_gradient(jnp.where(spread > 0, spread, 1.0) / divisor)
     others = jnp.where(_own(logits, labels), -jnp.inf, logits / temperature)
     return temperature[..., 0] * jax.nn.logsumexp(others, axis=-1) - _pick(logits, labels)
 
@@ -169,7 +171,7 @@ def dlr(logits: Array, labels: ArrayLike) -> Array:
 
     Returns:
         `[B]` float, at least -1; above 0 where the example is misclassified. Where the three
-        largest logits are equal: the margin alone.
+        largest logits are equal, or only two classes are not masked out: the margin alone.
 
     Raises:
         ValueError: fewer than three classes, labels outside `0..K-1`.
@@ -198,7 +200,8 @@ def targeted_dlr(logits: Array, labels: ArrayLike, targets: ArrayLike) -> Array:
         targets: `[B]` int in `0..K-1`.
 
     Returns:
-        `[B]` float. Where the four largest logits are equal: the numerator alone.
+        `[B]` float. Where the four largest logits are equal, or only two classes are not masked
+        out: the numerator alone.
 
     Raises:
         ValueError: fewer than four classes, labels or targets outside `0..K-1`.
@@ -212,6 +215,7 @@ def targeted_dlr(logits: Array, labels: ArrayLike, targets: ArrayLike) -> Array:
         Croce & Hein 2020, section 4.1, equation 7.
     """
     first, _, third, fourth = _largest(logits, 4, "targeted_dlr")
+    fourth = jnp.where(jnp.isneginf(fourth), third, fourth)
     gap = _pick(logits, targets) - _pick(logits, labels)
     return gap / _or_one(first - 0.5 * (third + fourth))
 
@@ -277,8 +281,8 @@ def _largest(logits: Array, count: int, name: str) -> tuple[Array, ...]:
 
 
 def _or_one(value: Array) -> Array:
-    """The value, or 1 where it is 0: a quotient is then finite, and so is its gradient."""
-    return jnp.where(value == 0, 1.0, value)
+    """The value, or 1 where it is 0 or infinite: a quotient then has a finite gradient."""
+    return jnp.where((value == 0) | jnp.isinf(value), 1.0, value)
 
 
 def _own(logits: Array, labels: ArrayLike) -> Array:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jdistill import attacks, losses, nets
+from jdistill import attacks, losses, metrics, nets
 from tests import tiny
 
 
@@ -321,6 +321,11 @@ def numpy_logits(logits_fn, inputs):
     flat = np.asarray(inputs, np.float64).reshape(-1, D)
     hidden = np.tanh((flat - 0.5) @ weights["first"])
     return hidden @ weights["second"] + flat @ weights["linear"] + weights["bias"]
+
+
+def nets_call(logits_fn, inputs):
+    """The logits, by the program that attacks judge the clean input with."""
+    return jax.jit(lambda f, x: f(x))(logits_fn, inputs)
 
 
 def call(case, logits_fn, inputs, labels, *, key=KEY, eps=None, **kwargs):
@@ -639,16 +644,50 @@ def test_minimum_norm_attacks_find_the_optimum(case, targeted):
 
 
 @all_cases
-def test_a_tie_is_no_success(case):
+def test_a_tie_is_no_success_of_an_attack_and_no_merit_of_a_network(case):
     linear = np.ones((D, K))
     tied = part(linear=linear, bias=[0, 0, -1, -1])
-    for label in (0, 1):
-        assert not np.any(run(case, tied, INPUTS, np.full(B, label)).success)
+    assert not np.any(run(case, tied, INPUTS, np.zeros(B, int)).success)
+    # `argmax` takes the first of the largest: wrong to begin with, as accuracy has it.
+    wrong = run(case, tied, INPUTS, np.ones(B, int))
+    assert np.all(wrong.success)
+    np.testing.assert_array_equal(wrong.distance, 0)
+    np.testing.assert_array_equal(wrong.info["first_success"], 0)
     result = run(case, tied, INPUTS, np.full(B, 2), targets=np.full(B, 0))
     assert not np.any(result.success)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("labels", [np.arange(B) % K, LABELS], ids=["any labels", "right labels"])
+@pytest.mark.parametrize(
+    "weights",
+    [{"linear": np.zeros((D, K))}, {"offset": 1e7}, {"offset": -3e7}],
+    ids=["all equal", "1e7 on all", "-3e7 on all"],
+)
+@all_cases
+def test_robust_accuracy_is_at_most_accuracy(case, weights, labels):
+    offset = np.full(K, weights.get("offset", 0.0))
+    model = part(linear=weights["linear"]) if "linear" in weights else make(bias=offset)
+    right = metrics.correct(np.asarray(nets_call(model, INPUTS)), labels)
+    result = run(case, model, INPUTS, labels)
+    assert np.all(result.success | right)
+    assert np.mean(~result.success) <= metrics.accuracy(nets_call(model, INPUTS), labels).value
+
+
+@all_cases
+def test_a_class_that_is_masked_out_is_no_class(case):
+    far, masked = (make(bias=[0, 0, 0, value]) for value in (-30.0, -np.inf))
+    labels = np.where(LABELS == 3, 0, LABELS)
+    expected, result = (run(case, model, INPUTS, labels) for model in (far, masked))
+    assert np.all(np.isfinite(result.inputs))
+    assert np.sum(expected.success != result.success) <= 1
+    found = expected.success & result.success
+    assert found.sum() >= 3
+    if not case.budget:
+        ratio = np.median(result.distance[found]) / np.median(expected.distance[found])
+        assert ratio <= 1.15, ratio
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
 @all_cases
 def test_broken_logits_of_an_adversarial_are_no_success(case, bad):
     # Right while the sum is below D / 2; across that boundary the last logit is broken.
@@ -667,7 +706,7 @@ def test_broken_logits_of_an_adversarial_are_no_success(case, bad):
         assert np.all(np.isinf(result.distance))
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])  # all logits
 @all_cases
 def test_broken_clean_logits_count_as_misclassified_and_stay_alone(case, bad):
     inputs = INPUTS.copy()

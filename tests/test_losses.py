@@ -258,3 +258,40 @@ def test_labels_out_of_range_are_named(name, bad):
     labels[1] = bad
     with pytest.raises(ValueError, match=f"expected labels in 0..*got {bad} at index 1"):
         getattr(losses, name)(LOGITS, labels)
+
+
+@pytest.mark.parametrize("num_masked", [1, 2, 3])
+def test_a_class_that_is_masked_out_is_no_class(num_masked):
+    rng = np.random.default_rng(0)
+    logits, labels = jnp.asarray(rng.normal(0, 3, (20, 5)), jnp.float32), rng.integers(5, size=20)
+    targets = (labels + 1) % 5
+    more = jnp.full((20, num_masked), -jnp.inf)
+    every = {
+        "cross_entropy": lambda z: losses.cross_entropy(z, labels),
+        "soft_cross_entropy": lambda z: losses.soft_cross_entropy(z, jnp.eye(z.shape[1])[labels]),
+        "margin": lambda z: losses.margin(z, labels),
+        "soft_margin": lambda z: losses.soft_margin(z, labels),
+        "dlr": lambda z: losses.dlr(z, labels),
+        "targeted_dlr": lambda z: losses.targeted_dlr(z, labels, targets),
+    }
+    for name, loss in every.items():
+        masked = lambda z, loss=loss: loss(jnp.concatenate([z, more], 1))  # noqa: E731
+        np.testing.assert_allclose(masked(logits), loss(logits), rtol=1e-5, err_msg=name)
+        ours, theirs = (jax.grad(lambda z, f=f: f(z).sum())(logits) for f in (masked, loss))
+        np.testing.assert_allclose(ours, theirs, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("left", [2, 3])
+def test_few_classes_left_are_enough(left):
+    """What needs three or four classes falls back where masks leave fewer."""
+    logits = jnp.array([[2.0, 1.0, 0.5][:left] + [-jnp.inf] * (5 - left)])
+    label, target = np.array([0]), np.array([1])
+    expected = -1.0 if left == 2 else -1 / 1.5
+    for loss in (
+        lambda z: losses.dlr(z, label),
+        lambda z: losses.targeted_dlr(z, label, target),
+    ):
+        np.testing.assert_allclose(loss(logits), [expected], rtol=1e-6)
+        gradient = jax.grad(lambda z, loss=loss: loss(z).sum())(logits)
+        assert np.all(np.isfinite(gradient))
+        assert gradient[0, 0] < 0 < gradient[0, 1]

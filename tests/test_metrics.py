@@ -74,11 +74,23 @@ def test_correct_against_argmax_and_refuses_broken_logits():
     logits = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
     labels = np.arange(50) % 3
     np.testing.assert_array_equal(metrics.correct(logits, labels), logits.argmax(1) == labels)
-    for bad in (np.nan, np.inf, -np.inf):
+    for bad in (np.nan, np.inf):
         for position in range(3):
             broken = np.array([[3.0, 2.0, 1.0]], np.float32)
             broken[0, position] = bad
             assert not metrics.correct(broken, [0])[0]
+    masked = np.array([[-np.inf, 2.0, 1.0]] * 3)
+    assert metrics.correct(masked, np.arange(3)).tolist() == [False, True, False]
+    assert not metrics.correct(np.full((1, 3), -np.inf), [0])[0]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, jnp.bfloat16, np.float16])
+def test_correct_takes_the_first_of_the_largest(dtype):
+    tied = np.asarray([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]], dtype)
+    if dtype != np.float64:
+        np.testing.assert_array_equal(metrics.correct(jnp.asarray(tied), [0, 1]), [True, True])
+    assert metrics.correct(tied, np.array([0, 1])).tolist() == [True, True]
+    assert metrics.correct(tied, np.array([1, 2])).tolist() == [False, False]
 
 
 def test_accuracy_counts_what_the_mask_keeps():

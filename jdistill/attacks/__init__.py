@@ -12,10 +12,12 @@ The contract of every attack:
 * `logits_fn` is a pytree that carries its weights (`jdistill.nets.logits_fn`), so that new
   weights, a new `eps` or a new temperature compile nothing. A plain function works as well.
 * Success: the best other logit is strictly above the true class's (targeted: the target's is
-  strictly above all others), and every logit is finite. It is checked again by a forward pass on
-  the returned inputs. An example that already succeeds is returned unchanged, at distance 0
-  after one query. Clean logits that are not finite count as misclassified: for an untargeted
-  attack that is a success already, for a targeted one the search begins there.
+  strictly above all others), and the logits are a prediction (`metrics.predicts`: no NaN, a finite
+  maximum; `-inf` masks a class out). It is checked again by a forward pass on the returned inputs.
+* A clean example is wrong where `metrics.correct` says so, which is what accuracy counts: `argmax`
+  is another class, ties included, or the logits are no prediction. It is returned unchanged, a
+  success at distance 0 after one query, so robust accuracy is never above accuracy. A targeted
+  attack begins there unless the prediction is the target.
 * Every example stands alone: its randomness comes from its own key (`fold_in(key, index)`, or the
   `[B]` keys given), and no sum over the batch decides anything. A number that can differ by example
   is a scalar or `[B]`. Between batches of different sizes only rounding differs, where the
@@ -23,7 +25,7 @@ The contract of every attack:
   result, where the `logits_fn` itself takes one.
 * Examples that are done stop costing: an attack that may take 50 steps or more, and ends at a
   different time for each example, goes on in half as many rows when half of its examples are done,
-  and so on down to 32. So a `logits_fn`, a loss, and whatever else an attack calls must not hold
+  and so on while a row is worth a compilation. So a `logits_fn`, a loss, and whatever else an attack calls must not hold
   arrays `[B, ...]` (but see `maximize`).
 * Matrix products run at full float32 precision unless `jax_default_matmul_precision` is set.
 

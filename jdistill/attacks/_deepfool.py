@@ -162,7 +162,8 @@ class _DeepFool(Method):
         inputs, goal, (low, high) = problem.inputs, problem.goal, problem.bounds
         logits, pull_back = jax.vjp(problem.logits_fn, self.point(problem, state))
         excess = goal.excess(logits)
-        rounding = jnp.finfo(inputs.dtype).eps * jnp.max(jnp.abs(logits), axis=1)
+        largest = jnp.max(jnp.abs(logits), axis=1, where=~jnp.isneginf(logits), initial=0.0)
+        rounding = jnp.finfo(inputs.dtype).eps * largest
         # Otherwise the verification might fail, and the attack return nothing.
         success = goal.reached(logits) & (excess > _BEYOND_ROUNDING * rounding)
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jdistill import _validate, norms
+from jdistill import _validate, metrics, norms
 from jdistill.attacks._core.constant_search import per_example_adam
 from jdistill.attacks._core.engine import Method, Passes, Seen, register, run, select, static
 from jdistill.attacks._core.problem import (
@@ -237,7 +237,7 @@ def _ascent(
 def _margin(problem: Problem, goal: Goal, inputs: Array) -> tuple[Array, Array]:
     """The margin towards the goal `[B]`, NaN where logits are broken; whether it is reached."""
     logits = problem.logits_fn(inputs)
-    finite = jnp.all(jnp.isfinite(logits), axis=-1)
+    finite = metrics.predicts(logits)
     return jnp.where(finite, goal.excess(logits), jnp.nan), goal.reached(logits)
 
 

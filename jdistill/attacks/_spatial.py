@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdistill import _validate
+from jdistill import _validate, metrics
 from jdistill.attacks._core.engine import Method, Passes, Progress, Seen, register, run, select
 from jdistill.attacks._core.problem import (
     AttackResult,
@@ -191,7 +191,7 @@ class _Spatial(Method):
         )
         candidate = jnp.clip(candidate, *problem.bounds)
         logits = problem.logits_fn(candidate)
-        finite = jnp.all(jnp.isfinite(logits), axis=-1)
+        finite = metrics.predicts(logits)
         excess = jnp.where(finite, problem.goal.excess(logits), -jnp.inf)
         tried = _State(candidate, excess, parameters)
         worst = select(excess > state.excess, tried, state)

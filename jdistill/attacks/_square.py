@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jdistill import _validate, norms
+from jdistill import _validate, metrics, norms
 from jdistill.attacks import _square_bumps
 from jdistill.attacks._core.engine import (
     Method,
@@ -206,7 +206,7 @@ class _Square(Method):
         restart, number = jnp.divmod(event, self.num_queries + 1)
         candidate = self._propose(problem, restart, number, state.best[0])
         logits = problem.logits_fn(candidate.reshape(problem.inputs.shape))
-        finite = jnp.all(jnp.isfinite(logits), axis=-1)
+        finite = metrics.predicts(logits)
         margin = jnp.where(finite, problem.goal.excess(logits), -jnp.inf)
 
         def better_of(pair: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -329,7 +329,7 @@ def silent_success(evidence: Evidence) -> Check:
 
 
 def finite_logits(evidence: Evidence) -> Check:
-    """NaN and infinite logits, without and under attack."""
+    """Logits that are no prediction (NaN, or no finite maximum), without and under attack."""
     outcome, figures = _doubt(evidence.standing & evidence.nonfinite)
     clean = _share(~evidence.finite)
     if outcome == "clear" and clean > 0:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jdistill import losses
+from jdistill import losses, metrics
 from jdistill._jax import call, full_precision
 from jdistill.attacks._core.problem import Problem
 from jdistill.diagnose import _attacks, _probes, _thresholds
@@ -87,8 +87,7 @@ def gather(problem: Problem, rows: Rows, settings: Settings) -> Evidence:
             return call(problem.logits_fn, inputs)
 
     logits = rows.run("clean", logits_of, everything)
-    finite = np.isfinite(logits).all(axis=1)
-    correct = finite & (logits.argmax(axis=1) == labels)
+    finite, correct = metrics.predicts(logits), metrics.correct(logits, labels)
     probe_temperature = settings.train_temperature
     if probe_temperature == 1:
         probe_temperature = own_temperature(logits[correct])
@@ -99,8 +98,8 @@ def gather(problem: Problem, rows: Rows, settings: Settings) -> Evidence:
     standing = correct & ~naive.success
     # Where it ended, seen once more, by another program.
     ended = rows.run("recheck", logits_of, correct, inputs=naive.inputs)
-    ended_finite = np.isfinite(ended).all(axis=1)
-    right_again = ~ended_finite | (ended.argmax(axis=1) == labels)
+    ended_finite = metrics.predicts(ended)
+    right_again = ~ended_finite | metrics.correct(ended, labels)
 
     broken = {usual.name: naive.success | on_path}
     plan = _attacks.others(problem, settings, probe_temperature, logits.shape[1])

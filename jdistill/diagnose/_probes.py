@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jdistill import losses, norms
+from jdistill import losses, metrics, norms
 from jdistill._jax import full_precision, jit
 from jdistill.diagnose import _thresholds
 from jdistill.typing import Array, LogitsFn
@@ -108,7 +108,7 @@ def _agreement(
         return jnp.sum(losses.margin(logits, labels)), logits
 
     gradient, logits = jax.grad(total, has_aux=True)(inputs)
-    size = jnp.max(jnp.abs(logits), axis=-1)
+    size = jnp.max(jnp.abs(logits), axis=-1, where=~jnp.isneginf(logits), initial=0.0)
     rounding = _thresholds.ROUNDING * jnp.finfo(logits.dtype).eps * size
     # Along the gradient's signs the prediction is as large as it gets, so that rounding matters
     # least. Where an entry is 0 the gradient promises that nothing happens: any sign tests that.
@@ -130,7 +130,8 @@ def _agreement(
     seen, predicted = changes(radius)
     jump = jnp.abs(seen) > _thresholds.JUMP * jnp.abs(predicted) + rounding
     again = logits_fn(inputs[::-1])[::-1]
-    difference = jnp.max(jnp.abs(again - logits), axis=-1)
+    # Two classes that are masked out both times do not differ.
+    difference = jnp.max(jnp.where(again == logits, 0.0, jnp.abs(again - logits)), axis=-1)
     return Agreement(local, jump, difference > _thresholds.REPEATS * size)
 
 
@@ -177,7 +178,6 @@ def _noise_breaks(
         else:
             noise = norms.random_start(draws, inputs, eps, norm)
         logits = logits_fn(jnp.clip(inputs + noise, *bounds))
-        finite = jnp.all(jnp.isfinite(logits), axis=-1)
-        return broken | (finite & (losses.margin(logits, labels) > 0))
+        return broken | (metrics.predicts(logits) & (losses.margin(logits, labels) > 0))
 
     return jax.lax.fori_loop(0, num_draws, draw, jnp.zeros(labels.shape, bool))

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate, attacks, metrics, nets
@@ -385,7 +384,7 @@ def _of_all_hosts(units: list[Unit], kept: Shards) -> dict[Any, Piece]:
 
 @jit
 def _finite(logits_fn: LogitsFn, inputs: Array) -> Any:
-    return jnp.all(jnp.isfinite(logits_fn(inputs)), axis=-1)
+    return metrics.predicts(logits_fn(inputs))
 
 
 @dataclasses.dataclass(frozen=True)

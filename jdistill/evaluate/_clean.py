@@ -15,15 +15,16 @@ class CleanMeasures(NamedTuple):
     Attributes:
         accuracy: `[R]` intervals over the `N` examples.
         correct: `[R, N]` bool.
-        mean_abs_logit: `[R]`, mean |z| over examples and classes: the logits' scale.
+        mean_abs_logit: `[R]`, mean |z| over examples and classes, without those at `-inf`: the
+            logits' scale.
         sensitivity_logits: `[R]`, see `metrics.sensitivity_logits`.
         log10_sensitivity_softmax: `[R]`, log10 of the mean over examples, see
             `metrics.log10_sensitivity_softmax`.
         log10_sensitivity_softmax_examples: `[R, S]`, the same for each of the first `S` examples.
         zero_gradient_fraction: `[R]`, share of those `S` examples whose cross-entropy has an
             exactly zero input gradient: what blinds FGSM and PGD.
-        num_nonfinite: `[R]` int, examples with a logit that is not finite. They count as
-            misclassified; means over logits and sensitivities are NaN with them.
+        num_nonfinite: `[R]` int, examples whose logits are no prediction (`metrics.predicts`). They
+            count as misclassified; means over logits and sensitivities are NaN with them.
         calibration: `[R]`, see `metrics.calibration`, at the test temperature.
     """
 
@@ -83,12 +84,12 @@ def clean(
     return CleanMeasures(
         accuracy=[metrics.proportion(int(row.sum()), row.size) for row in correct],
         correct=correct,
-        mean_abs_logit=np.abs(logits).mean(axis=(1, 2)),
+        mean_abs_logit=np.abs(logits).mean(axis=(1, 2), where=~np.isneginf(logits)),
         sensitivity_logits=by_logits.mean(axis=1) * runs.temperatures,
         log10_sensitivity_softmax=np.array([metrics.log10_mean(row) for row in by_softmax]),
         log10_sensitivity_softmax_examples=by_softmax,
         zero_gradient_fraction=zero.mean(axis=1),
-        num_nonfinite=(~np.isfinite(logits).all(axis=-1)).sum(axis=1),
+        num_nonfinite=(~metrics.predicts(logits)).sum(axis=1),
         calibration=[metrics.calibration(rows, labels) for rows in divided],
     )
 

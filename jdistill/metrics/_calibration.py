@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jdistill import _validate
+from jdistill.metrics._shares import correct, predicts
 from jdistill.typing import ArrayLike
 
 
@@ -68,12 +69,12 @@ def calibration(logits: ArrayLike, labels: ArrayLike, *, num_bins: int = 15) -> 
         raise ValueError("expected at least one example, got none; pass logits [N, K]")
     _validate.class_indices(labels, batch_size=size, num_classes=num_classes)
     truth = np.asarray(labels)
-    finite: np.ndarray = np.all(np.isfinite(rows), axis=1)
+    finite = predicts(rows)
     log_probs = special.log_softmax(np.where(finite[:, None], rows, 0.0), axis=1)
     probs = np.exp(log_probs)
     one_hot = np.arange(num_classes) == truth[:, None]
 
-    right = finite & (probs.argmax(axis=1) == truth)
+    right = correct(rows, truth)
     confidence = np.where(finite, probs.max(axis=1), 1.0)
     brier = np.where(finite, ((probs - one_hot) ** 2).sum(axis=1), 2.0)
     nll = np.where(finite, -log_probs[np.arange(size), truth], np.inf)

@@ -1,9 +1,8 @@
 """Shares of examples with their intervals: accuracy, robustness, the worst case over attacks."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate
@@ -103,24 +102,44 @@ def robustness(distance: ArrayLike, success: ArrayLike, *, confidence: float = 0
     return Robustness(float(reached.mean()), float(np.median(reached)), share)
 
 
-def correct(logits: Array, labels: ArrayLike) -> Array:
-    """Whether each prediction is right: the largest logit is the label's, all logits finite.
+def predicts(logits: Array | np.ndarray) -> Any:
+    """Whether each row of logits is a prediction: no NaN, and a finite largest logit.
 
-    Independent of the temperature, which divides all logits alike.
+    A logit of `-inf` masks a class out, as networks over fewer classes do.
 
     Args:
-        logits: `[B, K]` float.
-        labels: `[B]` int.
+        logits: `[..., K]` float, NumPy's or JAX's.
 
     Returns:
-        `[B]` bool.
+        `[...]` bool.
 
     Example:
-        >>> correct(jnp.array([[2.0, 1.0], [jnp.nan, 1.0]]), jnp.array([0, 1])).tolist()
-        [True, False]
+        >>> predicts(np.array([[2.0, -np.inf], [2.0, np.inf], [np.nan, 1.0]])).tolist()
+        [True, False, False]
     """
-    finite = jnp.all(jnp.isfinite(logits), axis=-1)
-    return finite & (jnp.argmax(logits, axis=-1) == jnp.asarray(labels))
+    largest = logits.max(axis=-1)  # NaN where any logit is
+    return (largest > -np.inf) & (largest < np.inf)
+
+
+def correct(logits: Array | np.ndarray, labels: ArrayLike) -> Any:
+    """Whether each prediction is right: the first of the largest logits is the label's.
+
+    The one definition for clean examples: metrics, attacks, evaluation, and verdict share it, so
+    robust accuracy is never above accuracy, ties included. Independent of the temperature, which
+    divides all logits alike.
+
+    Args:
+        logits: `[..., K]` float, NumPy's or JAX's.
+        labels: `[...]` int.
+
+    Returns:
+        `[...]` bool; False where `predicts` is.
+
+    Example:
+        >>> correct(np.array([[2.0, 1.0], [1.0, 1.0], [np.nan, 1.0]]), np.array([0, 1, 1])).tolist()
+        [True, False, False]
+    """
+    return predicts(logits) & (logits.argmax(axis=-1) == labels)
 
 
 def accuracy(
@@ -141,12 +160,12 @@ def accuracy(
         ValueError: labels outside `0..K-1` or not `[N]`, or no example is left by the mask.
 
     Example:
-        >>> accuracy(jnp.eye(4), jnp.array([0, 1, 2, 0])).value
+        >>> accuracy(np.eye(4), np.array([0, 1, 2, 0])).value
         0.75
     """
     num_examples, num_classes = np.shape(logits)
     _validate.class_indices(labels, batch_size=num_examples, num_classes=num_classes)
-    hits = np.asarray(correct(jnp.asarray(logits), labels))
+    hits = correct(np.asarray(logits), np.asarray(labels))
     real = np.ones(hits.shape, bool) if mask is None else np.asarray(mask) > 0
     return proportion(int((hits & real).sum()), int(real.sum()), confidence=confidence)
 

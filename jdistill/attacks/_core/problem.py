@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdistill import _validate, losses
+from jdistill import _validate, losses, metrics
 from jdistill._jax import call
 from jdistill.nets import callable_logits_fn
 from jdistill.typing import Array, ArrayLike, LogitsFn
@@ -46,14 +46,13 @@ class Goal(NamedTuple):
 
     def reached(self, logits: Array) -> Array:
         """Success of each example's logits `[B, K]`, `[B]` bool; a tie or a NaN is not one."""
-        return jnp.all(jnp.isfinite(logits), axis=-1) & (self.excess(logits) > 0)
+        return metrics.predicts(logits) & (self.excess(logits) > 0)
 
     def reached_clean(self, logits: Array) -> Array:
-        """`reached` for the clean input, where non-finite logits count as misclassified."""
-        reached = self.reached(logits)
+        """`reached` for the clean input, where all that is not `metrics.correct` is."""
         if self.targets is not None:
-            return reached
-        return reached | ~jnp.all(jnp.isfinite(logits), axis=-1)
+            return self.reached(logits)
+        return ~metrics.correct(logits, self.labels)
 
     def excess(self, logits: Array) -> Array:
         """By how many logits the goal is passed (negative: missed), `[B]`."""
