@@ -88,7 +88,8 @@ def test_correct_against_argmax_and_refuses_broken_logits():
 def test_correct_takes_the_first_of_the_largest(dtype):
     tied = np.asarray([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]], dtype)
     if dtype != np.float64:
-        np.testing.assert_array_equal(metrics.correct(jnp.asarray(tied), [0, 1]), [True, True])
+        found = metrics.correct(jnp.asarray(tied), np.array([0, 1]))
+        np.testing.assert_array_equal(found, [True, True])
     assert metrics.correct(tied, np.array([0, 1])).tolist() == [True, True]
     assert metrics.correct(tied, np.array([1, 2])).tolist() == [False, False]
 

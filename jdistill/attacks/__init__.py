@@ -25,8 +25,8 @@ The contract of every attack:
   result, where the `logits_fn` itself takes one.
 * Examples that are done stop costing: an attack that may take 50 steps or more, and ends at a
   different time for each example, goes on in half as many rows when half of its examples are done,
-  and so on while a row is worth a compilation. So a `logits_fn`, a loss, and whatever else an attack calls must not hold
-  arrays `[B, ...]` (but see `maximize`).
+  and so on while that is worth a compilation. So a `logits_fn`, a loss, and whatever else an
+  attack calls must not hold arrays `[B, ...]` (but see `maximize`).
 * Matrix products run at full float32 precision unless `jax_default_matmul_precision` is set.
 
 Every result says in `info` how the search went:

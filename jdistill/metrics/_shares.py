@@ -143,7 +143,11 @@ def correct(logits: Array | np.ndarray, labels: ArrayLike) -> Any:
 
 
 def accuracy(
-    logits: Array, labels: ArrayLike, mask: ArrayLike | None = None, *, confidence: float = 0.95
+    logits: Array | np.ndarray,
+    labels: ArrayLike,
+    mask: ArrayLike | None = None,
+    *,
+    confidence: float = 0.95,
 ) -> Interval:
     """The share of right predictions with its interval.
 
