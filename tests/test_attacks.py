@@ -568,6 +568,23 @@ def test_the_box_may_be_any(case):
         assert np.any(result.distance[2:] > 0.5)
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.0, 255.0), (-1.0, 1.0)])
+@all_cases
+def test_the_same_network_in_another_box_fares_the_same(case, low, high):
+    # Settings in input units keep their defaults, which follow the box.
+    width = high - low
+    model = nets.callable_logits_fn(lambda w, u: network(w, (u - low) / width), weights_of(MODEL))
+    eps = {"eps": BUDGETS[case.norm] * (1 if case.norm == "l0" else width)} if case.budget else {}
+    expected = run(case, MODEL, INPUTS, LABELS)
+    result = run(case, model, low + width * INPUTS, LABELS, bounds=(low, high), **eps)
+    assert np.sum(result.success != expected.success) <= (2 if case.random else 1)
+    found = result.success & expected.success
+    scale = 1 if case.norm == "l0" else width
+    if not case.budget:
+        ratio = np.median(result.distance[found] / scale) / np.median(expected.distance[found])
+        assert 0.9 <= ratio <= 1.1, ratio
+
+
 @for_each("name", {name: name for name in ("fgsm-linf", "pgd-l2", "carlini_wagner_l2")})
 def test_one_input_axis(name):
     # Tabular inputs [B, D] behave as images [B, ...] of the same numbers.

@@ -145,8 +145,8 @@ class _CarliniWagnerL0(Rounds):
         moved = _by_pixel(to_box(w, problem.bounds))
         return jnp.where(limit[:, :, None], moved, _by_pixel(problem.inputs)).reshape(w.shape)
 
-    def penalty(self, delta: Array, limit: Array) -> Array:
-        return jnp.sum(jnp.square(_by_pixel(delta)), axis=(1, 2))
+    def penalty(self, delta: Array, limit: Array, width: Array) -> Array:
+        return jnp.sum(jnp.square(_by_pixel(delta / width)), axis=(1, 2))
 
     def tighten(
         self, problem: Problem, delta: Array, gradient: Array, limit: Array

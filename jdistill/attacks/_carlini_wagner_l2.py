@@ -42,7 +42,7 @@ def carlini_wagner_l2(
 
     In the variable `w` with `x' = mid + half · tanh(w)`, which keeps `x'` inside the box, minimize
 
-        ‖x' - x‖² + c · max(0, z_y - max_{i≠y} z_i + κ)
+        ‖x' - x‖² / (high - low)² + c · max(0, z_y - max_{i≠y} z_i + κ)
 
     and search for the smallest `c` that succeeds: times 10 until the first success, then bisection.
     The margin is of the logits, so no temperature and no softmax saturation stands in the way.
@@ -133,11 +133,13 @@ class _CarliniWagnerL2(ConstantSearch):
     def step(self, problem: Problem, state: _State, event: Array) -> tuple[_State, Seen]:
         """Judge the current point, then one Adam step; a search's end begins the next one."""
         inputs, goal, const = problem.inputs, problem.goal, state.search.const
+        width = problem.bounds[1] - problem.bounds[0]
 
         def total(offset: Array) -> tuple[Array, tuple[Array, Array, Array, Array]]:
             point = to_box(self.clean_w + offset, problem.bounds)
             logits = problem.logits_fn(point)
-            squared = jnp.sum(jnp.square(point - inputs), axis=tuple(range(1, inputs.ndim)))
+            delta = (point - inputs) / width
+            squared = jnp.sum(jnp.square(delta), axis=tuple(range(1, inputs.ndim)))
             loss = squared + const * jnp.maximum(self.confidence - goal.excess(logits), 0.0)
             return jnp.sum(loss), (loss, squared, point, logits)
 

@@ -41,7 +41,7 @@ def carlini_wagner_linf(
 
     In the variable `w` with `x' = mid + half · tanh(w)`, which keeps `x'` inside the box, minimize
 
-        Σ_i max(|x'_i - x_i| - τ, 0) + c · max(0, z_y - max_{i≠y} z_i + κ)
+        Σ_i max(|x'_i - x_i| - τ, 0) / (high - low) + c · max(0, z_y - max_{i≠y} z_i + κ)
 
     until `x'` is adversarial with no entry above τ. Then τ becomes `shrink · min(τ, ‖x' - x‖∞)` and
     the next round begins at `x'`. After `num_steps` without success the round goes on with
@@ -137,8 +137,8 @@ class _CarliniWagnerLinf(Rounds):
         low, high = problem.bounds
         return jnp.full_like(self.shrink, high - low)
 
-    def penalty(self, delta: Array, limit: Array) -> Array:
-        over = jnp.maximum(jnp.abs(delta) - norms.per_example(limit, delta), 0.0)
+    def penalty(self, delta: Array, limit: Array, width: Array) -> Array:
+        over = jnp.maximum(jnp.abs(delta) - norms.per_example(limit, delta), 0.0) / width
         return jnp.sum(over, axis=tuple(range(1, delta.ndim)))
 
     def fits(self, delta: Array, limit: Array) -> Array:

@@ -26,8 +26,8 @@ def ddn(
     *,
     num_steps: int = 1000,
     gamma: ArrayLike = 0.05,
-    initial_norm: ArrayLike = 1.0,
-    step_size: ArrayLike = 1.0,
+    initial_norm: ArrayLike | None = None,
+    step_size: ArrayLike | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
     targets: ArrayLike | None = None,
     loss: Callable[..., Array] = losses.soft_margin,
@@ -59,8 +59,10 @@ def ddn(
         num_steps: gradient steps, at least 1; static. The paper has 100, 300 and 1000.
         gamma: γ, the relative change of the radius a step, in `[0.001, 0.5]`; the distance found
             is at best that exact. Scalar or `[B]`.
-        initial_norm: the first radius in input units, above 0; scalar or `[B]`.
-        step_size: the first α in input units, above 0; scalar or `[B]`.
+        initial_norm: the first radius in input units, above 0; scalar or `[B]`. None takes the
+            width of the box, as the paper does.
+        step_size: the first α in input units, above 0; scalar or `[B]`. None takes the width of the
+            box.
         bounds: the box of valid inputs.
         targets: `[B]` int, classes to reach; None takes any class but the label.
         loss: per-example loss `(logits [B, K], labels [B]) -> [B]`, maximized (for targets:
@@ -94,6 +96,9 @@ def ddn(
     """
     del key
     _validate.within(1e-3, 0.5, gamma=gamma)
+    low, high = _validate.bounds(bounds)
+    initial_norm = high - low if initial_norm is None else initial_norm
+    step_size = high - low if step_size is None else step_size
     _validate.positive(initial_norm=initial_norm, step_size=step_size)
     _validate.count(num_steps=num_steps)
     problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)

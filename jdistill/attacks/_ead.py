@@ -41,7 +41,7 @@ def ead(
 
         c · f(x') + ‖x' - x‖₂² + β · ‖x' - x‖₁
 
-    inside the box, by steps (FISTA) from `x' = v = x`, for `k = 0, 1, …`:
+    inside the box, in units of its width, by steps (FISTA) from `x' = v = x`, for `k = 0, 1, …`:
 
         x'_new = S_β(v - α_k · ∂(c · f(v) + ‖v - x‖₂²)/∂v)       α_k = learning_rate · √(1 - k/n)
         v      = x'_new + k / (k + 3) · (x'_new - x')
@@ -61,14 +61,15 @@ def ead(
         key: unused (the attack is deterministic); None or any key.
         inputs: `[B, ...]` float inside `bounds`.
         labels: `[B]` int, the true classes.
-        beta: β in input units, at least 0; scalar or `[B]`. The paper's are 0.001 and 0.01.
+        beta: β in units of the box's width, at least 0; scalar or `[B]`. The paper's are 0.001 and
+            0.01.
         decision_rule: which adversarial is returned: `"l1"`, the one of the smallest L1 distance,
             or `"elastic_net"`, of the smallest `‖x' - x‖₂² + β · ‖x' - x‖₁`.
         confidence: κ in logit units, at least 0: by how much the goal must be passed; scalar or
             `[B]`.
         num_searches: values of `c` tried, at least 1; static.
         num_steps: n, steps for each `c`, at least 1; static.
-        learning_rate: the first step size, above 0; scalar or `[B]`.
+        learning_rate: the first step size in the box of width 1, above 0; scalar or `[B]`.
         initial_const: the first `c`, above 0; scalar or `[B]`.
         abort_early: end a search when the example's own objective has stopped falling (checked
             every tenth of the steps).
@@ -81,8 +82,8 @@ def ead(
         The result. Where nothing was found: the clean input, `success=False`, `distance=inf`.
         `distance` is the L1 distance, under either rule. A step costs two queries, at `v` and at
         `x'`, and one gradient, at `v`. `info`: `elastic_net [B]`, `‖x' - x‖₂² + β · ‖x' - x‖₁` of
-        the returned point (inf if nothing was found); `const [B]`, its `c` (NaN if nothing was
-        found); `first_success`, over all searches; `gradients`; with `trace` the objective of
+        the returned point, in units of the box's width (inf if nothing was found); `const [B]`, its
+        `c` (NaN if nothing was found); `first_success`, over all searches; `gradients`; with `trace` the objective of
         every iterate, `trace [B, num_searches · num_steps]`, one search after the other. See
         `jdistill.attacks`.
 
@@ -148,19 +149,20 @@ class _EAD(ConstantSearch):
     def _shrink(self, moved: Array, problem: Problem) -> Array:
         """Each entry β nearer to the input's, or equal to it, inside the box."""
         delta = moved - problem.inputs
-        beta = norms.per_example(self.beta, delta)
+        beta = norms.per_example(self.beta * _width(problem), delta)
         kept = jnp.sign(delta) * jnp.maximum(jnp.abs(delta) - beta, 0.0)
         return jnp.clip(problem.inputs + kept, *problem.bounds)
 
     def step(self, problem: Problem, state: _State, event: Array) -> tuple[_State, Seen]:
         """One step and its judgment; a search's end begins the next one."""
         inputs, goal, const = problem.inputs, problem.goal, state.search.const
+        width = _width(problem)
 
         def shortfall(logits: Array) -> Array:
             return jnp.maximum(self.confidence - goal.excess(logits), 0.0)
 
         def smooth(point: Array) -> Array:
-            loss = _squared(point - inputs) + const * shortfall(problem.logits_fn(point))
+            loss = _squared((point - inputs) / width) + const * shortfall(problem.logits_fn(point))
             return jnp.sum(loss)
 
         gradient = jax.grad(smooth)(state.ahead)
@@ -168,14 +170,15 @@ class _EAD(ConstantSearch):
         gradient = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
         k = state.search.step.astype(inputs.dtype)
         alpha = norms.per_example(self.learning_rate * jnp.sqrt(1 - k / self.num_steps), inputs)
-        current = self._shrink(state.ahead - alpha * gradient, problem)
+        # The gradient and the step are of inputs in units of the width.
+        current = self._shrink(state.ahead - alpha * gradient * width**2, problem)
         momentum = norms.per_example(k / (k + 3), inputs)
         ahead = jnp.clip(current + momentum * (current - state.current), *problem.bounds)
 
         logits = problem.logits_fn(current)
         delta = current - inputs
         l1 = norms.distance(delta, "l1")
-        elastic_net = _squared(delta) + self.beta * l1
+        elastic_net = _squared(delta / width) + self.beta * l1 / width
         loss = elastic_net + const * shortfall(logits)
         success = goal.reached(logits) & (goal.excess(logits) > self.confidence)
 
@@ -190,9 +193,16 @@ class _EAD(ConstantSearch):
     def info(
         self, problem: Problem, state: _State, progress: Progress, result: AttackResult
     ) -> dict[str, Array]:
-        elastic_net = _squared(result.inputs - problem.inputs) + self.beta * result.distance
+        width = _width(problem)
+        squared = _squared((result.inputs - problem.inputs) / width)
+        elastic_net = squared + self.beta * result.distance / width
         elastic_net = jnp.where(result.success, elastic_net, jnp.inf)
         return super().info(problem, state, progress, result) | {"elastic_net": elastic_net}
+
+
+def _width(problem: Problem) -> Array:
+    low, high = problem.bounds
+    return high - low
 
 
 def _squared(delta: Array) -> Array:

@@ -37,7 +37,7 @@ def spsa(
     norm: str = "linf",
     num_steps: int = 100,
     num_samples: int = 64,
-    delta: ArrayLike = 0.01,
+    delta: ArrayLike | None = None,
     step_size: ArrayLike | None = None,
     num_parallel: int | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
@@ -70,7 +70,8 @@ def spsa(
         num_steps: Adam steps, at least 1; static.
         num_samples: directions per step, at least 1; static. Each costs two queries, and the step
             one more.
-        delta: δ in input units, above 0; scalar or `[B]`; may be traced.
+        delta: δ in input units, above 0; scalar or `[B]`; may be traced. None takes 0.01 of the
+            box's width.
         step_size: length of a step in input units, at least 0; scalar or `[B]`; may be traced.
             None takes `eps / 10`. For linf it is the learning rate of Adam, which changes each
             feature by about as much.
@@ -107,6 +108,8 @@ def spsa(
         returned and not the last one, since the estimates are noisy.
     """
     _validate.one_of(_NORMS, norm=norm)
+    low, high = _validate.bounds(bounds)
+    delta = 0.01 * (high - low) if delta is None else delta
     _validate.positive(delta=delta)
     problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
     reach = one_per_example(delta, problem.inputs, name="delta")
@@ -127,7 +130,7 @@ def nes(
     norm: str = "linf",
     num_steps: int = 200,
     num_samples: int = 25,
-    sigma: ArrayLike = 0.001,
+    sigma: ArrayLike | None = None,
     step_size: ArrayLike | None = None,
     decay: ArrayLike = 0.9,
     num_parallel: int | None = None,
@@ -160,7 +163,8 @@ def nes(
         num_steps: steps, at least 1; static.
         num_samples: directions per step, at least 1; static. Each costs two queries, and the step
             one more.
-        sigma: σ in input units, above 0; scalar or `[B]`; may be traced.
+        sigma: σ in input units, above 0; scalar or `[B]`; may be traced. None takes 0.001 of the
+            box's width.
         step_size: length of a step in input units, at least 0; scalar or `[B]`; may be traced.
             None takes `eps / 10`.
         decay: of the accumulated direction, at least 0; scalar or `[B]`; may be traced. 0 follows
@@ -192,6 +196,8 @@ def nes(
         and else as in `spsa`.
     """
     _validate.one_of(_NORMS, norm=norm)
+    low, high = _validate.bounds(bounds)
+    sigma = 0.001 * (high - low) if sigma is None else sigma
     _validate.positive(sigma=sigma)
     problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
     reach = one_per_example(sigma, problem.inputs, name="sigma")

@@ -68,7 +68,7 @@ def fmn(
         norm: `"linf"`, `"l2"`, `"l1"` or `"l0"` (the number of changed entries).
         num_steps: gradient steps, at least 1; static.
         step_size: the first α in input units, above 0; scalar or `[B]`. It is a length in l2 for
-            every norm. None takes 1, as the paper does for inputs in `[0, 1]`, and 10 for l0.
+            every norm. None takes the box's width, as the paper does, and 10 times that for l0.
         gamma: the first γ, the relative change of the radius a step, in `[0, 0.5]`; scalar or
             `[B]`.
         final_gamma: the last γ, in `[0, 0.5]`; scalar or `[B]`. The distance is at best that exact.
@@ -110,7 +110,8 @@ def fmn(
     del key
     _validate.one_of(_NORMS, norm=norm)
     _validate.count(num_steps=num_steps)
-    step_size = _STEP_SIZES[norm] if step_size is None else step_size
+    low, high = _validate.bounds(bounds)
+    step_size = _STEP_SIZES[norm] * (high - low) if step_size is None else step_size
     _validate.positive(step_size=step_size)
     _validate.within(0.0, 0.5, gamma=gamma, final_gamma=final_gamma)
     problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)

@@ -92,7 +92,7 @@ def jsma(
     inputs: ArrayLike,
     labels: ArrayLike,
     *,
-    theta: ArrayLike = 1.0,
+    theta: ArrayLike | None = None,
     max_features: int | None = None,
     output: Callable[[Array], Array] = softmax,
     bounds: tuple[float, float] = (0.0, 1.0),
@@ -126,7 +126,7 @@ def jsma(
         inputs: `[B, ...]` float inside `bounds`, at least 2 features per example.
         labels: `[B]` int, the true classes.
         theta: what a step adds to a feature, in input units; not 0; scalar or `[B]`; may be
-            traced. At the default a feature of `[0, 1]` saturates at once.
+            traced. None takes the box's width, with which a feature saturates at once.
         max_features: the most features changed, at least 2; static. An odd number is rounded
             down to pairs. None takes the paper's 14.5 % of all features, rounded down to pairs
             (112 of 784), and at least 2. A step counts as two features even where `theta` is so
@@ -171,6 +171,8 @@ def jsma(
         at, some rows of their table at a time; the paper is targeted only.
     """
     del key
+    low, high = _validate.bounds(bounds)
+    theta = high - low if theta is None else theta
     _validate.non_zero(theta=theta, remedy="pass what a step adds to a feature, in input units")
     problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
     num_features = math.prod(problem.inputs.shape[1:])

@@ -32,7 +32,7 @@ def spatial(
     num_angles: int = 31,
     num_shifts: int = 5,
     num_draws: int | None = None,
-    fill: ArrayLike = 0.0,
+    fill: ArrayLike | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
     targets: ArrayLike | None = None,
     trace: bool = False,
@@ -57,7 +57,8 @@ def spatial(
         num_shifts: likewise for each of the two shifts; static.
         num_draws: random transformations instead of the grid, uniform in the same ranges, at
             least 1; static. None takes the grid.
-        fill: what is seen beyond the image's edges, inside `bounds`; scalar; may be traced.
+        fill: what is seen beyond the image's edges, inside `bounds`; scalar; may be traced. None
+            takes the low end of the box.
         bounds: the box of valid inputs.
         targets: `[B]` int, classes to reach; None takes any class but the label.
         trace: keep the margin of every transformation tried.
@@ -89,6 +90,7 @@ def spatial(
     """
     _validate.non_negative(max_angle=max_angle, max_shift=max_shift)
     _validate.count(num_angles=num_angles, num_shifts=num_shifts)
+    fill = _validate.bounds(bounds)[0] if fill is None else fill
     _validate.rank(0, fill=fill)
     if np.ndim(inputs) != 4:
         raise ValueError(

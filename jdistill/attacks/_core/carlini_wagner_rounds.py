@@ -58,8 +58,8 @@ class Rounds(Method):
         del limit
         return to_box(w, problem.bounds)
 
-    def penalty(self, delta: Array, limit: Any) -> Array:
-        """Term minimized beside the adversarial one, `[B]`."""
+    def penalty(self, delta: Array, limit: Any, width: Array) -> Array:
+        """Term minimized beside the adversarial one, `[B]`, where the box has this width."""
         raise NotImplementedError
 
     def fits(self, delta: Array, limit: Any) -> Array:
@@ -118,7 +118,7 @@ class Rounds(Method):
             return jnp.sum(excess), (excess, logits)
 
         def total_penalty(delta: Array) -> tuple[Array, Array]:
-            penalty = self.penalty(delta, limit)
+            penalty = self.penalty(delta, limit, problem.bounds[1] - problem.bounds[0])
             return jnp.sum(penalty), penalty
 
         gradient, (excess, logits) = jax.grad(total, has_aux=True)(candidate)
