@@ -47,12 +47,24 @@ def jit(fun: _F, **options: Any) -> _F:
 
     @functools.wraps(fun)
     def call(*args: Any, **kwargs: Any) -> Any:
-        # A new array is a tracer too where the caller is compiled but passes constants only.
-        leaves = jax.tree.leaves((args, kwargs, jnp.zeros(())))
-        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
-        return (inner if traced else outermost())(*args, **kwargs)
+        if is_traced(args, kwargs):
+            return inner(*args, **kwargs)
+        try:
+            return outermost()(*args, **kwargs)
+        except ValueError as error:
+            # Under `jax.grad` the tracers may be in what a function of the arguments closes over.
+            if "compiler_options" not in str(error):
+                raise
+            return inner(*args, **kwargs)
 
     return cast(_F, call)
+
+
+def is_traced(*values: Any) -> bool:
+    """Whether the caller is being traced: with these values, or though it passes constants only."""
+    # Under `jit` a new array is a tracer as well.
+    leaves = jax.tree.leaves((values, jnp.zeros(())))
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
 
 
 @functools.cache

@@ -136,18 +136,18 @@ def bounds(value: Any) -> tuple[float, float]:
     return low, high
 
 
-def inputs_in_box(value: Any, box: tuple[float, float]) -> None:
+def inputs_in_box(value: Any, box: tuple[float, float], *, name: str = "inputs") -> None:
     """Inputs `[B, ...]`: floating, finite and inside the box."""
     if np.ndim(value) < 2:
         raise ValueError(
-            f"expected inputs of shape [B, ...] with rank >= 2, got shape {np.shape(value)}; "
-            "add the batch axis: inputs[None]"
+            f"expected {name} of shape [B, ...] with rank >= 2, got shape {np.shape(value)}; "
+            f"add the batch axis: {name}[None]"
         )
     dtype = np.dtype(value.dtype) if hasattr(value, "dtype") else np.asarray(value).dtype
     if not jax.numpy.issubdtype(dtype, jax.numpy.floating):
         raise ValueError(
-            f"expected floating-point inputs, got dtype {dtype}; "
-            "convert them, e.g. inputs.astype('float32') / 255"
+            f"expected floating-point {name}, got dtype {dtype}; "
+            f"convert them, e.g. {name}.astype('float32') / 255"
         )
     if is_traced(value):
         return
@@ -155,12 +155,12 @@ def inputs_in_box(value: Any, box: tuple[float, float]) -> None:
         array = np.asarray(value).astype(np.float32)
     if not np.isfinite(array).all():
         where = _first_bad(array, ~np.isfinite(array))
-        raise ValueError(f"expected finite inputs, got {where}; remove or repair that example")
+        raise ValueError(f"expected finite {name}, got {where}; remove or repair that example")
     low, high = np.float32(box[0]), np.float32(box[1])
     bad = (array < low) | (array > high)
     if bad.any():
         raise ValueError(
-            f"expected inputs in [{box[0]:g}, {box[1]:g}], got {_first_bad(array, bad)}; "
+            f"expected {name} in [{box[0]:g}, {box[1]:g}], got {_first_bad(array, bad)}; "
             f"{_REMEDY_INPUTS}"
         )
 

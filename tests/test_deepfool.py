@@ -187,7 +187,7 @@ def test_a_start_on_the_boundary_is_left(norm):
 
 @both_norms
 def test_a_success_by_rounding_is_not_lost(norm, monkeypatch):
-    monkeypatch.setattr(engine, "_LEAST_NUMBERS", 0)  # so that the loop goes on in half the rows
+    monkeypatch.setattr(engine, "_LEAST_WORK", 0)  # so that the loop goes on in half the rows
 
     # The whole batch rounds class 0 up, and the half that is left after a while does not.
     def logits_of(x):

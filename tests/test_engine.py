@@ -1,6 +1,7 @@
 """The engine's laws, on a method made for them; and that no attack depends on how it is run."""
 
 import functools
+import inspect
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from jdistill import attacks, losses, nets, parallel
-from jdistill.attacks._core import chunks, engine, handlers
+from jdistill.attacks._core import chunks, engine, handlers, work
 from jdistill.attacks._core import problem as problems
 from jdistill.attacks._core.engine import Method, Passes, Seen, register, static
 from jdistill.attacks._core.handlers import Counter
@@ -157,16 +158,16 @@ def test_a_method_that_maximizes_goes_on_for_all():
 
 
 @pytest.fixture
-def small_inputs_count(monkeypatch):
-    """Inputs of few numbers go on in fewer rows, as large ones do."""
-    monkeypatch.setattr(engine, "_LEAST_NUMBERS", 0)
+def narrowing(monkeypatch):
+    """Small networks go on in fewer rows, as large ones do."""
+    monkeypatch.setattr(engine, "_LEAST_WORK", 0)
 
 
-def test_neighbors_and_rows_change_nothing(small_inputs_count):
+def test_neighbors_and_rows_change_nothing(narrowing):
     speed = np.random.default_rng(0).uniform(0.004, 0.3, 200)
     kinds = {"num_events": 80, "patience": np.arange(200) % 90 + 1}
     whole = result_of(speed, **kinds)
-    assert engine.row_counts((200, 1), 80) == [100, 50, 0]
+    assert engine.row_counts(200, 80, 0) == [100, 50, 0]
     for rows in (slice(0, 3), slice(3, 50)):
         part = result_of(speed[rows], num_events=80, patience=kinds["patience"][rows])
         jax.tree.map(
@@ -194,7 +195,7 @@ def in_chunks(method, problem, size, monkeypatch, stop_at=None, saved=None, told
 
 
 @pytest.mark.parametrize("keeps_closest", [False, True])
-def test_chunks_change_nothing(keeps_closest, monkeypatch):
+def test_chunks_change_nothing(keeps_closest, narrowing, monkeypatch):
     speed = np.random.default_rng(1).uniform(0.004, 0.3, 100)
     method, problem = walk(speed, num_events=60, keeps_closest=keeps_closest)
     whole = jax.tree.map(np.asarray, engine.run(method, problem, trace=True))
@@ -209,7 +210,7 @@ def test_chunks_change_nothing(keeps_closest, monkeypatch):
 
 
 @pytest.mark.parametrize("stop_at", [0, 17])
-def test_what_was_saved_goes_on_from_there(stop_at, monkeypatch):
+def test_what_was_saved_goes_on_from_there(stop_at, narrowing, monkeypatch):
     speed = np.random.default_rng(1).uniform(0.004, 0.3, 100)
     method, problem = walk(speed, num_events=60)
     told, later = [], []
@@ -271,6 +272,52 @@ def test_the_maximizing_form_takes_all_steps_and_judges_nothing():
     refused = pytest.raises(ValueError, match="expected a fixed-budget attack")
     with refused, engine.handled_by(handlers.Maximizer()):
         engine.run(*walk([0.3], minimum_norm=True))
+
+
+KEY = jax.random.key(0)
+COMPILED = {
+    name: getattr(attacks, name)
+    for name in attacks.__all__
+    if attacks.traits(getattr(attacks, name)).access
+    and name not in ("autoattack", "ensemble", "transfer", "universal")
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_maximize_takes_every_fixed_budget_attack_and_no_other(name):
+    inputs = jnp.full((2, 3, 3, 1), 0.5)
+    net = nets.callable_logits_fn(lambda w, x: x.reshape(len(x), -1) @ w, jnp.eye(9)[:, :4])
+    labels = jnp.array([1, 2])  # wrong already
+    takes_eps = "eps" in inspect.signature(COMPILED[name]).parameters
+    attack = functools.partial(COMPILED[name], **{"eps": 0.1} if takes_eps else {})
+    if attacks.traits(COMPILED[name]).minimum_norm:  # FAB with eps looks for it within eps
+        with pytest.raises(ValueError, match="expected a fixed-budget attack"):
+            attacks.maximize(attack, net, KEY, inputs, labels)
+    else:
+        points = attacks.maximize(attack, net, KEY, inputs, labels)
+        assert np.all(np.any(points != inputs, axis=(1, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("attack", "message"),
+    [
+        (functools.partial(attacks.universal, eps=0.1), "expected one compiled attack, got Univ"),
+        (functools.partial(attacks.autoattack, eps=0.1), "expected one compiled attack, got Auto"),
+        (
+            functools.partial(attacks.transfer, source=lambda x: x, attack=attacks.fgsm),
+            "expected one compiled attack, got Transfer",
+        ),
+        (lambda f, key, x, y: untouched(x), "expected an attack that runs one of jdistill.attacks"),
+    ],
+)
+def test_maximize_refuses_what_it_cannot_run(attack, message):
+    with pytest.raises(ValueError, match=message):
+        attacks.maximize(attack, lambda x: x, KEY, jnp.full((2, 3), 0.5), jnp.array([1, 2]))
+
+
+def untouched(inputs):
+    nothing = jnp.zeros(len(inputs), jnp.int32)
+    return attacks.AttackResult(inputs, nothing > 0, nothing * 0.5, nothing, {})
 
 
 def test_maximize_is_the_inner_loop_of_adversarial_training():
@@ -355,17 +402,33 @@ def test_cost_counts_without_running():
 
 
 def test_rows_are_halved_twice_and_quartered_then():
-    image = (28, 28, 1)
-    assert engine.row_counts((1000, *image), 100) == [500, 250, 63, 0]
-    assert engine.row_counts((500, *image), 100) == [250, 125, 32, 0]
-    assert engine.row_counts((70, *image), 50) == [35, 0]
-    assert engine.row_counts((62, *image), 1000) == [0]
-    assert engine.row_counts((512, *image), 49) == [0]
-    assert engine.row_counts((1000, 8, 8), 100) == [500, 0]  # a step on fewer is cheap
-    assert engine.row_counts((200, 64), 100) == [0]
+    assert engine.row_counts(1000, 100, 1e12) == [500, 250, 63, 0]
+    assert engine.row_counts(500, 100, 1e12) == [250, 125, 32, 0]
+    assert engine.row_counts(70, 50, 1e12) == [35, 0]
+    assert engine.row_counts(62, 1000, 1e12) == [0]
+    assert engine.row_counts(512, 49, 1e12) == [0]
+    # A step on fewer rows is cheap.
+    assert engine.row_counts(1000, 100, 2 * engine._LEAST_WORK) == [500, 0]
+    assert engine.row_counts(1000, 100, 1.9 * engine._LEAST_WORK) == [0]
 
 
-def test_each_example_takes_its_own_number_of_steps_in_few_rows(small_inputs_count):
+def test_multiplications_are_counted():
+    def network(weights, x):
+        x = jax.lax.conv_general_dilated(
+            x, weights["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        x = jax.lax.cond(x.sum() > 0, lambda x: x @ weights["wide"][:, :2], lambda x: x[..., :2], x)
+        x, _ = jax.lax.scan(lambda x, _: (x @ weights["square"], None), x, length=5)
+        return jax.jit(jax.vmap(lambda row: row.reshape(-1) @ weights["last"]))(x)
+
+    shapes = {"kernel": (3, 3, 4, 8), "wide": (8, 6), "square": (2, 2), "last": (98, 10)}
+    weights = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    count = work.multiplications(network, weights, jnp.zeros((6, 7, 7, 4)))
+    each = 7 * 7 * 8 * 3 * 3 * 4 + 7 * 7 * 8 * 2 + 5 * 7 * 7 * 2 * 2 + 98 * 10
+    assert count == 6 * each
+
+
+def test_each_example_takes_its_own_number_of_steps_in_few_rows(narrowing):
     """Counted in the loop: the rows of all steps, and which examples each of them had."""
     rng = np.random.default_rng(0)
     needed = rng.integers(0, 100, size=BATCH)
@@ -381,7 +444,7 @@ def test_each_example_takes_its_own_number_of_steps_in_few_rows(small_inputs_cou
     def run(needed):
         start = (jnp.zeros(BATCH, jnp.int32), needed <= 0)
         fixed = (needed, jnp.int32(1), nets.callable_logits_fn(lambda x: 2 * x))
-        sizes = engine.row_counts((BATCH, 1), 100)
+        sizes = engine.row_counts(BATCH, 100, 0)
         return engine.until_done(
             lambda fixed, carry: (carry[0] + 1, step(*fixed, carry[1])),
             fixed,
@@ -435,7 +498,7 @@ ATTACKS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ATTACKS)
-def test_the_result_is_that_of_all_rows_to_the_end(name, problem, small_inputs_count, monkeypatch):
+def test_the_result_is_that_of_all_rows_to_the_end(name, problem, narrowing, monkeypatch):
     attack = ATTACKS[name]
     narrowed = attack(*problem)
     loops = str(jax.make_jaxpr(attack)(*problem)).count(" while[")
@@ -451,7 +514,7 @@ def test_the_result_is_that_of_all_rows_to_the_end(name, problem, small_inputs_c
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_examples_on_several_devices_stay_there(problem):
+def test_examples_on_several_devices_stay_there(problem, narrowing):
     logits_fn, key, *rest = problem
     attack = functools.partial(attacks.pgd, eps=0.1, num_steps=60, num_restarts=2)
     expected = attack(*problem)

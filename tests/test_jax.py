@@ -22,6 +22,12 @@ TRANSFORMED = {
     "jit": jax.jit(lambda x: scaled(x, power=3)),
     "jit of constants": lambda x: jax.jit(lambda: scaled(np.asarray(x), power=3))(),
     "vmap": jax.vmap(lambda row: scaled(row, power=3)),
+    "gradient of what a function closes over": lambda x: jax.vmap(
+        jax.grad(lambda a: _jax.call(jax.tree_util.Partial(lambda: a**4 / 2)))
+    )(x),
+    "vjp of what a function closes over": lambda x: jax.vjp(
+        lambda a: _jax.call(jax.tree_util.Partial(lambda: a**4 / 2)), x
+    )[1](jnp.ones(3))[0],
     "scan": lambda x: jax.lax.scan(lambda carry, row: (carry, scaled(row, power=3)), 0, x)[1],
     "gradient of the fourth power": lambda x: jax.vmap(jax.grad(lambda a: scaled(a, power=4) / 4))(
         x
@@ -57,10 +63,26 @@ def asked_anew():
     _jax._compiler_options.cache_clear()
 
 
-def test_options_are_those_of_the_backend(asked_anew, monkeypatch):
-    assert _jax._compiler_options() == _jax._CPU_OPTIONS
+def test_the_options_reach_the_compiler_but_not_under_a_trace(asked_anew, monkeypatch):
+    asked, jit = [], jax.jit
+
+    def recorded(fun, *, compiler_options=None, **options):
+        asked.append(compiler_options)
+        return jit(fun, **options)
+
+    monkeypatch.setattr(jax, "jit", recorded)
+    monkeypatch.setattr(_jax, "_compiler_options", lambda: {"some_option": True})
+    double = _jax.jit(lambda x: 2 * x)
+    assert asked == [None]
+    np.testing.assert_array_equal(jit(double)(jnp.ones(3)), 2 * np.ones(3))
+    assert asked == [None]
+    double(jnp.ones(3))
+    double(jnp.ones(3))
+    assert asked == [None, {"some_option": True}]
+
+
+def test_other_backends_have_their_own_options(asked_anew, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    _jax._compiler_options.cache_clear()
     assert _jax._compiler_options() is None
 
 
@@ -68,3 +90,17 @@ def test_an_option_that_xla_does_not_know_is_left_out(asked_anew, monkeypatch):
     monkeypatch.setattr(_jax, "_CPU_OPTIONS", {"xla_cpu_no_such_option": False})
     assert _jax._compiler_options() is None
     assert _jax.jit(lambda x: x + 1)(1.0) == 2.0
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="JAX 0.12's XLA has no such option")
+def test_the_options_are_known(asked_anew):
+    assert _jax._compiler_options() == _jax._CPU_OPTIONS
+
+
+def test_other_errors_pass():
+    @_jax.jit
+    def broken(x):
+        raise ValueError("as the function has it")
+
+    with pytest.raises(ValueError, match="as the function has it"):
+        broken(1.0)

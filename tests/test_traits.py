@@ -225,7 +225,7 @@ def test_a_users_own_attack_is_taken_with_care(attack, name, norm, eps):
     found = traits(attack)
     assert (found.name, found.norm, found.eps) == (name, norm, eps)
     assert found.title == name.replace("_", " ")
-    assert found.minimum_norm == (eps is None)
+    assert found.minimum_norm == (eps is None and not isinstance(attack, Own))  # which takes one
     assert found.host_loop
     assert (found.access, found.follows, found.handicap, found.freedom) == (None,) * 4
 
@@ -235,3 +235,23 @@ def test_facts_change_nothing_else():
         assert isinstance(function, Callable)
         assert function.__module__.startswith("jdistill.attacks.")
         assert list(inspect.signature(function).parameters)[:2] == ["logits_fn", "key"]
+
+
+@pytest.mark.parametrize("eps", ["8/255", {"linf": 0.1}, object(), np.array("a"), 1j])
+def test_a_radius_of_another_kind_is_unknown(eps):
+    assert attacks.traits(functools.partial(own_attack, eps=eps)).eps is None
+
+
+def test_a_users_attack_looks_for_the_smallest_distance_where_it_takes_no_eps():
+    def bounded(logits_fn, key, inputs, labels, *, eps): ...
+
+    def unbounded(logits_fn, key, inputs, labels, *, steps=3): ...
+
+    assert not attacks.traits(bounded).minimum_norm
+    assert not attacks.traits(functools.partial(bounded, eps=None)).minimum_norm
+    assert attacks.traits(unbounded).minimum_norm
+
+
+def test_the_cost_of_an_attack_in_a_box_without_zero():
+    attack = functools.partial(attacks.pgd, eps=0.1, num_steps=5, bounds=(1.0, 2.0))
+    assert attacks.cost(attack, shape=(3,), num_classes=2) == (7, 5)

@@ -10,6 +10,7 @@ from jdistill import _validate
 from jdistill.attacks._core import engine
 from jdistill.attacks._core.engine import Passes
 from jdistill.attacks._core.handlers import Counter
+from jdistill.attacks._core.traits import traits
 from jdistill.typing import Array
 
 
@@ -40,7 +41,8 @@ def cost(attack: Callable[..., Any], *, shape: tuple[int, ...], num_classes: int
     """
     _validate.count(num_classes=num_classes, minimum=2)
     counter = Counter()
-    inputs, labels = jnp.zeros((1, *shape)), jnp.zeros((1,), jnp.int32)
+    low, _ = traits(attack).settings.get("bounds", (0.0, 1.0))
+    inputs, labels = jnp.full((1, *shape), low, jnp.float32), jnp.zeros((1,), jnp.int32)
 
     def logits_fn(inputs: Array) -> Array:
         return jnp.zeros((inputs.shape[0], num_classes))

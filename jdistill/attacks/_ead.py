@@ -83,9 +83,9 @@ def ead(
         `distance` is the L1 distance, under either rule. A step costs two queries, at `v` and at
         `x'`, and one gradient, at `v`. `info`: `elastic_net [B]`, `‖x' - x‖₂² + β · ‖x' - x‖₁` of
         the returned point, in units of the box's width (inf if nothing was found); `const [B]`, its
-        `c` (NaN if nothing was found); `first_success`, over all searches; `gradients`; with `trace` the objective of
-        every iterate, `trace [B, num_searches · num_steps]`, one search after the other. See
-        `jdistill.attacks`.
+        `c` (NaN if nothing was found); `first_success`, over all searches; `gradients`; with
+        `trace` the objective of every iterate, `trace [B, num_searches · num_steps]`, one search
+        after the other. See `jdistill.attacks`.
 
     Raises:
         ValueError: an unknown decision_rule, beta or confidence below 0, learning_rate or

@@ -5,6 +5,7 @@ from typing import Any
 
 from jdistill.attacks._core import engine
 from jdistill.attacks._core.handlers import Maximizer
+from jdistill.attacks._core.traits import traits
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 
@@ -40,7 +41,8 @@ def maximize(
         `[B, ...]`, without a gradient.
 
     Raises:
-        ValueError: an attack that looks for the smallest distance; else as the attack.
+        ValueError: an attack that looks for the smallest distance, runs others, is a loop on the
+            host, or is not of `jdistill.attacks`; else as the attack.
 
     Example:
         >>> import functools
@@ -57,7 +59,19 @@ def maximize(
         equation 2.1. Zhang et al. 2019, "Theoretically Principled Trade-off between Robustness and
         Accuracy" (TRADES), algorithm 1.
     """
-    with engine.handled_by(Maximizer()):
+    found = traits(attack)
+    if "attack" in found.settings or (found.host_loop and found.access is not None):
+        raise ValueError(
+            f"expected one compiled attack, got {found.title}, which is a loop on the host or runs "
+            "others; pass an attack such as functools.partial(attacks.pgd, eps=8 / 255)"
+        )
+    maximizer = Maximizer()
+    with engine.handled_by(maximizer):
         result = attack(logits_fn, key, inputs, labels, **settings)
+    if not maximizer.asked:
+        raise ValueError(
+            f"expected an attack that runs one of jdistill.attacks, got {attack!r}; call it "
+            "directly, and stop the gradient of its result's inputs"
+        )
     points: Array = result.inputs
     return points

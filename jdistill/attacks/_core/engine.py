@@ -5,8 +5,9 @@ judges one point per example and moves on; one loop, here, does the rest for all
 
 * An example is done at its first success (an attack that keeps the closest point goes on), when
   its method says that nothing is left to try, or after `num_events` steps. Its state then stays as
-  it is, and it stops costing: when half of the examples are done, the others go on in a batch of
-  their own, half as large, and so on.
+  it is, and it stops costing: when half of the examples are done, the others go on in a batch half
+  as large, then in a quarter, then in a sixteenth, … while that is worth a compilation
+  (`row_counts`).
 * `queries` and `gradients` count forward and backward passes from the number of events and the
   method's `passes`.
 * `first_success` is the number of the event that judged the first success: -1 never, 0 the clean
@@ -26,7 +27,6 @@ import contextvars
 import dataclasses
 import functools
 import itertools
-import math
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -34,18 +34,19 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from jdistill import _validate, norms
-from jdistill._jax import full_precision, jit
+from jdistill import norms
+from jdistill._jax import full_precision, is_traced, jit
 from jdistill.attacks._core.problem import AttackResult, Problem
+from jdistill.attacks._core.work import multiplications
 from jdistill.typing import Array, PyTree
 
 # A loop is compiled once for each number of rows that it may have, so there are few of them, and
-# none where a step on all rows costs too little, or an attack takes too few steps, to be worth the
-# compilation: halves while half the rows are many, and quarters then.
+# none where an attack takes too few steps, or a forward pass of these rows too few multiplications,
+# to be worth the compilation: halves while half the rows are many, and quarters then.
 _FEWER = (2, 2, 4)
 _LEAST_ROWS = 32
-_LEAST_NUMBERS = 20_000  # of the inputs of these rows
 _LEAST_STEPS = 50
+_LEAST_WORK = 2e7
 
 
 def static(**kwargs: Any) -> Any:
@@ -228,10 +229,7 @@ def run(method: Method, problem: Problem, *, trace: bool = False) -> AttackResul
     """
     handler = _handler.get()
     with full_precision():
-        # A new array is a tracer too where the caller is compiled but passes constants only.
-        if handler is not None and not (
-            handler.on_host and _validate.is_traced(method, problem, jnp.zeros(()))
-        ):
+        if handler is not None and not (handler.on_host and is_traced(method, problem)):
             return handler(method, problem, trace)
         return _run(method, problem, trace=trace)
 
@@ -305,16 +303,18 @@ def advance(method: Method, problem: Problem, carry: Carry, at_most: Array | Non
         turn, inner = carry
         return turn + 1, _event(*fixed, inner)
 
-    steps = method.num_events
+    sizes = [0]
+    if method.narrows and not problem.spread.over_devices:
+        steps = _LEAST_STEPS if method.num_events is None else method.num_events
+        work = multiplications(problem.logits_fn, problem.inputs)
+        sizes = row_counts(problem.inputs.shape[0], steps, work)
     _, carry = until_done(
         one,
         (method, problem),
         (turn, carry),
         goes_on=lambda carry: carry[0] < at_most,
         done=lambda carry: carry[1][1].done,
-        sizes=[0]
-        if problem.spread.over_devices or not method.narrows
-        else row_counts(problem.inputs.shape, _LEAST_STEPS if steps is None else steps),
+        sizes=sizes,
     )
     return carry
 
@@ -401,13 +401,19 @@ def until_done(
     return carry
 
 
-def row_counts(shape: tuple[int, ...], at_most: int) -> list[int]:
-    """Numbers of rows of the loops after the first, down to 0, for inputs of this shape."""
+def row_counts(batch_size: int, at_most: int, work: float) -> list[int]:
+    """Numbers of rows of the loops after the first, down to 0.
+
+    Args:
+        batch_size: rows of the first loop.
+        at_most: steps of the attack.
+        work: multiplications of a forward pass of all rows.
+    """
     counts: list[int] = []
     while at_most >= _LEAST_STEPS:
-        rows = counts[-1] if counts else shape[0]
+        rows = counts[-1] if counts else batch_size
         rows = -(-rows // _FEWER[min(len(counts), len(_FEWER) - 1)])
-        if rows < _LEAST_ROWS or rows * math.prod(shape[1:]) < _LEAST_NUMBERS:
+        if rows < _LEAST_ROWS or rows * work < batch_size * _LEAST_WORK:
             break
         counts.append(rows)
     return [*counts, 0]

@@ -20,7 +20,8 @@ def maximized(method: Method, problem: Problem) -> Array:
     def one(event: Array, state: Any) -> Any:
         return method.step(problem, state, jnp.full(problem.inputs.shape[:1], event))[0]
 
-    state = jax.lax.fori_loop(0, method.num_events, one, state)
+    if method.num_events:  # otherwise `init` is all, and there may be no step
+        state = jax.lax.fori_loop(0, method.num_events, one, state)
     return jax.lax.stop_gradient(method.point(problem, state))
 
 
@@ -29,9 +30,13 @@ class Maximizer:
 
     on_host = False
 
+    def __init__(self) -> None:
+        self.asked = False
+
     def __call__(self, method: Method, problem: Problem, trace: bool, /) -> AttackResult:
         """The points after all steps."""
         del trace
+        self.asked = True
         if method.minimum_norm or method.num_events is None:
             raise ValueError(
                 "expected a fixed-budget attack, got one that looks for the smallest distance; "

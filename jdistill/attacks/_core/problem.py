@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate, losses, metrics
-from jdistill._jax import call
+from jdistill._jax import call, is_traced
 from jdistill.nets import callable_logits_fn
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
@@ -55,7 +55,7 @@ class Goal(NamedTuple):
         return ~metrics.correct(logits, self.labels)
 
     def excess(self, logits: Array) -> Array:
-        """By how many logits the goal is passed (negative: missed), `[B]`."""
+        """Logits by which the goal is passed (negative: missed), `[B]`."""
         if self.targets is None:
             return losses.margin(logits, self.labels)
         return -losses.margin(logits, self.targets)
@@ -154,7 +154,7 @@ def one_per_example(value: ArrayLike, inputs: Array, *, name: str) -> Array:
 def start_point(init: ArrayLike, problem: Problem) -> Array:
     """An injected start `[B, ...]`, checked against the inputs."""
     box = (-np.inf, np.inf)  # it is projected into the ball and the box by whoever uses it
-    _validate.inputs_in_box(init, box)
+    _validate.inputs_in_box(init, box, name="init")
     if np.shape(init) != problem.inputs.shape:
         raise ValueError(
             f"expected init of the inputs' shape {problem.inputs.shape}, got {np.shape(init)}; "
@@ -190,8 +190,7 @@ def need_key(problem: Problem, why: str) -> Array:
 
 def refuse_tracers(name: str, *arguments: Any) -> None:
     """An error where a driver of this name is called under `jit` or `vmap`."""
-    # A new array is a tracer too where the caller is compiled but passes constants only.
-    if _validate.is_traced(arguments, jnp.zeros(())):
+    if is_traced(arguments):
         raise ValueError(
             f"expected concrete arrays, got a tracer; {name} is a loop on the host: call it "
             "outside jit and vmap"

@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from jdistill import _validate, losses
+from jdistill import losses
+from jdistill._jax import is_traced
 
 Access = Literal["gradient", "scores", "decisions"]
 Follows = Literal["softmax", "logits"]
@@ -27,7 +28,7 @@ class Traits(NamedTuple):
         norm: of its distances; None where that is not known.
         eps: its radius; None for a minimum-norm attack, and for a radius per example.
         minimum_norm: whether it looks for the smallest distance; of an attack that says nothing of
-            itself, whether it has no `eps`.
+            itself, whether it takes no `eps`.
         access: what it uses of the network: `"gradient"`, `"scores"` (logits without a gradient),
             or `"decisions"` (the predicted class); None where that is not known.
         follows: `"softmax"` if it climbs the softmax at T = 1, whose gradient a distilled network
@@ -114,8 +115,8 @@ def traits(attack: Callable[..., Any]) -> Traits:
         attack: an attack, with or without settings bound; any callable.
 
     Returns:
-        The traits. Of a callable from elsewhere, what its signature and its
-        bound settings tell, and cautious values otherwise.
+        The traits. Of a callable from elsewhere, what its signature and its bound settings say,
+        and cautious values otherwise.
 
     Example:
         >>> import functools
@@ -141,7 +142,7 @@ def traits(attack: Callable[..., Any]) -> Traits:
             norms=(norm,) if isinstance(norm, str) else (),
             norm=norm if isinstance(norm, str) else None,
             eps=eps,
-            minimum_norm=settings.get("eps") is None,
+            minimum_norm="eps" not in {*settings, *_parameters(function)},
             access=None,
             follows=None,
             host_loop=True,
@@ -216,21 +217,27 @@ def with_loss(title: str, usual: Callable[..., Any]) -> Callable[[Settings], str
 def unbound(function: Any) -> tuple[Any, dict[str, Any]]:
     """The function without its partials; and its settings, those left at their defaults too."""
     bound: dict[str, Any] = {}
-    # By their attributes: what `jax.tree_util.Partial` makes of a partial is none.
+    # By their attributes: what `jax.tree_util.Partial` makes of a partial is not one.
     while hasattr(function, "func") and hasattr(function, "keywords"):
         function, bound = function.func, {**function.keywords, **bound}
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # a callable that does not tell
-        return function, bound
+    parameters = _parameters(function).values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     return function, {**defaults, **bound}
 
 
+def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
+    """A callable's parameters; none where it has no signature, as some builtins."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
 def _number(value: Any) -> float | None:
     """A concrete scalar; one that came as float32 is meant as the short number that it rounds."""
-    if value is None or _validate.is_traced(value) or np.ndim(value):
+    if isinstance(value, bool | int | float):
+        return float(value)
+    concrete = isinstance(value, jax.Array | np.ndarray | np.generic) and not is_traced(value)
+    if not concrete or np.ndim(value) or np.asarray(value).dtype.kind not in "fiu":
         return None
-    if isinstance(value, jax.Array | np.ndarray | np.generic):
-        return float(str(np.asarray(value)[()]))
-    return float(value)
+    return float(str(np.asarray(value)[()]))
