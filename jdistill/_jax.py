@@ -2,7 +2,8 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import jax
@@ -88,3 +89,22 @@ def as_pytree(fun: Callable[..., Any]) -> Callable[..., Any]:
 def call(fun: Callable[..., Any], *args: Any) -> Any:
     """The function compiled, once for all pytrees of one structure."""
     return fun(*args)
+
+
+def unbound(function: Any) -> tuple[Any, dict[str, Any]]:
+    """The function without its partials; and its settings, those left at their defaults too."""
+    bound: dict[str, Any] = {}
+    # By their attributes: what `jax.tree_util.Partial` makes of a partial is not one.
+    while hasattr(function, "func") and hasattr(function, "keywords"):
+        function, bound = function.func, {**function.keywords, **bound}
+    takes = parameters(function).values()
+    defaults = {each.name: each.default for each in takes if each.default is not each.empty}
+    return function, {**defaults, **bound}
+
+
+def parameters(function: Any) -> Mapping[str, inspect.Parameter]:
+    """A callable's parameters; none where it has no signature, as some builtins."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}

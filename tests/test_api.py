@@ -20,6 +20,7 @@ LEVELS = {
     "_files": 0,
     "_order": 0,
     "_jax": 0,
+    "_fingerprint": 1,
     "losses": 1,
     "metrics": 1,
     "norms": 1,

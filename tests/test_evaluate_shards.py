@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 from flax import linen
 
-from jdistill import attacks, evaluate, nets, runtime
+from jdistill import _fingerprint, attacks, evaluate, nets, runtime
 from jdistill.attacks._core import chunks
-from jdistill.evaluate import _identity
 
 N, D, K, R, BATCH = 11, 4, 3, 2, 4
 NUM_BATCHES = 3
@@ -241,7 +240,7 @@ def test_attacks_that_close_over_different_numbers_differ():
 
 
 def test_functions_are_told_apart_by_what_they_do():
-    describe = _identity.describe
+    describe = _fingerprint.describe
     functions = [
         lambda x: x + 1,
         lambda x: x + 2,

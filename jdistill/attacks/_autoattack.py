@@ -144,7 +144,6 @@ def autoattack(
         start=start,
         callback=callback,
         stage="autoattack",
-        settings=(float(np.asarray(eps)), norm, version),
     )
     broken_by = np.where(state.broken_by < 0, -1, component[state.broken_by]).astype(np.int32)
     order = np.arange(component[-1] + 1)

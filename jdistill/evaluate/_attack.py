@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jdistill import _validate, attacks, metrics, nets
+from jdistill import _fingerprint, _validate, attacks, metrics, nets
 from jdistill._jax import jit
 from jdistill.attacks import AttackResult
 from jdistill.attacks._core.chunks import run_in_chunks
 from jdistill.attacks._core.problem import example_keys
-from jdistill.evaluate import _identity, _shards
+from jdistill.evaluate import _shards
 from jdistill.evaluate._runs import Announcer, Runs, Unit, first, joined, refuse_tracers
 from jdistill.evaluate._shards import Piece, Shards, Store
 from jdistill.typing import Array, ArrayLike, AttackFn, Callback, LogitsFn
@@ -282,19 +282,23 @@ class _Job(NamedTuple):
                 f"expected a different name for each of the {num_runs} networks, got {names}; "
                 "name them in the stack's order"
             )
-        attack = _identity.describe_attack(self.plan.attack)
-        weights = jax.device_get(self.stack)
+        described, logits = zip(
+            *(
+                _fingerprint.describe_network(nets.index(self.stack, run), self.columns[0])
+                for run in range(num_runs)
+            ),
+            strict=True,
+        )
+        attack = _fingerprint.describe_attack(self.plan.attack, logits[0])
         networks = [
-            {
-                "weights": _identity.fingerprint(nets.index(weights, run)),
-                "temperature": float(self.runs.temperatures[run]),
-            }
-            for run in range(num_runs)
+            {**network, "temperature": float(temperature)}
+            for network, temperature in zip(described, self.runs.temperatures, strict=True)
         ]
         precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
         shared = {
             "attack": attack,
             "jdistill": __version__,
+            "jax": jax.__version__,  # whose traces another version may write in another way
             "matmul_precision": precision or "highest",
         }
         examples = {unit.batch: self._examples(unit) for unit in self.units}
@@ -312,7 +316,7 @@ class _Job(NamedTuple):
             "examples": {"first": int(rows[0]), "count": unit.num_real},
             "batch_size": len(unit.rows),
             **{
-                name: None if column is None else _identity.describe(column[rows])
+                name: None if column is None else _fingerprint.describe(column[rows])
                 for name, column in zip(names, self.columns, strict=True)
             },
         }

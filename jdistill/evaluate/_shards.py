@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jdistill import _validate
+from jdistill import _fingerprint, _validate
 from jdistill.attacks import AttackResult
-from jdistill.evaluate import _identity
 from jdistill.evaluate._runs import Place, Unit
 
 Store = MutableMapping[str, Mapping[str, np.ndarray]]
@@ -54,7 +53,7 @@ class Shards(NamedTuple):
             _log.warning("shard %r is damaged; it is computed again", name)
             return None
         if text != self._text(place):
-            found = _identity.differences(json.loads(text), dict(self.settings[place]))
+            found = _fingerprint.differences(json.loads(text), dict(self.settings[place]))
             raise ValueError(
                 f"expected shard {name!r} to be of this run, got one with "
                 f"{'; '.join(found[:5])}; pass the settings that it was made "

@@ -1,7 +1,6 @@
 """Host loop of `ensemble` and `autoattack`: each attack on the survivors, in padded batches."""
 
 import functools
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdistill import parallel
+from jdistill import _fingerprint, parallel
 from jdistill.attacks._core.chunks import run_in_chunks
 from jdistill.attacks._core.problem import AttackResult, Problem
 from jdistill.typing import Array, Callback
@@ -44,7 +43,7 @@ class EnsembleState(NamedTuple):
 
 
 def nothing(inputs: np.ndarray, of: np.ndarray) -> EnsembleState:
-    """Before the first attack."""
+    """State before the first attack."""
     size = len(inputs)
     return EnsembleState(
         inputs=inputs.copy(),
@@ -59,14 +58,17 @@ def nothing(inputs: np.ndarray, of: np.ndarray) -> EnsembleState:
     )
 
 
-def fingerprint(problem: Problem, *settings: Any) -> np.ndarray:
-    """A hash of the examples, their keys and settings by their `repr`, `[16]` uint8."""
-    digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
-    keys = None if problem.keys is None else jax.random.key_data(problem.keys)
-    columns = (problem.inputs, problem.goal.labels, problem.goal.targets, keys, *problem.bounds)
-    for column in columns:
-        digest.update(b"-" if column is None else np.asarray(column).tobytes())
-    return np.frombuffer(digest.digest(), np.uint8)
+def fingerprint(
+    named: Mapping[Any, Callable[..., Any]], problem: Problem, *settings: Any
+) -> np.ndarray:
+    """A hash of all that a run depends on, `[16]` uint8."""
+    from jdistill import __version__
+
+    network, logits = _fingerprint.describe_network(problem.logits_fn, problem.inputs)
+    attacks = [[name, _fingerprint.describe_attack(each, logits)] for name, each in named.items()]
+    examples = (problem.inputs, *problem.goal, problem.keys, *problem.bounds)
+    everything = (network, attacks, examples, settings, __version__, jax.__version__)
+    return np.frombuffer(_fingerprint.fingerprint(everything).encode(), np.uint8)
 
 
 def check_state(state: EnsembleState, fresh: EnsembleState) -> EnsembleState:
@@ -84,7 +86,8 @@ def check_state(state: EnsembleState, fresh: EnsembleState) -> EnsembleState:
     if not np.array_equal(state.of, fresh.of):
         raise ValueError(
             "expected a start of this run, got the state of another one; go on with the same "
-            "inputs, labels, key and settings, or begin anew with start=None"
+            "network, attacks, inputs, labels, key, and versions of jdistill and JAX, or begin "
+            "anew with start=None"
         )
     return EnsembleState(*(np.array(value) for value in state))
 
@@ -100,7 +103,6 @@ def run(
     start: EnsembleState | None,
     callback: Callback | None,
     stage: str,
-    settings: Any = None,
 ) -> EnsembleState:
     """Every attack, in order, on the examples that no earlier one broke.
 
@@ -114,12 +116,13 @@ def run(
         start: a state to go on from.
         callback: see `ensemble`.
         stage: for the callback.
-        settings: what else a state must agree in, besides the attacks' names.
     """
     if devices is not None and not devices:
         raise ValueError("expected one device or more, got none; pass jax.devices(), or None")
     inputs = np.asarray(problem.inputs)
-    of = fingerprint(problem, stage, settings, list(named), minimum_norm)
+    of = np.zeros(16, np.uint8)
+    if start is not None or callback is not None:  # otherwise no state leaves this run
+        of = fingerprint(named, problem, stage, minimum_norm)
     state = nothing(inputs, of)
     if start is not None:
         state = check_state(start, state)

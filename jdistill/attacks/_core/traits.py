@@ -1,6 +1,5 @@
 """Facts of an attack, read off its function."""
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -8,7 +7,7 @@ import jax
 import numpy as np
 
 from jdistill import losses
-from jdistill._jax import is_traced
+from jdistill._jax import is_traced, parameters, unbound
 
 Access = Literal["gradient", "scores", "decisions"]
 Follows = Literal["softmax", "logits"]
@@ -142,7 +141,7 @@ def traits(attack: Callable[..., Any]) -> Traits:
             norms=(norm,) if isinstance(norm, str) else (),
             norm=norm if isinstance(norm, str) else None,
             eps=eps,
-            minimum_norm="eps" not in {*settings, *_parameters(function)},
+            minimum_norm="eps" not in {*settings, *parameters(function)},
             access=None,
             follows=None,
             host_loop=True,
@@ -212,25 +211,6 @@ def with_loss(title: str, usual: Callable[..., Any]) -> Callable[[Settings], str
         return f"{title} {'other loss' if '<' in name else name.replace('_', ' ')}{at}"
 
     return of
-
-
-def unbound(function: Any) -> tuple[Any, dict[str, Any]]:
-    """The function without its partials; and its settings, those left at their defaults too."""
-    bound: dict[str, Any] = {}
-    # By their attributes: what `jax.tree_util.Partial` makes of a partial is not one.
-    while hasattr(function, "func") and hasattr(function, "keywords"):
-        function, bound = function.func, {**function.keywords, **bound}
-    parameters = _parameters(function).values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    return function, {**defaults, **bound}
-
-
-def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
-    """A callable's parameters; none where it has no signature, as some builtins."""
-    try:
-        return inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return {}
 
 
 def _number(value: Any) -> float | None:

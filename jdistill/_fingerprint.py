@@ -1,4 +1,9 @@
-"""What a result depends on, as JSON that is the same in every process."""
+"""Fingerprints of networks, losses, settings, examples, and keys, the same in every process.
+
+A network or a loss is what it computes: the hash of its trace and of its gradient's, with the
+constants in them, and of its weights. Names are for messages only, so an edited function under the
+same name is another one.
+"""
 
 import contextlib
 import functools
@@ -7,13 +12,14 @@ import inspect
 import json
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from jdistill.attacks._core.traits import unbound
+from jdistill._jax import as_pytree, unbound
+from jdistill.typing import LogitsFn
 
 
 def describe(value: Any) -> Any:
@@ -41,14 +47,76 @@ def describe(value: Any) -> Any:
         return _function(function)
     leaves, structure = jax.tree.flatten(value)
     if len(leaves) == 1 and leaves[0] is value:
-        return _plain(value)
+        return _object(value)
     return {"structure": _plain(structure), "leaves": describe(leaves)}
 
 
-def describe_attack(attack: Any) -> Any:
-    """An attack's function with all its settings, also those left at their defaults."""
+def describe_attack(attack: Any, logits: Any = None) -> Any:
+    """An attack's function with all its settings, also those left at their defaults.
+
+    Args:
+        attack: the attack.
+        logits: shape and type of the network's logits `[B, K]`, where losses are described by what
+            they compute.
+    """
     function, settings = unbound(attack)
-    return {"function": describe(function), "settings": describe(settings)}
+    described = describe(settings)
+    if logits is not None and callable(settings.get("loss")):
+        labels = jax.ShapeDtypeStruct(logits.shape[:1], np.int32)
+        described["loss"] = describe_program(settings["loss"], logits, labels)
+    return {"function": describe(function), "settings": described}
+
+
+def describe_network(logits_fn: LogitsFn, inputs: Any) -> tuple[Any, Any]:
+    """A network by its weights and by what it computes; and the shape of its logits.
+
+    Args:
+        logits_fn: the network.
+        inputs: `[B, ...]`, for shape and type.
+
+    Returns:
+        The description, and shape and type of the logits, or None where JAX cannot trace it.
+    """
+    inputs = jax.ShapeDtypeStruct(np.shape(inputs), inputs.dtype)
+    try:
+        logits = jax.eval_shape(lambda fun, x: fun(x), as_pytree(logits_fn), inputs)
+    except Exception:
+        logits = None
+    weights = fingerprint(jax.device_get(jax.tree.leaves(as_pytree(logits_fn))))
+    return {"weights": weights, "program": describe_program(logits_fn, inputs)}, logits
+
+
+def describe_program(function: Any, *arguments: Any) -> Any:
+    """A function by what it computes of arguments of these shapes, and by its gradient.
+
+    The leaves of a pytree (a network's weights) are left out; a function that JAX cannot trace is
+    described by its code.
+    """
+
+    def both(fun: Any, first: Any, *rest: Any) -> Any:
+        value, pull_back = jax.vjp(lambda x: fun(x, *rest), first)
+        return value, pull_back(jax.tree.map(jax.numpy.ones_like, value))
+
+    try:
+        traced = jax.make_jaxpr(both)(as_pytree(function), *arguments)
+    except Exception:
+        return describe(function)
+    # Where functions lie in memory and what they are called changes nothing.
+    text = re.sub(r" at 0x[0-9a-f]+|\bname=[^\s\]]+", "", str(traced))
+    return fingerprint([text, *map(describe, _constants(traced))])
+
+
+def _constants(traced: Any) -> Iterator[Any]:
+    """The arrays inside of a trace, those of its inner functions too."""
+    yield from getattr(traced, "consts", ())
+    for equation in getattr(traced, "jaxpr", traced).eqns:
+        for variable in equation.invars:
+            if hasattr(variable, "val"):
+                yield variable.val
+        for value in equation.params.values():
+            for each in value if isinstance(value, (tuple, list)) else (value,):
+                if hasattr(each, "eqns") or hasattr(each, "jaxpr"):
+                    yield from _constants(each)
 
 
 def fingerprint(value: Any) -> str:
@@ -105,6 +173,15 @@ def _code(code: types.CodeType) -> list[Any]:
         for each in code.co_consts
     ]
     return [code.co_code.hex(), list(code.co_names), constants]
+
+
+def _object(value: Any) -> Any:
+    """An object by its class and what it holds; of one that holds nothing, its `repr`."""
+    held = getattr(value, "__dict__", None)
+    if not held or isinstance(value, type):
+        return _plain(value)
+    methods = {name: each for name, each in vars(type(value)).items() if inspect.isfunction(each)}
+    return {"class": _plain(type(value)), "methods": describe(methods), "holds": describe(held)}
 
 
 def _plain(value: Any) -> str:

@@ -1,0 +1,178 @@
+"""Fingerprints: what computes the same has the same one, in every process, and nothing else has."""
+
+import functools
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen
+
+from jdistill import _fingerprint, attacks, losses, nets
+
+ROWS = jax.ShapeDtypeStruct((5, 4), np.float32)
+LABELS = jax.ShapeDtypeStruct((5,), np.int32)
+TABLE = np.arange(4, dtype=np.float32)
+
+
+def program(function, *shapes):
+    return _fingerprint.describe_program(function, *(shapes or (ROWS,)))
+
+
+def defined(source):
+    """What a piece of code calls `f`."""
+    scope = {"jnp": jnp, "jax": jax, "np": np, "TABLE": TABLE}
+    exec(textwrap.dedent(source), scope)
+    return scope["f"]
+
+
+# Functions of one group compute the same, those of different groups do not.
+GROUPS = [
+    [lambda x: x + 1, lambda inputs: inputs + 1.0, defined("def f(x): return x + 1")],
+    [lambda x: x + 2],
+    [lambda x: x + TABLE[None], lambda x: x + np.array(TABLE)[None]],
+    [lambda x: x + TABLE[::-1][None]],
+    [jax.jit(lambda x: x * TABLE[None])],
+    [jax.jit(lambda x: x * (TABLE + 1)[None])],
+    # What it calls by name is followed.
+    [defined("def g(x): return jnp.sin(x)\ndef f(x): return g(x)")],
+    [defined("def g(x): return jnp.cos(x)\ndef f(x): return g(x)")],
+    # Another gradient of the same values, as of BPDA.
+    [lambda x: jnp.round(x)],
+    [lambda x: x + jax.lax.stop_gradient(jnp.round(x) - x)],
+    [lambda x: jax.lax.scan(lambda c, _: (c * 2, None), x, length=3)[0]],
+    [lambda x: jax.lax.scan(lambda c, _: (c * 2, None), x, length=4)[0]],
+]
+
+
+def test_a_function_is_what_it_computes():
+    found = [{program(function) for function in group} for group in GROUPS]
+    assert [len(group) for group in found] == [1] * len(GROUPS)
+    assert len(set.union(*found)) == len(GROUPS)
+
+
+class Scaled:
+    def __init__(self, sign):
+        self.sign = sign
+
+    def __call__(self, logits, labels):
+        return self.sign * losses.margin(logits, labels)
+
+
+class Net(linen.Module):
+    activation: object
+
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(3)(self.activation(x - 0.5))
+
+
+def test_a_network_is_its_weights_and_what_it_computes():
+    inputs = np.zeros((5, 4), np.float32)
+    variables = Net(jnp.tanh).init(jax.random.key(0), inputs)
+    made = {
+        name: _fingerprint.describe_network(nets.logits_fn(Net(activation), values), inputs)[0]
+        for name, activation, values in (
+            ("one", jnp.tanh, variables),
+            ("same", lambda x: jnp.tanh(x), variables),
+            ("other activation", lambda x: -x, variables),
+            ("other weights", jnp.tanh, jax.tree.map(lambda w: w + 1, variables)),
+        )
+    }
+    assert made["one"] == made["same"]
+    assert made["one"]["weights"] == made["other activation"]["weights"]
+    assert made["one"]["program"] == made["other weights"]["program"]
+    assert made["one"] not in (made["other activation"], made["other weights"])
+
+
+def test_losses_are_told_apart_whatever_holds_their_settings():
+    def of(loss):
+        attack = functools.partial(attacks.pgd, eps=0.1, loss=loss)
+        return _fingerprint.fingerprint(_fingerprint.describe_attack(attack, ROWS))
+
+    assert of(Scaled(1.0)) == of(Scaled(1.0)) == of(lambda z, y: 1.0 * losses.margin(z, y))
+    assert len({of(loss) for loss in (Scaled(1.0), Scaled(-1.0), losses.margin)}) == 3
+
+
+def test_an_object_is_its_class_and_what_it_holds():
+    describe = _fingerprint.describe
+    assert describe(Scaled(1.0)) == describe(Scaled(1.0)) != describe(Scaled(-1.0))
+
+    class Scaled2(Scaled):
+        def __call__(self, logits, labels):
+            return 2 * self.sign * losses.margin(logits, labels)
+
+    assert describe(Scaled2(1.0)) != describe(Scaled(1.0))
+
+
+def test_what_cannot_be_traced_is_described_by_its_code():
+    one, other = (lambda x: np.asarray(x) + 1), (lambda x: np.asarray(x) + 2)
+    assert program(one) == _fingerprint.describe(one) != program(other)
+
+
+def test_every_process_finds_the_same():
+    code = """
+        import jax, numpy as np
+        from jdistill import _fingerprint, attacks, losses, nets
+        model = nets.digits_net()
+        params, _ = nets.init(model, jax.random.key(0), (8, 8, 1))
+        inputs = jax.ShapeDtypeStruct((3, 8, 8, 1), np.float32)
+        net, logits = _fingerprint.describe_network(
+            nets.logits_fn(model, {"params": params}), inputs)
+        attack = _fingerprint.describe_attack(attacks.fmn, logits)
+        print(_fingerprint.fingerprint([net["program"], attack]))
+    """
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            env=os.environ | {"PYTHONHASHSEED": seed, "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(printed) == 1
+
+
+def states(stack):
+    return lambda event: stack.append(jax.tree.map(np.array, event["state"]))
+
+
+W = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+INPUTS = np.random.default_rng(1).uniform(size=(12, 9)).astype(np.float32)
+PLAIN = nets.callable_logits_fn(lambda w, x: (x - 0.5) @ w, jnp.asarray(W))
+RIGHT = np.asarray(PLAIN(INPUTS)).argmax(1)
+
+
+@pytest.mark.parametrize("driver", ["ensemble", "autoattack"])
+@pytest.mark.parametrize("change", ["weights", "network", "eps", "loss"])
+def test_a_start_of_another_run_is_refused(driver, change):
+    def run(network, eps=0.01, loss=losses.margin, **more):
+        if driver == "autoattack":
+            return attacks.autoattack(
+                network, jax.random.key(0), INPUTS, RIGHT, eps=eps, version="rand", **more
+            )
+        attack = functools.partial(attacks.pgd, eps=eps, num_steps=3, loss=loss)
+        return attacks.ensemble(network, jax.random.key(0), INPUTS, RIGHT, attacks=[attack], **more)
+
+    if driver == "autoattack" and change == "loss":
+        pytest.skip("its losses are its own")
+    kept = []
+    whole = run(PLAIN, callback=states(kept))
+    again = run(PLAIN, start=kept[-1])
+    np.testing.assert_array_equal(again.success, whole.success)
+    other = {
+        "weights": {
+            "network": nets.callable_logits_fn(lambda w, x: (x - 0.5) @ w, jnp.asarray(-W))
+        },
+        "network": {"network": nets.callable_logits_fn(lambda w, x: (x - 0.4) @ w, jnp.asarray(W))},
+        "eps": {"network": PLAIN, "eps": 0.3},
+        "loss": {"network": PLAIN, "loss": lambda z, y: -losses.margin(z, y)},
+    }[change]
+    with pytest.raises(ValueError, match="got the state of another one"):
+        run(**other, start=kept[-1])
