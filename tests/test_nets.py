@@ -703,3 +703,68 @@ def test_the_whole_net_has_the_gradients_of_xla(tiny):
         for convolution in (nets.conv_general_dilated, jax.lax.conv_general_dilated)
     )
     assert_close(got, expected)
+
+
+class Switched(nnx.Module):
+    """A module that passes its mode on, as many do: then `eval()` alone changes nothing."""
+
+    def __init__(self, switch, kind):
+        rngs = nnx.Rngs(0)
+        self.linear, self.switch = nnx.Linear(4, 3, rngs=rngs), switch
+        self.dropout = nnx.Dropout(0.5, rngs=rngs) if kind == "dropout" else None
+        self.norm = nnx.BatchNorm(3, rngs=rngs) if kind == "norm" else None
+
+    def apply(self, x, training):
+        x = self.linear(x)
+        if self.dropout is not None:
+            return self.dropout(x, deterministic=not training)
+        return self.norm(x, use_running_average=not training)
+
+
+class Train(Switched):
+    def __call__(self, x, train=True):
+        return self.apply(x, train)
+
+
+class Required(Switched):
+    def __call__(self, x, *, is_training):
+        return self.apply(x, is_training)
+
+
+class SwitchedOff(Switched):
+    def __call__(self, x, deterministic=False):
+        return self.apply(x, not deterministic)
+
+
+class Average(Switched):
+    def __call__(self, x, use_running_average=False):
+        return self.apply(x, not use_running_average)
+
+
+class Further(Switched):
+    def __call__(self, x, scale):
+        return self.apply(x * scale, False)
+
+
+@pytest.mark.parametrize("kind", ["dropout", "norm"])
+@pytest.mark.parametrize("module", [Train, Required, SwitchedOff, Average])
+def test_an_nnx_module_that_takes_its_mode_is_evaluated(module, kind):
+    made = module("mode", kind)
+    inputs = np.random.default_rng(0).uniform(size=(20, 4)).astype(np.float32)
+    net = nets.nnx_logits_fn(made)
+    np.testing.assert_allclose(net(inputs), made.apply(inputs, False), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(jax.jit(lambda f, x: f(x))(net, inputs), net(inputs))
+
+
+def test_an_nnx_module_that_needs_more_is_refused():
+    with pytest.raises(ValueError, match="to need its inputs only, got the further argument `sca"):
+        nets.nnx_logits_fn(Further("mode", "norm"))
+
+
+@pytest.mark.parametrize("bad", [2, 9, -3, 0.5, "1", None, [0], True])
+def test_an_index_beyond_the_stack_is_refused(bad):
+    stack = nets.stack([{"w": jnp.zeros(3)}, {"w": jnp.ones(3)}])
+    with pytest.raises(ValueError, match="expected the index of one of 2 runs"):
+        nets.index(stack, bad)
+    assert nets.index(stack, -1)["w"][0] == nets.index(stack, np.int32(1))["w"][0] == 1
+    assert jax.jit(nets.index)(stack, 1)["w"][0] == 1

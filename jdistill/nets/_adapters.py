@@ -7,7 +7,7 @@ reused for new weights, and `jax.vmap` maps over stacked ones.
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -22,9 +22,16 @@ from jdistill.typing import ApplyFn, Array, LogitsFn, PyTree
 if TYPE_CHECKING:
     from flax import nnx
 
-# Other names for the train/eval switch. A module that takes one of these but not `train` would
-# silently run in whichever mode is its default, so it is refused.
-_OTHER_SWITCHES = ("training", "is_training", "deterministic", "use_running_average")
+# Names of the switch between training and evaluation, with its value for evaluation. A Linen module
+# that takes one of these but not `train` would run in whichever mode is its default, so it is
+# refused: training needs the switch, too.
+_SWITCHES = {
+    "train": False,
+    "training": False,
+    "is_training": False,
+    "deterministic": True,
+    "use_running_average": True,
+}
 
 
 def _check_linen(model: Any) -> None:
@@ -42,13 +49,17 @@ def _check_linen(model: Any) -> None:
             "make its fields tuples instead of lists or arrays"
         ) from None
     names = _parameter_names(model)
-    switches = [name for name in _OTHER_SWITCHES if name in names]
+    switches = [name for name in _SWITCHES if name in names]
     if switches and "train" not in names:
         raise ValueError(
             f"expected {type(model).__name__}.__call__ to take `train`, got `{switches[0]}`; "
             "wrap it in a module whose `__call__(self, inputs, *, train=False)` sets that argument"
         )
-    known = {"train", "dropout_keys"}
+    _check_needs(model, {"train", "dropout_keys"})
+
+
+def _check_needs(model: Any, known: Collection[str]) -> None:
+    """The module needs no further argument than its inputs and those that are known."""
     required = [
         parameter.name
         for parameter in list(inspect.signature(model.__call__).parameters.values())[1:]
@@ -63,7 +74,7 @@ def _check_linen(model: Any) -> None:
         )
 
 
-def _parameter_names(model: nn.Module) -> tuple[str, ...]:
+def _parameter_names(model: Any) -> tuple[str, ...]:
     """Names of the arguments of the module's `__call__`, the inputs left out."""
     return tuple(inspect.signature(model.__call__).parameters)[1:]
 
@@ -118,14 +129,17 @@ class _LinenLogits:
 
 @dataclasses.dataclass(frozen=True)
 class _NnxLogits:
-    """`(state, inputs) -> logits` of an NNX graph."""
+    """`(state, inputs) -> logits` of an NNX graph in evaluation mode."""
 
     graphdef: Any
 
     def __call__(self, state: PyTree, inputs: Array, /) -> Array:
         from flax import nnx
 
-        return nnx.merge(self.graphdef, state)(inputs)
+        module = nnx.merge(self.graphdef, state)
+        names = _parameter_names(module)
+        # What a module passes on wins over what `eval()` has set in its parts.
+        return module(inputs, **{name: _SWITCHES[name] for name in _SWITCHES if name in names})
 
 
 def apply_fn(model: nn.Module) -> ApplyFn:
@@ -208,14 +222,15 @@ def nnx_logits_fn(module: "nnx.Module") -> Partial:
     to it are not seen. Call this again on the trained module: that compiles nothing.
 
     Args:
-        module: An NNX module called with one batch of inputs.
+        module: An NNX module called with one batch of inputs, and perhaps with a switch of its
+            mode (`train`, `training`, `is_training`, `deterministic`, `use_running_average`).
 
     Returns:
         A pytree that maps inputs `[B, ...]` to logits `[B, K]`. Its leaves are the module's
         state.
 
     Raises:
-        ValueError: Not an NNX module.
+        ValueError: Not an NNX module, or one that needs further arguments.
 
     Example:
         >>> import jax.numpy as jnp
@@ -231,6 +246,7 @@ def nnx_logits_fn(module: "nnx.Module") -> Partial:
             f"expected a Flax NNX module, got {type(module).__name__}; use logits_fn for a Linen "
             "module and callable_logits_fn for a function"
         )
+    _check_needs(module, _SWITCHES)
     graphdef, state = nnx.split(module)
     # `split` shares its variables with the module; mapping over their arrays makes new ones.
     # `eval()` writes into a module, so it is called on a copy too.

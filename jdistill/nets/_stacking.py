@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jdistill.typing import PyTree
 
@@ -54,16 +55,25 @@ def index(tree: PyTree, i: int) -> PyTree:
 
     Args:
         tree: Pytree whose every leaf is `[R, ...]`.
-        i: Which run; may be traced.
+        i: Which run, in `-R..R-1`; may be traced, and is not checked then.
 
     Returns:
         The pytree without its leading axis.
+
+    Raises:
+        ValueError: `i` is out of range, or not an integer.
 
     Example:
         >>> import jax.numpy as jnp
         >>> index({"w": jnp.arange(6).reshape(3, 2)}, 1)["w"].tolist()
         [2, 3]
     """
+    if not isinstance(i, jax.core.Tracer):
+        size = min((len(leaf) for leaf in jax.tree.leaves(tree)), default=None)
+        fits = np.ndim(i) == 0 and np.asarray(i).dtype.kind in "iu"
+        if not fits or (size is not None and not -size <= i < size):
+            # As an index of an array, JAX would take the nearest one.
+            raise ValueError(f"expected the index of one of {size} runs, got {i!r}")
     return jax.tree.map(lambda leaf: leaf[i], tree)
 
 
