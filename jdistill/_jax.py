@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # The XLA flag for convolutions on CPU: `runtime` sets it, `nets` looks whether it is set. Lone
 # convolutions go to Eigen, not to the YNN library, which is slow at them.
@@ -82,7 +83,43 @@ def _compiler_options() -> dict[str, bool] | None:
 
 def as_pytree(fun: Callable[..., Any]) -> Callable[..., Any]:
     """A function that jit can take as an argument: a plain one becomes static."""
-    return jax.tree_util.Partial(fun) if jax.tree_util.all_leaves([fun]) else fun
+    if not jax.tree_util.all_leaves([fun]):
+        return fun
+    refuse_held_arrays(fun)
+    return jax.tree_util.Partial(fun)
+
+
+def refuse_held_arrays(fun: Callable[..., Any]) -> None:
+    """An error for an object, or its method, that holds arrays and can change.
+
+    It compares by identity, so compiled code would go on with the arrays that it had at first.
+    """
+    holder = getattr(fun, "__self__", fun)
+    held = _held_arrays(holder)
+    if held:
+        raise ValueError(
+            f"expected a function or a pytree, got an object of {type(holder).__name__} that holds "
+            f"arrays ({', '.join(held[:3])}), whose changes compiled code would not see; pass them "
+            "as arguments, nets.callable_logits_fn(function, arrays), or register the class as a "
+            "pytree"
+        )
+
+
+def _held_arrays(holder: Any, depth: int = 3) -> list[str]:
+    """Attributes that are arrays or pytrees with arrays, as `"layer.weights"`."""
+    parameters = getattr(type(holder), "__dataclass_params__", None)
+    if inspect.isroutine(holder) or inspect.ismodule(holder) or isinstance(holder, type):
+        return []
+    if isinstance(holder, functools.partial) or (parameters is not None and parameters.frozen):
+        return []
+    found = []
+    for name, value in getattr(holder, "__dict__", {}).items():
+        leaves = jax.tree.leaves(value)
+        if any(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves):
+            found.append(name)
+        elif depth and len(leaves) == 1 and leaves[0] is value:
+            found += [f"{name}.{inner}" for inner in _held_arrays(value, depth - 1)]
+    return found
 
 
 @jit

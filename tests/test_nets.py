@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import math
 
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.tree_util import Partial
 
-from jdistill import nets
+from jdistill import attacks, nets
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -768,3 +769,59 @@ def test_an_index_beyond_the_stack_is_refused(bad):
         nets.index(stack, bad)
     assert nets.index(stack, -1)["w"][0] == nets.index(stack, np.int32(1))["w"][0] == 1
     assert jax.jit(nets.index)(stack, 1)["w"][0] == 1
+
+
+class Holder:
+    """A network as an object, whose weights change when it is trained."""
+
+    def __init__(self, weights):
+        self.weights = weights
+
+    def __call__(self, inputs):
+        return inputs @ self.weights
+
+    forward = __call__
+
+
+class Outer:
+    def __init__(self, inner):
+        self.layers, self.name = {"inner": [inner]}, "outer"
+        self.inner = inner
+
+    def __call__(self, inputs):
+        return self.inner(inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """Settings alone, which compare by value."""
+
+    factor: float
+
+    def __call__(self, inputs):
+        return self.factor * inputs
+
+
+@pytest.mark.parametrize(
+    "weights", [jnp.eye(3), np.eye(3), [np.eye(3)]], ids=["jax", "numpy", "list"]
+)
+@pytest.mark.parametrize(
+    "form",
+    [lambda made: made, lambda made: made.__call__, Outer],
+    ids=["object", "method", "inner"],
+)
+def test_objects_that_hold_arrays_are_refused_since_their_changes_would_not_be_seen(form, weights):
+    fun, inputs = form(Holder(weights)), jnp.eye(3) / 2
+    for use in (
+        lambda: nets.callable_logits_fn(fun),
+        lambda: attacks.fgsm(fun, None, inputs, np.arange(3), eps=0.1),
+        lambda: attacks.fgsm(lambda x: x, None, inputs, np.arange(3), eps=0.1, loss=fun),
+    ):
+        with pytest.raises(ValueError, match=r"holds arrays \((inner\.)?weights\), whose changes"):
+            use()
+
+
+def test_objects_without_arrays_and_functions_over_arrays_are_taken():
+    weights = np.eye(3, dtype=np.float32)
+    for fun in (Scaled(2.0), lambda x: x @ weights, functools.partial(lambda w, x: x @ w, weights)):
+        assert nets.callable_logits_fn(fun)(jnp.ones((2, 3))).shape == (2, 3)

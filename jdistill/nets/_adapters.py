@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from jdistill import _validate
+from jdistill._jax import refuse_held_arrays
 from jdistill.typing import ApplyFn, Array, LogitsFn, PyTree
 
 # Imported where it is used: it takes as long as all of this library.
@@ -278,7 +279,8 @@ def callable_logits_fn(fun: Callable[..., Array], *args: PyTree) -> Any:
         pytree already and there are no `args`.
 
     Raises:
-        ValueError: `fun` cannot be called or hashed.
+        ValueError: `fun` cannot be called or hashed, or is an object that holds arrays: compiled
+            code would not see its changes.
 
     Example:
         >>> import jax.numpy as jnp
@@ -301,6 +303,7 @@ def callable_logits_fn(fun: Callable[..., Array], *args: PyTree) -> Any:
             f"expected a hashable callable, got {type(fun).__name__}; pass a function with its "
             "weights as further arguments: callable_logits_fn(function, weights)"
         ) from None
+    refuse_held_arrays(fun)
     return Partial(fun, *args)
 
 
