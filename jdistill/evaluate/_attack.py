@@ -13,6 +13,7 @@ from jdistill import _fingerprint, _validate, attacks, metrics, nets
 from jdistill._jax import jit
 from jdistill.attacks import AttackResult
 from jdistill.attacks._core.chunks import run_in_chunks
+from jdistill.attacks._core.claims import verified
 from jdistill.attacks._core.problem import example_keys
 from jdistill.evaluate import _shards
 from jdistill.evaluate._runs import Announcer, Runs, Unit, first, joined, refuse_tracers
@@ -409,4 +410,5 @@ class _Attacked:
             result = self.attack(logits_fn, keys, inputs, labels)
         else:
             result = self.attack(logits_fn, keys, inputs, labels, targets=targets)  # type: ignore[call-arg]
+        result = verified(result, self.attack, logits_fn, labels, targets)
         return Piece(result, _finite(logits_fn, result.inputs))

@@ -10,6 +10,7 @@ import numpy as np
 
 from jdistill import _fingerprint, parallel
 from jdistill.attacks._core.chunks import run_in_chunks
+from jdistill.attacks._core.claims import verified
 from jdistill.attacks._core.problem import AttackResult, Problem
 from jdistill.typing import Array, Callback
 
@@ -140,7 +141,9 @@ def run(
         for first in range(0, len(active), batch_size):
             rows = active[first : first + batch_size]
             padded = _pad(rows, batch_size, 1 if devices is None else len(devices))
-            batch = [None if column is None else column[padded] for column in (keys, *columns)]
+            batch: list[Any] = [
+                None if column is None else column[padded] for column in (keys, *columns)
+            ]
             if devices is not None:
                 batch = parallel.split(batch, devices)
 
@@ -151,6 +154,7 @@ def run(
                 tell = _Telling(callback, stage, name, first, len(rows), len(active), state)
                 found = run_in_chunks(call, tell.inside, _part_of(state, len(rows)))
                 state = state._replace(part=state.part[:0])
+            found = verified(found, attack, logits_fn, *batch[2:], bounds)
             _update(state, rows, found, index, minimum_norm)
             if callback is not None:
                 tell._replace(state=state).after()

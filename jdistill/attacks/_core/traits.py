@@ -177,6 +177,11 @@ def traits(attack: Callable[..., Any]) -> Traits:
     )
 
 
+def has_facts(attack: Callable[..., Any]) -> bool:
+    """Whether it is an attack of the library."""
+    return hasattr(unbound(attack)[0], _ATTRIBUTE)
+
+
 def _shared(values: Iterable[Any]) -> Any:
     """The one value of all; None where they differ."""
     first, *others = values
