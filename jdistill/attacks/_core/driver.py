@@ -154,7 +154,7 @@ def run(
                 tell = _Telling(callback, stage, name, first, len(rows), len(active), state)
                 found = run_in_chunks(call, tell.inside, _part_of(state, len(rows)))
                 state = state._replace(part=state.part[:0])
-            found = verified(found, attack, logits_fn, *batch[2:], bounds)
+            found = verified(found, attack, logits_fn, batch[2], batch[3], bounds)
             _update(state, rows, found, index, minimum_norm)
             if callback is not None:
                 tell._replace(state=state).after()
