@@ -234,8 +234,8 @@ def _say_where_blind(robust_after: np.ndarray, names: tuple[str, ...]) -> None:
         warnings.warn(
             f"{names[0]} left {by_cross_entropy} of {len(robust_after)} examples standing and "
             f"{names[1]} then broke {gap} of them, so attacks on the cross-entropy alone (FGSM, "
-            "PGD) overstate how much this network withstands. Either the cross-entropy saturates, which "
-            "is gradient masking, or its gradient leads to another class than the nearest; the "
-            "check `zero_gradients` of jdistill.diagnose.masking decides between them",
+            "PGD) overstate how much this network withstands. Either the cross-entropy saturates, "
+            "which is gradient masking, or its gradient leads to another class than the nearest; "
+            "the check `zero_gradients` of jdistill.diagnose.masking decides between them",
             stacklevel=3,
         )
