@@ -110,6 +110,26 @@ def count(*, minimum: int = 1, **named: Any) -> None:
             )
 
 
+def flag(**named: Any) -> None:
+    """Each value is True or False, and no text or number that Python takes for one."""
+    for name, value in named.items():
+        if not isinstance(value, (bool, np.bool_)):
+            raise ValueError(f"expected {name} to be True or False, got {value!r}; pass a bool")
+
+
+def booleans(value: Any, *, name: str) -> np.ndarray:
+    """Truths as an array of bool: it, or 0 and 1; no shares, no NaN."""
+    array = np.asarray(value)
+    if array.dtype != bool:
+        bad = ~np.isin(array, (0, 1)) if array.dtype.kind in "iuf" else np.ones(array.shape, bool)
+        if bad.any() or array.dtype.kind not in "iuf":
+            shown = _first_bad(array, bad) if array.dtype.kind in "iuf" else f"dtype {array.dtype}"
+            raise ValueError(
+                f"expected {name} to be True or False for each example, got {shown}; pass bools"
+            )
+    return array.astype(bool)
+
+
 def one_of(options: Iterable[Any], **named: Any) -> None:
     """Each value is one of the options."""
     options = tuple(options)

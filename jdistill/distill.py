@@ -326,6 +326,7 @@ def _weights(
     """Temperature, hard weight and the soft term's factor as arrays, checked."""
     _validate.positive(temperature=temperature)
     _validate.within(0.0, 1.0, hard_weight=hard_weight)
+    _validate.flag(temperature_squared=temperature_squared)
     temperature = jnp.asarray(temperature, jnp.float32)
     factor = jnp.square(temperature) if temperature_squared else jnp.ones_like(temperature)
     return temperature, jnp.asarray(hard_weight, jnp.float32), factor

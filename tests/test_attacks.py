@@ -1182,3 +1182,18 @@ def test_a_network_of_the_library():
     for attack in (case, CASES["carlini_wagner_l2"]):
         nothing = run(attack, logits_fns[0], inputs[:0], labels[:0])
         assert nothing.inputs.shape == (0, 6, 6, 1)
+
+
+@pytest.mark.parametrize("value", ["no", 0, 1.0, None])
+@pytest.mark.parametrize(
+    "attack",
+    [
+        lambda value: functools.partial(attacks.fgsm, eps=0.1, trace=value),
+        lambda value: functools.partial(attacks.pgd, eps=0.1, random_start=value),
+        lambda value: functools.partial(attacks.ead, abort_early=value),
+        lambda value: functools.partial(attacks.carlini_wagner_l2, abort_early=value),
+    ],
+)
+def test_a_switch_is_true_or_false(attack, value):
+    with pytest.raises(ValueError, match="to be True or False, got"):
+        attack(value)(MODEL, KEY, INPUTS, LABELS)

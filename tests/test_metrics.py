@@ -282,3 +282,35 @@ def test_an_empty_batch_has_no_values():
         metrics.zero_gradient(logits_fn, inputs, jnp.zeros(0, int)),
     )
     assert [value.shape for value in values] == [(0,)] * 3
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: metrics.proportion(2.5, 10), "expected whole 0 <= successes"),
+        (lambda: metrics.proportion(-1, 10), "expected whole 0 <= successes"),
+        (lambda: metrics.proportion(np.nan, 10), "expected whole 0 <= successes"),
+        (lambda: metrics.proportion(3, 10.5), "expected whole 0 <= successes"),
+        (
+            lambda: metrics.robustness([1.0, 2.0], [0.5, 1.0]),
+            "expected success to be True or False",
+        ),
+        (lambda: metrics.robustness([1.0, np.nan], [True, True]), "expected finite distances >= 0"),
+        (lambda: metrics.robustness([1.0, -2.0], [True, True]), "expected finite distances >= 0"),
+        (lambda: metrics.robustness([1.0, np.inf], [True, True]), "expected finite distances >= 0"),
+        (lambda: metrics.robustness([1.0], [True, True]), "expected distance and success"),
+        (lambda: metrics.worst_case({"a": [0.2, 0.9]}), "expected success of 'a' to be True or"),
+        (lambda: metrics.worst_case({"a": ["no", "yes"]}), "expected success of 'a' to be True or"),
+        (lambda: metrics.worst_case({"a": [np.nan, 1.0]}), "expected success of 'a' to be True or"),
+        (lambda: metrics.paired([0.3, 0.5], [True, False]), "expected first to be True or False"),
+        (lambda: metrics.paired([True, False], [2, 1]), "expected second to be True or False"),
+    ],
+)
+def test_what_a_measure_cannot_mean_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_truths_may_be_zeros_and_ones():
+    assert metrics.worst_case({"a": [0, 1]})[1].tolist() == [False, True]
+    assert metrics.robustness([3.0, np.inf], np.array([1.0, 0.0])).mean == 3

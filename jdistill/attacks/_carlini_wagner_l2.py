@@ -98,6 +98,7 @@ def carlini_wagner_l2(
     _validate.non_negative(confidence=confidence)
     _validate.positive(learning_rate=learning_rate, initial_const=initial_const)
     _validate.count(num_searches=num_searches, num_steps=num_steps)
+    _validate.flag(abort_early=abort_early)
     problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
     clean_w = from_box(problem.inputs, problem.bounds)
     method = _CarliniWagnerL2(

@@ -113,6 +113,7 @@ def ead(
     _validate.non_negative(beta=beta, confidence=confidence)
     _validate.positive(learning_rate=learning_rate, initial_const=initial_const)
     _validate.count(num_searches=num_searches, num_steps=num_steps)
+    _validate.flag(abort_early=abort_early)
     problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
     method = _EAD(
         beta=one_per_example(beta, problem.inputs, name="beta"),

@@ -281,6 +281,7 @@ def _descent(
 ) -> "_Descent":
     """The checked settings; `path` is the default length of all steps together, in radii."""
     _validate.one_of(NORMS, norm=norm)
+    _validate.flag(random_start=random_start)
     _validate.count(num_steps=num_steps)
     eps = radius(eps, problem.inputs)
     step_size = path * eps / num_steps if step_size is None else step_size

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jdistill import _validate
 from jdistill.metrics._shares import Interval, check_confidence
 from jdistill.typing import ArrayLike
 
@@ -66,7 +67,8 @@ def paired(first: ArrayLike, second: ArrayLike, *, confidence: float = 0.95) -> 
     from scipy import stats
 
     check_confidence(confidence)
-    one, other = _pairs(first, second, bool)
+    first = _validate.booleans(first, name="first")
+    one, other = _pairs(first, _validate.booleans(second, name="second"), bool)
     total = one.size
     only_first, only_second = int((one & ~other).sum()), int((other & ~one).sum())
     discordant = only_first + only_second

@@ -41,9 +41,10 @@ def proportion(successes: int, total: int, *, confidence: float = 0.95) -> Inter
     """
     from scipy import stats  # half a second that an import of the library should not pay
 
-    if not 0 <= successes <= total or total < 1:
+    whole = all(float(number).is_integer() for number in (successes, total))
+    if not whole or not 0 <= successes <= total or total < 1:
         raise ValueError(
-            f"expected 0 <= successes <= total with total >= 1, got {successes} of {total}; "
+            f"expected whole 0 <= successes <= total, total >= 1, got {successes} of {total}; "
             "pass counts, not shares"
         )
     check_confidence(confidence)
@@ -83,7 +84,8 @@ def robustness(distance: ArrayLike, success: ArrayLike, *, confidence: float = 0
         on the near half makes it look robust.
 
     Raises:
-        ValueError: no examples.
+        ValueError: no examples, not one of each per example, or a success at a distance that is
+            negative or not finite.
 
     Example:
         >>> result = robustness([1.0, 3.0, np.inf], [True, True, False])
@@ -94,8 +96,19 @@ def robustness(distance: ArrayLike, success: ArrayLike, *, confidence: float = 0
         Papernot et al. 2016, the definition of robustness, with the smallest perturbation that an
         attack found in place of the true one, which no attack can know.
     """
-    hit = np.asarray(success, bool)
-    reached = np.asarray(distance, np.float64)[hit]
+    hit, distance = _validate.booleans(success, name="success"), np.asarray(distance, np.float64)
+    if hit.ndim != 1 or distance.shape != hit.shape:
+        raise ValueError(
+            f"expected distance and success [N] of the same examples, got shapes {distance.shape} "
+            f"and {hit.shape}; pass one number and one flag per example"
+        )
+    reached = distance[hit]
+    bad = ~(np.isfinite(reached) & (reached >= 0))
+    if bad.any():
+        raise ValueError(
+            "expected finite distances >= 0 where the attack succeeded, got "
+            f"{reached[bad][0]}; pass an attack's result as it is"
+        )
     share = proportion(int(hit.sum()), hit.size, confidence=confidence)
     if not reached.size:
         return Robustness(float("nan"), float("nan"), share)
@@ -217,7 +230,7 @@ def worst_case(success: Mapping[str, ArrayLike], *, confidence: float = 0.95) ->
         Diverse Parameter-free Attacks", section 5; Carlini et al. 2019, "On Evaluating Adversarial
         Robustness" (per example, not per attack).
     """
-    rows = [np.asarray(row, bool) for row in success.values()]
+    rows = [_validate.booleans(row, name=f"success of {name!r}") for name, row in success.items()]
     shapes = {row.shape for row in rows}
     if len(shapes) != 1 or len(next(iter(shapes))) != 1:
         raise ValueError(

@@ -34,7 +34,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from jdistill import norms
+from jdistill import _validate, norms
 from jdistill._jax import full_precision, is_traced, jit
 from jdistill.attacks._core.problem import AttackResult, Problem
 from jdistill.attacks._core.work import multiplications
@@ -227,6 +227,7 @@ def run(method: Method, problem: Problem, *, trace: bool = False) -> AttackResul
         The result; `info` has `first_success`, `gradients`, the trace on request, and what the
         method adds.
     """
+    _validate.flag(trace=trace)
     handler = _handler.get()
     with full_precision():
         if handler is not None and not (handler.on_host and is_traced(method, problem)):
