@@ -236,7 +236,7 @@ def _method(
 
 
 def _checkpoints(num_steps: int) -> np.ndarray:
-    """After each number of steps, those since the last checkpoint if it is one, else 0.
+    """Steps since the last checkpoint after each number of steps, 0 where it is not one.
 
     The first one comes after 22 % of the steps; each period is 3 % shorter than the one before,
     and no shorter than 6 %.

@@ -39,7 +39,7 @@ class _Plan(NamedTuple):
     @classmethod
     @functools.cache
     def of(cls, num_steps: int) -> "_Plan":
-        """Of a start with so many gradient steps."""
+        """Plan of a start with so many gradient steps."""
         early = math.ceil(0.3 * num_steps) if num_steps >= 3 else 0
         counts = (early, early, num_steps - 2 * early)
         rows = []

@@ -274,7 +274,7 @@ class _HopSkipJump(DecisionMethod):
         return select(state.tries >= num_samples, stepping, state)
 
     def _missed(self, problem: Problem, state: _State) -> _State:
-        """After a step too long: half of it, or samples again."""
+        """State after a step too long: half of it, or samples again."""
         given_up = (state.phase == _STEP) & (state.tries > _NUM_HALVINGS)
         shorter = state._replace(length=state.length / 2)
         return select(given_up, self._next_round(problem, state), shorter)

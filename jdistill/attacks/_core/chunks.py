@@ -1,4 +1,4 @@
-"""Attacks that come back to the host every few events: to save, to tell, to answer Ctrl-C."""
+"""Attacks that come back to the host every few events, to save, report, and answer Ctrl-C."""
 
 import functools
 import io

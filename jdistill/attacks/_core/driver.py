@@ -179,14 +179,14 @@ class _Telling(NamedTuple):
     state: EnsembleState
 
     def inside(self, event: Mapping[str, Any]) -> None:
-        """Between two chunks of the batch."""
+        """Event between two chunks of the batch."""
         finished = self.size - int(np.sum(event["active"][: self.size]))
         size = np.array([self.size], "<u4").view(np.uint8)
         state = self.state._replace(part=np.concatenate([size, event["save"]()]))
         self._tell(finished, state, step=event["done"], num_steps=event["total"])
 
     def after(self) -> None:
-        """After the batch."""
+        """Event after the batch."""
         self._tell(self.size, self.state)
 
     def _tell(self, finished: int, state: EnsembleState, **more: Any) -> None:

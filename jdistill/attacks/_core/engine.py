@@ -202,7 +202,7 @@ _handler: contextvars.ContextVar[Handler | None] = contextvars.ContextVar("handl
 
 @contextlib.contextmanager
 def handled_by(handler: Handler) -> Iterator[None]:
-    """Hand every method that attacks run inside to `handler`."""
+    """Context in which `handler` gets every method that an attack runs."""
     token = _handler.set(handler)
     try:
         yield
@@ -293,7 +293,7 @@ def _event(method: Method, problem: Problem, carry: Carry) -> Carry:
 
 
 def advance(method: Method, problem: Problem, carry: Carry, at_most: Array | None = None) -> Carry:
-    """The carry after so many more events, or with None at the end."""
+    """The carry after `at_most` more events, or at the end where that is None."""
     if method.num_events == 0:
         return carry
     turn = jnp.zeros((), jnp.int32)

@@ -123,7 +123,7 @@ def prepare(
         inputs=inputs,
         goal=Goal(jnp.asarray(labels).astype(jnp.int32), targets),
         bounds=(jnp.asarray(box[0], inputs.dtype), jnp.asarray(box[1], inputs.dtype)),
-        # A tracer does not tell.
+        # Of a tracer this is not known.
         spread=Spread(not _validate.is_traced(inputs) and len(inputs.devices()) > 1),
     )
 

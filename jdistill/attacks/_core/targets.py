@@ -35,7 +35,7 @@ class Starts:
         num_targets: int | None = None,
         first_target: ArrayLike = 0,
     ) -> "Starts":
-        """From the checked arguments.
+        """Starts of an attack with these checked arguments.
 
         Args:
             problem: the attack's arguments; where it has targets, these are the only ones.
