@@ -182,7 +182,7 @@ def test_an_init_of_the_target_is_tried_first(attack):
     ("settings", "message"),
     [
         ({"num_queries": 2}, "expected num_queries to be a whole number >= 3, got 2"),
-        ({"init": np.full_like(INPUTS, np.nan)}, "expected finite inputs, got nan"),
+        ({"init": np.full_like(INPUTS, np.nan)}, "expected finite (inputs|init), got nan"),
     ],
 )
 def test_bad_settings_are_named(attack, settings, message):

@@ -126,6 +126,7 @@ def under_attack(
 
     Example:
         >>> import functools
+        >>> import jax.numpy as jnp
         >>> linear = nets.callable_logits_fn(lambda w, x: x @ w, jnp.eye(2))
         >>> x, y = np.eye(2, dtype=np.float32), np.arange(2)
         >>> plan, shards = AttackPlan(functools.partial(attacks.fgsm, eps=0.6), batch_size=1), {}
