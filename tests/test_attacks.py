@@ -568,12 +568,17 @@ def test_the_box_may_be_any(case):
         assert np.any(result.distance[2:] > 0.5)
 
 
+def in_a_box(weights, box, inputs):
+    """The network on inputs in a box of this low end and width."""
+    return network(weights, (inputs - box[0]) / box[1])
+
+
 @pytest.mark.parametrize(("low", "high"), [(0.0, 255.0), (-1.0, 1.0)])
 @all_cases
 def test_the_same_network_in_another_box_fares_the_same(case, low, high):
     # Settings in input units keep their defaults, which follow the box.
     width = high - low
-    model = nets.callable_logits_fn(lambda w, u: network(w, (u - low) / width), weights_of(MODEL))
+    model = nets.callable_logits_fn(in_a_box, weights_of(MODEL), jnp.float32([low, width]))
     eps = {"eps": BUDGETS[case.norm] * (1 if case.norm == "l0" else width)} if case.budget else {}
     expected = run(case, MODEL, INPUTS, LABELS)
     result = run(case, model, low + width * INPUTS, LABELS, bounds=(low, high), **eps)
@@ -674,10 +679,13 @@ def test_a_tie_is_no_success_of_an_attack_and_no_merit_of_a_network(case):
     assert not np.any(result.success)
 
 
-@pytest.mark.parametrize("labels", [np.arange(B) % K, LABELS], ids=["any labels", "right labels"])
 @pytest.mark.parametrize(
-    "weights",
-    [{"linear": np.zeros((D, K))}, {"offset": 1e7}, {"offset": -3e7}],
+    ("weights", "labels"),
+    [
+        ({"linear": np.zeros((D, K))}, np.arange(B) % K),
+        ({"offset": 1e7}, np.arange(B) % K),
+        ({"offset": -3e7}, LABELS),
+    ],
     ids=["all equal", "1e7 on all", "-3e7 on all"],
 )
 @all_cases

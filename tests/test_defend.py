@@ -133,6 +133,7 @@ def test_a_stopped_sweep_and_single_chains_go_on_from_each_other(
     assert_same_networks(tmp_path.with_name("single"), finished)
 
 
+@pytest.mark.slow
 def test_a_chain_of_a_sweep_that_diverges_is_left_out(tmp_path, monkeypatch, capsys, two_devices):
     rate = training.Recipe.rate
     monkeypatch.setattr(
