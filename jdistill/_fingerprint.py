@@ -1,25 +1,24 @@
 """Fingerprints of networks, losses, settings, examples, and keys, the same in every process.
 
-A network or a loss is what it computes: the hash of its trace and of its gradient's, with the
-constants in them, and of its weights. Names are for messages only, so an edited function under the
-same name is another one.
+A network or a loss is its weights, its settings, and the code of its functions, so an edited
+function under the same name is another one; what that calls by name is not followed.
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import inspect
 import json
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from jdistill._jax import as_pytree, unbound
-from jdistill.typing import LogitsFn
+from jdistill._jax import unbound
 
 
 def describe(value: Any) -> Any:
@@ -45,78 +44,20 @@ def describe(value: Any) -> Any:
     function = inspect.unwrap(value) if callable(value) else value
     if inspect.isfunction(function):
         return _function(function)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = (each.name for each in dataclasses.fields(value) if each.name != "parent")
+        held = {name: describe(getattr(value, name, None)) for name in fields}
+        return {"class": _plain(type(value)), "holds": held}
     leaves, structure = jax.tree.flatten(value)
     if len(leaves) == 1 and leaves[0] is value:
         return _object(value)
     return {"structure": _plain(structure), "leaves": describe(leaves)}
 
 
-def describe_attack(attack: Any, logits: Any = None) -> Any:
-    """An attack's function with all its settings, also those left at their defaults.
-
-    Args:
-        attack: the attack.
-        logits: shape and type of the network's logits `[B, K]`, where losses are described by what
-            they compute.
-    """
+def describe_attack(attack: Any) -> Any:
+    """An attack's function with all its settings, also those left at their defaults."""
     function, settings = unbound(attack)
-    described = describe(settings)
-    if logits is not None and callable(settings.get("loss")):
-        labels = jax.ShapeDtypeStruct(logits.shape[:1], np.int32)
-        described["loss"] = describe_program(settings["loss"], logits, labels)
-    return {"function": describe(function), "settings": described}
-
-
-def describe_network(logits_fn: LogitsFn, inputs: Any) -> tuple[Any, Any]:
-    """A network by its weights and by what it computes; and the shape of its logits.
-
-    Args:
-        logits_fn: the network.
-        inputs: `[B, ...]`, for shape and type.
-
-    Returns:
-        The description, and shape and type of the logits, or None where JAX cannot trace it.
-    """
-    inputs = jax.ShapeDtypeStruct(np.shape(inputs), inputs.dtype)
-    try:
-        logits = jax.eval_shape(lambda fun, x: fun(x), as_pytree(logits_fn), inputs)
-    except Exception:
-        logits = None
-    weights = fingerprint(jax.device_get(jax.tree.leaves(as_pytree(logits_fn))))
-    return {"weights": weights, "program": describe_program(logits_fn, inputs)}, logits
-
-
-def describe_program(function: Any, *arguments: Any) -> Any:
-    """A function by what it computes of arguments of these shapes, and by its gradient.
-
-    The leaves of a pytree (a network's weights) are left out; a function that JAX cannot trace is
-    described by its code.
-    """
-
-    def both(fun: Any, first: Any, *rest: Any) -> Any:
-        value, pull_back = jax.vjp(lambda x: fun(x, *rest), first)
-        return value, pull_back(jax.tree.map(jax.numpy.ones_like, value))
-
-    try:
-        traced = jax.make_jaxpr(both)(as_pytree(function), *arguments)
-    except Exception:
-        return describe(function)
-    # Where functions lie in memory and what they are called changes nothing.
-    text = re.sub(r" at 0x[0-9a-f]+|\bname=[^\s\]]+", "", str(traced))
-    return fingerprint([text, *map(describe, _constants(traced))])
-
-
-def _constants(traced: Any) -> Iterator[Any]:
-    """The arrays inside of a trace, those of its inner functions too."""
-    yield from getattr(traced, "consts", ())
-    for equation in getattr(traced, "jaxpr", traced).eqns:
-        for variable in equation.invars:
-            if hasattr(variable, "val"):
-                yield variable.val
-        for value in equation.params.values():
-            for each in value if isinstance(value, (tuple, list)) else (value,):
-                if hasattr(each, "eqns") or hasattr(each, "jaxpr"):
-                    yield from _constants(each)
+    return {"function": describe(function), "settings": describe(settings)}
 
 
 def fingerprint(value: Any) -> str:

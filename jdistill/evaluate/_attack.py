@@ -284,23 +284,18 @@ class _Job(NamedTuple):
                 f"expected a different name for each of the {num_runs} networks, got {names}; "
                 "name them in the stack's order"
             )
-        described, logits = zip(
-            *(
-                _fingerprint.describe_network(nets.index(self.stack, run), self.columns[0])
-                for run in range(num_runs)
-            ),
-            strict=True,
-        )
-        attack = _fingerprint.describe_attack(self.plan.attack, logits[0])
+        attack = _fingerprint.describe_attack(self.plan.attack)
         networks = [
-            {**network, "temperature": float(temperature)}
-            for network, temperature in zip(described, self.runs.temperatures, strict=True)
+            {
+                "weights": _fingerprint.fingerprint(nets.index(self.stack, run)),
+                "temperature": float(self.runs.temperatures[run]),
+            }
+            for run in range(num_runs)
         ]
         precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
         shared = {
             "attack": attack,
             "jdistill": __version__,
-            "jax": jax.__version__,  # whose traces another version may write in another way
             "matmul_precision": precision or "highest",
         }
         examples = {unit.batch: self._examples(unit) for unit in self.units}

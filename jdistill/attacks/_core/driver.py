@@ -65,10 +65,9 @@ def fingerprint(
     """A hash of all that a run depends on, `[16]` uint8."""
     from jdistill import __version__
 
-    network, logits = _fingerprint.describe_network(problem.logits_fn, problem.inputs)
-    attacks = [[name, _fingerprint.describe_attack(each, logits)] for name, each in named.items()]
+    attacks = [[name, _fingerprint.describe_attack(each)] for name, each in named.items()]
     examples = (problem.inputs, *problem.goal, problem.keys, *problem.bounds)
-    everything = (network, attacks, examples, settings, __version__, jax.__version__)
+    everything = (problem.logits_fn, attacks, examples, settings, __version__)
     return np.frombuffer(_fingerprint.fingerprint(everything).encode(), np.uint8)
 
 
@@ -87,8 +86,8 @@ def check_state(state: EnsembleState, fresh: EnsembleState) -> EnsembleState:
     if not np.array_equal(state.of, fresh.of):
         raise ValueError(
             "expected a start of this run, got the state of another one; go on with the same "
-            "network, attacks, inputs, labels, key, and versions of jdistill and JAX, or begin "
-            "anew with start=None"
+            "network, attacks, inputs, labels, key, and version of jdistill, or begin anew with "
+            "start=None"
         )
     return EnsembleState(*(np.array(value) for value in state))
 
