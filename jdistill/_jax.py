@@ -63,7 +63,7 @@ def jit(fun: _F, **options: Any) -> _F:
 
 
 def is_traced(*values: Any) -> bool:
-    """Whether the caller is being traced: with these values, or though it passes constants only."""
+    """Tracing of the caller: True with tracers among the values, or under `jit` without any."""
     # Under `jit` a new array is a tracer as well.
     leaves = jax.tree.leaves((values, jnp.zeros(())))
     return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)

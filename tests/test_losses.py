@@ -283,7 +283,7 @@ def test_a_class_that_is_masked_out_is_no_class(num_masked):
 
 @pytest.mark.parametrize("left", [2, 3])
 def test_few_classes_left_are_enough(left):
-    """What needs three or four classes falls back where masks leave fewer."""
+    """Losses that need three or four classes fall back where masks leave fewer."""
     logits = jnp.array([[2.0, 1.0, 0.5][:left] + [-jnp.inf] * (5 - left)])
     label, target = np.array([0]), np.array([1])
     expected = -1.0 if left == 2 else -1 / 1.5

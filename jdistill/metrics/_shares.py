@@ -116,7 +116,7 @@ def robustness(distance: ArrayLike, success: ArrayLike, *, confidence: float = 0
 
 
 def predicts(logits: Array | np.ndarray) -> Any:
-    """Whether each row of logits is a prediction: no NaN, and a finite largest logit.
+    """Validity of each row of logits as a prediction: no NaN, and a finite largest logit.
 
     A logit of `-inf` masks a class out, as networks over fewer classes do.
 
@@ -135,7 +135,7 @@ def predicts(logits: Array | np.ndarray) -> Any:
 
 
 def correct(logits: Array | np.ndarray, labels: ArrayLike) -> Any:
-    """Whether each prediction is right: the first of the largest logits is the label's.
+    """Correctness of each prediction: the first of the largest logits is the label's.
 
     The one definition for clean examples: metrics, attacks, evaluation, and verdict share it, so
     robust accuracy is never above accuracy, ties included. Independent of the temperature, which

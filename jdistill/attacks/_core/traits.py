@@ -178,7 +178,7 @@ def traits(attack: Callable[..., Any]) -> Traits:
 
 
 def has_facts(attack: Callable[..., Any]) -> bool:
-    """Whether it is an attack of the library."""
+    """Membership in the library: True for its attacks, with settings bound or not."""
     return hasattr(unbound(attack)[0], _ATTRIBUTE)
 
 
