@@ -49,7 +49,7 @@ def jit(fun: _F, **options: Any) -> _F:
 
     @functools.wraps(fun)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if is_traced(args, kwargs):
+        if under_trace(args, kwargs):
             return inner(*args, **kwargs)
         try:
             return outermost()(*args, **kwargs)
@@ -62,7 +62,7 @@ def jit(fun: _F, **options: Any) -> _F:
     return cast(_F, call)
 
 
-def is_traced(*values: Any) -> bool:
+def under_trace(*values: Any) -> bool:
     """Tracing of the caller: True with tracers among the values, or under `jit` without any."""
     # Under `jit` a new array is a tracer as well.
     leaves = jax.tree.leaves((values, jnp.zeros(())))

@@ -255,3 +255,16 @@ def test_a_users_attack_looks_for_the_smallest_distance_where_it_takes_no_eps():
 def test_the_cost_of_an_attack_in_a_box_without_zero():
     attack = functools.partial(attacks.pgd, eps=0.1, num_steps=5, bounds=(1.0, 2.0))
     assert attacks.cost(attack, shape=(3,), num_classes=2) == (7, 5)
+
+
+def test_a_concrete_radius_is_known_under_jit_too():
+    attack, found = functools.partial(attacks.pgd, eps=np.float32(0.1)), []
+
+    @jax.jit
+    def compiled(x):
+        found.append(attacks.traits(attack).eps)
+        found.append(attacks.traits(functools.partial(attacks.pgd, eps=x)).eps)
+        return x
+
+    compiled(0.3)
+    assert found == [0.1, None]

@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, norms
-from jdistill._jax import full_precision, is_traced, jit
+from jdistill._jax import full_precision, jit, under_trace
 from jdistill.attacks._core.problem import AttackResult, Problem
 from jdistill.attacks._core.work import multiplications
 from jdistill.typing import Array, PyTree
@@ -230,7 +230,7 @@ def run(method: Method, problem: Problem, *, trace: bool = False) -> AttackResul
     _validate.flag(trace=trace)
     handler = _handler.get()
     with full_precision():
-        if handler is not None and not (handler.on_host and is_traced(method, problem)):
+        if handler is not None and not (handler.on_host and under_trace(method, problem)):
             return handler(method, problem, trace)
         return _run(method, problem, trace=trace)
 
@@ -305,8 +305,8 @@ def advance(method: Method, problem: Problem, carry: Carry, at_most: Array | Non
         return turn + 1, _event(*fixed, inner)
 
     sizes = [0]
-    if method.narrows and not problem.spread.over_devices:
-        steps = _LEAST_STEPS if method.num_events is None else method.num_events
+    steps = _LEAST_STEPS if method.num_events is None else method.num_events
+    if method.narrows and steps >= _LEAST_STEPS and not problem.spread.over_devices:
         work = multiplications(problem.logits_fn, problem.inputs)
         sizes = row_counts(problem.inputs.shape[0], steps, work)
     _, carry = until_done(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate, losses, metrics
-from jdistill._jax import call, is_traced
+from jdistill._jax import call, under_trace
 from jdistill.nets import callable_logits_fn
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
@@ -190,7 +190,7 @@ def need_key(problem: Problem, why: str) -> Array:
 
 def refuse_tracers(name: str, *arguments: Any) -> None:
     """An error where a driver of this name is called under `jit` or `vmap`."""
-    if is_traced(arguments):
+    if under_trace(arguments):
         raise ValueError(
             f"expected concrete arrays, got a tracer; {name} is a loop on the host: call it "
             "outside jit and vmap"

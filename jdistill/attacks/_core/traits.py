@@ -6,8 +6,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from jdistill import losses
-from jdistill._jax import is_traced, parameters, unbound
+from jdistill import _validate, losses
+from jdistill._jax import parameters, unbound
 
 Access = Literal["gradient", "scores", "decisions"]
 Follows = Literal["softmax", "logits"]
@@ -222,7 +222,8 @@ def _number(value: Any) -> float | None:
     """A concrete scalar; one that came as float32 is meant as the short number that it rounds."""
     if isinstance(value, bool | int | float):
         return float(value)
-    concrete = isinstance(value, jax.Array | np.ndarray | np.generic) and not is_traced(value)
-    if not concrete or np.ndim(value) or np.asarray(value).dtype.kind not in "fiu":
+    if not isinstance(value, jax.Array | np.ndarray | np.generic) or _validate.is_traced(value):
+        return None
+    if np.ndim(value) or np.asarray(value).dtype.kind not in "fiu":
         return None
     return float(str(np.asarray(value)[()]))
