@@ -9,6 +9,7 @@ from jdistill import attacks, nets
 from jdistill.attacks import _deepfool
 from jdistill.attacks._core import engine
 from jdistill.attacks._core import problem as _base
+from jdistill.attacks._core import rows as row_loop
 from tests import tiny
 from tests.tiny import DUAL
 
@@ -187,7 +188,7 @@ def test_a_start_on_the_boundary_is_left(norm):
 
 @both_norms
 def test_a_success_by_rounding_is_not_lost(norm, monkeypatch):
-    monkeypatch.setattr(engine, "_LEAST_WORK", 0)  # so that the loop goes on in half the rows
+    monkeypatch.setattr(row_loop, "_LEAST_WORK", 0)  # so that the loop goes on in half the rows
 
     # The whole batch rounds class 0 up, and the half that is left after a while does not.
     def logits_of(x):

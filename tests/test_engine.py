@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from jdistill import attacks, losses, nets, parallel
-from jdistill.attacks._core import chunks, engine, handlers, work
+from jdistill.attacks._core import chunks, engine, handlers
 from jdistill.attacks._core import problem as problems
+from jdistill.attacks._core import rows as row_loop
 from jdistill.attacks._core.engine import Method, Passes, Seen, register, static
 from jdistill.attacks._core.handlers import Counter
 from tests import tiny
@@ -160,14 +161,14 @@ def test_a_method_that_maximizes_goes_on_for_all():
 @pytest.fixture
 def narrowing(monkeypatch):
     """Small networks go on in fewer rows, as large ones do."""
-    monkeypatch.setattr(engine, "_LEAST_WORK", 0)
+    monkeypatch.setattr(row_loop, "_LEAST_WORK", 0)
 
 
 def test_neighbors_and_rows_change_nothing(narrowing):
     speed = np.random.default_rng(0).uniform(0.004, 0.3, 200)
     kinds = {"num_events": 80, "patience": np.arange(200) % 90 + 1}
     whole = result_of(speed, **kinds)
-    assert engine.row_counts(200, 80, 0) == [100, 50, 0]
+    assert row_loop.row_counts(200, 80, 0) == [100, 50, 0]
     for rows in (slice(0, 3), slice(3, 50)):
         part = result_of(speed[rows], num_events=80, patience=kinds["patience"][rows])
         jax.tree.map(
@@ -402,14 +403,14 @@ def test_cost_counts_without_running():
 
 
 def test_rows_are_halved_twice_and_quartered_then():
-    assert engine.row_counts(1000, 100, 1e12) == [500, 250, 63, 0]
-    assert engine.row_counts(500, 100, 1e12) == [250, 125, 32, 0]
-    assert engine.row_counts(70, 50, 1e12) == [35, 0]
-    assert engine.row_counts(62, 1000, 1e12) == [0]
-    assert engine.row_counts(512, 49, 1e12) == [0]
+    assert row_loop.row_counts(1000, 100, 1e12) == [500, 250, 63, 0]
+    assert row_loop.row_counts(500, 100, 1e12) == [250, 125, 32, 0]
+    assert row_loop.row_counts(70, 50, 1e12) == [35, 0]
+    assert row_loop.row_counts(62, 1000, 1e12) == [0]
+    assert row_loop.row_counts(512, 49, 1e12) == [0]
     # A step on fewer rows is cheap.
-    assert engine.row_counts(1000, 100, 2 * engine._LEAST_WORK) == [500, 0]
-    assert engine.row_counts(1000, 100, 1.9 * engine._LEAST_WORK) == [0]
+    assert row_loop.row_counts(1000, 100, 2 * row_loop._LEAST_WORK) == [500, 0]
+    assert row_loop.row_counts(1000, 100, 1.9 * row_loop._LEAST_WORK) == [0]
 
 
 def test_multiplications_are_counted():
@@ -423,7 +424,7 @@ def test_multiplications_are_counted():
 
     shapes = {"kernel": (3, 3, 4, 8), "wide": (8, 6), "square": (2, 2), "last": (98, 10)}
     weights = {name: jnp.zeros(shape) for name, shape in shapes.items()}
-    count = work.multiplications(network, weights, jnp.zeros((6, 7, 7, 4)))
+    count = row_loop.multiplications(network, weights, jnp.zeros((6, 7, 7, 4)))
     each = 7 * 7 * 8 * 3 * 3 * 4 + 7 * 7 * 8 * 2 + 5 * 7 * 7 * 2 * 2 + 98 * 10
     assert count == 6 * each
 
@@ -444,8 +445,8 @@ def test_each_example_takes_its_own_number_of_steps_in_few_rows(narrowing):
     def run(needed):
         start = (jnp.zeros(BATCH, jnp.int32), needed <= 0)
         fixed = (needed, jnp.int32(1), nets.callable_logits_fn(lambda x: 2 * x))
-        sizes = engine.row_counts(BATCH, 100, 0)
-        return engine.until_done(
+        sizes = row_loop.row_counts(BATCH, 100, 0)
+        return row_loop.until_done(
             lambda fixed, carry: (carry[0] + 1, step(*fixed, carry[1])),
             fixed,
             (jnp.int32(0), start),
@@ -502,7 +503,7 @@ def test_the_result_is_that_of_all_rows_to_the_end(name, problem, narrowing, mon
     attack = ATTACKS[name]
     narrowed = attack(*problem)
     loops = str(jax.make_jaxpr(attack)(*problem)).count(" while[")
-    monkeypatch.setattr(engine, "_LEAST_ROWS", 10**6)
+    monkeypatch.setattr(row_loop, "_LEAST_ROWS", 10**6)
     jax.clear_caches()  # the attack's own program is narrowed still
     whole = attack(*problem)
     assert str(jax.make_jaxpr(attack)(*problem)).count(" while[") < loops

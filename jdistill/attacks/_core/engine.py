@@ -7,7 +7,7 @@ judges one point per example and moves on; one loop, here, does the rest for all
   its method says that nothing is left to try, or after `num_events` steps. Its state then stays as
   it is, and it stops costing: when half of the examples are done, the others go on in a batch half
   as large, then in a quarter, then in a sixteenth, … while that is worth a compilation
-  (`row_counts`).
+  (`rows.row_counts`).
 * `queries` and `gradients` count forward and backward passes from the number of events and the
   method's `passes`.
 * `first_success` is the number of the event that judged the first success: -1 never, 0 the clean
@@ -26,9 +26,8 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-import itertools
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
@@ -36,17 +35,9 @@ import jax.numpy as jnp
 
 from jdistill import _validate, norms
 from jdistill._jax import full_precision, jit, under_trace
+from jdistill.attacks._core import rows
 from jdistill.attacks._core.problem import AttackResult, Problem
-from jdistill.attacks._core.work import multiplications
-from jdistill.typing import Array, PyTree
-
-# A loop is compiled once for each number of rows that it may have, so there are few of them, and
-# none where an attack takes too few steps, or a forward pass of these rows too few multiplications,
-# to be worth the compilation: halves while half the rows are many, and quarters then.
-_FEWER = (2, 2, 4)
-_LEAST_ROWS = 32
-_LEAST_STEPS = 50
-_LEAST_WORK = 2e7
+from jdistill.typing import Array
 
 
 def static(**kwargs: Any) -> Any:
@@ -305,11 +296,11 @@ def advance(method: Method, problem: Problem, carry: Carry, at_most: Array | Non
         return turn + 1, _event(*fixed, inner)
 
     sizes = [0]
-    steps = _LEAST_STEPS if method.num_events is None else method.num_events
-    if method.narrows and steps >= _LEAST_STEPS and not problem.spread.over_devices:
-        work = multiplications(problem.logits_fn, problem.inputs)
-        sizes = row_counts(problem.inputs.shape[0], steps, work)
-    _, carry = until_done(
+    steps = rows.LEAST_STEPS if method.num_events is None else method.num_events
+    if method.narrows and steps >= rows.LEAST_STEPS and not problem.spread.over_devices:
+        work = rows.multiplications(problem.logits_fn, problem.inputs)
+        sizes = rows.row_counts(problem.inputs.shape[0], steps, work)
+    _, carry = rows.until_done(
         one,
         (method, problem),
         (turn, carry),
@@ -353,82 +344,3 @@ def finish(method: Method, problem: Problem, carry: Carry, *, trace: bool) -> At
         **method.info(problem, state, progress, result),
     }
     return jax.lax.stop_gradient(result._replace(info=info))
-
-
-# -------------------------------------------------------------------------------------------------
-# The loop over rows
-
-
-def until_done(
-    step: Callable[[tuple[PyTree, ...], Any], Any],
-    fixed: tuple[PyTree, ...],
-    carry: tuple[Array, Any],
-    *,
-    goes_on: Callable[[Any], Array],
-    done: Callable[[Any], Array],
-    sizes: list[int],
-) -> Any:
-    """`carry = step(fixed, carry)` until every example is done; those that are stop costing.
-
-    A step treats each example by itself and leaves alone what is done, so the outcome does not
-    depend on the sizes, to the rounding that depends on a batch's size. Under `vmap` over networks
-    a loop waits for the network with the most examples left.
-
-    Args:
-        step: from the parts of `fixed` and a carry, of `b <= B` examples, to their next carry.
-        fixed: what the loop does not change: functions, scalars, and arrays `[B, ...]`.
-        carry: a scalar, and the state, every leaf `[B, ...]`.
-        goes_on: whether the loop may go on, of a carry; scalar bool.
-        done: which examples are done, of a carry, `[B]` bool.
-        sizes: from `row_counts`: how many rows the loops after the first have, down to 0.
-
-    Returns:
-        The last carry, `[B, ...]`.
-    """
-
-    def loop(fixed: tuple[PyTree, ...], carry: Any, enough: int) -> Any:
-        return jax.lax.while_loop(
-            lambda carry: goes_on(carry) & (jnp.sum(~done(carry)) > enough),
-            functools.partial(step, fixed),
-            carry,
-        )
-
-    carry = loop(fixed, carry, sizes[0])
-    for size, enough in itertools.pairwise(sizes):
-        # Where the loop before was interrupted more are left than fit, and nothing happens here.
-        rows = jnp.argsort(done(carry), stable=True)[:size]
-        scalar, state = loop(_rows(fixed, rows), _rows(carry, rows), enough)
-        carry = scalar, _with_rows(carry[1], rows, state)
-    return carry
-
-
-def row_counts(batch_size: int, at_most: int, work: float) -> list[int]:
-    """Numbers of rows of the loops after the first, down to 0.
-
-    Args:
-        batch_size: rows of the first loop.
-        at_most: steps of the attack.
-        work: multiplications of a forward pass of all rows.
-    """
-    counts: list[int] = []
-    while at_most >= _LEAST_STEPS:
-        rows = counts[-1] if counts else batch_size
-        rows = -(-rows // _FEWER[min(len(counts), len(_FEWER) - 1)])
-        if rows < _LEAST_ROWS or rows * work < batch_size * _LEAST_WORK:
-            break
-        counts.append(rows)
-    return [*counts, 0]
-
-
-def _with_rows(tree: PyTree, rows: Array, part: PyTree) -> PyTree:
-    """The tree with these rows of it replaced."""
-    return jax.tree.map(lambda whole, some: whole.at[rows].set(some), tree, part)
-
-
-def _rows(tree: PyTree, rows: Array) -> PyTree:
-    """These rows of every array; functions (and what they hold) and scalars stay as they are."""
-
-    def some(leaf: Any) -> Any:
-        return leaf if callable(leaf) or getattr(leaf, "ndim", 0) == 0 else leaf[rows]
-
-    return jax.tree.map(some, tree, is_leaf=callable)
