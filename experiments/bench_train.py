@@ -143,6 +143,31 @@ def our_training(
     return run
 
 
+def scanned_training(
+    params: npz_network.Params,
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    *,
+    num_steps: int,
+    batch_size: int,
+    dropout_rate: float = 0.5,
+    learning_rate: float = 0.01,
+) -> Callable[[], train.TrainState]:
+    """A call that takes all steps in one program, its batches already on the device."""
+    model = npz_network.conv_net(params, inputs.shape[1:]).clone(dropout_rate=dropout_rate)
+    step = train.make_train_step(nets.apply_fn(model), train.sgd(learning_rate))
+    state = train.create_state(step, jax.tree.map(jnp.asarray, params), jax.random.key(0))
+    batches = full_batches(inputs, labels, batch_size, num_steps)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+    loss_fn = train.hard_loss()
+    steps = jax.jit(
+        lambda state, stacked: jax.lax.scan(
+            lambda state, batch: (step(state, batch, loss_fn)[0], None), state, stacked
+        )[0]
+    )
+    return lambda: jax.block_until_ready(steps(state, stacked))
+
+
 def torch_training(
     params: npz_network.Params, *, dropout_rate: float = 0.5, learning_rate: float = 0.01
 ) -> Callable[[Sequence[tuple[Any, Any]]], np.ndarray]:

@@ -259,6 +259,7 @@ _ATTACKS: Mapping[str, Callable[[Row], str]] = {
     "ties": _number("ties", "d"),
     "success on the CPU": _number("success_cpu", ".0%"),
     "equal": _number("share", ".1%"),
+    "other distances": _number("other_distances", "d"),
     "distance over the CPU's": _number("mean_distance_ratio", ".4f"),
     "note": _attack_note,
 }
@@ -330,6 +331,17 @@ def _attacks_at(precision: str, share: float) -> Part:
 
 PARTS: dict[str, Part] = {
     "attacks": _attacks_at("highest", share=0.5),
+    "logits": Part(
+        "Largest difference of a logit from the CPU's, over the largest logit of its image",
+        {
+            "network": lambda row: row["network"],
+            "precision": lambda row: row["precision"],
+            "batch": _number("batch_size", "d"),
+            "difference": _number("difference", ".1e"),
+        },
+        lambda run: device_checks.check_logits(run.reference()),
+        least_s=20,
+    ),
     "training": Part(
         "Loss of the first training steps, at full precision and at the device's default",
         {

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import npz_network
-from jdistill import attacks, losses, nets
+from jdistill import attacks, losses, nets, train
 from jdistill.typing import Array, LogitsFn, PyTree
 
 FILES = pathlib.Path(__file__).parents[1] / "tests" / "parity"
@@ -186,6 +186,14 @@ def work(num_images: int) -> Work:
         jnp.asarray(inputs[:num_images]),
         jnp.asarray(labels[:num_images]),
     )
+
+
+def logits_of(there: Work, name: str, precision: str, batch_size: int) -> np.ndarray:
+    """The logits of the images in batches of that size, as the attacks compute them, `[N, K]`."""
+    model, variables = there.networks[name]
+    with _multiplying(precision):
+        logits_fn = _logits_fn(model, variables, precision)
+        return train.predict(logits_fn, np.asarray(there.inputs), batch_size=batch_size)
 
 
 def _logits_fn(model: nets.ConvNet, variables: PyTree, precision: str) -> LogitsFn:

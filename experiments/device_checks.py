@@ -23,6 +23,7 @@ from experiments.device_attacks import (
     Outcome,
     attack_all,
     cases,
+    logits_of,
     work,
 )
 from jdistill import data, distill, metrics, nets, runtime, train
@@ -45,11 +46,13 @@ class Reference(NamedTuple):
         meta: `versions`, `xla_flags`, `sources` (a hash of the library's), `num_images`, `losses`,
             `accuracies`, and `cases`: the settings by name.
         outcomes: by case, and then by network.
+        logits: of the images, `[N, K]`, by network.
         digits: as `digits` gives them.
     """
 
     meta: dict[str, Any]
     outcomes: dict[str, dict[str, Outcome]]
+    logits: dict[str, np.ndarray]
     digits: dict[str, np.ndarray]
 
 
@@ -85,9 +88,12 @@ def write_reference(
     }
     say(f"losses {', '.join(f'{loss:.4f}' for loss in meta['losses'])}")
     arrays = {f"digits/{name}": value for name, value in digits().items()}
+    there = work(num_images)
+    for name in NETWORKS:
+        arrays[f"logits/{name}"] = logits_of(there, name, "highest", num_images)
     meta["accuracies"] = chain_accuracies(digits(), "highest", num_epochs)
     say(f"accuracies {', '.join(f'{accuracy:.4f}' for accuracy in meta['accuracies'])}")
-    for case, outcomes in attack_all(cases(names), work(num_images)):
+    for case, outcomes in attack_all(cases(names), there):
         if not isinstance(outcomes, Mapping):
             raise RuntimeError(
                 f"expected an outcome of {case.name}, got {outcomes!r}"
@@ -125,10 +131,11 @@ def read_reference(path: str | os.PathLike) -> Reference:
                 )
                 for name in NETWORKS
             }
+        logits = {name: file[f"logits/{name}"] for name in NETWORKS if f"logits/{name}" in file}
         for name in file.files:
             if name.startswith("digits/"):
                 examples[name.removeprefix("digits/")] = file[name]
-    return Reference(meta, outcomes, examples)
+    return Reference(meta, outcomes, logits, examples)
 
 
 def stale(reference: Reference) -> bool:
@@ -223,6 +230,7 @@ def compared(case: Case, outcomes: Mapping[str, Outcome], expected: Mapping[str,
     both = ours.success & theirs.success & (theirs.distance > 0)
     ratio = ours.distance[both] / theirs.distance[both]
     share = float(equal.mean()) if equal.size else None
+    different = np.flatnonzero(~ties & (ours.success != theirs.success))
     return {
         "attack": case.name,
         "examples": len(ties),
@@ -230,10 +238,41 @@ def compared(case: Case, outcomes: Mapping[str, Outcome], expected: Mapping[str,
         "success_cpu": float(theirs.success.mean()),
         "equal": int(equal.sum()),
         "share": share,
-        "different": np.flatnonzero(~ties & (ours.success != theirs.success)),
+        "different": different,
+        "different_distances": np.stack([ours.distance, theirs.distance], 1)[different],
+        # Where a search took another path, whether or not it led to another flag.
+        "other_distances": int((np.abs(ratio - 1) > 1e-4).sum()),
         "mean_distance_ratio": float(ratio.mean()) if ratio.size else None,
         "passed": share is None or share >= SHARE,
     }
+
+
+def check_logits(reference: Reference) -> Iterator[Row]:
+    """A row per network, precision and batch: how far the logits are from the CPU's.
+
+    Args:
+        reference: the CPU's.
+    """
+    num_images = reference.meta["num_images"]
+    there = work(num_images)
+    for name in NETWORKS:
+        if name not in reference.logits:
+            raise ValueError(
+                f"expected the CPU's logits of {name}, got a reference without them; run "
+                "make device-reference again"
+            )
+        theirs = reference.logits[name]
+        scale = np.abs(theirs).max(-1, keepdims=True)
+        for precision in PRECISIONS:
+            for batch_size in sorted({1, 7, num_images}):
+                ours = logits_of(there, name, precision, batch_size)
+                yield {
+                    "network": name,
+                    "precision": precision,
+                    "batch_size": batch_size,
+                    "difference": float((np.abs(ours - theirs) / scale).max()),
+                    "passed": None,
+                }
 
 
 def check_attacks(reference: Reference, precision: str, deadline: float) -> Iterator[Row]:

@@ -126,6 +126,11 @@ def training_step(sizes: Sizes) -> Iterator[Row]:
     )
     for row in bench_train.rows(timed, **counts, missing=None):
         yield _row(row._replace(peer="none", target=None))
+    # What is left of a training step without a call and an upload per step.
+    what = f"training step in a scan, batch {sizes.batch_size}"
+    call = bench_train.scanned_training(params, inputs, labels, **counts)
+    timed = timing.interleaved({what: call}, repeats=sizes.repeats)
+    yield _row(BenchRow(what, timed.timings[what], "none", None, each=sizes.num_steps))
 
 
 def pgd(sizes: Sizes) -> Iterator[Row]:

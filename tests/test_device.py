@@ -347,7 +347,7 @@ def test_times_at_small_size(tmp_path, capsys):
 
 
 def test_shares_of_a_stated_peak(monkeypatch):
-    reference = Reference({}, {}, {})
+    reference = Reference({}, {}, {}, {})
     subject = device.Run(lambda: reference, device_times.SIZES["small"], None, 0.0)
     row = {
         **dict(row="product", ours_s=0.5, compile_s=None, unit="FLOP/s", rate=4e12, peak=8e12),
