@@ -99,12 +99,16 @@ def read(attack: Attack) -> dict[str, str]:
         "targets": "yes" if "targets" in parameters else "no",
         "uses": USES[facts.access],
         "kind": "driver" if facts.host_loop else "compiled",
-        "default loss": f"`{losses[0].__name__}`" if losses else "–",
+        "default loss": _loss_name(losses[0]) if losses else "–",
         "reference": _reference(attack),
     }
     if words := _composed(attack):
         cells |= dict.fromkeys(("norms", "looks for", "uses"), words)
     return cells
+
+
+def _loss_name(loss: Callable[..., Any] | None) -> str:
+    return "`soft_margin`, hardening" if loss is None else f"`{loss.__name__}`"
 
 
 def measure(attack: Attack) -> dict[str, str]:

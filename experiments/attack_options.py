@@ -33,7 +33,8 @@ CHOICES: dict[str, dict[str, Callable[..., Any]]] = {
     },
 }
 _CHOICE_HELP = {
-    "loss": "What is maximized: a function of jdistill.losses.",
+    "loss": "What is maximized: a function of jdistill.losses (none: the attack's own, a soft "
+    "margin that hardens).",
     "output": "What the saliency is of: softmax (Papernot), softmax_at, which is softmax(z / T) "
     "(Carlini & Wagner), or logits.",
 }
@@ -117,7 +118,8 @@ def options(attack: str) -> list[Option]:
             continue
         default = parameter.default
         if name in CHOICES:
-            (default,) = (word for word, value in CHOICES[name].items() if value is default)
+            words = (word for word, value in CHOICES[name].items() if value is default)
+            default = next(words, default)
             found.append(Option(name, "choice", default, _CHOICE_HELP[name]))
         else:
             found.append(Option(name, _KINDS[parameter.annotation], default, helps[name]))
@@ -199,7 +201,7 @@ def bind(attack: str, settings: Settings, temperature: float) -> AttackFn:
     arguments = dict(settings)
     own_temperature = arguments.pop("output_temperature", None)
     for name in CHOICES.keys() & arguments.keys():
-        arguments[name] = CHOICES[name][arguments[name]]
+        arguments[name] = CHOICES[name].get(arguments[name])
     if arguments.get("output") is attacks.softmax_at:
         arguments["output"] = attacks.softmax_at(own_temperature or temperature)
     return functools.partial(ATTACKS[attack], **arguments)

@@ -117,22 +117,23 @@ def margin(logits: Array, labels: ArrayLike) -> Array:
     return largest_other(logits, labels) - _pick(logits, labels)
 
 
-def soft_margin(logits: Array, labels: ArrayLike) -> Array:
+def soft_margin(logits: Array, labels: ArrayLike, softness: ArrayLike = 1.0) -> Array:
     """The margin with a soft maximum, `τ · log sum_{i≠y} exp(z_i / τ) - z_y`.
 
     The temperature is the example's own, set by the spread of its logits, and no gradient passes
     through it:
 
-        τ = (max z - mean z) / (4 + log(K - 1))
+        τ = softness · (max z - mean z) / (4 + log(K - 1))
 
     So the gradient is that of a cross-entropy at T = τ but for its length: it weighs all classes
     that are near, where the margin's jumps from one runner-up to another; and like the margin's it
     does not saturate, whatever the logits are multiplied by. With two classes it is the margin;
-    with more it is above it, by at most `τ · log(K - 1)`.
+    with more it is above it, by at most `τ · log(K - 1)`, and closer the smaller the softness is.
 
     Args:
         logits: `[B, K]` float, `K >= 2`.
         labels: `[B]` int in `0..K-1`.
+        softness: above 0; scalar or `[B]`; may be traced.
 
     Returns:
         `[B]` float, in units of the logits.
@@ -153,6 +154,7 @@ def soft_margin(logits: Array, labels: ArrayLike) -> Array:
     spread = jnp.max(logits, axis=-1, keepdims=True) - mean
     divisor = 4.0 + jnp.log(count - 1.0).astype(logits.dtype)
     temperature = jax.lax.stop_gradient(jnp.where(spread > 0, spread, 1.0) / divisor)
+    temperature *= jnp.broadcast_to(jnp.asarray(softness, logits.dtype), spread.shape[:1])[:, None]
     others = jnp.where(_own(logits, labels), -jnp.inf, logits / temperature)
     return temperature[..., 0] * jax.nn.logsumexp(others, axis=-1) - _pick(logits, labels)
 

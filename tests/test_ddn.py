@@ -157,3 +157,13 @@ def test_the_trace_is_the_loss_after_each_step():
 def test_bad_settings_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         attacks.ddn(make(), None, INPUTS, LABELS, **kwargs)
+
+
+@pytest.mark.parametrize("num_classes", [2, 10, 100, 1000])
+def test_the_boundary_of_many_linear_classes(num_classes):
+    logits_fn, inputs, labels, exact = tiny.many_classes(num_classes, "l2")
+    found = attacks.ddn(logits_fn, None, inputs, labels, num_steps=300)
+    ratio = found.distance / exact
+    assert float(ratio.min()) > 1 - 1e-4
+    assert float(jnp.median(ratio)) < 1.005, ratio
+    assert float(ratio.mean()) < 1.03, ratio

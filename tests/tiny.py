@@ -124,3 +124,20 @@ def in_double(attack, net, inputs, labels, *, scale=1.0, **settings):
         model = net.logits_fn(scale, jnp.float64)
         result = attack(model, None, inputs.astype(np.float64), labels, **settings)
         return jax.tree.map(np.asarray, result)
+
+
+def many_classes(num_classes, norm, batch_size=12, features=12):
+    """A linear network of so many classes, inputs, labels, and the exact smallest distances."""
+    rng = np.random.default_rng(1)
+    inputs = rng.uniform(0.2, 0.8, (batch_size, features)).astype(np.float32)
+    weights = rng.normal(size=(features, num_classes))
+    logits = (inputs.astype(float) - 0.5) @ weights
+    labels, exact = logits.argmax(1), []
+    for row, label in zip(logits, labels, strict=True):
+        gaps = np.delete(row[label] - row, label)
+        differences = np.delete(weights - weights[:, [label]], label, axis=1)
+        exact.append((gaps / np.linalg.norm(differences, DUAL[norm], axis=0)).min())
+    logits_fn = nets.callable_logits_fn(
+        lambda weights, x: (x - 0.5) @ weights, jnp.asarray(weights, jnp.float32)
+    )
+    return logits_fn, inputs, labels, np.asarray(exact)

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jdistill import _validate, losses, norms
+from jdistill import _validate, norms
 from jdistill._jax import as_pytree
 from jdistill.attacks._core.engine import Method, Passes, Seen, register, run, static
-from jdistill.attacks._core.gradient import gain_gradient
+from jdistill.attacks._core.gradient import hardening_gradient
 from jdistill.attacks._core.problem import AttackResult, Problem, one_per_example, prepare
 from jdistill.attacks._core.traits import by_loss, facts
 from jdistill.typing import Array, ArrayLike, LogitsFn
@@ -30,7 +30,7 @@ def ddn(
     step_size: ArrayLike | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
     targets: ArrayLike | None = None,
-    loss: Callable[..., Array] = losses.soft_margin,
+    loss: Callable[..., Array] | None = None,
     trace: bool = False,
 ) -> AttackResult:
     """Smallest L2 perturbation by steps on a sphere whose radius follows success and failure.
@@ -47,9 +47,10 @@ def ddn(
 
     As published the attack climbs the cross-entropy, whose gradient a distilled network saturates
     to zeros: the direction is then lost and the attack ends far off or fails. The default here is
-    the soft margin: the direction is that of a cross-entropy at a temperature of each example's
-    own, which no scale of the logits changes. Pass `loss=losses.cross_entropy` for the published
-    attack.
+    the soft margin, whose direction is that of a cross-entropy at a temperature of each example's
+    own, which no scale of the logits changes; its softness falls over the steps from 1 to a
+    hundredth, so that the last directions are the margin's, also with many classes. Pass
+    `loss=losses.cross_entropy` for the published attack.
 
     Args:
         logits_fn: inputs `[B, ...]` to logits `[B, K]`.
@@ -66,8 +67,8 @@ def ddn(
         bounds: the box of valid inputs.
         targets: `[B]` int, classes to reach; None takes any class but the label.
         loss: per-example loss `(logits [B, K], labels [B]) -> [B]`, maximized (for targets:
-            minimized).
-        trace: keep the loss of every iterate.
+            minimized). None takes `losses.soft_margin` with a falling softness.
+        trace: keep the loss of every iterate, the margin where none is given.
 
     Returns:
         The result. Where nothing was found: the clean input, `success=False`, `distance=inf`.
@@ -103,7 +104,7 @@ def ddn(
     _validate.count(num_steps=num_steps)
     problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
     method = _DDN(
-        loss=as_pytree(loss),
+        loss=loss if loss is None else as_pytree(loss),
         gamma=one_per_example(gamma, problem.inputs, name="gamma"),
         initial_norm=one_per_example(initial_norm, problem.inputs, name="initial_norm"),
         step_size=one_per_example(step_size, problem.inputs, name="step_size"),
@@ -133,7 +134,7 @@ class _DDN(Method):
     passes_at_start = Passes(1, 1)
 
     def init(self, problem: Problem) -> tuple[_State, Array]:
-        gradient, logits, _ = gain_gradient(problem, problem.goal, self.loss, problem.inputs)
+        gradient, logits, _ = hardening_gradient(problem, self.loss, problem.inputs, 1.0)
         adversarial = problem.goal.reached_clean(logits)
         return _State(jnp.zeros_like(gradient), gradient, adversarial, self.initial_norm), logits
 
@@ -153,7 +154,7 @@ class _DDN(Method):
         unit = norms.steepest(turned, "l2")
         point = jnp.clip(inputs + norms.per_example(radius, inputs) * unit, low, high)
 
-        gradient, logits, gain = gain_gradient(problem, problem.goal, self.loss, point)
+        gradient, logits, gain = hardening_gradient(problem, self.loss, point, share)
         adversarial = problem.goal.reached(logits)
         delta = point - inputs
         distance = norms.distance(delta, "l2")

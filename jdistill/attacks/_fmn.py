@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jdistill import _validate, losses, norms
+from jdistill import _validate, norms
 from jdistill._jax import as_pytree
 from jdistill.attacks._core import hyperplane
 from jdistill.attacks._core.engine import Method, Passes, Seen, register, run, static
-from jdistill.attacks._core.gradient import gain_gradient
+from jdistill.attacks._core.gradient import hardening_gradient
 from jdistill.attacks._core.problem import AttackResult, Problem, one_per_example, prepare
 from jdistill.attacks._core.traits import by_loss, facts
 from jdistill.typing import Array, ArrayLike, LogitsFn
@@ -35,7 +35,7 @@ def fmn(
     final_gamma: ArrayLike = 0.001,
     bounds: tuple[float, float] = (0.0, 1.0),
     targets: ArrayLike | None = None,
-    loss: Callable[..., Array] = losses.soft_margin,
+    loss: Callable[..., Array] | None = None,
     trace: bool = False,
 ) -> AttackResult:
     """Smallest perturbation in any of four norms, by steps in a ball that shrinks and grows.
@@ -57,8 +57,10 @@ def fmn(
 
     The closest adversarial of all iterates is returned. Gradients count by their direction, and
     the loss by its ratio to the gradient, so the scale of the logits changes nothing. The paper's
-    loss is the margin (`loss=losses.margin`); the default is the margin with a soft maximum, whose
-    gradient does not jump between runners-up, and which ends closer.
+    loss is the margin (`loss=losses.margin`). The default is the soft margin, whose gradient does
+    not jump between runners-up, with a softness that falls over the steps from 1 to a hundredth:
+    what is left at the end is the margin, whose boundary is the network's own. With many classes
+    the soft margin alone stops short of it, by 14 % for 1,000 classes of a linear network.
 
     Args:
         logits_fn: inputs `[B, ...]` to logits `[B, K]`.
@@ -75,9 +77,10 @@ def fmn(
         bounds: the box of valid inputs.
         targets: `[B]` int, classes to reach; None takes any class but the label.
         loss: per-example loss `(logits [B, K], labels [B]) -> [B]`, maximized (for targets:
-            minimized). The estimate of the boundary wants one that is about 0 there, as margins
-            are; with another one, the first radii grow by guesses until an adversarial is found.
-        trace: keep the loss of every iterate.
+            minimized). None takes `losses.soft_margin` with a falling softness. The estimate of the
+            boundary wants a loss that is about 0 there, as margins are; with another one, the first
+            radii grow by guesses until an adversarial is found.
+        trace: keep the loss of every iterate, the margin where none is given.
 
     Returns:
         The result. Where nothing was found: the clean input, `success=False`, `distance=inf`.
@@ -116,7 +119,7 @@ def fmn(
     _validate.within(0.0, 0.5, gamma=gamma, final_gamma=final_gamma)
     problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
     method = _FMN(
-        loss=as_pytree(loss),
+        loss=loss if loss is None else as_pytree(loss),
         step_size=one_per_example(step_size, problem.inputs, name="step_size"),
         gamma=one_per_example(gamma, problem.inputs, name="gamma"),
         final_gamma=one_per_example(final_gamma, problem.inputs, name="final_gamma"),
@@ -150,7 +153,7 @@ class _FMN(Method):
 
     def init(self, problem: Problem) -> tuple[_State, Array]:
         inputs = problem.inputs
-        gradient, logits, gain = gain_gradient(problem, problem.goal, self.loss, inputs)
+        gradient, logits, gain = hardening_gradient(problem, self.loss, inputs, 1.0)
         # The logits, and so the gain, may have fewer bits than the inputs.
         radius = jnp.zeros(gain.shape, inputs.dtype)
         adversarial = problem.goal.reached_clean(logits)
@@ -191,7 +194,7 @@ class _FMN(Method):
         point = jnp.clip(inputs + projected, *problem.bounds)
         delta = point - inputs
 
-        gradient, logits, gain = gain_gradient(problem, problem.goal, self.loss, point)
+        gradient, logits, gain = hardening_gradient(problem, self.loss, point, share)
         adversarial = problem.goal.reached(logits)
         distance = norms.distance(delta, self.norm)
         closest = jnp.where(adversarial, jnp.minimum(distance, state.closest), state.closest)

@@ -1,15 +1,19 @@
 """Gradients of per-example losses with respect to the inputs."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from jdistill import losses
 from jdistill.attacks._core.problem import Goal, Problem
-from jdistill.typing import Array
+from jdistill.typing import Array, ArrayLike
 
 # The norms in which `norms.ascend` steps along a gradient.
 NORMS = ("linf", "l2", "l1")
+# Near enough to the margin: above it by a hundredth of what the soft margin is, at most.
+_LAST_SOFTNESS = 0.01
 
 
 def gain_gradient(
@@ -36,3 +40,24 @@ def gain_gradient(
 
     gradient, (logits, gain) = jax.grad(total, has_aux=True)(inputs)
     return gradient, logits, gain
+
+
+def hardening_gradient(
+    problem: Problem, loss: Callable[..., Array] | None, inputs: Array, share: ArrayLike
+) -> tuple[Array, Array, Array]:
+    """`gain_gradient`, where no loss is given that of a soft margin that hardens into the margin.
+
+    The gain is then the margin's own: the boundary is where that is 0.
+
+    Args:
+        problem: the attack's arguments.
+        loss: as of `gain_gradient`, or None.
+        inputs: `[B, ...]`.
+        share: of the schedule that is left, from 1 to 0; scalar or `[B]`.
+    """
+    if loss is not None:
+        return gain_gradient(problem, problem.goal, loss, inputs)
+    softness = jnp.maximum(jnp.square(share), _LAST_SOFTNESS)
+    loss = functools.partial(losses.soft_margin, softness=softness)
+    gradient, logits, _ = gain_gradient(problem, problem.goal, loss, inputs)
+    return gradient, logits, problem.goal.excess(logits)

@@ -192,8 +192,10 @@ def by_loss(settings: Settings) -> Follows | None:
     """Scores that an attack with these settings climbs, from its `loss`.
 
     A cross-entropy at another temperature is neither: it saturates on logits that are large beside
-    that temperature.
+    that temperature. None is an attack's own loss, a margin.
     """
+    if settings["loss"] is None:
+        return "logits"
     function, bound = unbound(settings["loss"])
     if function is losses.cross_entropy and _number(bound.get("temperature")) == 1:
         return "softmax"
