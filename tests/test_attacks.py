@@ -3,6 +3,7 @@
 A new attack is one more line in `CASES`. References for single attacks are in their own files.
 """
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -761,6 +762,45 @@ def test_robust_accuracy_is_at_most_accuracy(case, weights, labels):
     result = run(case, model, INPUTS, labels)
     assert np.all(result.success | right)
     assert np.mean(~result.success) <= metrics.accuracy(nets_call(model, INPUTS), labels).value
+
+
+def of_a_type(weights, like, inputs):
+    first, second = weights
+    flat = inputs.reshape(inputs.shape[0], D).astype(like.dtype)
+    return jnp.tanh((flat - 0.5) @ first.astype(like.dtype)) @ second.astype(like.dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("num_classes", "dtype"),
+    [(2, "float32"), (10, "bfloat16"), (100, "float64"), (300, "float32")],
+)
+@all_cases
+def test_accuracy_bounds_robust_accuracy_for_any_number_and_type(case, num_classes, dtype):
+    name = attacks.traits(case.attack).name
+    if num_classes == 2 and name in ("apgd_targeted", "fab_targeted"):
+        case = case._replace(attack=functools.partial(case.attack, num_targets=1))
+    rng = np.random.default_rng(num_classes)
+    weights = rng.normal(0, 1.5, (D, H)), rng.normal(0, 1.0, (H, num_classes))
+    context = tiny.double_precision() if dtype == "float64" else contextlib.nullcontext()
+    with context:
+        inputs = jnp.asarray(INPUTS, "float64" if dtype == "float64" else "float32")
+        weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, inputs.dtype), weights)
+        model = nets.callable_logits_fn(of_a_type, weights, jnp.zeros((), dtype))
+        logits = nets_call(model, inputs)
+        assert logits.dtype == dtype
+        labels = np.array(jnp.argmax(logits, axis=1))
+        labels[::3] = (labels[::3] + 1) % num_classes  # some are wrong to begin with
+        right = metrics.correct(logits, labels)
+        result = run(case, model, inputs, labels)
+        judged = np.asarray(nets_call(model, result.inputs), np.float64)
+    assert result.inputs.dtype == inputs.dtype
+    assert np.all((result.inputs >= 0) & (result.inputs <= 1))
+    assert np.all(result.success | right)
+    assert np.all(result.distance[~right] == 0)
+    assert result.success[right].any()
+    fooled = tiny.margins(judged, labels) > -1e-5 * np.abs(judged).max(1)
+    assert np.all(fooled | ~result.success | ~right)
 
 
 @all_cases

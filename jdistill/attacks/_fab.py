@@ -346,8 +346,8 @@ class _FAB(Method):
         axes = tuple(range(1, inputs.ndim))
         gaps = jnp.concatenate([gap, gap + jnp.sum(normal * (inputs - clean), axis=axes)])
         points, normals = jnp.concatenate([inputs, clean]), jnp.concatenate([normal, normal])
-        both = tuple(end if end.ndim == 0 else jnp.concatenate([end, end]) for end in bounds)
-        ways = hyperplane.project(points, normals, gaps, self.norm, both)
+        low, high = (end if end.ndim == 0 else jnp.concatenate([end, end]) for end in bounds)
+        ways = hyperplane.project(points, normals, gaps, self.norm, (low, high))
         lengths = norms.distance(ways, self.norm)
         size = inputs.shape[0]
         total = lengths[:size] + lengths[size:]

@@ -211,8 +211,8 @@ def _masking(
         )
     problem = _base.prepare(logits_fn, key, inputs, labels, targets=None, bounds=bounds)
     # Ends per feature as one row, which goes with any rows of the inputs.
-    ends = tuple(end[:1] if end.ndim else end for end in problem.bounds)
-    problem = problem._replace(bounds=ends)
+    low, high = (end[:1] if end.ndim else end for end in problem.bounds)
+    problem = problem._replace(bounds=(low, high))
     if surrogate is not None:
         surrogate = nets.callable_logits_fn(surrogate)
     settings = Settings(
