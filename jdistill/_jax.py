@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import hashlib
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -85,8 +87,91 @@ def as_pytree(fun: Callable[..., Any]) -> Callable[..., Any]:
     """A function that jit can take as an argument: a plain one becomes static."""
     if not jax.tree_util.all_leaves([fun]):
         return fun
+    return jax.tree_util.Partial(static(fun))
+
+
+def static(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """A plain function whose compiled code is of what it captures now.
+
+    JAX takes it for the same function as long as the arrays and numbers that it refers to, in its
+    closure or as globals of its module, are the same; then it compiles nothing anew.
+
+    Raises:
+        ValueError: an object that holds arrays and compares by identity, or a captured NumPy array
+            that has changed in place.
+    """
     refuse_held_arrays(fun)
-    return jax.tree_util.Partial(fun)
+    captured = _captured(fun, set())
+    for name, value in captured:
+        if isinstance(value, np.ndarray):
+            _refuse_changed(name, value)
+    return _Capturing(fun, tuple(captured)) if captured else fun
+
+
+class _Capturing:
+    """A function that compares by what it captured when it was made."""
+
+    def __init__(self, fun: Callable[..., Any], captured: tuple[tuple[str, Any], ...]) -> None:
+        functools.update_wrapper(self, fun)
+        self._fun, self._held = fun, captured  # held, so that no identity is used twice
+        self._key = (fun, *((name, _token(value)) for name, value in captured))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._fun(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Capturing) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+def _captured(fun: Any, visited: set[Any]) -> list[tuple[str, Any]]:
+    """Arrays and numbers that a function of the user's refers to, by name; functions' own too."""
+    if not inspect.isfunction(fun) or fun in visited or fun.__module__.startswith("jdistill."):
+        return []
+    visited.add(fun)
+    named: dict[str, Any] = {}
+    for name, cell in zip(fun.__code__.co_freevars, fun.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # a variable that has no value yet
+            named[name] = cell.cell_contents
+    codes = [fun.__code__]
+    for code in codes:
+        codes += [each for each in code.co_consts if inspect.iscode(each)]
+        named |= {name: fun.__globals__[name] for name in code.co_names if name in fun.__globals__}
+    found: list[tuple[str, Any]] = []
+    for name, value in named.items():
+        if inspect.isfunction(value) and value.__module__ == fun.__module__:
+            found += _captured(value, visited)
+        elif isinstance(value, bool | int | float | complex | str):
+            found.append((name, value))
+        elif not callable(value) and not inspect.ismodule(value):
+            leaves = jax.tree.leaves(value)
+            found += [(name, leaf) for leaf in leaves if isinstance(leaf, jax.Array | np.ndarray)]
+    return found
+
+
+def _token(value: Any) -> Any:
+    """What tells one captured value from another."""
+    return id(value) if isinstance(value, jax.Array | np.ndarray) else (type(value), repr(value))
+
+
+# By the identity of an array: it, while it lives, and what it held.
+_seen: dict[int, tuple[weakref.ref, bytes]] = {}
+
+
+def _refuse_changed(name: str, array: np.ndarray) -> None:
+    """An error for a captured array that is not what it was: JAX keeps what it made of it."""
+    digest = hashlib.blake2b(np.ascontiguousarray(array).tobytes(), digest_size=16).digest()
+    reference, before = _seen.get(id(array), (None, digest))
+    if reference is not None and reference() is array and before != digest:
+        raise ValueError(
+            f"expected a function whose arrays stay as they are, got {name} changed in place since "
+            "the last call; pass it as an argument, nets.callable_logits_fn(function, arrays), or "
+            "make a new array"
+        )
+    key = id(array)
+    _seen[key] = weakref.ref(array, lambda _: _seen.pop(key, None)), digest
 
 
 def refuse_held_arrays(fun: Callable[..., Any]) -> None:

@@ -104,3 +104,45 @@ def test_other_errors_pass():
 
     with pytest.raises(ValueError, match="as the function has it"):
         broken(1.0)
+
+
+WEIGHTS = jnp.ones(3)
+
+
+def read_global(x):
+    return x * WEIGHTS
+
+
+def test_what_a_function_captures_is_part_of_it(monkeypatch):
+    traces, scale, rows = [], 2.0, np.ones(3)
+
+    def of_closure(x):
+        traces.append(x.shape)
+        return scale * x * rows + read_global(x)
+
+    x = jnp.arange(3.0)
+
+    def call():
+        return _jax.call(_jax.as_pytree(of_closure), x)
+
+    for _ in range(2):
+        np.testing.assert_array_equal(call(), 3 * x)
+    assert len(traces) == 1  # the list that grew is no array
+    scale = 4.0
+    np.testing.assert_array_equal(call(), 5 * x)
+    rows = np.array([1.0, 0.0, 1.0])
+    np.testing.assert_array_equal(call(), jnp.array([0, 1, 10.0]))
+    monkeypatch.setitem(globals(), "WEIGHTS", jnp.zeros(3))  # of a function that it calls
+    np.testing.assert_array_equal(call(), jnp.array([0, 0, 8.0]))
+    assert len(traces) == 4
+    # JAX itself keeps what it made of a NumPy array.
+    rows[1] = 5.0
+    with pytest.raises(
+        ValueError, match=r"expected a function whose arrays .* got rows changed in"
+    ):
+        call()
+
+
+def test_a_function_that_captures_nothing_is_itself():
+    assert _jax.static(jnp.tanh) is jnp.tanh
+    assert _jax.as_pytree(test_a_second_call_traces_nothing).func.__name__.startswith("test_a_")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from jdistill import _validate
-from jdistill._jax import refuse_held_arrays
+from jdistill._jax import static
 from jdistill.typing import ApplyFn, Array, LogitsFn, PyTree
 
 # Imported where it is used: it takes as long as all of this library.
@@ -265,9 +265,9 @@ def callable_logits_fn(fun: Callable[..., Array], *args: PyTree) -> Any:
     """Any callable as a `LogitsFn` pytree: `inputs -> fun(*args, inputs)`.
 
     Pass the weights as `args` rather than closing over them: arguments are leaves, so new ones
-    compile nothing, while a closure's weights become constants of the compiled code. A plain
-    function is static and compares by identity: keep one function and reuse it, since each new
-    lambda is compiled anew.
+    compile nothing, while a closure's weights become constants of the compiled code, which is
+    compiled anew when they change. A plain function compares by identity: keep one function and
+    reuse it, since each new lambda is compiled anew.
 
     Args:
         fun: A function, or a callable that is a pytree (`jax.tree_util.Partial`, a registered
@@ -303,8 +303,7 @@ def callable_logits_fn(fun: Callable[..., Array], *args: PyTree) -> Any:
             f"expected a hashable callable, got {type(fun).__name__}; pass a function with its "
             "weights as further arguments: callable_logits_fn(function, weights)"
         ) from None
-    refuse_held_arrays(fun)
-    return Partial(fun, *args)
+    return Partial(static(fun), *args)
 
 
 def _divided(fun: LogitsFn, temperature: Array, inputs: Array) -> Array:
