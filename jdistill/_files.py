@@ -19,6 +19,10 @@ def as_path(location: PathLike) -> epath.Path:
         >>> as_path("gs://bucket") / "runs"
         PosixGPath('gs://bucket/runs')
     """
+    if not isinstance(location, (str, os.PathLike)):
+        raise ValueError(
+            f"expected a path or directory, got {location!r}; pass a str or a pathlib.Path"
+        )
     return epath.Path(location).expanduser()
 
 

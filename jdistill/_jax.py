@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jdistill import _validate
+
 # The XLA flag for convolutions on CPU: `runtime` sets it, `nets` looks whether it is set. Lone
 # convolutions go to Eigen, not to the YNN library, which is slow at them.
 CPU_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
@@ -81,8 +83,9 @@ def _compiler_options() -> dict[str, bool] | None:
     return _CPU_OPTIONS
 
 
-def as_pytree(fun: Callable[..., Any]) -> Callable[..., Any]:
+def as_pytree(fun: Callable[..., Any], *, name: str = "loss") -> Callable[..., Any]:
     """A function that jit can take as an argument: a plain one becomes static."""
+    _validate.function(**{name: fun})
     if not jax.tree_util.all_leaves([fun]):
         return fun
     refuse_held_arrays(fun)

@@ -91,7 +91,7 @@ def spatial(
     _validate.non_negative(max_angle=max_angle, max_shift=max_shift)
     _validate.count(num_angles=num_angles, num_shifts=num_shifts)
     fill = _validate.bounds(bounds)[0] if fill is None else fill
-    _validate.rank(0, fill=fill)
+    _validate.scalar(fill=fill)
     if np.ndim(inputs) != 4:
         raise ValueError(
             f"expected images of shape [B, H, W, C], got shape {np.shape(inputs)}; only images can "

@@ -155,7 +155,9 @@ def masking_of_stack(
         >>> [verdict.label for verdict in verdicts]
         ['no sign of masking', 'masked']
     """
+    _validate.function(stack=stack)
     num_runs = nets.stack_size(stack)
+    _validate.positive(train_temperature=train_temperature)
     if np.shape(train_temperature) not in ((), (num_runs,)):
         raise ValueError(
             f"expected train_temperature to be a scalar or of shape [R] = ({num_runs},), got shape "
@@ -202,7 +204,7 @@ def _masking(
     _base.refuse_tracers("masking", logits_fn, key, inputs, labels, eps, surrogate)
     _validate.one_of(_NORMS, norm=norm)
     _validate.count(batch_size=batch_size, num_queries=num_queries)
-    _validate.rank(0, eps=eps, train_temperature=train_temperature)
+    _validate.scalar(eps=eps, train_temperature=train_temperature)
     _validate.positive(eps=eps, train_temperature=train_temperature)
     if not np.shape(inputs)[:1] or not np.shape(inputs)[0]:
         raise ValueError(
@@ -210,7 +212,9 @@ def _masking(
             "[N, ...], some hundred of them"
         )
     problem = _base.prepare(logits_fn, key, inputs, labels, targets=None, bounds=bounds)
+    _validate.callback(callback)
     if surrogate is not None:
+        _validate.function(surrogate=surrogate)
         surrogate = nets.callable_logits_fn(surrogate)
     settings = Settings(
         eps=float(eps),

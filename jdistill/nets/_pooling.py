@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jdistill import _validate
 from jdistill.nets._convolution import lone_is_slow
 from jdistill.typing import Array
 
@@ -87,11 +88,7 @@ def max_pool(inputs: Array) -> Array:
         >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0].tolist()
         [[5.0, 7.0], [13.0, 15.0]]
     """
-    if inputs.ndim < 3:
-        raise ValueError(
-            f"expected inputs of shape [..., H, W, C], got shape {inputs.shape}; "
-            "add the missing axes"
-        )
+    _validate.floats(-3, inputs=inputs)
     lead = inputs.shape[:-3]
     if len(lead) == 1:
         return _pool(inputs)
