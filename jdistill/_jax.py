@@ -131,6 +131,26 @@ def call(fun: Callable[..., Any], *args: Any) -> Any:
     return fun(*args)
 
 
+def logits_shape(fun: Any, inputs: Any, *, name: str = "logits_fn") -> jax.ShapeDtypeStruct:
+    """Shape and type of a network's logits, checked; jit keeps the trace.
+
+    Raises:
+        ValueError: the network cannot take the inputs, or returns something else than `[B, K]`.
+    """
+    try:
+        logits: jax.ShapeDtypeStruct = jax.eval_shape(call, fun, inputs)
+    except (TypeError, ValueError, IndexError, AttributeError) as error:
+        if str(error).startswith("expected "):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"expected {name} to take inputs of shape {np.shape(inputs)}, got a "
+            f"{type(error).__name__} ({reason:.200}); pass the inputs and weights that it is for"
+        ) from error
+    _validate.logits(logits, np.shape(inputs)[0], name=name)
+    return logits
+
+
 def unbound(function: Any) -> tuple[Any, dict[str, Any]]:
     """The function without its partials; and its settings, those left at their defaults too."""
     bound: dict[str, Any] = {}

@@ -41,7 +41,8 @@ def _numbers(name: str, value: Any) -> np.ndarray:
     """The value as float64; text and bools are no numbers, though NumPy would read them so."""
     try:
         array = np.asarray(value)
-        if array.dtype.kind in "USbcmM" or (array.dtype == object and None in array.ravel().tolist()):
+        without = array.dtype == object and None in array.ravel().tolist()  # NumPy's NaN
+        if without or array.dtype.kind in "USbcmM":
             raise TypeError
         return np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
@@ -149,24 +150,40 @@ def scalar(**named: Any) -> None:
             )
 
 
-def column(*, remedy: str = "pass one number each", **named: Any) -> np.ndarray:
-    """The one value as float64, checked to be a list of numbers, `[N]`."""
+def numbers(**named: Any) -> np.ndarray:
+    """The one value as float64, of any shape."""
     ((name, value),) = named.items()
-    numbers = _numbers(name, value)
-    if numbers.ndim != 1:
+    return _numbers(name, value)
+
+
+def column(**named: Any) -> np.ndarray:
+    """The one value as float64, checked to be a list of numbers, `[N]`."""
+    array, (name,) = numbers(**named), named
+    if array.ndim != 1:
         raise ValueError(
-            f"expected {name} to be a list of numbers, got shape {numbers.shape}; {remedy}"
+            f"expected {name} to be a list of numbers, got shape {array.shape}; pass one each"
         )
-    return numbers
+    return array
+
+
+def arrays(**named: Any) -> None:
+    """Each value is a pytree of arrays, of one at least."""
+    for name, value in named.items():
+        leaves = jax.tree.leaves(value)
+        for leaf in leaves or [None]:
+            held = hasattr(leaf, "dtype") and getattr(leaf.dtype, "kind", "V") not in "USO"
+            if not held and not isinstance(leaf, (int, float)):
+                raise ValueError(
+                    f"expected {name} to be a tree of arrays, got {type(leaf).__name__} in it; "
+                    "convert it to an array"
+                )
 
 
 def function(*, remedy: str = "pass a function", **named: Any) -> None:
     """Each value can be called."""
     for name, value in named.items():
         if not callable(value):
-            raise ValueError(
-                f"expected a callable, got {type(value).__name__} as {name}; {remedy}"
-            )
+            raise ValueError(f"expected a callable, got {type(value).__name__} as {name}; {remedy}")
 
 
 def callback(value: Any, *, name: str = "callback") -> None:
@@ -182,6 +199,18 @@ def instance(kind: Any, wanted: str, *, remedy: str = "pass one", **named: Any) 
             raise ValueError(
                 f"expected {name} to be {wanted}, got {type(value).__name__}; {remedy}"
             )
+
+
+def examples(value: Any, most: int) -> tuple[Any, ...]:
+    """Columns of examples: inputs, labels, and targets where there may be three, else None."""
+    if not isinstance(value, (tuple, list)) or not 2 <= len(value) <= most:
+        third = ", or with targets as a third" if most > 2 else ""
+        number = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
+        raise ValueError(
+            f"expected examples to be (inputs, labels){third}, got a {type(value).__name__}{number}"
+            "; pass the columns as a tuple"
+        )
+    return (*value, None)[:most]
 
 
 def text(**named: Any) -> None:
@@ -346,15 +375,15 @@ def floats(num_axes: int, **named: Any) -> None:
             )
 
 
-def logits(value: Any, batch_size: int) -> None:
+def logits(value: Any, batch_size: int, *, name: str = "logits_fn") -> None:
     """What a network returned: floats `[B, K]` with `K >= 2`."""
     shape = _shape("logits", value)
     if len(shape) != 2 or shape[0] != batch_size or shape[1] < 2:
         raise ValueError(
             f"expected logits of shape [B, K] = ({batch_size}, at least 2), got {shape}; pass a "
-            "logits_fn that maps inputs [B, ...] to one row of logits per example"
+            f"{name} that maps inputs [B, ...] to one row of logits per example"
         )
-    floats(2, logits=value)
+    floats(2, **{f"logits of {name}": value})
 
 
 def soft_labels(

@@ -87,16 +87,8 @@ def replicate(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
         >>> replicate(jnp.zeros(3), jax.devices()[:1]).sharding.is_fully_replicated
         True
     """
-    for leaf in jax.tree.leaves(tree):
-        _check_leaf(leaf)
+    _validate.arrays(tree=tree)
     return _spread(tree, NamedSharding(make_mesh(_validate.devices(devices)), PartitionSpec()))
-
-
-def _check_leaf(leaf: Any) -> None:
-    if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float)):
-        raise ValueError(
-            f"expected a tree of arrays, got {type(leaf).__name__} in it; convert it to an array"
-        )
 
 
 def split(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
@@ -114,8 +106,8 @@ def split(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
         (4, 3)
     """
     devices = _validate.devices(devices)
+    _validate.arrays(tree=tree)
     for leaf in jax.tree.leaves(tree):
-        _check_leaf(leaf)
         if not np.ndim(leaf) or np.shape(leaf)[0] % len(devices):
             raise ValueError(
                 f"expected a tree of arrays whose rows are a multiple of {len(devices)} devices, "

@@ -3,9 +3,11 @@
 import collections
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate, attacks, metrics, nets
+from jdistill._jax import logits_shape
 from jdistill.attacks._core import problem as _base
 from jdistill.diagnose import _checks, _label
 from jdistill.diagnose._attacks import Settings
@@ -157,6 +159,8 @@ def masking_of_stack(
     """
     _validate.function(stack=stack)
     num_runs = nets.stack_size(stack)
+    _validate.inputs_in_box(inputs, _validate.bounds(bounds))
+    logits_shape(nets.index(stack, 0), jnp.asarray(inputs), name="stack")
     _validate.positive(train_temperature=train_temperature)
     if np.shape(train_temperature) not in ((), (num_runs,)):
         raise ValueError(
@@ -216,6 +220,12 @@ def _masking(
     if surrogate is not None:
         _validate.function(surrogate=surrogate)
         surrogate = nets.callable_logits_fn(surrogate)
+        logits = logits_shape(surrogate, problem.inputs, name="surrogate")
+        if logits.shape[1] != _base.num_classes(problem):
+            raise ValueError(
+                f"expected a surrogate of {_base.num_classes(problem)} classes, got "
+                f"{logits.shape[1]}; pass a network of the same classes"
+            )
     settings = Settings(
         eps=float(eps),
         norm=norm,

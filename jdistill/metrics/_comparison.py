@@ -175,8 +175,8 @@ def _pairs(first: ArrayLike, second: ArrayLike, dtype: Any) -> tuple[np.ndarray,
     one, other = np.asarray(first, dtype), np.asarray(second, dtype)
     if one.ndim != 1 or one.shape != other.shape or not one.size:
         raise ValueError(
-            f"expected two columns [N], first and second, over the same examples or seeds, got shapes {one.shape} and "
-            f"{other.shape}; pass one value each, in the same order"
+            f"expected two columns [N], first and second, over the same examples or seeds, got "
+            f"shapes {one.shape} and {other.shape}; pass one value each, in the same order"
         )
     return one, other
 
@@ -185,9 +185,9 @@ def _seeds(values: np.ndarray, name: str) -> np.ndarray:
     """The values, checked: an interval over seeds needs two."""
     if values.ndim != 1 or values.size < 2:
         raise ValueError(
-            f"expected {name} of one number a seed for at least 2 seeds, got shape {values.shape}; an "
-            "interval over seeds needs their spread: train more seeds, or give the interval over "
-            "examples, which says nothing about other seeds"
+            f"expected {name} of one number a seed for at least 2 seeds, got shape {values.shape}; "
+            "an interval over seeds needs their spread: train more seeds, or give the interval "
+            "over examples, which says nothing about other seeds"
         )
     if not np.isfinite(values).all():
         raise ValueError(

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from jdistill import _validate
-from jdistill._jax import as_pytree, call, full_precision, jit
+from jdistill._jax import as_pytree, full_precision, jit, logits_shape
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 # log10 of the edges of Papernot et al. 2016: 0, 1e-40, …, 1e-5, 1e-3, 1; and, so that
@@ -187,7 +187,7 @@ def zero_gradient(
     _validate.positive(temperature=temperature)
     _validate.class_indices(labels, batch_size=inputs.shape[0])
     if not _validate.is_traced(labels):
-        num_classes = jax.eval_shape(call, network, inputs).shape[-1]
+        num_classes = logits_shape(network, inputs).shape[-1]
         _validate.class_indices(labels, batch_size=inputs.shape[0], num_classes=num_classes)
     with full_precision():
         return _zero_gradient(network, inputs, jnp.asarray(labels), temperature)

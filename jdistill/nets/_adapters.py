@@ -40,8 +40,8 @@ def check_module(model: Any) -> None:
     """The module is one of Linen, and can be the static part of an adapter."""
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"expected model to be a Flax Linen module, got {type(model).__name__}; use nnx_logits_fn for an "
-            "NNX module and callable_logits_fn for a function"
+            f"expected model to be a Flax Linen module, got {type(model).__name__}; use "
+            "nnx_logits_fn for an NNX module and callable_logits_fn for a function"
         )
     try:
         hash(model)
@@ -250,8 +250,8 @@ def nnx_logits_fn(module: "nnx.Module") -> Partial:
 
     if not isinstance(module, nnx.Module):
         raise ValueError(
-            f"expected module to be a Flax NNX module, got {type(module).__name__}; use logits_fn for a Linen "
-            "module and callable_logits_fn for a function"
+            f"expected module to be a Flax NNX module, got {type(module).__name__}; use "
+            "logits_fn for a Linen module and callable_logits_fn for a function"
         )
     _check_needs(module, _SWITCHES)
     graphdef, state = nnx.split(module)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jdistill import _validate
 from jdistill.typing import PyTree
 
 
@@ -29,27 +30,26 @@ def stack(trees: Iterable[PyTree]) -> PyTree:
         (2, 2)
     """
     if isinstance(trees, str) or not isinstance(trees, Iterable):
-        raise ValueError(f"expected trees to be a list, got {trees!r}; pass pytrees of one structure")
+        raise ValueError(f"expected trees to be a list of pytrees, got {trees!r}; pass a list")
     trees = list(trees)
     if not trees:
-        raise ValueError("expected at least one pytree to stack, got none; pass a non-empty list")
+        raise ValueError("expected at least one pytree in trees, got none; pass a longer list")
     leaves = jax.tree.leaves(trees[0])
-    if not leaves or not all(hasattr(leaf, "dtype") or isinstance(leaf, (int, float)) for leaf in leaves):
-        raise ValueError(f"expected trees of arrays, got {trees[0]!r:.60}; stack arrays")
+    _validate.arrays(trees=trees)
     structure: Any = jax.tree.structure(trees[0])
     shapes = [jnp.shape(leaf) for leaf in leaves]
     for position, tree in enumerate(trees[1:], start=1):
         other = jax.tree.structure(tree)
         if other != structure:
             raise ValueError(
-                f"expected pytrees of one structure, got {other} at index {position} beside "
+                f"expected trees, pytrees of one structure, got {other} at index {position} beside "
                 f"{structure}; stack networks of equal architecture only"
             )
         other_shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
         if other_shapes != shapes:
             raise ValueError(
-                f"expected leaves of equal shapes, got {other_shapes} at index {position} beside "
-                f"{shapes}; stack networks of equal architecture and width only"
+                f"expected trees with leaves of equal shapes, got {other_shapes} at index "
+                f"{position} beside {shapes}; stack networks of equal architecture and width only"
             )
     return jax.tree.map(lambda *parts: jnp.stack(parts), *trees)
 
