@@ -26,6 +26,21 @@ def as_path(location: PathLike) -> epath.Path:
     return epath.Path(location).expanduser()
 
 
+def read_whole(path: PathLike) -> bytes:
+    """The content of a file.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    source = as_path(path)
+    try:
+        return source.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"expected a file at the path {source}, got none; write it first"
+        ) from None
+
+
 def is_remote(location: PathLike) -> bool:
     """Whether the path lies in a bucket: its writes are atomic, it cannot append or rename.
 

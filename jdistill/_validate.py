@@ -192,7 +192,7 @@ def callback(value: Any, *, name: str = "callback") -> None:
         function(**{name: value}, remedy="pass a function of one event, or None")
 
 
-def instance(kind: Any, wanted: str, *, remedy: str = "pass one", **named: Any) -> None:
+def instance(kind: Any, wanted: str, /, *, remedy: str = "pass one", **named: Any) -> None:
     """Each value is of a kind, in words `wanted`."""
     for name, value in named.items():
         if not isinstance(value, kind):

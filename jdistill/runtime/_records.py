@@ -39,7 +39,7 @@ def check_writable(
         >>> check_writable(tempfile.mkdtemp() + "/new/folder").is_dir()
         True
     """
-    _validate.text(remedy=remedy)
+    _validate.text(**{"the remedy": remedy})
     path = _files.as_path(directory)
     probe = path / f".writable-{uuid.uuid4().hex}"  # every host of a job may try at once
     made: list[epath.Path] = []
