@@ -141,13 +141,21 @@ def flag(**named: Any) -> None:
 
 
 def scalar(**named: Any) -> None:
-    """Each value is one finite number, no array of them."""
+    """Each value is one number, no array of them."""
     rank(0, **named)
     for name, value in named.items():
-        if not is_traced(value) and not np.isfinite(_numbers(name, value)):
-            raise ValueError(
-                f"expected {name} to be one finite number, got {_show(value)}; pass a Python float"
-            )
+        if not is_traced(value):
+            _numbers(name, value)
+
+
+def finite(**named: Any) -> None:
+    """Each value (scalar or array) is finite."""
+    for name, value in named.items():
+        if is_traced(value):
+            continue
+        bad = ~np.isfinite(_numbers(name, value))
+        if bad.any():
+            raise ValueError(f"expected finite {name}, got {_first_bad(value, bad)}; pass another")
 
 
 def numbers(**named: Any) -> np.ndarray:
@@ -226,7 +234,7 @@ def mapping(**named: Any) -> None:
 def sequence(*, remedy: str = "pass a list", **named: Any) -> None:
     """Each value is a sequence, and no text."""
     for name, value in named.items():
-        kind = () if isinstance(value, (str, bytes)) else Sequence
+        kind = () if isinstance(value, (str, bytes)) else (Sequence, np.ndarray, jax.Array)
         instance(kind, "a sequence", remedy=remedy, **{name: value})
 
 

@@ -264,7 +264,7 @@ def chain(
         Mandal & Gao 2023, "Improving Defensive Distillation using Teacher Assistant", released
         code `train_models.py`, `train_models_multidistill.py`.
     """
-    check_chain(generations, start)
+    _check_chain(generations, start)
     inputs, labels = _validate.examples(examples, 2)
     _validate.inputs_in_box(inputs, (-np.inf, np.inf))
     _validate.class_indices(labels, batch_size=len(inputs))
@@ -316,7 +316,7 @@ def chain(
     return states
 
 
-def check_chain(generations: Sequence[Generation], start: Sequence[TrainState]) -> None:
+def _check_chain(generations: Sequence[Generation], start: Sequence[TrainState]) -> None:
     """An error for what is no chain, or for more states than it has generations."""
     _validate.sequence(generations=generations, start=start)
     if not generations:

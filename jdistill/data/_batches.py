@@ -71,12 +71,12 @@ def _check_columns(
     if labels is not None:
         _validate.class_indices(labels, batch_size=len(inputs))
     if targets is not None:
-        _validate.floats(2, targets=targets)
-        if len(targets) != len(inputs):
+        if targets.ndim != 2 or len(targets) != len(inputs):
             raise ValueError(
                 f"expected targets of shape [N, K] with N = {len(inputs)}, got shape "
                 f"{targets.shape}; pass one row of class probabilities per example"
             )
+        _validate.floats(2, targets=targets)
 
 
 def _check_order(order: np.ndarray, num_examples: int) -> None:

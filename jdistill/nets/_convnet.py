@@ -84,6 +84,7 @@ class ConvNet(nn.Module):
         _validate.count(num_classes=self.num_classes)
         _validate.function(conv_general_dilated=self.conv_general_dilated)
         _validate.scalar(dropout_rate=self.dropout_rate, shift=self.shift)
+        _validate.finite(shift=self.shift)
         if not 0.0 <= self.dropout_rate < 1.0:
             raise ValueError(
                 f"expected dropout_rate in [0, 1), got {self.dropout_rate!r}; "

@@ -33,7 +33,7 @@ def stack(trees: Iterable[PyTree]) -> PyTree:
         raise ValueError(f"expected trees to be a list of pytrees, got {trees!r}; pass a list")
     trees = list(trees)
     if not trees:
-        raise ValueError("expected at least one pytree in trees, got none; pass a longer list")
+        raise ValueError("expected trees, at least one pytree to stack, got none; pass more")
     leaves = jax.tree.leaves(trees[0])
     _validate.arrays(trees=trees)
     structure: Any = jax.tree.structure(trees[0])
@@ -84,7 +84,7 @@ def index(tree: PyTree, i: int) -> PyTree:
         if not fits or (sizes and not -size <= i < size):
             # As an index of an array, JAX would take the nearest one.
             raise ValueError(
-                f"expected i to be the index of one of {size} runs, got {i!r}; pass one of "
+                f"expected the index of one of {size} runs, got {i!r} as i; pass one of "
                 f"{-size}..{size - 1}"
             )
     return jax.tree.map(lambda leaf: leaf[i], tree)

@@ -93,7 +93,7 @@ def chain(
     References:
         Mandal & Gao 2023, released code `train_models_multidistill.py`: a run for each.
     """
-    distill.check_chain(generations, start)
+    distill._check_chain(generations, start)
     inputs, labels = _validate.examples(examples, 2)
     _validate.callback(callback)
     options = Options(batch_size=batch_size, **fit_options)
