@@ -85,7 +85,8 @@ def _compiler_options() -> dict[str, bool] | None:
 
 def as_pytree(fun: Callable[..., Any], *, name: str = "loss") -> Callable[..., Any]:
     """A function that jit can take as an argument: a plain one becomes static."""
-    _validate.function(**{name: fun})
+    named: dict[str, Any] = {name: fun}
+    _validate.function(**named)
     if not jax.tree_util.all_leaves([fun]):
         return fun
     refuse_held_arrays(fun)

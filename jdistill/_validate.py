@@ -355,13 +355,13 @@ def class_indices(
         return
     array = np.asarray(value)
     if num_classes is None:
-        bad, wanted = array < 0, ">= 0"
+        bad, those = array < 0, ">= 0"
     else:
         bad = (array < 0) | (array >= num_classes)
-        wanted = f"in 0..{num_classes - 1} (the network has {num_classes} outputs)"
+        those = f"in 0..{num_classes - 1} (the network has {num_classes} outputs)"
     if bad.any():
         raise ValueError(
-            f"expected {name} {wanted}, got {_first_bad(array, bad)}; check the label encoding or "
+            f"expected {name} {those}, got {_first_bad(array, bad)}; check the label encoding or "
             "the network's num_classes"
         )
 

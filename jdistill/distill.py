@@ -320,16 +320,18 @@ def _check_chain(generations: Sequence[Generation], start: Sequence[TrainState])
     """An error for what is no chain, or for more states than it has generations."""
     _validate.sequence(generations=generations, start=start)
     if not generations:
-        raise ValueError("expected at least one of generations, got none; pass the teacher's")
-    for generation in generations:
-        _validate.instance(Generation, "of distill.Generation", generations=generation)
-    for state in start:
-        check_state(state, "start")
+        raise ValueError(
+            "expected generations, at least one generation, got none; pass the teacher's"
+        )
     if len(start) > len(generations):
         raise ValueError(
             f"expected at most {len(generations)} states in start (one a generation), got "
             f"{len(start)}; pass those of this chain"
         )
+    for generation in generations:
+        _validate.instance(Generation, "of distill.Generation", generations=generation)
+    for state in start:
+        check_state(state, "start")
 
 
 def _one_key(key: Array) -> Array:

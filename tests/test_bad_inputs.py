@@ -411,6 +411,11 @@ def sorts(**names):
     return {arg: sort.replace("_", " ") for sort in names for arg in names[sort].split()}
 
 
+NAMED_ALIKE = (
+    "labels targets logits key bounds init devices shape batch groups names edges mask tree trees "
+    "record verdicts rows examples plan result chains confidence hyperparams fingerprint optimizer "
+    "stack plans outcomes"
+)
 SORT = {
     **sorts(
         network="logits_fn source surrogate",
@@ -452,12 +457,7 @@ SORT = {
     },
     **{"metadata": "mapping", "distances": "plans", "first": "flags", "second": "flags"},
     **{"train_temperature": "one above 0", "dropout_rate": "one share", "keys": "run keys"},
-    **{
-        name: name
-        for name in "labels targets logits key bounds init devices shape batch groups names edges mask "
-        "tree trees record verdicts rows examples plan result chains confidence hyperparams "
-        "fingerprint optimizer stack plans outcomes".split()
-    },
+    **{name: name for name in NAMED_ALIKE.split()},
     **{"attacks.autoattack.eps": "one from 0", "attacks.universal.eps": "one from 0"},
     **{"attacks.universal.step_size": "one from 0", "attacks.hop_skip_jump.gamma": "above 0"},
     **dict.fromkeys(

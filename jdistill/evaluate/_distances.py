@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -126,7 +127,8 @@ def check_plans(plans: Mapping[str, AttackPlan], name: str) -> None:
     _validate.mapping(**{name: plans})
     for key, plan in plans.items():
         _validate.text(**{f"each name in {name}": key})
-        _validate.instance(AttackPlan, "an AttackPlan", **{f"each of {name}": plan})
+        named: dict[str, Any] = {f"each of {name}": plan}
+        _validate.instance(AttackPlan, "an AttackPlan", **named)
 
 
 def check_distance_plans(plans: Mapping[str, AttackPlan]) -> None:

@@ -297,7 +297,7 @@ def _check_names(
         )
     _validate.sequence(chains=[] if chains is None else chains)
     for chain in chains or ():
-        _validate.sequence(**{"each of chains": chain})
+        _validate.sequence(chains=chain)
         for place in chain:
             _validate.count(minimum=-num_runs, **{"each place in chains": place})
     outside = [place for chain in chains or () for place in chain if not 0 <= place < num_runs]

@@ -46,7 +46,7 @@ def over_seeds(
             "name what each network is a seed of"
         )
     for group in groups:
-        _validate.instance(Hashable, "hashable", **{"each of groups": group})
+        _validate.instance(Hashable, "hashable", groups=group)
     _validate.column(values=numbers)
     members: dict[Hashable, list[float]] = {}
     for number, group in zip(numbers, groups, strict=True):

@@ -87,9 +87,9 @@ def transfer_matrix(
     _validate.text(stage=stage)
     if not callable(networks):
         _validate.sequence(networks=networks, remedy="pass a stack, or a list of logits_fns")
-        _validate.function(**{"each of networks": None if not networks else networks[0]})
+        _validate.function(networks=None if not networks else networks[0])
         for network in networks:
-            _validate.function(**{"each of networks": network})
+            _validate.function(networks=network)
     check_inputs(networks if callable(networks) else nets.stack(networks[:1]), inputs)
     _validate.positive(temperature=temperature)
     stacks: list[LogitsFn]

@@ -141,7 +141,6 @@ def predict(logits_fn: LogitsFn, inputs: np.ndarray, *, batch_size: int = 512) -
     if inputs.shape[0] == 0:
         logits = jax.eval_shape(logits_fn, jax.ShapeDtypeStruct((1, *inputs.shape[1:]), np.float32))
         return np.zeros((0, logits.shape[-1]), logits.dtype)
-    logits_shape(logits_fn, inputs[:batch_size])
     rows = []
     for start in range(0, inputs.shape[0], batch_size):
         chunk = inputs[start : start + batch_size]
@@ -149,5 +148,7 @@ def predict(logits_fn: LogitsFn, inputs: np.ndarray, *, batch_size: int = 512) -
         if size < batch_size and start > 0:
             chunk = np.concatenate([chunk, np.repeat(chunk[:1], batch_size - size, 0)])
         with full_precision():  # in training it may be the device's; what is measured is exact
-            rows.append(np.asarray(call(logits_fn, chunk))[:size])
+            logits = call(logits_fn, chunk)
+        _validate.logits(logits, len(chunk))
+        rows.append(np.asarray(logits)[:size])
     return np.concatenate(rows)
