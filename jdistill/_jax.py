@@ -139,7 +139,8 @@ def logits_shape(fun: Any, inputs: Any, *, name: str = "logits_fn") -> jax.Shape
         ValueError: the network cannot take the inputs, or returns something else than `[B, K]`.
     """
     try:
-        logits: jax.ShapeDtypeStruct = jax.eval_shape(call, fun, inputs)
+        with full_precision():
+            logits: jax.ShapeDtypeStruct = jax.eval_shape(call, fun, inputs)
     except (TypeError, ValueError, IndexError, AttributeError) as error:
         if str(error).startswith("expected "):
             raise

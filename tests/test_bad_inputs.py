@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from report_rows import make_rows
 
 from jdistill import attacks, checkpoint, distill, evaluate, nets, parallel, report, sweep, train
+from tests.report_rows import make_rows
 
 MODULES = "attacks data diagnose distill evaluate losses metrics nets norms parallel report runtime"
 MODULES = [*MODULES.split(), "sweep", "train"]
@@ -517,7 +517,7 @@ ALIASES = {
     **dict.fromkeys(("data_dir", "cache_dir", "directory", "workdir"), "path"),
     **{"stack": "logits", "networks": "stack", "logits": "labels", "input_shape": "inputs"},
     **{"keys": "key", "generations": "params", "record": "content", "like": "state"},
-    **{"rows": "row", "path": "/", "pictures": "path"},
+    **{"groups": "group", "verdicts": "verdict", "rows": "row", "path": "/", "pictures": "path"},
 }
 ONES = "apgd_?.*|bim|mim|fgsm|fmn|ddn|deepfool|ead|carlini.*|jsma|sigma_zero|spatial|maximize|fab"
 FINE = {

@@ -287,7 +287,7 @@ def check_names(names: Sequence[str] | None, num_runs: int) -> None:
     _validate.text(**{f"each of names ({name!r})": name for name in names})
     if len(names) != num_runs or len(set(names)) != num_runs:
         raise ValueError(
-            f"expected names, a different one for each of the {num_runs} networks, got {names}; "
+            f"expected names, a different name for each of the {num_runs} networks, got {names}; "
             "name them in the stack's order"
         )
 
@@ -398,9 +398,9 @@ def _job(
         vmapped = False
     runs = Runs.of(stack, temperature, vmapped, callback)
     _validate.count(batch_size=plan.batch_size)
-    check_inputs(stack, inputs)
+    num_classes = check_inputs(stack, inputs)
     inputs, labels = np.asarray(inputs), np.asarray(labels)
-    _validate.class_indices(labels, batch_size=len(inputs))
+    _validate.class_indices(labels, batch_size=len(inputs), num_classes=num_classes)
     size = first(len(inputs), "num_examples", plan.num_examples)
     if targets is not None:
         _validate.class_indices(targets, name="targets", batch_size=len(inputs))

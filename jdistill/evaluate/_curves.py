@@ -211,7 +211,7 @@ def _check_outcome(outcome: AttackOutcome, name: str = "outcome") -> None:
 def _reaches(outcomes: Mapping[str, AttackOutcome]) -> dict[str, np.ndarray]:
     """From which radius on each attack breaks each example, `[R, M]`; inf: from none."""
     if not outcomes:
-        raise ValueError("expected one or more outcomes, got none; run an attack first")
+        raise ValueError("expected outcomes, one outcome or more, got none; run an attack first")
     for each in outcomes.values():
         _check_outcome(each, "outcomes")
     norms = {name: outcome.norm for name, outcome in outcomes.items() if outcome.norm is not None}

@@ -149,8 +149,8 @@ def evaluate(
     for norm, radii in grids.items():
         _validate.column(**{f"eps_grids[{norm!r}]": radii})
     check_names(names, num_runs)
-    check_inputs(stack, inputs)
-    _validate.class_indices(labels, batch_size=len(inputs))
+    num_classes = check_inputs(stack, inputs)
+    _validate.class_indices(labels, batch_size=len(inputs), num_classes=num_classes)
     _check_names(attacks, by_norm, transfer, chains, num_runs)
     check_distance_plans(by_norm)
     named = {**attacks, **{_of_norm(norm): plan for norm, plan in by_norm.items()}}

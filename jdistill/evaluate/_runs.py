@@ -178,11 +178,12 @@ def _over_runs(fun: Callable[..., Any]) -> Callable[..., Any]:
     return over_runs
 
 
-def check_inputs(stack: LogitsFn, inputs: Any) -> None:
-    """An error for inputs that are none, or that the networks of the stack cannot take."""
+def check_inputs(stack: LogitsFn, inputs: Any) -> int | None:
+    """The number of classes; an error for inputs that the networks of the stack cannot take."""
     _validate.inputs_in_box(inputs, (-np.inf, np.inf))
-    if len(inputs):
-        logits_shape(nets.index(stack, 0), np.asarray(inputs[:1]), name="stack")
+    if not len(inputs):
+        return None
+    return logits_shape(nets.index(stack, 0), np.asarray(inputs[:1]), name="stack").shape[1]
 
 
 def refuse_tracers(*values: Any) -> None:

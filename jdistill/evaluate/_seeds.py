@@ -54,7 +54,7 @@ def over_seeds(
     alone = [group for group, seeds in members.items() if len(seeds) < 2]
     if alone:
         raise ValueError(
-            f"expected at least 2 seeds of each of groups, got one of {alone[0]!r}; train more "
+            f"expected at least 2 seeds of each group, got one of {alone[0]!r}; train more "
             "seeds, or give the interval over examples, which says nothing about other seeds"
         )
     return {

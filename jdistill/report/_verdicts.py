@@ -94,7 +94,7 @@ def checked_verdicts(verdicts: Iterable[Row], source: str = "") -> list[dict[str
         key = _key(row)
         if key in seen:
             raise ValueError(
-                f"expected verdicts, one per network, norm and eps, got two for "
+                f"expected one verdict per network, norm and eps, got two for "
                 f"{', '.join(f'{name}={row[name]}' for name in NETWORK)} ({place}); drop one"
             )
         seen.add(key)

@@ -173,7 +173,7 @@ def _dumps(content: Any, **options: Any) -> str:
         return json.dumps(content, default=_plain, **options)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"expected JSON-able content or record, got {content!r:.200} ({error}); "
+            f"expected JSON-able content, got {content!r:.200} ({error}); "
             "use numbers, strings, lists and mappings with string keys"
         ) from None
 
