@@ -407,7 +407,10 @@ def soft_labels(
         return
     array = _numbers(name, value)
     sums = np.where(array < 0, np.inf, array).sum(axis=1)
-    right = (np.abs(sums - 1) < 1e-3) | (np.isnan(sums) & allow_nan)
+    dtype = _dtype(name, value)
+    short = jax.numpy.issubdtype(dtype, jax.numpy.floating)  # bfloat16 rounds to 1 part in 256
+    tolerance = max(1e-3, 2 * float(jax.numpy.finfo(dtype).eps)) if short else 1e-3
+    right = (np.abs(sums - 1) < tolerance) | (np.isnan(sums) & allow_nan)
     wrong = np.flatnonzero(~right)
     if wrong.size:
         raise ValueError(

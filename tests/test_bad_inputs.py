@@ -406,110 +406,87 @@ KINDS = {
 }
 
 
-def sorts(**names):
-    """The sort of each argument, from the arguments of each sort."""
-    return {arg: sort.replace("_", " ") for sort in names for arg in names[sort].split()}
-
-
-NAMED_ALIKE = (
-    "labels targets logits key bounds init devices shape batch groups names edges mask tree trees "
-    "record verdicts rows examples plan result chains confidence hyperparams fingerprint optimizer "
-    "stack plans outcomes"
-)
-SORT = {
-    **sorts(
-        network="logits_fn source surrogate",
-        function="teacher loss preprocess substitute apply_fn loss_fn augment progress output fun "
-        "attack random_logits_fn main conv_general_dilated callback",
-        radius="eps step_size decay max_angle max_shift beta overshoot eta",
-        share="rho gamma alpha_max p_init hard_weight threshold threshold_step final_gamma shrink",
-        above_0="learning_rate initial_const largest_const sigma delta orthogonal_step source_step "
-        "const_factor initial_norm temperature teacher_temperature theta",
-        count="num_steps num_restarts num_targets num_queries num_samples max_samples num_starts "
-        "num_searches num_angles num_shifts num_draws num_parallel batch_size num_examples "
-        "num_sensitivity num_bins multiple num_hosts max_to_keep max_examples memory_limit "
-        "steps_per_call num_generations total",
-        count_from_2="num_candidates num_classes max_features",
-        count_from_0="first_target num_epochs host epoch generation number successes num_rows",
-        flag="best_loss trace random_start abort_early minimum_norm temperature_squared vmapped",
-        text="stage shard_name remedy text",
-        path="path directory workdir data_dir cache_dir",
-        choice="norm decision_rule version mode name kind",
-        mapping="measures config run figures pictures variables",
-        one_above_0="loss_cap width",
-        one_from_0="length",
-        any="fill shift",
-        own="start step state model_state params",
-        numbers="log10_values values distance",
-        flags="success",
-        floats="value gradient center norms.delta norms.like",
-        axis="axis_name",
-    ),
-    **{"inputs": "box", "attacks": "attacks", "outcome": "own", "content": "json", "i": "place"},
-    **{"order": "order", "seed_words": "words", "generations": "sequence", "features": "blocks"},
-    **{"networks": "sequence", "shards": "store", "transfer": "chosen", "eps_grids": "mapping"},
-    **{
-        "num_nonfinite": "counts",
-        "hidden": "shape",
-        "model": "module",
-        "module": "module",
-        "input_shape": "image",
-    },
-    **{"metadata": "mapping", "distances": "plans", "first": "flags", "second": "flags"},
-    **{"train_temperature": "one above 0", "dropout_rate": "one share", "keys": "run keys"},
-    **{name: name for name in NAMED_ALIKE.split()},
-    **{"attacks.autoattack.eps": "one from 0", "attacks.universal.eps": "one from 0"},
-    **{"attacks.universal.step_size": "one from 0", "attacks.hop_skip_jump.gamma": "above 0"},
-    **dict.fromkeys(
-        (f"attacks.carlini_wagner_{n}.confidence" for n in ("l0", "l2", "linf")), "radius"
-    ),
-    **{"attacks.ead.confidence": "radius", "attacks.softmax_at.temperature": "one above 0"},
-    **{"attacks.bpda.logits_fn": "function", "data.inputs": "inputs", "data.targets": "soft"},
-    **{"data.start": "count from 0", "data.num_examples": "count from 0"},
-    **{"diagnose.eps": "one above 0", "distill.inputs": "inputs", "distill.start": "starts"},
-    **{"distill.initial_weights.start": "own", "distill.soft_labels.temperature": "one above 0"},
-    **{"distill.chain.temperature": "one above 0", "distill.chain.hard_weight": "one share"},
-    **{"distill.chain.teacher_temperature": "one above 0", "distill.model_state": "arrays"},
-    **{"evaluate.eps": "grid", "evaluate.steps": "grid", "evaluate.queries": "grid"},
-    **{"evaluate.clean.inputs": "inputs", "evaluate.attacks": "plans", "evaluate.correct": "flags"},
-    **{"evaluate.summarize.eps": "one from 0", "evaluate.worst_case.eps": "one from 0"},
-    **{
-        "losses.targets": "soft",
-        "losses.targeted_dlr.targets": "labels",
-        "metrics.inputs": "inputs",
-    },
-    **{"metrics.temperature": "one above 0", "metrics.worst_case.success": "successes"},
-    **{"metrics.paired_over_seeds.first": "numbers", "metrics.paired_over_seeds.second": "numbers"},
-    **{
-        "metrics.log10_sensitivity_softmax.temperature": "one above 0",
-        "nets.logits_fn": "function",
-    },
-    **{"nets.num_classes": "count", "nets.init.key": "key", "nets.max_pool.inputs": "pixels"},
-    **{"nets.ConvNet.features": "blocks", "nets.logits_fn.variables": "variables"},
-    **{"norms.inputs": "floats", "norms.eps": "radius", "norms.length": "radius"},
-    **{"norms.per_example.value": "radius", "parallel.replicate.tree": "arrays"},
-    **{"parallel.split.tree": "rows of arrays", "parallel.compile_step.step": "function"},
-    **{"report.summary.width": "count", "report.write_table.rows": "table"},
-    **{
-        "report.write_picture_grid.pictures": "pictures",
-        "report.write_picture_grid.attack": "text",
-    },
-    **{"report.write_picture_grid.norm": "text", "report.read_results.path": "file"},
-    **{"report.read_table.path": "file", "report.read_verdicts.path": "file"},
-    **{"runtime.atomic_write.content": "bytes", "train.inputs": "inputs", "train.params": "arrays"},
-    **{
-        "train.model_state": "arrays",
-        "train.fit.examples": "triples",
-        "train.sgd.decay": "one from 0",
-    },
-    **{"train.sgd.learning_rate": "one above 0", "train.sgd.momentum": "one share"},
-    **{"sweep.fit.examples": "triples", "sweep.params": "arrays", "sweep.model_state": "arrays"},
-    **{
-        "sweep.start": "starts",
-        "checkpoint.like": "like",
-        "checkpoint.state": "saved",
-        "checkpoint.step": "count from 0",
-    },
+# Each sort, and the arguments that are of it; then those that are called as their sort is.
+SORTS = """
+network: logits_fn source surrogate
+function: teacher loss preprocess substitute apply_fn loss_fn augment progress output fun attack
+    random_logits_fn main conv_general_dilated callback attacks.bpda.logits_fn nets.logits_fn
+    parallel.compile_step.step
+radius: eps step_size decay max_angle max_shift beta overshoot eta
+    attacks.carlini_wagner_l0.confidence attacks.carlini_wagner_l2.confidence
+    attacks.carlini_wagner_linf.confidence attacks.ead.confidence norms.eps norms.length
+    norms.per_example.value
+share: rho gamma alpha_max p_init hard_weight threshold threshold_step final_gamma shrink
+above 0: learning_rate initial_const largest_const sigma delta orthogonal_step source_step
+    const_factor initial_norm temperature teacher_temperature theta attacks.hop_skip_jump.gamma
+count: num_steps num_restarts num_targets num_queries num_samples max_samples num_starts
+    num_searches num_angles num_shifts num_draws num_parallel batch_size num_examples
+    num_sensitivity num_bins multiple num_hosts max_to_keep max_examples memory_limit
+    steps_per_call num_generations total nets.num_classes report.summary.width
+count from 2: num_candidates num_classes max_features
+count from 0: first_target num_epochs host epoch generation number successes num_rows data.start
+    data.num_examples checkpoint.step
+flag: best_loss trace random_start abort_early minimum_norm temperature_squared vmapped
+text: stage shard_name remedy report.write_picture_grid.attack report.write_picture_grid.norm
+path: directory workdir data_dir cache_dir
+choice: norm decision_rule version mode name kind
+mapping: measures config run figures pictures eps_grids metadata
+one above 0: loss_cap width train_temperature attacks.softmax_at.temperature diagnose.eps
+    distill.soft_labels.temperature distill.chain.temperature distill.chain.teacher_temperature
+    metrics.temperature metrics.log10_sensitivity_softmax.temperature train.sgd.learning_rate
+any: fill shift
+own: start step state params outcome distill.initial_weights.start
+numbers: log10_values values distance metrics.paired_over_seeds.first
+    metrics.paired_over_seeds.second
+flags: success first second evaluate.correct
+floats: value gradient center norms.delta norms.like norms.inputs
+axis: axis_name
+box: inputs
+json: content
+place: i
+words: seed_words
+sequence: generations networks
+store: shards
+chosen: transfer
+counts: num_nonfinite
+shape: hidden
+module: model
+image: input_shape
+plans: distances evaluate.attacks
+one share: dropout_rate distill.chain.hard_weight train.sgd.momentum
+run keys: keys
+one from 0: attacks.autoattack.eps attacks.universal.eps attacks.universal.step_size
+    evaluate.summarize.eps evaluate.worst_case.eps train.sgd.decay
+inputs: data.inputs distill.inputs evaluate.clean.inputs metrics.inputs train.inputs
+soft: data.targets losses.targets
+starts: distill.start sweep.start
+arrays: distill.model_state parallel.replicate.tree train.params train.model_state sweep.params
+    sweep.model_state
+grid: evaluate.eps evaluate.steps evaluate.queries
+labels: losses.targeted_dlr.targets
+successes: metrics.worst_case.success
+key: nets.init.key
+pixels: nets.max_pool.inputs
+blocks: nets.ConvNet.features
+variables: nets.logits_fn.variables
+rows of arrays: parallel.split.tree
+table: report.write_table.rows
+pictures: report.write_picture_grid.pictures
+file: report.read_results.path report.read_table.path report.read_verdicts.path
+bytes: runtime.atomic_write.content
+triples: train.fit.examples sweep.fit.examples
+like: checkpoint.like
+saved: checkpoint.state
+"""
+ALIKE = """
+    text path attacks order module labels targets logits key bounds init devices shape batch
+    groups names edges mask tree trees record verdicts rows examples plan result chains
+    confidence hyperparams fingerprint optimizer stack plans outcomes
+"""
+SORT = {arg: arg for arg in ALIKE.split()} | {
+    arg: line.partition(": ")[0]
+    for line in SORTS.replace("\n    ", " ").strip().splitlines()
+    for arg in line.partition(": ")[2].split()
 }
 # Other words that name an argument in a message.
 ALIASES = {
