@@ -42,8 +42,8 @@ def over_seeds(
     numbers = [entry.value if isinstance(entry, metrics.Interval) else entry for entry in listed]
     if len(numbers) != len(groups) or not numbers:
         raise ValueError(
-            f"expected groups, one group for each of the values, got {len(groups)} for {len(numbers)}; "
-            "name what each network is a seed of"
+            f"expected groups, one group for each of the values, got {len(groups)} for "
+            f"{len(numbers)}; name what each network is a seed of"
         )
     for group in groups:
         _validate.instance(Hashable, "hashable", groups=group)
