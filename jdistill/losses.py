@@ -142,7 +142,7 @@ def soft_margin(logits: Array, labels: ArrayLike, softness: ArrayLike = 1.0) -> 
         `[B]` float, in units of the logits.
 
     Raises:
-        ValueError: labels outside `0..K-1`.
+        ValueError: labels outside `0..K-1`, a softness that is not above 0.
 
     Example:
         >>> z, y = jnp.array([[3.0, 1.0, 1.0]]), jnp.array([0])
@@ -152,6 +152,12 @@ def soft_margin(logits: Array, labels: ArrayLike, softness: ArrayLike = 1.0) -> 
         True
     """
     _check_labels(labels, logits)
+    _validate.positive(softness=softness)
+    if np.shape(softness) not in ((), logits.shape[:1]):
+        raise ValueError(
+            f"expected softness to be a scalar or of shape [B] = {logits.shape[:1]}, got shape "
+            f"{np.shape(softness)}; pass one number, or one per example"
+        )
     classes = ~jnp.isneginf(logits)
     count = jnp.maximum(jnp.sum(classes, axis=-1, keepdims=True), 2)
     mean = jnp.sum(jnp.where(classes, logits, 0.0), axis=-1, keepdims=True) / count

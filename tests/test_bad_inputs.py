@@ -418,7 +418,7 @@ radius: eps step_size decay max_angle max_shift beta overshoot eta
     norms.per_example.value
 share: rho gamma alpha_max p_init hard_weight threshold threshold_step final_gamma shrink
 above 0: learning_rate initial_const largest_const sigma delta orthogonal_step source_step
-    const_factor initial_norm temperature teacher_temperature theta attacks.hop_skip_jump.gamma
+    const_factor initial_norm temperature teacher_temperature theta softness attacks.hop_skip_jump.gamma
 count: num_steps num_restarts num_targets num_queries num_samples max_samples num_starts
     num_searches num_angles num_shifts num_draws num_parallel batch_size num_examples
     num_sensitivity num_bins multiple num_hosts max_to_keep max_examples memory_limit
