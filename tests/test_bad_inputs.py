@@ -38,7 +38,8 @@ SHARES = np.full((B, K), 1 / K, np.float32)
 KEY, DEVICES = jax.random.key(0), jax.devices()[:1]
 KEYS = jax.random.split(KEY, 2)
 FLAGS = np.array([True, False, True])
-FOLDER = pathlib.Path(tempfile.mkdtemp())
+HELD = tempfile.TemporaryDirectory()  # gone with the process
+FOLDER = pathlib.Path(HELD.name)
 
 
 def linear(weights, inputs):
@@ -418,7 +419,8 @@ radius: eps step_size decay max_angle max_shift beta overshoot eta
     norms.per_example.value
 share: rho gamma alpha_max p_init hard_weight threshold threshold_step final_gamma shrink
 above 0: learning_rate initial_const largest_const sigma delta orthogonal_step source_step
-    const_factor initial_norm temperature teacher_temperature theta softness attacks.hop_skip_jump.gamma
+    const_factor initial_norm temperature teacher_temperature theta softness
+    attacks.hop_skip_jump.gamma
 count: num_steps num_restarts num_targets num_queries num_samples max_samples num_starts
     num_searches num_angles num_shifts num_draws num_parallel batch_size num_examples
     num_sensitivity num_bins multiple num_hosts max_to_keep max_examples memory_limit
