@@ -151,7 +151,7 @@ def _shapes(tree: PyTree) -> list[tuple[int, ...]]:
         if not getattr(leaf, "shape", ()):
             shown = f"a scalar {leaf.dtype}" if hasattr(leaf, "dtype") else type(leaf).__name__
             raise ValueError(
-                f"expected a stack, a tree of arrays that lead with an axis of runs, got {shown}; "
+                f"expected a stack, a tree of arrays that share a leading axis R, got {shown}; "
                 "make one with jdistill.nets.stack([logits_fn, ...])"
             )
     return [leaf.shape for leaf in leaves]
