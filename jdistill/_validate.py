@@ -285,24 +285,69 @@ def one_of(options: Iterable[Any], **named: Any) -> None:
             raise ValueError(f"expected {name} to be one of {listed}, got {value!r}; pick one")
 
 
-def bounds(value: Any) -> tuple[float, float]:
-    """The box as two finite floats, the lower one first; returned as such."""
+_REMEDY_BOUNDS = "pass the range of the data, (0.0, 1.0) for images scaled to [0, 1]"
+
+
+def bounds(
+    value: Any, shape: tuple[int, ...] | None = None, *, open_box: bool = False
+) -> tuple[Any, Any]:
+    """The box `(low, high)`, the lower end first: each a float, or an array per feature.
+
+    Args:
+        value: what was given.
+        shape: of one input, against which arrays must broadcast; None where it is not known.
+        open_box: whether ends may be infinite.
+    """
     try:
-        low, high = (float(_numbers("bounds", entry)) for entry in value)
+        low, high = (_numbers("bounds", entry) for entry in value)
     except (TypeError, ValueError):
+        raise ValueError(f"expected bounds=(low, high), got {value!r}; {_REMEDY_BOUNDS}") from None
+    if shape is not None:
+        for end in (low, high):
+            if end.ndim > len(shape) or any(
+                size not in (1, wanted)
+                for size, wanted in zip(end.shape[::-1], shape[::-1], strict=False)
+            ):
+                raise ValueError(
+                    f"expected bounds that broadcast against one input {shape}, got shape "
+                    f"{end.shape}; pass numbers, or one end per feature"
+                )
+    ends = f"{_short(low)}, {_short(high)}"
+    if not (low < high).all():  # NaN is not either
         raise ValueError(
-            f"expected bounds=(low, high), got {value!r}; pass the range of the data, "
-            "(0.0, 1.0) for images scaled to [0, 1]"
-        ) from None
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ValueError(
-            f"expected bounds=(low, high) finite with low < high, got ({low}, {high}); "
-            "pass the range of the data, (0.0, 1.0) for images scaled to [0, 1]"
+            f"expected bounds=(low, high) with low < high, got ({ends}); {_REMEDY_BOUNDS}"
         )
-    return low, high
+    if not open_box and not (np.isfinite(low).all() and np.isfinite(high).all()):
+        raise ValueError(
+            f"expected bounds=(low, high) finite, got ({ends}); {_REMEDY_BOUNDS}, or use an attack "
+            "that needs no box, such as PGD, APGD, DeepFool, DDN or FMN"
+        )
+    return tuple(end if end.ndim else float(end) for end in (low, high))  # type: ignore[return-value]
 
 
-def inputs_in_box(value: Any, box: tuple[float, float], *, name: str = "inputs") -> None:
+def box_width(value: Any, **named: Any) -> float:
+    """The largest width of a box over the features, for what is given in units of it.
+
+    Args:
+        value: bounds.
+        **named: the setting that is asked for, for the message; its value is not looked at.
+    """
+    low, high = bounds(value, open_box=True)
+    width = float(np.max(np.asarray(high) - np.asarray(low)))
+    if not math.isfinite(width):
+        (name,) = named
+        raise ValueError(
+            f"expected {name} with infinite bounds, got None, which takes the width of the box; "
+            "pass it in units of the inputs"
+        )
+    return width
+
+
+def _short(end: np.ndarray) -> str:
+    return f"{end:g}" if end.ndim == 0 else np.array2string(end, threshold=6, precision=4)
+
+
+def inputs_in_box(value: Any, box: tuple[Any, Any], *, name: str = "inputs") -> None:
     """Inputs `[B, ...]`: floating, finite and inside the box."""
     if len(_shape(name, value)) < 2:
         raise ValueError(
@@ -322,11 +367,11 @@ def inputs_in_box(value: Any, box: tuple[float, float], *, name: str = "inputs")
     if not np.isfinite(array).all():
         where = _first_bad(array, ~np.isfinite(array))
         raise ValueError(f"expected finite {name}, got {where}; remove or repair that example")
-    low, high = np.float32(box[0]), np.float32(box[1])
+    low, high = (np.asarray(end, np.float32) for end in box)
     bad = (array < low) | (array > high)
     if bad.any():
         raise ValueError(
-            f"expected {name} in [{box[0]:g}, {box[1]:g}], got {_first_bad(array, bad)}; "
+            f"expected {name} in [{_short(low)}, {_short(high)}], got {_first_bad(array, bad)}; "
             f"{_REMEDY_INPUTS}"
         )
 

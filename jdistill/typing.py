@@ -16,7 +16,8 @@ import jax
 Array = jax.Array
 ArrayLike = jax.typing.ArrayLike
 PyTree = Any
-Bounds = tuple[float, float]
+# Of one input: `(low, high)`, each a number or an array that broadcasts against the input.
+Bounds = tuple[ArrayLike, ArrayLike]
 Metrics = dict[str, Array]
 
 

@@ -590,6 +590,71 @@ def test_the_same_network_in_another_box_fares_the_same(case, low, high):
         assert 0.9 <= ratio <= 1.1, ratio
 
 
+@pytest.mark.slow  # ends per feature are another program
+@all_cases
+def test_the_box_may_differ_by_feature(case):
+    kwargs = {"eps": 3 * BUDGETS[case.norm]} if case.budget else {}
+    expected = run(case, MODEL, INPUTS, LABELS, **kwargs)
+    ends = np.zeros(SHAPE), np.ones(SHAPE[1:])  # either may be anything that broadcasts
+    assert_same(run(case, MODEL, INPUTS, LABELS, bounds=ends, **kwargs), expected)
+    low, high = np.zeros(SHAPE, np.float32), np.ones(SHAPE, np.float32)
+    low[0], high[0] = INPUTS[:, 0].min(0), INPUTS[:, 0].max(0) + 0.01
+    result = run(case, MODEL, INPUTS, LABELS, bounds=(low, high), **kwargs)
+    assert np.all((result.inputs >= low) & (result.inputs <= high))
+    if case.budget and case.norm in ("linf", "l2"):  # others may leave these features alone
+        assert np.any((expected.inputs < low) | (expected.inputs > high))
+    both = result.success & expected.success & (expected.distance > 0)
+    assert both.sum() >= 3
+    if not case.budget:
+        assert np.median(result.distance[both] / expected.distance[both]) > 0.97
+
+
+IN_INPUT_UNITS = {"step_size", "initial_norm", "delta", "sigma", "theta"}
+NEED_A_BOX = {
+    "boundary", "carlini_wagner_l0", "carlini_wagner_l2", "carlini_wagner_linf", "ead",
+    "hop_skip_jump", "sigma_zero",
+}  # fmt: skip
+
+
+@all_cases
+def test_a_box_without_ends(case):
+    attack = functools.partial(case.attack)
+    name, settings = attacks.traits(attack).name, attacks.traits(attack).settings
+    if name in NEED_A_BOX:
+        with pytest.raises(ValueError, match=r"bounds=\(low, high\) finite, got \(-inf, inf\)"):
+            run(case, MODEL, INPUTS, LABELS, bounds=(-np.inf, np.inf))
+        return
+    missing = [key for key in IN_INPUT_UNITS if key in settings and settings[key] is None]
+    if (missing and "eps" not in settings and not case.budget) or name in ("spsa", "nes"):
+        with pytest.raises(ValueError, match="with infinite bounds, got None"):
+            run(case, MODEL, INPUTS, LABELS, bounds=(-np.inf, np.inf))
+    own = {key: 0.01 if key in ("delta", "sigma") else 1.0 for key in missing}
+    if case.budget and name not in ("spsa", "nes"):
+        own = {}
+    case = case._replace(attack=functools.partial(case.attack, **own))
+    wide = run(case, MODEL, INPUTS, LABELS, bounds=(-50.0, 50.0))
+    result = run(case, MODEL, INPUTS, LABELS, bounds=(-np.inf, np.inf))
+    assert np.all(np.isfinite(result.inputs))
+    assert result.success.any()
+    np.testing.assert_array_equal(result.success, wide.success)
+    np.testing.assert_allclose(result.distance, wide.distance, rtol=1e-4)
+
+
+def test_drivers_take_ends_per_feature():
+    ends = np.zeros(SHAPE), np.ones(SHAPE)
+    table = [functools.partial(attacks.pgd, eps=0.2, num_steps=4), attacks.fgsm]
+    table[1] = functools.partial(attacks.fgsm, eps=0.2)
+    for attack in (
+        functools.partial(attacks.ensemble, attacks=table, batch_size=3),
+        functools.partial(attacks.autoattack, eps=0.1, batch_size=8),
+        functools.partial(attacks.universal, eps=0.3, num_epochs=2),
+    ):
+        expected = attack(MODEL, KEY, INPUTS, LABELS)
+        result = attack(MODEL, KEY, INPUTS, LABELS, bounds=ends)
+        np.testing.assert_array_equal(result.success, expected.success)
+        np.testing.assert_allclose(result.inputs, expected.inputs, atol=1e-5)
+
+
 @for_each("name", {name: name for name in ("fgsm-linf", "pgd-l2", "carlini_wagner_l2")})
 def test_one_input_axis(name):
     # Tabular inputs [B, D] behave as images [B, ...] of the same numbers.
@@ -729,6 +794,25 @@ def test_broken_logits_of_an_adversarial_are_no_success(case, bad):
     if not case.budget:
         np.testing.assert_array_equal(result.inputs, inputs)
         assert np.all(np.isinf(result.distance))
+
+
+def unsound(logits, labels):
+    """A cross-entropy as one writes it: the logarithm of a softmax that saturates is -inf."""
+    shares = jax.nn.softmax(logits)
+    return -jnp.sum(jnp.where(jax.nn.one_hot(labels, K) > 0, 1.0, 0.0) * jnp.log(shares), axis=-1)
+
+
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "mim", "apgd", "fmn", "ddn"])
+def test_a_loss_that_is_nan_is_named(name):
+    budget = {} if name in ("fmn", "ddn") else {"eps": 0.01}
+    attack = functools.partial(getattr(attacks, name), **budget)
+    saturated = make(scale=400.0)
+    with pytest.raises(FloatingPointError, match=r"expected a loss .* got NaN for example 0"):
+        attack(saturated, KEY, INPUTS, LABELS, loss=unsound)
+    attack(make(scale=0.1), KEY, INPUTS, LABELS, loss=unsound)  # where it is sound
+    attack(saturated, KEY, INPUTS, LABELS)
+    withstood = part(linear=np.zeros((D, K)), bias=[1, 0, 0, np.nan])  # no loss's fault
+    attack(withstood, KEY, INPUTS, np.zeros(B, int), loss=unsound)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])  # all logits
@@ -1057,7 +1141,9 @@ SOME_OWN = np.where(np.arange(B) == 4, LABELS, TARGETS)
         ({"labels": LABELS.astype(float)}, "expected integer labels, got dtype float64"),
         ({"targets": LABELS + K}, r"expected targets in 0\.\.3"),
         ({"targets": SOME_OWN}, r"expected targets other than the labels, got .* \d at index 4;"),
-        ({"bounds": (1.0, 0.0)}, r"expected bounds=\(low, high\) finite .*got \(1.0, 0.0\)"),
+        ({"bounds": (1.0, 0.0)}, r"expected bounds=\(low, high\) with low < high, got \(1, 0\)"),
+        ({"bounds": (np.zeros(5), 1.0)}, r"expected bounds that broadcast .* \(3, 2\), got .*5"),
+        ({"bounds": (0.0, np.full(SHAPE, np.nan))}, "with low < high, got"),
         ({"logits_fn": lambda x: x}, r"expected logits of shape \[B, K\]"),
         ({"logits_fn": lambda x: x[:, 0, :1]}, "at least 2"),
         ({"logits_fn": lambda x: x[:, 0].astype(int)}, "floating-point logits, got dtype int"),

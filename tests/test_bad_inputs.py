@@ -502,6 +502,8 @@ ONES = "apgd_?.*|bim|mim|fgsm|fmn|ddn|deepfool|ead|carlini.*|jsma|sigma_zero|spa
 FINE = {
     (rf"attacks\.({ONES}|fab_targeted|transfer|ensemble)", "key", ".*"): "nothing is drawn",
     (r"attacks\.universal", "loss_cap", "none"): "no cap",
+    (r"attacks\..*|evaluate\.distance_plans", "bounds", "endless"): "for attacks without a box",
+    (r"evaluate\.distance_plans", "bounds", "arrays"): "an end for each feature",
     (r"losses\..*", "logits|targets", "NaN"): "a loss of NaN says so",
     (r"metrics\..*", "logits", "NaN"): "counts as no prediction",
     (r"losses\..*", "temperature", "matrix"): "one number each, as a column",

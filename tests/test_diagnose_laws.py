@@ -56,6 +56,16 @@ def test_the_same_key_gives_the_same_verdict(verdict):
 
 
 @pytest.mark.slow
+def test_ends_per_feature_are_the_box(verdict):
+    ends = np.zeros(4), np.ones(4)
+    found = masking(linear(), KEY, INPUTS, LABELS, bounds=ends)
+    assert [check.outcome for check in found.checks] == [check.outcome for check in verdict.checks]
+    assert (found.worst_case, found.label) == (verdict.worst_case, verdict.label)
+    with pytest.raises(ValueError, match=r"bounds=\(low, high\) finite, got \(-inf, inf\)"):
+        masking(linear(), KEY, INPUTS, LABELS, bounds=(-np.inf, np.inf))
+
+
+@pytest.mark.slow
 def test_batches_decide_nothing():
     # 47 rows are a chunk of another size with padding, and pieces of 16.
     rows = slice(0, 47)

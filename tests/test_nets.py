@@ -249,6 +249,12 @@ MAKERS = {
         ),
         (4,),
     ),
+    "binary": (
+        lambda seed: nets.binary(
+            nets.callable_logits_fn(linear, jax.random.normal(jax.random.key(seed), (4, 1)))
+        ),
+        (4,),
+    ),
     "temperature": (
         lambda seed: nets.with_temperature(
             nets.callable_logits_fn(linear, jax.random.normal(jax.random.key(seed), (4, 3))),
@@ -278,6 +284,16 @@ def test_new_weights_compile_nothing_and_stacks_map(name):
             compiled(nets.index(stacked, number), inputs), singles[number]
         )
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 1)])
+def test_a_single_logit_as_two_classes(shape):
+    inputs = jnp.linspace(-2, 2, 5)[:, None]
+    logits = nets.binary(lambda x: x.reshape(shape))(inputs)
+    np.testing.assert_allclose(jax.nn.softmax(logits)[:, 1], jax.nn.sigmoid(inputs[:, 0]), 1e-6)
+    assert jnp.argmax(logits, axis=1).tolist() == [0, 0, 0, 1, 1]
+    with pytest.raises(ValueError, match=r"expected one logit per example, .* got \(5, 2\)"):
+        nets.binary(lambda x: jnp.tile(x, 2))(inputs)
 
 
 def test_apply_fns_of_equal_modules_share_a_trace():

@@ -24,7 +24,7 @@ from jdistill.attacks._core.problem import (
 )
 from jdistill.attacks._core.targets import Starts, direction
 from jdistill.attacks._core.traits import Settings, by_loss, facts, with_loss
-from jdistill.typing import Array, ArrayLike, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
 
 _MOMENTUM = 0.25  # the share of the step before
 _TITLES = {"APGD": "APGD-CE", "APGD dlr": "APGD-DLR"}
@@ -47,7 +47,7 @@ def apgd(
     num_steps: int = 100,
     num_restarts: int = 1,
     rho: ArrayLike = 0.75,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
     init: ArrayLike | None = None,
     loss: Callable[..., Array] = losses.cross_entropy,
@@ -121,7 +121,7 @@ def apgd(
         rounding would decide: no floor is added to a gradient's length, and the features of a step
         in l1 are counted in whole numbers.
     """
-    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
+    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds, open_box=True)
     starts = Starts.of(problem, num_restarts)
     _validate.flag(best_loss=best_loss)
     method = _method(problem, starts, loss, eps, rho, init, norm, num_steps, best_loss)
@@ -142,7 +142,7 @@ def apgd_targeted(
     num_steps: int = 100,
     num_restarts: int = 1,
     rho: ArrayLike = 0.75,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
     init: ArrayLike | None = None,
     trace: bool = False,
@@ -193,7 +193,7 @@ def apgd_targeted(
         Croce & Hein 2020, "Reliable Evaluation of Adversarial Robustness with an Ensemble of
         Diverse Parameter-free Attacks", section 4.1, equation 7, and section 5.
     """
-    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
+    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds, open_box=True)
     _validate.count(num_targets=num_targets)
     starts = Starts.of(problem, num_restarts, num_targets, first_target)
     loss = losses.targeted_dlr if num_classes(problem) >= 4 else _gap

@@ -23,7 +23,7 @@ from jdistill.attacks._core.problem import (
 from jdistill.attacks._core.traits import facts
 from jdistill.attacks._fab import fab, fab_targeted
 from jdistill.attacks._square import square
-from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, Callback, LogitsFn
 
 _NORMS = ("linf", "l2", "l1")
 _VERSIONS = {
@@ -50,7 +50,7 @@ def autoattack(
     norm: str = "linf",
     version: str = "standard",
     batch_size: int = 250,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
     devices: Sequence[jax.Device] | None = None,
     start: EnsembleState | None = None,
@@ -129,7 +129,7 @@ def autoattack(
     _validate.count(batch_size=batch_size)
     _validate.scalar(eps=eps)
     _validate.non_negative(eps=eps)
-    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
+    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds, open_box=True)
     need_key(problem, "random starts")
     named, component = _steps(
         norm, version, float(np.asarray(eps)), num_classes(problem), targets is not None

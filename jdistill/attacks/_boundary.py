@@ -19,7 +19,7 @@ from jdistill.attacks._core.problem import (
     start_point,
 )
 from jdistill.attacks._core.traits import facts
-from jdistill.typing import Array, ArrayLike, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
 
 # Halvings of the way from the start to the input: the walk begins at the boundary within 0.1 %.
 _NUM_HALVINGS = 10
@@ -43,7 +43,7 @@ def boundary(
     orthogonal_step: ArrayLike = 0.01,
     source_step: ArrayLike = 0.01,
     num_starts: int = 100,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
     init: ArrayLike | None = None,
     trace: bool = False,

@@ -10,7 +10,7 @@ from jdistill.attacks._core.constant_search import first_point, to_box
 from jdistill.attacks._core.engine import register
 from jdistill.attacks._core.problem import AttackResult, Problem, one_per_example, prepare
 from jdistill.attacks._core.traits import facts
-from jdistill.typing import Array, ArrayLike, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
 
 # Of n changed pixels at most 0.3 √n are given up at once, each of at most this share of the effect.
 _AT_ONCE = 0.3
@@ -30,7 +30,7 @@ def carlini_wagner_l0(
     initial_const: ArrayLike = 1e-3,
     largest_const: ArrayLike = 2e6,
     const_factor: ArrayLike = 2.0,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
     init: ArrayLike | None = None,
     trace: bool = False,

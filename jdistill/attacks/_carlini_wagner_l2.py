@@ -17,7 +17,7 @@ from jdistill.attacks._core.constant_search import (
 from jdistill.attacks._core.engine import Seen, register, run, select
 from jdistill.attacks._core.problem import AttackResult, Problem, one_per_example, prepare
 from jdistill.attacks._core.traits import facts
-from jdistill.typing import Array, ArrayLike, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
 
 
 @facts(title="C&W L2", norms=("l2",), minimum_norm=True)
@@ -33,7 +33,7 @@ def carlini_wagner_l2(
     learning_rate: ArrayLike = 0.01,
     initial_const: ArrayLike = 1e-3,
     abort_early: bool = True,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
     init: ArrayLike | None = None,
     trace: bool = False,
@@ -134,7 +134,7 @@ class _CarliniWagnerL2(ConstantSearch):
     def step(self, problem: Problem, state: _State, event: Array) -> tuple[_State, Seen]:
         """Judge the current point, then one Adam step; a search's end begins the next one."""
         inputs, goal, const = problem.inputs, problem.goal, state.search.const
-        width = problem.bounds[1] - problem.bounds[0]
+        width = problem.width
 
         def total(offset: Array) -> tuple[Array, tuple[Array, Array, Array, Array]]:
             point = to_box(self.clean_w + offset, problem.bounds)

@@ -11,7 +11,7 @@ from jdistill.attacks._core.constant_search import first_point
 from jdistill.attacks._core.engine import register
 from jdistill.attacks._core.problem import AttackResult, Problem, one_per_example, prepare
 from jdistill.attacks._core.traits import facts
-from jdistill.typing import Array, ArrayLike, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
 
 # The search for smaller and smaller changes ends below one step of an 8-bit image.
 _SMALLEST = 1 / 256
@@ -32,7 +32,7 @@ def carlini_wagner_linf(
     initial_const: ArrayLike = 1e-5,
     largest_const: ArrayLike = 20.0,
     const_factor: ArrayLike = 2.0,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
     init: ArrayLike | None = None,
     trace: bool = False,
@@ -135,8 +135,7 @@ class _CarliniWagnerLinf(Rounds):
     norm = "linf"
 
     def first_limit(self, problem: Problem) -> Array:
-        low, high = problem.bounds
-        return jnp.full_like(self.shrink, high - low)
+        return jnp.full_like(self.shrink, problem.width)
 
     def penalty(self, delta: Array, limit: Array, width: Array) -> Array:
         over = jnp.maximum(jnp.abs(delta) - norms.per_example(limit, delta), 0.0) / width
@@ -148,9 +147,8 @@ class _CarliniWagnerLinf(Rounds):
     def tighten(
         self, problem: Problem, delta: Array, gradient: Array, limit: Array
     ) -> tuple[Array, Array]:
-        low, high = problem.bounds
         threshold = self.shrink * jnp.minimum(limit, self.distance(delta))
-        return threshold, threshold < _SMALLEST * (high - low)
+        return threshold, threshold < _SMALLEST * problem.width
 
     def most_rounds(self) -> Any:
         return np.ceil(np.log(_SMALLEST) / np.log(self.shrink)) + 1

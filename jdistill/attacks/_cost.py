@@ -43,8 +43,9 @@ def cost(attack: Callable[..., Any], *, shape: tuple[int, ...], num_classes: int
     shape = _validate.shape(shape=shape)
     _validate.count(num_classes=num_classes, minimum=2)
     counter = Counter()
-    low, _ = traits(attack).settings.get("bounds", (0.0, 1.0))
-    inputs, labels = jnp.full((1, *shape), low, jnp.float32), jnp.zeros((1,), jnp.int32)
+    low, high = traits(attack).settings.get("bounds", (0.0, 1.0))
+    inputs = jnp.clip(jnp.zeros((1, *shape), jnp.float32), low, high)
+    labels = jnp.zeros((1,), jnp.int32)
 
     def logits_fn(inputs: Array) -> Array:
         return jnp.zeros((inputs.shape[0], num_classes))

@@ -11,7 +11,7 @@ from jdistill.attacks._core.engine import Method, Passes, Seen, register, run, s
 from jdistill.attacks._core.gradient import hardening_gradient
 from jdistill.attacks._core.problem import AttackResult, Problem, one_per_example, prepare
 from jdistill.attacks._core.traits import by_loss, facts
-from jdistill.typing import Array, ArrayLike, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
 
 # The step size ends at this share of where it begins.
 _LAST_STEP = 0.01
@@ -28,7 +28,7 @@ def ddn(
     gamma: ArrayLike = 0.05,
     initial_norm: ArrayLike | None = None,
     step_size: ArrayLike | None = None,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
     loss: Callable[..., Array] | None = None,
     trace: bool = False,
@@ -97,12 +97,14 @@ def ddn(
     """
     del key
     _validate.within(1e-3, 0.5, gamma=gamma)
-    low, high = _validate.bounds(bounds)
-    initial_norm = high - low if initial_norm is None else initial_norm
-    step_size = high - low if step_size is None else step_size
+    if initial_norm is None:
+        initial_norm = _validate.box_width(bounds, initial_norm=None)
+    step_size = _validate.box_width(bounds, step_size=None) if step_size is None else step_size
     _validate.positive(initial_norm=initial_norm, step_size=step_size)
     _validate.count(num_steps=num_steps)
-    problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
+    problem = prepare(
+        logits_fn, None, inputs, labels, targets=targets, bounds=bounds, open_box=True
+    )
     method = _DDN(
         loss=loss if loss is None else as_pytree(loss),
         gamma=one_per_example(gamma, problem.inputs, name="gamma"),
@@ -147,7 +149,9 @@ class _DDN(Method):
             state.gradient, "l2"
         )
         # Enough to be clipped into the farthest corner of the box.
-        largest = norms.distance(jnp.maximum(inputs - low, high - inputs), "l2") + self.step_size
+        corner = jnp.maximum(inputs - low, high - inputs)
+        largest = norms.distance(corner, "l2") + self.step_size
+        largest = jnp.where(jnp.isfinite(problem.width), largest, jnp.inf)
         factor = jnp.where(state.adversarial, 1 - self.gamma, 1 + self.gamma)
         radius = jnp.minimum(state.radius * factor, largest)
         # `steepest` is the unit vector, or zeros where the direction is.

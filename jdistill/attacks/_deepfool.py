@@ -18,7 +18,7 @@ from jdistill.attacks._core.problem import (
     start_point,
 )
 from jdistill.attacks._core.traits import facts
-from jdistill.typing import Array, ArrayLike, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
 
 _NORMS = ("l2", "linf")
 # Of the box's width: the least length of a step. Exactly on a boundary the distance to it is 0.
@@ -39,7 +39,7 @@ def deepfool(
     num_steps: int = 50,
     overshoot: ArrayLike = 0.02,
     num_candidates: int = 10,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
     init: ArrayLike | None = None,
     trace: bool = False,
@@ -115,7 +115,9 @@ def deepfool(
     _validate.one_of(_NORMS, norm=norm)
     _validate.count(num_steps=num_steps)
     _validate.count(minimum=2, num_candidates=num_candidates)
-    problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
+    problem = prepare(
+        logits_fn, None, inputs, labels, targets=targets, bounds=bounds, open_box=True
+    )
     start = jnp.zeros_like(problem.inputs)
     if init is not None:
         start = jnp.clip(start_point(init, problem), *problem.bounds) - problem.inputs
@@ -175,7 +177,10 @@ class _DeepFool(Method):
         )
         distance, direction = _nearest(gaps, normals, self.norm)
         moving = jnp.isfinite(distance)
-        length = jnp.where(moving, jnp.maximum(distance, _LEAST_STEP * (high - low)), 0.0)
+        # A box without an end says nothing of what is little; the input's own size does.
+        size = norms.distance(inputs, "linf")
+        size = jnp.where(jnp.isfinite(problem.width), problem.width, size)
+        length = jnp.where(moving, jnp.maximum(distance, _LEAST_STEP * size), 0.0)
         moved = state.total + norms.per_example(length, direction) * direction
         new = state._replace(total=jnp.clip(moved, low - inputs, high - inputs))
         # With nothing to follow the next iterate would be this one again.

@@ -10,7 +10,7 @@ from jdistill.attacks._core.constant_search import ConstantSearch, Search, first
 from jdistill.attacks._core.engine import Passes, Progress, Seen, register, run, select, static
 from jdistill.attacks._core.problem import AttackResult, Problem, one_per_example, prepare
 from jdistill.attacks._core.traits import facts
-from jdistill.typing import Array, ArrayLike, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
 
 _RULES = ("l1", "elastic_net")
 
@@ -30,7 +30,7 @@ def ead(
     learning_rate: ArrayLike = 0.01,
     initial_const: ArrayLike = 1e-3,
     abort_early: bool = True,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
     init: ArrayLike | None = None,
     trace: bool = False,
@@ -150,14 +150,14 @@ class _EAD(ConstantSearch):
     def _shrink(self, moved: Array, problem: Problem) -> Array:
         """Each entry β nearer to the input's, or equal to it, inside the box."""
         delta = moved - problem.inputs
-        beta = norms.per_example(self.beta * _width(problem), delta)
+        beta = norms.per_example(self.beta * problem.width, delta)
         kept = jnp.sign(delta) * jnp.maximum(jnp.abs(delta) - beta, 0.0)
         return jnp.clip(problem.inputs + kept, *problem.bounds)
 
     def step(self, problem: Problem, state: _State, event: Array) -> tuple[_State, Seen]:
         """One step and its judgment; a search's end begins the next one."""
         inputs, goal, const = problem.inputs, problem.goal, state.search.const
-        width = _width(problem)
+        width = problem.width
 
         def shortfall(logits: Array) -> Array:
             return jnp.maximum(self.confidence - goal.excess(logits), 0.0)
@@ -194,16 +194,11 @@ class _EAD(ConstantSearch):
     def info(
         self, problem: Problem, state: _State, progress: Progress, result: AttackResult
     ) -> dict[str, Array]:
-        width = _width(problem)
+        width = problem.width
         squared = _squared((result.inputs - problem.inputs) / width)
         elastic_net = squared + self.beta * result.distance / width
         elastic_net = jnp.where(result.success, elastic_net, jnp.inf)
         return super().info(problem, state, progress, result) | {"elastic_net": elastic_net}
-
-
-def _width(problem: Problem) -> Array:
-    low, high = problem.bounds
-    return high - low
 
 
 def _squared(delta: Array) -> Array:

@@ -12,7 +12,7 @@ from jdistill.attacks._core import driver
 from jdistill.attacks._core.driver import EnsembleState
 from jdistill.attacks._core.problem import AttackResult, prepare, refuse_tracers
 from jdistill.attacks._core.traits import Settings, facts
-from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, Callback, LogitsFn
 
 
 def _members(settings: Settings) -> Sequence[Callable[..., Any]]:
@@ -38,7 +38,7 @@ def ensemble(
     attacks: Sequence[Callable[..., Any]] | Mapping[str, Callable[..., Any]],
     minimum_norm: bool = False,
     batch_size: int = 250,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
     devices: Sequence[jax.Device] | None = None,
     start: EnsembleState | None = None,
@@ -113,7 +113,7 @@ def ensemble(
     _validate.count(batch_size=batch_size)
     _validate.flag(minimum_norm=minimum_norm)
     named = _named(attacks)
-    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
+    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds, open_box=True)
     state = driver.run(
         named,
         problem,

@@ -20,7 +20,7 @@ from jdistill.attacks._core.problem import (
     start_point,
 )
 from jdistill.attacks._core.traits import facts
-from jdistill.typing import Array, ArrayLike, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
 
 _NORMS = ("linf", "l2")
 _Sums = tuple[Array, Array, Array]
@@ -40,7 +40,7 @@ def spsa(
     delta: ArrayLike | None = None,
     step_size: ArrayLike | None = None,
     num_parallel: int | None = None,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
     init: ArrayLike | None = None,
     trace: bool = False,
@@ -108,10 +108,9 @@ def spsa(
         returned and not the last one, since the estimates are noisy.
     """
     _validate.one_of(_NORMS, norm=norm)
-    low, high = _validate.bounds(bounds)
-    delta = 0.01 * (high - low) if delta is None else delta
+    delta = 0.01 * _validate.box_width(bounds, delta=delta) if delta is None else delta
     _validate.positive(delta=delta)
-    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
+    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds, open_box=True)
     reach = one_per_example(delta, problem.inputs, name="delta")
     method = _ascent(
         problem, eps, norm, num_steps, num_samples, reach, step_size, num_parallel, init
@@ -134,7 +133,7 @@ def nes(
     step_size: ArrayLike | None = None,
     decay: ArrayLike = 0.9,
     num_parallel: int | None = None,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
     init: ArrayLike | None = None,
     trace: bool = False,
@@ -196,10 +195,9 @@ def nes(
         and else as in `spsa`.
     """
     _validate.one_of(_NORMS, norm=norm)
-    low, high = _validate.bounds(bounds)
-    sigma = 0.001 * (high - low) if sigma is None else sigma
+    sigma = 0.001 * _validate.box_width(bounds, sigma=sigma) if sigma is None else sigma
     _validate.positive(sigma=sigma)
-    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
+    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds, open_box=True)
     reach = one_per_example(sigma, problem.inputs, name="sigma")
     decay = radius(decay, problem.inputs, name="decay")
     method = _ascent(
@@ -307,7 +305,8 @@ class _Ascent(Method):
         """The gradient of the margin at the inputs, up to a factor, `[B, ...]`."""
         fold_in = jax.vmap(jax.random.fold_in)
         keys = fold_in(need_key(problem, "random directions"), step)
-        shape, dtype, bounds = inputs.shape[1:], inputs.dtype, problem.bounds
+        shape, dtype = inputs.shape[1:], inputs.dtype
+        bounds = tuple(end if end.ndim == 0 else end[None, None] for end in problem.bounds)
         # Of mean 0 and variance 1.
         random = jax.random.rademacher if self.decay is None else jax.random.normal
 

@@ -30,7 +30,7 @@ from jdistill.attacks._core.problem import (
 )
 from jdistill.attacks._core.targets import Starts, direction
 from jdistill.attacks._core.traits import Settings, facts
-from jdistill.typing import Array, ArrayLike, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
 
 
 def _without_radius(settings: Settings) -> bool:
@@ -51,7 +51,7 @@ def fab(
     alpha_max: ArrayLike = 0.1,
     eta: ArrayLike = 1.05,
     beta: ArrayLike = 0.9,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
     trace: bool = False,
 ) -> AttackResult:
@@ -117,7 +117,7 @@ def fab(
         Attack", section 3 and algorithm 1; the settings, and no final search, as in AutoAttack.
         The targeted form with `targets` is ours.
     """
-    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
+    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds, open_box=True)
     # Towards a target the boundary is that of one class.
     starts = Starts.of(problem, num_restarts, None if targets is None else 1)
     method = _method(problem, starts, eps, alpha_max, eta, beta, norm, num_steps)
@@ -140,7 +140,7 @@ def fab_targeted(
     alpha_max: ArrayLike = 0.1,
     eta: ArrayLike = 1.05,
     beta: ArrayLike = 0.9,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
     trace: bool = False,
 ) -> AttackResult:
@@ -196,7 +196,7 @@ def fab_targeted(
         Diverse Parameter-free Attacks" (FAB-T), after the same authors' "Minimally distorted
         Adversarial Examples with a Fast Adaptive Boundary Attack". The form with `targets` is ours.
     """
-    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
+    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds, open_box=True)
     _validate.count(num_targets=num_targets)
     starts = Starts.of(problem, num_restarts, num_targets, first_target)
     method = _method(problem, starts, eps, alpha_max, eta, beta, norm, num_steps)
@@ -305,6 +305,7 @@ class _FAB(Method):
         # Where neither a radius nor a distance is known, the box's own.
         widest = norms.distance(jnp.full_like(clean, high - low), self.norm)
         length = jnp.minimum(jnp.minimum(self.eps, smallest), widest) / 2
+        length = jnp.where(jnp.isfinite(length), length, 0.0)  # in a box without an end
         drawn = jnp.clip(clean + unit * norms.per_example(length, clean), low, high)
         return select(start % self.starts.num_restarts == 0, clean, drawn)
 
@@ -346,7 +347,8 @@ class _FAB(Method):
         axes = tuple(range(1, inputs.ndim))
         gaps = jnp.concatenate([gap, gap + jnp.sum(normal * (inputs - clean), axis=axes)])
         points, normals = jnp.concatenate([inputs, clean]), jnp.concatenate([normal, normal])
-        ways = hyperplane.project(points, normals, gaps, self.norm, bounds)
+        both = tuple(end if end.ndim == 0 else jnp.concatenate([end, end]) for end in bounds)
+        ways = hyperplane.project(points, normals, gaps, self.norm, both)
         lengths = norms.distance(ways, self.norm)
         size = inputs.shape[0]
         total = lengths[:size] + lengths[size:]

@@ -9,7 +9,7 @@ from jdistill.attacks._core.engine import Method, Passes, register, run, static
 from jdistill.attacks._core.gradient import NORMS, gain_gradient
 from jdistill.attacks._core.problem import AttackResult, Problem, prepare, radius
 from jdistill.attacks._core.traits import by_loss, facts, with_loss
-from jdistill.typing import Array, ArrayLike, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
 
 
 @facts(
@@ -26,7 +26,7 @@ def fgsm(
     *,
     eps: ArrayLike,
     norm: str = "linf",
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
     loss: Callable[..., Array] = losses.cross_entropy,
     trace: bool = False,
@@ -75,7 +75,9 @@ def fgsm(
     """
     del key
     _validate.one_of(NORMS, norm=norm)
-    problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
+    problem = prepare(
+        logits_fn, None, inputs, labels, targets=targets, bounds=bounds, open_box=True
+    )
     method = _FGSM(loss=as_pytree(loss), eps=radius(eps, problem.inputs), norm=norm)
     return run(method, problem, trace=trace)
 

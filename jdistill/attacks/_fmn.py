@@ -12,7 +12,7 @@ from jdistill.attacks._core.engine import Method, Passes, Seen, register, run, s
 from jdistill.attacks._core.gradient import hardening_gradient
 from jdistill.attacks._core.problem import AttackResult, Problem, one_per_example, prepare
 from jdistill.attacks._core.traits import by_loss, facts
-from jdistill.typing import Array, ArrayLike, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
 
 _NORMS = ("linf", "l2", "l1", "l0")
 # The step size ends at this share of where it begins.
@@ -33,7 +33,7 @@ def fmn(
     step_size: ArrayLike | None = None,
     gamma: ArrayLike = 0.05,
     final_gamma: ArrayLike = 0.001,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
     loss: Callable[..., Array] | None = None,
     trace: bool = False,
@@ -113,11 +113,13 @@ def fmn(
     del key
     _validate.one_of(_NORMS, norm=norm)
     _validate.count(num_steps=num_steps)
-    low, high = _validate.bounds(bounds)
-    step_size = _STEP_SIZES[norm] * (high - low) if step_size is None else step_size
+    if step_size is None:
+        step_size = _STEP_SIZES[norm] * _validate.box_width(bounds, step_size=None)
     _validate.positive(step_size=step_size)
     _validate.within(0.0, 0.5, gamma=gamma, final_gamma=final_gamma)
-    problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
+    problem = prepare(
+        logits_fn, None, inputs, labels, targets=targets, bounds=bounds, open_box=True
+    )
     method = _FMN(
         loss=loss if loss is None else as_pytree(loss),
         step_size=one_per_example(step_size, problem.inputs, name="step_size"),

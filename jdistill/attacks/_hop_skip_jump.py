@@ -19,7 +19,7 @@ from jdistill.attacks._core.problem import (
     start_point,
 )
 from jdistill.attacks._core.traits import facts
-from jdistill.typing import Array, ArrayLike, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
 
 # The norms, and the power of the number of features in θ.
 _TOLERANCE = {"linf": 2.0, "l2": 1.5}
@@ -46,7 +46,7 @@ def hop_skip_jump(
     max_samples: int = 10_000,
     gamma: ArrayLike = 1.0,
     num_starts: int = 100,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
     init: ArrayLike | None = None,
     trace: bool = False,
@@ -225,9 +225,8 @@ class _HopSkipJump(DecisionMethod):
 
     def _sample_size(self, problem: Problem, state: _State) -> Array:
         """δ, `[B]`."""
-        low, high = problem.bounds
         later = self.gamma * state.distance / math.prod(state.point.shape[1:])
-        return jnp.where(state.round == 1, _FIRST_SAMPLES * (high - low), later)
+        return jnp.where(state.round == 1, _FIRST_SAMPLES * problem.width, later)
 
     def _searched(
         self, problem: Problem, state: _State, candidate: Array, adversarial: Array

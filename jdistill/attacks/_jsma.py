@@ -20,7 +20,7 @@ from jdistill.attacks._core.problem import (
     start_point,
 )
 from jdistill.attacks._core.traits import Follows, Settings, facts
-from jdistill.typing import Array, ArrayLike, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
 
 # The share of an input's features that may change: 112 of MNIST's 784.
 _SHARE = 0.145
@@ -95,7 +95,7 @@ def jsma(
     theta: ArrayLike | None = None,
     max_features: int | None = None,
     output: Callable[[Array], Array] = softmax,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
     init: ArrayLike | None = None,
     trace: bool = False,
@@ -171,10 +171,11 @@ def jsma(
         at, some rows of their table at a time; the paper is targeted only.
     """
     del key
-    low, high = _validate.bounds(bounds)
-    theta = high - low if theta is None else theta
+    theta = _validate.box_width(bounds, theta=theta) if theta is None else theta
     _validate.non_zero(theta=theta, remedy="pass what a step adds to a feature, in input units")
-    problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
+    problem = prepare(
+        logits_fn, None, inputs, labels, targets=targets, bounds=bounds, open_box=True
+    )
     num_features = math.prod(problem.inputs.shape[1:])
     if num_features < 2:
         raise ValueError(
@@ -260,7 +261,8 @@ class _JSMA(Method):
         """Judge the current iterate, then change its best pair."""
         logits, for_target, for_others = _saliency(problem, self.output, state.target, state.inputs)
         sign, theta = jnp.sign(self.theta)[:, None], self.theta[:, None]
-        flat, (low, high) = norms.flatten(state.inputs), problem.bounds
+        flat = norms.flatten(state.inputs)
+        low, high = (_flat_end(end) for end in problem.bounds)
         movable = jnp.where(sign > 0, flat < high, flat > low)
         score, first, second = _best_pair(sign * for_target, -sign * for_others, movable)
 
@@ -287,6 +289,10 @@ class _JSMA(Method):
     ) -> dict[str, Array]:
         pairs = {} if state.pairs is None else {"pairs": state.pairs}
         return {"target": state.target, "num_pairs": state.num_pairs, **pairs}
+
+
+def _flat_end(end: Array) -> Array:
+    return end if end.ndim == 0 else norms.flatten(end)
 
 
 def _saliency(

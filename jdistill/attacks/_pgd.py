@@ -19,7 +19,7 @@ from jdistill.attacks._core.problem import (
     start_point,
 )
 from jdistill.attacks._core.traits import by_loss, facts, with_loss
-from jdistill.typing import Array, ArrayLike, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
 
 
 @facts(title=with_loss("PGD", losses.cross_entropy), norms=NORMS, follows=by_loss)
@@ -35,7 +35,7 @@ def pgd(
     step_size: ArrayLike | None = None,
     num_restarts: int = 1,
     random_start: bool = True,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
     init: ArrayLike | None = None,
     loss: Callable[..., Array] = losses.cross_entropy,
@@ -106,7 +106,7 @@ def pgd(
             f"expected num_restarts=1 without random starts, got {num_restarts}; every restart "
             "would be the same run: pass random_start=True"
         )
-    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
+    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds, open_box=True)
     if num_restarts > 1 or (random_start and init is None):
         need_key(problem, "random starts")
     method = _descent(
@@ -135,7 +135,7 @@ def bim(
     norm: str = "linf",
     num_steps: int = 10,
     step_size: ArrayLike | None = None,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
     init: ArrayLike | None = None,
     loss: Callable[..., Array] = losses.cross_entropy,
@@ -188,7 +188,9 @@ def bim(
         section 2.2; for l1 see `pgd`.
     """
     del key
-    problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
+    problem = prepare(
+        logits_fn, None, inputs, labels, targets=targets, bounds=bounds, open_box=True
+    )
     method = _descent(problem, eps, norm, num_steps, step_size, init, loss, path=1.25)
     return run(method, problem, trace=trace)
 
@@ -205,7 +207,7 @@ def mim(
     num_steps: int = 10,
     step_size: ArrayLike | None = None,
     decay: ArrayLike = 1.0,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
     init: ArrayLike | None = None,
     loss: Callable[..., Array] = losses.cross_entropy,
@@ -260,7 +262,9 @@ def mim(
         algorithm 1 and section 3.1.
     """
     del key
-    problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
+    problem = prepare(
+        logits_fn, None, inputs, labels, targets=targets, bounds=bounds, open_box=True
+    )
     decay = radius(decay, problem.inputs, name="decay")
     method = _descent(problem, eps, norm, num_steps, step_size, init, loss, path=1.0, decay=decay)
     return run(method, problem, trace=trace)

@@ -10,7 +10,7 @@ from jdistill.attacks._core.engine import Method, Passes, Seen, register, run, s
 from jdistill.attacks._core.gradient import gain_gradient
 from jdistill.attacks._core.problem import AttackResult, Problem, one_per_example, prepare
 from jdistill.attacks._core.traits import facts
-from jdistill.typing import Array, ArrayLike, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
 
 # Step size and threshold step end at this share of where they begin.
 _LAST_STEP = 0.1
@@ -30,7 +30,7 @@ def sigma_zero(
     sigma: ArrayLike = 1e-3,
     threshold: ArrayLike = 0.3,
     threshold_step: ArrayLike = 0.01,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
     trace: bool = False,
 ) -> AttackResult:
@@ -103,8 +103,7 @@ def sigma_zero(
     if step_size is not None:
         _validate.positive(step_size=step_size)
     problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
-    low, high = problem.bounds
-    step_size = high - low if step_size is None else step_size
+    step_size = problem.width if step_size is None else step_size
     method = _SigmaZero(
         step_size=one_per_example(step_size, problem.inputs, name="step_size"),
         sigma=one_per_example(sigma, problem.inputs, name="sigma"),
@@ -165,7 +164,7 @@ class _SigmaZero(Method):
 
         change = jnp.where(state.beyond, share, -share) * self.threshold_step
         threshold = jnp.clip(state.threshold + change, 0.0, 1.0)
-        kept = jnp.abs(moved) >= norms.per_example(threshold * (high - low), moved)
+        kept = jnp.abs(moved) >= norms.per_example(threshold, moved) * (high - low)
         point = jnp.where(kept & (moved != 0), jnp.clip(inputs + moved, low, high), inputs)
 
         gradient, logits, gain = gain_gradient(problem, problem.goal, losses.margin, point)

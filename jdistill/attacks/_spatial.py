@@ -17,7 +17,7 @@ from jdistill.attacks._core.problem import (
     prepare,
 )
 from jdistill.attacks._core.traits import facts
-from jdistill.typing import Array, ArrayLike, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
 
 
 @facts(title="Spatial", norms=("linf",), access="scores", freedom="turns and shifts the input")
@@ -33,7 +33,7 @@ def spatial(
     num_shifts: int = 5,
     num_draws: int | None = None,
     fill: ArrayLike | None = None,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
     trace: bool = False,
 ) -> AttackResult:
@@ -90,7 +90,8 @@ def spatial(
     """
     _validate.non_negative(max_angle=max_angle, max_shift=max_shift)
     _validate.count(num_angles=num_angles, num_shifts=num_shifts)
-    fill = _validate.bounds(bounds)[0] if fill is None else fill
+    low, high = _validate.bounds(bounds, ())  # the images' edges are of all pixels alike
+    fill = low if fill is None else fill
     _validate.scalar(fill=fill)
     if np.ndim(inputs) != 4:
         raise ValueError(
@@ -99,7 +100,7 @@ def spatial(
         )
     given_key = None if num_draws is None else key
     problem = prepare(logits_fn, given_key, inputs, labels, targets=targets, bounds=bounds)
-    _validate.within(*_validate.bounds(bounds), fill=fill)
+    _validate.within(low, high, fill=fill)
     if num_draws is None:
         grid = _grid(num_angles, num_shifts)
         table = jnp.broadcast_to(

@@ -29,7 +29,7 @@ from jdistill.attacks._core.problem import (
 )
 from jdistill.attacks._core.traits import facts
 from jdistill.attacks._square_bumps import Window
-from jdistill.typing import Array, ArrayLike, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
 
 _NORMS = ("linf", "l2")
 # After so many proposals of a start the share of the image that a window covers is halved.
@@ -51,7 +51,7 @@ def square(
     num_queries: int = 5000,
     num_restarts: int = 1,
     p_init: ArrayLike = 0.8,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
     init: ArrayLike | None = None,
     trace: bool = False,
@@ -120,7 +120,7 @@ def square(
     _validate.one_of(_NORMS, norm=norm)
     _validate.count(num_queries=num_queries, num_restarts=num_restarts)
     _validate.within(0.0, 1.0, p_init=p_init)
-    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
+    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds, open_box=True)
     need_key(problem, "random squares")
     method = _Square(
         eps=radius(eps, problem.inputs),
@@ -249,11 +249,14 @@ class _Square(Method):
             delta = norms.per_example(self.eps, images) * stripes
         else:
             delta = _square_bumps.grid(draws, images.shape, self.eps)
-        return jnp.clip(images + delta, *problem.bounds)
+        return jnp.clip(images + delta, *self._bounds(problem))
+
+    def _bounds(self, problem: Problem) -> tuple[Array, ...]:
+        return tuple(end if end.ndim == 0 else _images(end) for end in problem.bounds)
 
     def _propose(self, problem: Problem, restart: Array, number: Array, best: Array) -> Array:
         """Each example's point of this number `[B]`: the best one with a window changed."""
-        images, bounds = _images(problem.inputs), problem.bounds
+        images, bounds = _images(problem.inputs), self._bounds(problem)
         channels = images.shape[-1]
         # Number 0 is the start, which is the best one so far.
         changes = (number > 0)[:, None, None, None]

@@ -13,7 +13,7 @@ from jdistill.attacks._core.engine import Passes, select
 from jdistill.attacks._core.problem import AttackResult, Problem, prepare
 from jdistill.attacks._core.traits import Settings, facts, traits
 from jdistill.nets import callable_logits_fn
-from jdistill.typing import Array, ArrayLike, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
 
 
 def _crafter(settings: Settings) -> list[Callable[..., Any]]:
@@ -36,7 +36,7 @@ def transfer(
     *,
     source: LogitsFn,
     attack: Callable[..., Any],
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
 ) -> AttackResult:
     """Adversarial inputs crafted on one network, judged on another.
@@ -106,7 +106,7 @@ def transfer(
             )
     _validate.function(source=source)
     source = callable_logits_fn(source)
-    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds)
+    problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds, open_box=True)
     crafted = attack(
         source,
         problem.keys,

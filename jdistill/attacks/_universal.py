@@ -13,7 +13,7 @@ from jdistill.attacks._core import engine, handlers
 from jdistill.attacks._core.engine import Method, Passes, Progress, Seen, register, static
 from jdistill.attacks._core.problem import AttackResult, Problem, prepare, refuse_tracers
 from jdistill.attacks._core.traits import by_loss, facts, with_loss
-from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, Callback, LogitsFn
 
 _NORMS = ("linf", "l2")
 
@@ -38,7 +38,7 @@ def universal(
     step_size: ArrayLike | None = None,
     loss: Callable[..., Array] = losses.cross_entropy,
     loss_cap: float | None = 9.0,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
     callback: Callback | None = None,
 ) -> AttackResult:
@@ -115,7 +115,9 @@ def universal(
             f"expected one key, got keys of shape {key.shape}; the examples share a perturbation: "
             "pass jax.random.key(0)"
         )
-    problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
+    problem = prepare(
+        logits_fn, None, inputs, labels, targets=targets, bounds=bounds, open_box=True
+    )
     as_float = functools.partial(jnp.asarray, dtype=problem.inputs.dtype)
     ball = as_float(eps), as_float(np.inf if loss_cap is None else loss_cap)
     size = problem.inputs.shape[0]
@@ -160,8 +162,10 @@ def _chunks(order: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, in
 
 
 def _rows(problem: Problem, rows: np.ndarray) -> Problem:
-    goal = jax.tree.map(lambda leaf: leaf[rows], problem.goal)
-    return problem._replace(inputs=problem.inputs[rows], goal=goal)
+    goal, bounds = jax.tree.map(
+        lambda leaf: leaf[rows] if leaf.ndim else leaf, (problem.goal, problem.bounds)
+    )
+    return problem._replace(inputs=problem.inputs[rows], goal=goal, bounds=bounds)
 
 
 @jit

@@ -13,7 +13,7 @@ from jdistill.attacks import AttackResult
 from jdistill.attacks._core.problem import Problem
 from jdistill.attacks._core.traits import by_loss, facts
 from jdistill.diagnose import _probes, _thresholds, _words
-from jdistill.typing import Array, LogitsFn
+from jdistill.typing import Array, Bounds, LogitsFn
 
 NUM_STEPS = 40  # of the usual attack, and of those that differ from it in one thing
 NUM_AUTO_STEPS = 50
@@ -39,7 +39,7 @@ class Settings(NamedTuple):
 
     eps: float
     norm: str
-    box: tuple[float, float]
+    box: Bounds
     train_temperature: float
     surrogate: LogitsFn | None
     num_queries: int

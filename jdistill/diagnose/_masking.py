@@ -14,7 +14,7 @@ from jdistill.diagnose._attacks import Settings
 from jdistill.diagnose._evidence import Evidence, gather
 from jdistill.diagnose._rows import Rows
 from jdistill.diagnose._verdict import Attempt, Verdict
-from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, Callback, LogitsFn
 
 _NORMS = ("linf", "l2", "l1")
 
@@ -27,7 +27,7 @@ def masking(
     *,
     eps: float,
     norm: str = "linf",
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     train_temperature: float = 1.0,
     surrogate: LogitsFn | None = None,
     num_queries: int = 500,
@@ -114,7 +114,7 @@ def masking_of_stack(
     *,
     eps: float,
     norm: str = "linf",
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     train_temperature: ArrayLike = 1.0,
     surrogate: LogitsFn | None = None,
     num_queries: int = 500,
@@ -196,7 +196,7 @@ def _masking(
     *,
     eps: float,
     norm: str,
-    bounds: tuple[float, float],
+    bounds: Bounds,
     train_temperature: float,
     surrogate: LogitsFn | None,
     num_queries: int,
@@ -217,6 +217,9 @@ def _masking(
         )
     problem = _base.prepare(logits_fn, key, inputs, labels, targets=None, bounds=bounds)
     _validate.callback(callback)
+    # Ends per feature as one row, which goes with any rows of the inputs.
+    ends = tuple(end[:1] if end.ndim else end for end in problem.bounds)
+    problem = problem._replace(bounds=ends)
     if surrogate is not None:
         _validate.function(surrogate=surrogate)
         surrogate = nets.callable_logits_fn(surrogate)

@@ -41,7 +41,7 @@ def distance_plans(
     _validate.count(num_steps=num_steps, batch_size=batch_size)
     if num_examples is not None:
         _validate.count(num_examples=num_examples)
-    bounds = _validate.bounds(bounds)
+    _validate.bounds(bounds, open_box=True)
     return {
         norm: AttackPlan(
             functools.partial(attacks.fmn, norm=norm, num_steps=num_steps, bounds=bounds),

@@ -3,9 +3,9 @@
 * Networks: `ConvNet`, the papers' sizes `mnist_net` and `cifar_net`, the small `digits_net`;
   `init` draws their variables.
 * Adapters: `apply_fn` (training) and `logits_fn` (attacks and measures) for Flax Linen modules,
-  `nnx_logits_fn` for Flax NNX ones, `callable_logits_fn` for everything else;
-  `with_temperature` divides the logits of any of them. All are values that compare by what they
-  hold, so new weights of an equal network compile nothing.
+  `nnx_logits_fn` for Flax NNX ones, `callable_logits_fn` for everything else; `binary` for a
+  network with a single logit; `with_temperature` divides the logits of any of them. All are values
+  that compare by what they hold, so new weights of an equal network compile nothing.
 * Stacks: `stack`, `unstack`, `index` and `stack_size` for pytrees that `jax.vmap` runs side by
   side.
 * Fast gradients on CPU: `conv_general_dilated` and `max_pool`, drop-in for Flax layers.
@@ -15,6 +15,7 @@ This is the only module of the library that imports `flax.linen` or `flax.nnx`.
 
 from jdistill.nets._adapters import (
     apply_fn,
+    binary,
     callable_logits_fn,
     logits_fn,
     nnx_logits_fn,
@@ -28,6 +29,7 @@ from jdistill.nets._stacking import index, stack, stack_size, unstack
 __all__ = [
     "ConvNet",
     "apply_fn",
+    "binary",
     "callable_logits_fn",
     "cifar_net",
     "conv_general_dilated",

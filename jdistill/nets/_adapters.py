@@ -318,6 +318,40 @@ def _divided(fun: LogitsFn, temperature: Array, inputs: Array) -> Array:
     return fun(inputs) / temperature
 
 
+def _both(fun: LogitsFn, inputs: Array) -> Array:
+    logit = fun(inputs)
+    if logit.shape[1:] not in ((), (1,)):
+        raise ValueError(
+            f"expected one logit per example, of shape [B] or [B, 1], got {logit.shape}; a network "
+            "with a logit per class needs no adapter"
+        )
+    logit = logit.reshape(-1, 1)
+    return jnp.concatenate([jnp.zeros_like(logit), logit], axis=1)
+
+
+def binary(logits_fn: LogitsFn) -> Partial:
+    """A `LogitsFn` of two classes from a network with a single logit, `(0, logit)`.
+
+    Its softmax is `(1 - sigmoid(logit), sigmoid(logit))`: class 1 where the logit is above 0.
+
+    Args:
+        logits_fn: inputs `[B, ...]` to one logit per example, `[B]` or `[B, 1]`.
+
+    Returns:
+        A pytree that maps inputs `[B, ...]` to logits `[B, 2]`.
+
+    Raises:
+        ValueError: more than one logit per example, when it is called.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> net = binary(callable_logits_fn(lambda inputs: inputs[:, 0] - 0.5))
+        >>> net(jnp.array([[0.75, 0.0], [0.25, 0.0]])).tolist()
+        [[0.0, 0.25], [0.0, -0.25]]
+    """
+    return Partial(_both, callable_logits_fn(logits_fn))
+
+
 def with_temperature(logits_fn: LogitsFn, temperature: Any) -> Partial:
     """A `LogitsFn` that returns `logits_fn(inputs) / temperature`.
 

@@ -118,7 +118,7 @@ class Rounds(Method):
             return jnp.sum(excess), (excess, logits)
 
         def total_penalty(delta: Array) -> tuple[Array, Array]:
-            penalty = self.penalty(delta, limit, problem.bounds[1] - problem.bounds[0])
+            penalty = self.penalty(delta, limit, problem.width)
             return jnp.sum(penalty), penalty
 
         gradient, (excess, logits) = jax.grad(total, has_aux=True)(candidate)

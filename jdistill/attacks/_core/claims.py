@@ -10,7 +10,7 @@ from jdistill._jax import call, full_precision
 from jdistill.attacks._core.problem import AttackResult, Goal
 from jdistill.attacks._core.traits import has_facts
 from jdistill.nets import callable_logits_fn
-from jdistill.typing import Array, LogitsFn
+from jdistill.typing import Array, Bounds, LogitsFn
 
 
 def verified(
@@ -19,7 +19,7 @@ def verified(
     logits_fn: LogitsFn,
     labels: Array,
     targets: Array | None,
-    bounds: tuple[float, float] | None = None,
+    bounds: Bounds | None = None,
 ) -> AttackResult:
     """Result of an attack whose successes a forward pass confirms; those of the library had theirs.
 

@@ -58,8 +58,9 @@ class DecisionMethod(Method):
         def drawn() -> Array:
             keys = jax.vmap(jax.random.fold_in)(stream(problem, 0), event)
             # Some networks take all noise of one contrast for the same class.
-            draw = functools.partial(_random_start, problem=problem)
-            return jax.vmap(draw)(keys, event % 2 == 1)
+            draw = functools.partial(_random_start, like=problem.inputs)
+            point, (low, high) = jax.vmap(draw)(keys, event % 2 == 1), problem.bounds
+            return jnp.clip(low + (high - low) * point, low, high)
 
         # Mostly there are no such examples, and then the draws cost nothing.
         point = jax.lax.cond(jnp.any(starting), drawn, lambda: problem.inputs)
@@ -108,12 +109,10 @@ def uniform(keys: Array, like: Array) -> Array:
     )
 
 
-def _random_start(key: Array, narrow: Array, problem: Problem) -> Array:
-    """One random point of the box, or of a random range between its bounds."""
-    low, high = problem.bounds
-    shape = problem.inputs.shape[1:]
+def _random_start(key: Array, narrow: Array, like: Array) -> Array:
+    """One random point of the unit box, or of a random range between its bounds."""
+    shape = like.shape[1:]
     size = math.prod(shape)
-    draws = jax.random.uniform(key, (size + 2,), problem.inputs.dtype)
+    draws = jax.random.uniform(key, (size + 2,), like.dtype)
     ends = jnp.where(narrow, draws[size:], jnp.arange(2.0, dtype=draws.dtype))
-    point = ends[0] + (ends[1] - ends[0]) * draws[:size].reshape(shape)
-    return jnp.clip(low + (high - low) * point, low, high)
+    return ends[0] + (ends[1] - ends[0]) * draws[:size].reshape(shape)

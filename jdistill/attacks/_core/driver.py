@@ -12,7 +12,7 @@ from jdistill import _fingerprint, _validate, parallel
 from jdistill.attacks._core.chunks import run_in_chunks
 from jdistill.attacks._core.claims import verified
 from jdistill.attacks._core.problem import AttackResult, Problem
-from jdistill.typing import Array, Callback
+from jdistill.typing import Array, Bounds, Callback
 
 _SMALLEST = 16  # fewer rows are not worth a program of their own
 
@@ -99,7 +99,7 @@ def run(
     *,
     minimum_norm: bool,
     batch_size: int,
-    bounds: tuple[float, float],
+    bounds: Bounds,
     devices: Sequence[jax.Device] | None,
     start: EnsembleState | None,
     callback: Callback | None,

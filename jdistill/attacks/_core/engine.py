@@ -27,14 +27,14 @@ import contextvars
 import dataclasses
 import functools
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from jdistill import _validate, norms
-from jdistill._jax import full_precision, jit, under_trace
+from jdistill import _validate, metrics, norms
+from jdistill._jax import full_precision, jit, unbound, under_trace
 from jdistill.attacks._core import rows
 from jdistill.attacks._core.problem import AttackResult, Problem
 from jdistill.typing import Array
@@ -221,9 +221,47 @@ def run(method: Method, problem: Problem, *, trace: bool = False) -> AttackResul
     _validate.flag(trace=trace)
     handler = _handler.get()
     with full_precision():
-        if handler is not None and not (handler.on_host and under_trace(method, problem)):
-            return handler(method, problem, trace)
-        return _run(method, problem, trace=trace)
+        traced = under_trace(method, problem)
+        if handler is not None and not (handler.on_host and traced):
+            result = handler(method, problem, trace)
+        else:
+            result = _run(method, problem, trace=trace)
+        if not traced and (handler is None or handler.on_host):
+            _check_loss(getattr(method, "loss", None), problem, result)
+    return result
+
+
+def _check_loss(loss: Callable[..., Array] | None, problem: Problem, result: AttackResult) -> None:
+    """An error where a loss of the user's own is NaN: nothing led the attack away from there.
+
+    Raises:
+        FloatingPointError: it is, for an example that withstood.
+    """
+    # The library's own are numbers wherever the logits are a prediction.
+    if loss is None or str(getattr(unbound(loss)[0], "__module__", "")).startswith("jdistill."):
+        return
+    broken = _broken(loss, problem, result)
+    if jnp.any(broken):
+        where = int(jnp.argmax(broken))
+        raise FloatingPointError(
+            f"expected a loss with a number and a gradient wherever the logits are finite, got NaN "
+            f"for example {where} ({int(jnp.sum(broken))} in all), which withstood for that reason "
+            "alone; compute the loss from the logits without a logarithm of 0, as "
+            "jdistill.losses.cross_entropy does"
+        )
+
+
+@jit
+def _broken(loss: Callable[..., Array], problem: Problem, result: AttackResult) -> Array:
+    logits = problem.logits_fn(result.inputs)
+
+    def total(logits: Array) -> tuple[Array, Array]:
+        gain = problem.goal.gain(loss, logits)
+        return jnp.sum(gain), gain
+
+    slope, gain = jax.grad(total, has_aux=True)(logits)
+    broken = jnp.isnan(gain) | jnp.any(jnp.isnan(slope), axis=-1)
+    return broken & metrics.predicts(logits) & ~result.success
 
 
 @functools.partial(jit, static_argnames="trace")

@@ -11,7 +11,7 @@ import numpy as np
 from jdistill import _validate, losses, metrics
 from jdistill._jax import call, under_trace
 from jdistill.nets import callable_logits_fn
-from jdistill.typing import Array, ArrayLike, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
 
 
 class AttackResult(NamedTuple):
@@ -88,8 +88,14 @@ class Problem(NamedTuple):
     keys: Array | None  # [B]
     inputs: Array
     goal: Goal
-    bounds: tuple[Array, Array]
+    bounds: tuple[Array, Array]  # scalars, or [B, ...] where features have ends of their own
     spread: Spread
+
+    @property
+    def width(self) -> Array:
+        """The largest width of the box over the features, a scalar."""
+        low, high = self.bounds
+        return jnp.max(high - low)
 
 
 def prepare(
@@ -99,10 +105,21 @@ def prepare(
     labels: ArrayLike,
     *,
     targets: ArrayLike | None,
-    bounds: tuple[float, float],
+    bounds: Bounds,
+    open_box: bool = False,
 ) -> Problem:
-    """Check what every attack takes, and cast it; values under a tracer are not checked."""
-    box = _validate.bounds(bounds)
+    """Check what every attack takes, and cast it; values under a tracer are not checked.
+
+    Args:
+        logits_fn: the network.
+        key: of the attack.
+        inputs: `[B, ...]`.
+        labels: `[B]`.
+        targets: `[B]`, or None.
+        bounds: the box; numbers, or arrays that broadcast against one input.
+        open_box: whether the attack can do with infinite bounds.
+    """
+    box = _validate.bounds(bounds, np.shape(inputs)[1:], open_box=open_box)
     _validate.inputs_in_box(inputs, box)
     inputs = jnp.asarray(inputs)
     if inputs.dtype not in (jnp.float32, jnp.float64):
@@ -122,10 +139,18 @@ def prepare(
         keys=None if key is None else example_keys(key, batch_size),
         inputs=inputs,
         goal=Goal(jnp.asarray(labels).astype(jnp.int32), targets),
-        bounds=(jnp.asarray(box[0], inputs.dtype), jnp.asarray(box[1], inputs.dtype)),
+        bounds=_box_of(box, inputs),
         # Of a tracer this is not known.
         spread=Spread(not _validate.is_traced(inputs) and len(inputs.devices()) > 1),
     )
+
+
+def _box_of(box: tuple[Any, Any], inputs: Array) -> tuple[Array, Array]:
+    low, high = (jnp.asarray(end, inputs.dtype) for end in box)
+    if low.ndim == high.ndim == 0:
+        return low, high
+    # Like the inputs, so that whatever takes rows of them or flattens them does so here.
+    return jnp.broadcast_to(low, inputs.shape), jnp.broadcast_to(high, inputs.shape)
 
 
 def num_classes(problem: Problem) -> int:
@@ -204,7 +229,8 @@ def _num_classes(logits_fn: LogitsFn, inputs: Array) -> int:
     if len(shape) != 2 or shape[0] != inputs.shape[0] or shape[1] < 2:
         raise ValueError(
             f"expected logits of shape [B, K] = ({inputs.shape[0]}, at least 2), got {shape}; "
-            "pass a logits_fn that maps inputs [B, ...] to one row of logits per example"
+            "pass a logits_fn that maps inputs [B, ...] to one row of logits per example "
+            "(jdistill.nets.binary makes one of a network with a single logit)"
         )
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ValueError(
