@@ -19,7 +19,26 @@ def as_path(location: PathLike) -> epath.Path:
         >>> as_path("gs://bucket") / "runs"
         PosixGPath('gs://bucket/runs')
     """
+    if not isinstance(location, (str, os.PathLike)):
+        raise ValueError(
+            f"expected a path or directory, got {location!r}; pass a str or a pathlib.Path"
+        )
     return epath.Path(location).expanduser()
+
+
+def read_whole(path: PathLike) -> bytes:
+    """The content of a file.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    source = as_path(path)
+    try:
+        return source.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"expected a file at the path {source}, got none; write it first"
+        ) from None
 
 
 def is_remote(location: PathLike) -> bool:

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jdistill import _validate
+
 # The XLA flag for convolutions on CPU: `runtime` sets it, `nets` looks whether it is set. Lone
 # convolutions go to Eigen, not to the YNN library, which is slow at them.
 CPU_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
@@ -83,8 +85,10 @@ def _compiler_options() -> dict[str, bool] | None:
     return _CPU_OPTIONS
 
 
-def as_pytree(fun: Callable[..., Any]) -> Callable[..., Any]:
+def as_pytree(fun: Callable[..., Any], *, name: str = "loss") -> Callable[..., Any]:
     """A function that jit can take as an argument: a plain one becomes static."""
+    named: dict[str, Any] = {name: fun}
+    _validate.function(**named)
     if not jax.tree_util.all_leaves([fun]):
         return fun
     return jax.tree_util.Partial(static(fun))
@@ -211,6 +215,27 @@ def _held_arrays(holder: Any, depth: int = 3) -> list[str]:
 def call(fun: Callable[..., Any], *args: Any) -> Any:
     """The function compiled, once for all pytrees of one structure."""
     return fun(*args)
+
+
+def logits_shape(fun: Any, inputs: Any, *, name: str = "logits_fn") -> jax.ShapeDtypeStruct:
+    """Shape and type of a network's logits, checked; jit keeps the trace.
+
+    Raises:
+        ValueError: the network cannot take the inputs, or returns something else than `[B, K]`.
+    """
+    try:
+        with full_precision():
+            logits: jax.ShapeDtypeStruct = jax.eval_shape(call, fun, inputs)
+    except (TypeError, ValueError, IndexError, AttributeError) as error:
+        if str(error).startswith("expected "):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"expected {name} to take inputs of shape {np.shape(inputs)}, got a "
+            f"{type(error).__name__} ({reason:.200}); pass the inputs and weights that it is for"
+        ) from error
+    _validate.logits(logits, np.shape(inputs)[0], name=name)
+    return logits
 
 
 def unbound(function: Any) -> tuple[Any, dict[str, Any]]:

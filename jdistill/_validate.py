@@ -5,7 +5,7 @@ that needs them is skipped; checks of shapes and types always run.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,15 +38,38 @@ def _first_bad(value: Any, bad: np.ndarray) -> str:
 
 
 def _numbers(name: str, value: Any) -> np.ndarray:
-    """The value as float64; text is no number, though NumPy would read it as one."""
+    """The value as float64; text and bools are no numbers, though NumPy would read them so."""
     try:
-        if np.asarray(value).dtype.kind in "USc":
+        array = np.asarray(value)
+        without = array.dtype == object and None in array.ravel().tolist()  # NumPy's NaN
+        if without or array.dtype.kind in "USbcmM":
             raise TypeError
         return np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(
             f"expected {name} to be a number, got {str(value)[:40]!r}; pass a Python float or an "
             "array of them"
+        ) from None
+
+
+def _shape(name: str, value: Any) -> tuple[int, ...]:
+    """The shape; of lists whose rows differ there is none."""
+    try:
+        return np.shape(value)
+    except ValueError:
+        raise ValueError(
+            f"expected {name} to be an array, got lists of different lengths; make them equal"
+        ) from None
+
+
+def _dtype(name: str, value: Any) -> np.dtype:
+    """The type of an array, or of what NumPy makes of the value."""
+    try:
+        return np.dtype(value.dtype) if hasattr(value, "dtype") else np.asarray(value).dtype
+    except (TypeError, ValueError):  # PRNG keys among them
+        shown = getattr(value, "dtype", type(value).__name__)
+        raise ValueError(
+            f"expected {name} to be an array of numbers, got {shown}; pass NumPy's or JAX's"
         ) from None
 
 
@@ -117,6 +140,128 @@ def flag(**named: Any) -> None:
             raise ValueError(f"expected {name} to be True or False, got {value!r}; pass a bool")
 
 
+def scalar(**named: Any) -> None:
+    """Each value is one number, no array of them."""
+    rank(0, **named)
+    for name, value in named.items():
+        if not is_traced(value):
+            _numbers(name, value)
+
+
+def finite(**named: Any) -> None:
+    """Each value (scalar or array) is finite."""
+    for name, value in named.items():
+        if is_traced(value):
+            continue
+        bad = ~np.isfinite(_numbers(name, value))
+        if bad.any():
+            raise ValueError(f"expected finite {name}, got {_first_bad(value, bad)}; pass another")
+
+
+def numbers(**named: Any) -> np.ndarray:
+    """The one value as float64, of any shape."""
+    ((name, value),) = named.items()
+    return _numbers(name, value)
+
+
+def column(**named: Any) -> np.ndarray:
+    """The one value as float64, checked to be a list of numbers, `[N]`."""
+    array, (name,) = numbers(**named), named
+    if array.ndim != 1:
+        raise ValueError(
+            f"expected {name} to be a list of numbers, got shape {array.shape}; pass one each"
+        )
+    return array
+
+
+def arrays(**named: Any) -> None:
+    """Each value is a pytree of arrays, of one at least."""
+    for name, value in named.items():
+        leaves = jax.tree.leaves(value)
+        for leaf in leaves or [None]:
+            held = hasattr(leaf, "dtype") and getattr(leaf.dtype, "kind", "V") not in "USO"
+            if not held and not isinstance(leaf, (int, float)):
+                raise ValueError(
+                    f"expected {name} to be a tree of arrays, got {type(leaf).__name__} in it; "
+                    "convert it to an array"
+                )
+
+
+def function(*, remedy: str = "pass a function", **named: Any) -> None:
+    """Each value can be called."""
+    for name, value in named.items():
+        if not callable(value):
+            raise ValueError(f"expected a callable, got {type(value).__name__} as {name}; {remedy}")
+
+
+def callback(value: Any, *, name: str = "callback") -> None:
+    """The value can be called, or is None."""
+    if value is not None:
+        function(**{name: value}, remedy="pass a function of one event, or None")
+
+
+def instance(kind: Any, wanted: str, /, *, remedy: str = "pass one", **named: Any) -> None:
+    """Each value is of a kind, in words `wanted`."""
+    for name, value in named.items():
+        if not isinstance(value, kind):
+            raise ValueError(
+                f"expected {name} to be {wanted}, got {type(value).__name__}; {remedy}"
+            )
+
+
+def examples(value: Any, most: int) -> tuple[Any, ...]:
+    """Columns of examples: inputs, labels, and targets where there may be three, else None."""
+    if not isinstance(value, (tuple, list)) or not 2 <= len(value) <= most:
+        third = ", or with targets as a third" if most > 2 else ""
+        number = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
+        raise ValueError(
+            f"expected examples to be (inputs, labels){third}, got a {type(value).__name__}{number}"
+            "; pass the columns as a tuple"
+        )
+    return (*value, None)[:most]
+
+
+def text(**named: Any) -> None:
+    """Each value is a str."""
+    instance(str, "text", remedy="pass a str", **named)
+
+
+def mapping(**named: Any) -> None:
+    """Each value is a mapping."""
+    instance(Mapping, "a mapping", remedy="pass a dict", **named)
+
+
+def sequence(*, remedy: str = "pass a list", **named: Any) -> None:
+    """Each value is a sequence, and no text."""
+    for name, value in named.items():
+        kind = () if isinstance(value, (str, bytes)) else (Sequence, np.ndarray, jax.Array)
+        instance(kind, "a sequence", remedy=remedy, **{name: value})
+
+
+def devices(value: Any, *, name: str = "devices") -> tuple[jax.Device, ...]:
+    """Devices of JAX, at least one."""
+    found = tuple(value) if isinstance(value, (Sequence, np.ndarray)) else ()
+    if not found or not all(isinstance(device, jax.Device) for device in found):
+        raise ValueError(
+            f"expected {name} to be one device or more, got {str(value)[:40]!r}; pass "
+            "jax.devices() or some of them"
+        )
+    return found
+
+
+def shape(*, minimum: int = 1, **named: Any) -> tuple[int, ...]:
+    """The one value as a shape: whole numbers, at least `minimum` each."""
+    ((name, value),) = named.items()
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise ValueError(
+            f"expected {name} to be a tuple of sizes, got {value!r}; pass such as (28, 28, 1)"
+        )
+    sizes = tuple(value)
+    for size in sizes:
+        count(minimum=minimum, **{f"each size of {name}": size})
+    return tuple(int(size) for size in sizes)
+
+
 def booleans(value: Any, *, name: str) -> np.ndarray:
     """Truths as an array of bool: it, or 0 and 1; no shares, no NaN."""
     array = np.asarray(value)
@@ -134,7 +279,8 @@ def one_of(options: Iterable[Any], **named: Any) -> None:
     """Each value is one of the options."""
     options = tuple(options)
     for name, value in named.items():
-        if value not in options:
+        # An array would be compared entry by entry.
+        if not any(isinstance(value, type(option)) and value == option for option in options):
             listed = ", ".join(repr(option) for option in options)
             raise ValueError(f"expected {name} to be one of {listed}, got {value!r}; pick one")
 
@@ -153,7 +299,7 @@ def bounds(
         open_box: whether ends may be infinite.
     """
     try:
-        low, high = (np.asarray(entry, np.float64) for entry in value)
+        low, high = (_numbers("bounds", entry) for entry in value)
     except (TypeError, ValueError):
         raise ValueError(f"expected bounds=(low, high), got {value!r}; {_REMEDY_BOUNDS}") from None
     if shape is not None:
@@ -203,12 +349,12 @@ def _short(end: np.ndarray) -> str:
 
 def inputs_in_box(value: Any, box: tuple[Any, Any], *, name: str = "inputs") -> None:
     """Inputs `[B, ...]`: floating, finite and inside the box."""
-    if np.ndim(value) < 2:
+    if len(_shape(name, value)) < 2:
         raise ValueError(
             f"expected {name} of shape [B, ...] with rank >= 2, got shape {np.shape(value)}; "
             f"add the batch axis: {name}[None]"
         )
-    dtype = np.dtype(value.dtype) if hasattr(value, "dtype") else np.asarray(value).dtype
+    dtype = _dtype(name, value)
     if not jax.numpy.issubdtype(dtype, jax.numpy.floating):
         raise ValueError(
             f"expected floating-point {name}, got dtype {dtype}; "
@@ -231,28 +377,90 @@ def inputs_in_box(value: Any, box: tuple[Any, Any], *, name: str = "inputs") -> 
 
 
 def class_indices(
-    value: Any, *, name: str = "labels", batch_size: int, num_classes: int | None = None
+    value: Any,
+    *,
+    name: str = "labels",
+    batch_size: int | tuple[int, ...],
+    num_classes: int | None = None,
 ) -> None:
-    """Class indices `[B]`: integers in `0..K-1`."""
-    shape = np.shape(value)
-    if shape != (batch_size,):
+    """Class indices `[B]`, or of the shape that `batch_size` is: integers in `0..K-1`."""
+    wanted = batch_size if isinstance(batch_size, tuple) else (batch_size,)
+    shape = _shape(name, value)
+    if shape != wanted:
         raise ValueError(
-            f"expected {name} of shape [B] = ({batch_size},), got shape {shape}; "
+            f"expected {name} of shape [B] = {wanted}, got shape {shape}; "
             "pass one class index per example (argmax of one-hot rows)"
         )
-    dtype = np.dtype(value.dtype) if hasattr(value, "dtype") else np.asarray(value).dtype
+    dtype = _dtype(name, value)
     if not np.issubdtype(dtype, np.integer):
         raise ValueError(
             f"expected integer {name}, got dtype {dtype}; convert them: {name}.astype('int32')"
         )
-    if num_classes is None or is_traced(value):
+    if is_traced(value):
         return
     array = np.asarray(value)
-    bad = (array < 0) | (array >= num_classes)
+    if num_classes is None:
+        bad, those = array < 0, ">= 0"
+    else:
+        bad = (array < 0) | (array >= num_classes)
+        those = f"in 0..{num_classes - 1} (the network has {num_classes} outputs)"
     if bad.any():
         raise ValueError(
-            f"expected {name} in 0..{num_classes - 1} (the network has {num_classes} outputs), "
-            f"got {_first_bad(array, bad)}; check the label encoding or the network's num_classes"
+            f"expected {name} {those}, got {_first_bad(array, bad)}; check the label encoding or "
+            "the network's num_classes"
+        )
+
+
+def floats(num_axes: int, **named: Any) -> None:
+    """Each value is an array of floats with so many axes; `-n` is n or more."""
+    for name, value in named.items():
+        axes = len(_shape(name, value))
+        if axes != num_axes and not axes >= -num_axes > 0:
+            more = " or more" if num_axes < 0 else ""
+            raise ValueError(
+                f"expected {name} of rank {abs(num_axes)}{more}, got shape {np.shape(value)}; "
+                "reshape it or add the missing axis"
+            )
+        if not jax.numpy.issubdtype(_dtype(name, value), jax.numpy.floating):
+            raise ValueError(
+                f"expected floating-point {name}, got dtype {_dtype(name, value)}; convert it with "
+                ".astype('float32')"
+            )
+
+
+def logits(value: Any, batch_size: int, *, name: str = "logits_fn") -> None:
+    """What a network returned: floats `[B, K]` with `K >= 2`."""
+    shape = _shape("logits", value)
+    if len(shape) != 2 or shape[0] != batch_size or shape[1] < 2:
+        raise ValueError(
+            f"expected logits of shape [B, K] = ({batch_size}, at least 2), got {shape}; pass a "
+            f"{name} that maps inputs [B, ...] to one row of logits per example"
+        )
+    floats(2, **{f"logits of {name}": value})
+
+
+def soft_labels(
+    value: Any, shape: tuple[int, ...], *, name: str = "targets", allow_nan: bool = False
+) -> None:
+    """Class probabilities `[B, K]`; of values that are known also that rows sum to 1."""
+    if _shape(name, value) != shape:
+        raise ValueError(
+            f"expected {name} of shape [B, K] = {shape}, got {np.shape(value)}; pass one row of "
+            "class probabilities per example"
+        )
+    if is_traced(value):
+        return
+    array = _numbers(name, value)
+    sums = np.where(array < 0, np.inf, array).sum(axis=1)
+    dtype = _dtype(name, value)
+    short = jax.numpy.issubdtype(dtype, jax.numpy.floating)  # bfloat16 rounds to 1 part in 256
+    tolerance = max(1e-3, 2 * float(jax.numpy.finfo(dtype).eps)) if short else 1e-3
+    right = (np.abs(sums - 1) < tolerance) | (np.isnan(sums) & allow_nan)
+    wrong = np.flatnonzero(~right)
+    if wrong.size:
+        raise ValueError(
+            f"expected {name} of class probabilities that sum to 1, got {array[wrong[0]]} in row "
+            f"{wrong[0]}; pass softmax outputs, such as distill.soft_labels gives"
         )
 
 
@@ -272,7 +480,7 @@ def other_than_labels(targets: Any, labels: Any) -> None:
 def rank(expected: int, **named: Any) -> None:
     """Each array has the given number of axes."""
     for name, value in named.items():
-        if np.ndim(value) != expected:
+        if len(_shape(name, value)) != expected:
             raise ValueError(
                 f"expected {name} of rank {expected}, got shape {np.shape(value)}; "
                 "reshape it or add the missing axis"
@@ -284,7 +492,7 @@ def prng_key(value: Any) -> jax.Array:
     if not hasattr(value, "dtype") or not jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
         try:
             value = jax.random.wrap_key_data(jax.numpy.asarray(value, jax.numpy.uint32))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(
                 f"expected a PRNG key, got {_show(value)}; make one with jax.random.key(0)"
             ) from None

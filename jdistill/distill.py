@@ -20,6 +20,8 @@ import numpy as np
 from jdistill import _validate, data, losses, train
 from jdistill.nets import callable_logits_fn
 from jdistill.train import TrainState, TrainStep
+from jdistill.train._fit import check_examples
+from jdistill.train._step import check_state, check_step
 from jdistill.typing import Array, ArrayLike, Batch, Callback, LogitsFn, LossFn, PyTree
 
 # Folded into the run's key for the shared initial weights; no generation has this number.
@@ -71,6 +73,7 @@ def soft_labels(
     References:
         Papernot et al. 2016, section IV.A.
     """
+    _validate.scalar(temperature=temperature)
     _validate.positive(temperature=temperature)
     logits = train.predict(logits_fn, inputs, batch_size=batch_size)
     predictions = np.asarray(jax.nn.softmax(logits / np.float32(temperature), axis=-1))
@@ -151,6 +154,7 @@ def online_loss(
         >>> float(online_loss(lambda x: x, 20.0)(jnp.zeros((1, 2)), batch)[0])
         0.693...
     """
+    _validate.function(teacher=teacher)
     weights = _weights(temperature, hard_weight, temperature_squared)
     return jax.tree_util.Partial(_online_loss, callable_logits_fn(teacher), *weights)
 
@@ -192,15 +196,17 @@ def initial_weights(
     References:
         Carlini & Wagner, released code `train_models.py`; Mandal & Gao 2023 keep it.
     """
+    inputs, labels = _validate.examples(examples, 2)
     if start is None:
         start = train.create_state(
             step,
             params,
-            jax.random.fold_in(_validate.prng_key(key), _INITIAL_WEIGHTS),
+            jax.random.fold_in(_one_key(key), _INITIAL_WEIGHTS),
             model_state=model_state,
             hyperparams=hyperparams,
         )
-    inputs, labels = examples
+    check_step(step)
+    check_state(start, "start")
     targets = _one_hot(step, start, inputs, labels)
     fit_options.setdefault("stage", "initial weights")
     return train.fit(
@@ -258,14 +264,16 @@ def chain(
         Mandal & Gao 2023, "Improving Defensive Distillation using Teacher Assistant", released
         code `train_models.py`, `train_models_multidistill.py`.
     """
-    if not generations:
-        raise ValueError("expected at least one generation, got none; pass the teacher's")
-    if len(start) > len(generations):
-        raise ValueError(
-            f"expected at most {len(generations)} states in start (one a generation), got "
-            f"{len(start)}; pass those of this chain"
-        )
-    inputs, labels = examples
+    _check_chain(generations, start)
+    inputs, labels = _validate.examples(examples, 2)
+    _validate.inputs_in_box(inputs, (-np.inf, np.inf))
+    _validate.class_indices(labels, batch_size=len(inputs))
+    _validate.count(batch_size=batch_size)
+    _validate.callback(callback)
+    _validate.scalar(temperature=temperature, hard_weight=hard_weight)
+    if teacher_temperature is not None:
+        _validate.scalar(teacher_temperature=teacher_temperature)
+        _validate.positive(teacher_temperature=teacher_temperature)
     for number, state in enumerate(start[:-1]):
         num_steps = _num_steps(generations[number], len(labels), batch_size)
         if int(state.step) < num_steps:
@@ -279,7 +287,7 @@ def chain(
     student_loss = soft_loss(
         temperature, hard_weight=hard_weight, temperature_squared=temperature_squared
     )
-    key = _validate.prng_key(key)
+    key = _one_key(key)
     states: list[TrainState] = []
     for number, generation in enumerate(generations):
         targets = None
@@ -308,6 +316,30 @@ def chain(
     return states
 
 
+def _check_chain(generations: Sequence[Generation], start: Sequence[TrainState]) -> None:
+    """An error for what is no chain, or for more states than it has generations."""
+    _validate.sequence(generations=generations, start=start)
+    if not generations:
+        raise ValueError(
+            "expected generations, at least one generation, got none; pass the teacher's"
+        )
+    if len(start) > len(generations):
+        raise ValueError(
+            f"expected at most {len(generations)} states in start (one a generation), got "
+            f"{len(start)}; pass those of this chain"
+        )
+    for generation in generations:
+        _validate.instance(Generation, "of distill.Generation", generations=generation)
+    for state in start:
+        check_state(state, "start")
+
+
+def _one_key(key: Array) -> Array:
+    key = _validate.prng_key(key)
+    _validate.rank(0, key=key)
+    return key
+
+
 def stage_name(generation: int, num_generations: int) -> str:
     """What a generation is in a chain of that many: `teacher`, `assistant 1`, `student`.
 
@@ -315,6 +347,8 @@ def stage_name(generation: int, num_generations: int) -> str:
         >>> [stage_name(g, 3) for g in range(3)]
         ['teacher', 'assistant 1', 'student']
     """
+    _validate.count(minimum=0, generation=generation)
+    _validate.count(num_generations=num_generations)
     if generation == 0:
         return "teacher"
     return "student" if generation == num_generations - 1 else f"assistant {generation}"
@@ -388,13 +422,15 @@ def _one_hot(
     step: TrainStep, state: TrainState, inputs: np.ndarray, labels: np.ndarray
 ) -> np.ndarray:
     """Hard labels as soft ones, `[N, K]` float32."""
+    check_examples(step, state, inputs, labels, None)
     num_classes = jax.eval_shape(train.logits_fn(step, state), inputs[:1]).shape[-1]
-    _validate.class_indices(labels, batch_size=len(inputs), num_classes=num_classes)
     return np.eye(num_classes, dtype=np.float32)[labels]
 
 
 def with_generation(callback: Callback | None, number: int) -> Callback | None:
     """The callback, told of which generation its events are."""
+    _validate.callback(callback)
+    _validate.count(minimum=0, number=number)
     if callback is None:
         return None
     return lambda event: callback({**event, "generation": number})

@@ -50,7 +50,7 @@ def soft_cross_entropy(logits: Array, targets: Array, *, temperature: ArrayLike 
         `[B]` float.
 
     Raises:
-        ValueError: a temperature that is not above 0.
+        ValueError: a temperature that is not above 0, targets of another shape or no probabilities.
 
     Example:
         >>> half = jnp.array([[0.5, 0.5]])
@@ -61,6 +61,7 @@ def soft_cross_entropy(logits: Array, targets: Array, *, temperature: ArrayLike 
         Papernot et al. 2016, "Distillation as a Defense", section IV; Hinton et al. 2015.
     """
     log_probs = tempered_log_softmax(logits, temperature)
+    _validate.soft_labels(targets, log_probs.shape, allow_nan=True)
     # 0 · -inf would be NaN; a target that is NaN itself must stay one.
     return -jnp.sum(jnp.where(targets == 0, 0.0, targets * log_probs), axis=-1)
 
@@ -80,12 +81,14 @@ def kl_divergence(logits: Array, targets: Array, *, temperature: ArrayLike = 1.0
         `[B]` float, at least 0 up to rounding.
 
     Raises:
-        ValueError: a temperature that is not above 0.
+        ValueError: a temperature that is not above 0, targets of another shape or no probabilities.
 
     Example:
         >>> float(kl_divergence(jnp.zeros((1, 2)), jnp.array([[1.0, 0.0]]))[0])
         0.693...
     """
+    _validate.floats(2, logits=logits)
+    _validate.soft_labels(targets, logits.shape, allow_nan=True)
     safe = jnp.where(targets > 0, targets, 1.0)
     negative_entropy = jnp.sum(targets * jnp.log(safe), axis=-1)
     return negative_entropy + soft_cross_entropy(logits, targets, temperature=temperature)
@@ -139,7 +142,7 @@ def soft_margin(logits: Array, labels: ArrayLike, softness: ArrayLike = 1.0) -> 
         `[B]` float, in units of the logits.
 
     Raises:
-        ValueError: labels outside `0..K-1`.
+        ValueError: labels outside `0..K-1`, a softness that is not above 0.
 
     Example:
         >>> z, y = jnp.array([[3.0, 1.0, 1.0]]), jnp.array([0])
@@ -148,6 +151,13 @@ def soft_margin(logits: Array, labels: ArrayLike, softness: ArrayLike = 1.0) -> 
         >>> bool(soft_margin(1024 * z, y) == 1024 * soft_margin(z, y))
         True
     """
+    _check_labels(labels, logits)
+    _validate.positive(softness=softness)
+    if np.shape(softness) not in ((), logits.shape[:1]):
+        raise ValueError(
+            f"expected softness to be a scalar or of shape [B] = {logits.shape[:1]}, got shape "
+            f"{np.shape(softness)}; pass one number, or one per example"
+        )
     classes = ~jnp.isneginf(logits)
     count = jnp.maximum(jnp.sum(classes, axis=-1, keepdims=True), 2)
     mean = jnp.sum(jnp.where(classes, logits, 0.0), axis=-1, keepdims=True) / count
@@ -218,7 +228,7 @@ def targeted_dlr(logits: Array, labels: ArrayLike, targets: ArrayLike) -> Array:
     """
     first, _, third, fourth = _largest(logits, 4, "targeted_dlr")
     fourth = jnp.where(jnp.isneginf(fourth), third, fourth)
-    gap = _pick(logits, targets) - _pick(logits, labels)
+    gap = _pick(logits, targets, "targets") - _pick(logits, labels)
     return gap / _or_one(first - 0.5 * (third + fourth))
 
 
@@ -260,19 +270,27 @@ def tempered_log_softmax(logits: Array, temperature: ArrayLike = 1.0) -> Array:
         >>> tempered_log_softmax(jnp.array([[0.0, 1000.0]])).tolist()
         [[-1000.0, 0.0]]
     """
+    _validate.floats(2, logits=logits)
     _validate.positive(temperature=temperature)
+    shape = np.shape(temperature)
+    if shape not in ((), (1, 1), (logits.shape[0], 1)):
+        raise ValueError(
+            f"expected temperature to be a scalar or of shape [B, 1] = ({logits.shape[0]}, 1), got "
+            f"shape {shape}; pass one number, or a column of one per example"
+        )
     return jax.nn.log_softmax(logits / jnp.asarray(temperature, logits.dtype), axis=-1)
 
 
-def _pick(values: Array, labels: ArrayLike) -> Array:
+def _pick(values: Array, labels: ArrayLike, name: str = "labels") -> Array:
     """`values[b, labels[b]]`, `[B]`."""
-    _check_labels(labels, values)
+    _check_labels(labels, values, name)
     index = jnp.asarray(labels).astype(jnp.int32)[:, None]
     return jnp.take_along_axis(values, index, axis=-1)[:, 0]
 
 
 def _largest(logits: Array, count: int, name: str) -> tuple[Array, ...]:
     """The largest logits in order, each `[B]`."""
+    _validate.floats(2, logits=logits)
     if logits.shape[-1] < count:
         raise ValueError(
             f"expected logits of {count} classes or more for {name}, got {logits.shape[-1]}; use "
@@ -293,7 +311,8 @@ def _own(logits: Array, labels: ArrayLike) -> Array:
     return jax.nn.one_hot(jnp.asarray(labels), logits.shape[-1], dtype=bool)
 
 
-def _check_labels(labels: ArrayLike, logits: Array) -> None:
+def _check_labels(labels: ArrayLike, logits: Array, name: str = "labels") -> None:
     # Without it -1 would be the last class, as an index, and K a NaN.
+    _validate.floats(2, logits=logits)
     batch_size, num_classes = np.shape(logits)
-    _validate.class_indices(labels, batch_size=batch_size, num_classes=num_classes)
+    _validate.class_indices(labels, name=name, batch_size=batch_size, num_classes=num_classes)

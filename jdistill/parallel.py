@@ -33,7 +33,7 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
         >>> make_mesh(jax.devices()[:1]).shape["data"]
         1
     """
-    devices = jax.devices() if devices is None else devices
+    devices = jax.devices() if devices is None else _validate.devices(devices)
     # The default type of an axis changed between JAX 0.7 and 0.10; named, it is the same.
     return Mesh(np.asarray(devices), (DATA_AXIS,), axis_types=(AxisType.Auto,))
 
@@ -53,12 +53,24 @@ def pad_batch(batch: Batch, multiple: int) -> Batch:
         >>> pad_batch(batch, 4).mask.tolist()
         [1.0, 1.0, 1.0, 0.0]
     """
+    _check_batch(batch)
     _validate.count(multiple=multiple)
     rows = -batch.mask.shape[0] % multiple
     if rows == 0:
         return batch
     padded = jax.tree.map(lambda leaf: np.concatenate([leaf, np.repeat(leaf[:1], rows, 0)]), batch)
     return padded._replace(mask=np.concatenate([batch.mask, np.zeros(rows, batch.mask.dtype)]))
+
+
+def _check_batch(batch: Batch) -> None:
+    """An error for what is no batch, or one whose columns differ in length."""
+    _validate.instance(Batch, "a Batch", batch=batch)
+    sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
+    if batch.mask is None or len(sizes) != 1 or not sizes.isdisjoint({(), (0,)}):
+        raise ValueError(
+            f"expected a batch of one row or more with a mask, got columns of {sorted(sizes)} rows"
+            "; give each as many rows, and a mask of ones where none is padding"
+        )
 
 
 def replicate(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
@@ -75,7 +87,8 @@ def replicate(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
         >>> replicate(jnp.zeros(3), jax.devices()[:1]).sharding.is_fully_replicated
         True
     """
-    return _spread(tree, NamedSharding(make_mesh(devices), PartitionSpec()))
+    _validate.arrays(tree=tree)
+    return _spread(tree, NamedSharding(make_mesh(_validate.devices(devices)), PartitionSpec()))
 
 
 def split(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
@@ -92,6 +105,14 @@ def split(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
         >>> split(jnp.zeros((4, 3)), jax.devices()[:1]).shape
         (4, 3)
     """
+    devices = _validate.devices(devices)
+    _validate.arrays(tree=tree)
+    for leaf in jax.tree.leaves(tree):
+        if not np.ndim(leaf) or np.shape(leaf)[0] % len(devices):
+            raise ValueError(
+                f"expected a tree of arrays whose rows are a multiple of {len(devices)} devices, "
+                f"got shape {np.shape(leaf)}; pad them, as pad_batch does"
+            )
     return jax.device_put(tree, NamedSharding(make_mesh(devices), PartitionSpec(DATA_AXIS)))
 
 
@@ -129,8 +150,9 @@ def compile_step(
         JAX documentation, "Distributed arrays and automatic parallelization" and
         "Migrating to the new jax.pmap".
     """
+    _validate.function(step=step)
     _validate.one_of(("jit", "pmap"), mode=mode)
-    devices = tuple(jax.devices() if devices is None else devices)
+    devices = tuple(jax.devices() if devices is None else _validate.devices(devices))
     try:
         return _cached_compile(step, mode, devices)
     except TypeError:  # a step that cannot be hashed is compiled anew for each call
@@ -228,7 +250,17 @@ def example_indices(num_rows: int, axis_name: str | None) -> jax.Array:
         >>> example_indices(3, None).tolist()
         [0, 1, 2]
     """
+    _validate.count(minimum=0, num_rows=num_rows)
+    if axis_name is not None:
+        _validate.text(axis_name=axis_name)
     local = jnp.arange(num_rows)
     if axis_name is None:
         return local
-    return local + jax.lax.axis_index(axis_name) * num_rows
+    try:
+        device = jax.lax.axis_index(axis_name)
+    except NameError:
+        raise ValueError(
+            f"expected axis_name of a mapped axis, got {axis_name!r}, which is none here; call it "
+            "inside pmap or shard_map over that axis"
+        ) from None
+    return local + device * num_rows

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1] / "jdistill"
 # Modules import those of lower levels only; inside a level they do not know each other.
 LEVELS = {
     "typing": 0,
-    "_validate": 0,
+    "_validate": -1,
     "_files": 0,
     "_order": 0,
     "_jax": 0,

@@ -103,7 +103,7 @@ def test_one_seed_has_no_interval_and_the_error_says_what_to_do():
     for call in (metrics.seed_interval, lambda one: metrics.paired_over_seeds(one, one)):
         with pytest.raises(ValueError, match=r"at least 2 seeds, got shape \(1,\).*train more"):
             call([0.5])
-    with pytest.raises(ValueError, match="expected finite numbers, got"):
+    with pytest.raises(ValueError, match="expected finite"):
         metrics.seed_interval([0.5, float("nan")])
 
 

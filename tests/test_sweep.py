@@ -426,7 +426,7 @@ def test_all_runs_diverging_ends_the_sweep_at_once():
         ({"temperature": -TEMPERATURES}, "temperature > 0"),
         ({"hard_weight": 2.0}, "hard_weight"),
         ({"keys": KEYS[0]}, r"expected keys of shape \[R\]"),
-        ({"keys": KEYS[:2], "temperature": 1.0}, "expected the weights of 2 runs"),
+        ({"keys": KEYS[:2], "temperature": 1.0}, "expected params of R = 2 runs"),
         ({"generations": [generation(RATES[:3])]}, "learning_rate to be a scalar or of shape"),
         ({"generations": [generation(-RATES)]}, "learning_rate > 0"),
         ({"examples": (INPUTS, LABELS[:3])}, "labels"),

@@ -261,7 +261,7 @@ UNIFORM = np.full((N, K), 1 / K, np.float32)
         ((INPUTS, LABELS.astype(np.float32)), "integer labels"),
         ((INPUTS, LABELS[:-1]), r"labels of shape \[B\] = \(23,\)"),
         ((BAD_INPUTS, LABELS), r"finite inputs, got nan at index \(4, 1\)"),
-        ((INPUTS, LABELS, UNIFORM[:, :1]), r"targets of shape \[N, K\] = \(23, 3\), got \(23, 1\)"),
+        ((INPUTS, LABELS, UNIFORM[:, :1]), r"targets of shape \[B, K\] = \(23, 3\), got \(23, 1\)"),
         ((INPUTS, LABELS, np.full((N, K), np.nan)), "probabilities that sum to 1, got .* in row 0"),
         ((INPUTS, LABELS, 2 * UNIFORM), "probabilities that sum to 1, got .* in row 0"),
         ((INPUTS, LABELS, UNIFORM - np.eye(N, K)), "probabilities that sum to 1, got .* in row 0"),

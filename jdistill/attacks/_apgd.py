@@ -123,6 +123,7 @@ def apgd(
     """
     problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds, open_box=True)
     starts = Starts.of(problem, num_restarts)
+    _validate.flag(best_loss=best_loss)
     method = _method(problem, starts, loss, eps, rho, init, norm, num_steps, best_loss)
     return run(method, problem, trace=trace)
 
@@ -193,6 +194,7 @@ def apgd_targeted(
         Diverse Parameter-free Attacks", section 4.1, equation 7, and section 5.
     """
     problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds, open_box=True)
+    _validate.count(num_targets=num_targets)
     starts = Starts.of(problem, num_restarts, num_targets, first_target)
     loss = losses.targeted_dlr if num_classes(problem) >= 4 else _gap
     method = _method(problem, starts, loss, eps, rho, init, norm, num_steps)

@@ -127,7 +127,7 @@ def autoattack(
     """
     refuse_tracers("autoattack", logits_fn, key, inputs, labels, eps, targets)
     _validate.count(batch_size=batch_size)
-    _validate.rank(0, eps=eps)
+    _validate.scalar(eps=eps)
     _validate.non_negative(eps=eps)
     problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds, open_box=True)
     need_key(problem, "random starts")

@@ -114,6 +114,7 @@ def carlini_wagner_l0(
     )
     _validate.within(LEAST_FACTOR, LARGEST_FACTOR, const_factor=const_factor)
     _validate.count(num_steps=num_steps)
+    _validate.flag(trace=trace)
     problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
     const_factor = one_per_example(const_factor, problem.inputs, name="const_factor")
     method = _CarliniWagnerL0(

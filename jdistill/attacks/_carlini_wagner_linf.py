@@ -111,6 +111,7 @@ def carlini_wagner_linf(
     _validate.within(_LEAST_SHRINK, _LARGEST_SHRINK, shrink=shrink)
     _validate.within(LEAST_FACTOR, LARGEST_FACTOR, const_factor=const_factor)
     _validate.count(num_steps=num_steps)
+    _validate.flag(trace=trace)
     problem = prepare(logits_fn, None, inputs, labels, targets=targets, bounds=bounds)
     shrink = one_per_example(shrink, problem.inputs, name="shrink")
     const_factor = one_per_example(const_factor, problem.inputs, name="const_factor")

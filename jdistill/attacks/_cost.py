@@ -39,6 +39,8 @@ def cost(attack: Callable[..., Any], *, shape: tuple[int, ...], num_classes: int
         >>> cost(pgd, shape=(28, 28, 1), num_classes=10)
         Passes(forward=12, backward=10)
     """
+    _validate.function(attack=attack, remedy="pass an attack with its settings bound")
+    shape = _validate.shape(shape=shape)
     _validate.count(num_classes=num_classes, minimum=2)
     counter = Counter()
     low, high = traits(attack).settings.get("bounds", (0.0, 1.0))

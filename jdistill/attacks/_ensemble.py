@@ -111,6 +111,7 @@ def ensemble(
     """
     refuse_tracers("ensemble", logits_fn, key, inputs, labels, targets, attacks)
     _validate.count(batch_size=batch_size)
+    _validate.flag(minimum_norm=minimum_norm)
     named = _named(attacks)
     problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds, open_box=True)
     state = driver.run(

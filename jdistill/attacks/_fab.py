@@ -197,6 +197,7 @@ def fab_targeted(
         Adversarial Examples with a Fast Adaptive Boundary Attack". The form with `targets` is ours.
     """
     problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds, open_box=True)
+    _validate.count(num_targets=num_targets)
     starts = Starts.of(problem, num_restarts, num_targets, first_target)
     method = _method(problem, starts, eps, alpha_max, eta, beta, norm, num_steps)
     return run(method, problem, trace=trace)

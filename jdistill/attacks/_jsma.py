@@ -187,7 +187,7 @@ def jsma(
     _validate.count(minimum=2, max_features=max_features)
     start = problem.inputs if init is None else start_point(init, problem)
     method = _JSMA(
-        output=as_pytree(output),
+        output=as_pytree(output, name="output"),
         theta=one_per_example(theta, problem.inputs, name="theta"),
         start=start,
         num_events=max_features // 2,
@@ -219,7 +219,7 @@ def softmax_at(temperature: ArrayLike) -> Callable[[Array], Array]:
     References:
         Carlini & Wagner 2016, "Defensive Distillation is Not Robust to Adversarial Examples".
     """
-    _validate.rank(0, temperature=temperature)
+    _validate.scalar(temperature=temperature)
     _validate.positive(temperature=temperature)
     return Partial(_softmax_at, jnp.asarray(temperature, float))
 

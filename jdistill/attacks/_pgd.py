@@ -100,6 +100,7 @@ def pgd(
         (steepest direction within the box).
     """
     _validate.count(num_restarts=num_restarts)
+    _validate.flag(random_start=random_start)
     if num_restarts > 1 and not random_start:
         raise ValueError(
             f"expected num_restarts=1 without random starts, got {num_restarts}; every restart "
@@ -285,7 +286,6 @@ def _descent(
 ) -> "_Descent":
     """The checked settings; `path` is the default length of all steps together, in radii."""
     _validate.one_of(NORMS, norm=norm)
-    _validate.flag(random_start=random_start)
     _validate.count(num_steps=num_steps)
     eps = radius(eps, problem.inputs)
     step_size = path * eps / num_steps if step_size is None else step_size

@@ -92,7 +92,7 @@ def spatial(
     _validate.count(num_angles=num_angles, num_shifts=num_shifts)
     low, high = _validate.bounds(bounds, ())  # the images' edges are of all pixels alike
     fill = low if fill is None else fill
-    _validate.rank(0, fill=fill)
+    _validate.scalar(fill=fill)
     if np.ndim(inputs) != 4:
         raise ValueError(
             f"expected images of shape [B, H, W, C], got shape {np.shape(inputs)}; only images can "

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jdistill import _validate
 from jdistill._jax import full_precision, jit
 from jdistill.attacks._core import handlers
 from jdistill.attacks._core.engine import Passes, select
@@ -103,6 +104,7 @@ def transfer(
                 f"expected {name} as an argument of transfer, got it bound in the attack; pass "
                 f"transfer(..., {name}=...), which hands it on"
             )
+    _validate.function(source=source)
     source = callable_logits_fn(source)
     problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds, open_box=True)
     crafted = attack(

@@ -98,14 +98,17 @@ def universal(
     """
     refuse_tracers("universal", logits_fn, key, inputs, labels, targets, eps, step_size)
     _validate.one_of(_NORMS, norm=norm)
-    _validate.rank(0, eps=eps)
+    _validate.scalar(eps=eps)
     _validate.non_negative(eps=eps)
     _validate.count(num_epochs=num_epochs, batch_size=batch_size)
     step_size = eps / 4 if step_size is None else step_size
-    _validate.rank(0, step_size=step_size)
+    _validate.scalar(step_size=step_size)
     _validate.non_negative(step_size=step_size)
     if loss_cap is not None:
+        _validate.scalar(loss_cap=loss_cap)
         _validate.positive(loss_cap=loss_cap)
+    _validate.function(loss=loss)
+    _validate.callback(callback)
     key = _validate.prng_key(key)
     if key.shape != ():
         raise ValueError(

@@ -54,6 +54,7 @@ def expectation(
         section 4.2. There the expectation is of the loss; here of the logits, which any attack
         takes as they are, whatever its loss.
     """
+    _validate.function(random_logits_fn=random_logits_fn)
     _validate.count(num_draws=num_draws)
     key = _validate.prng_key(key)
     if key.shape != ():
@@ -111,6 +112,9 @@ def bpda(
         Athalye, Carlini & Wagner 2018, "Obfuscated Gradients Give a False Sense of Security",
         section 4.1.
     """
+    _validate.function(logits_fn=logits_fn, preprocess=preprocess)
+    if substitute is not None:
+        _validate.function(substitute=substitute)
     preprocess = callable_logits_fn(preprocess)
     substitute = Partial(_identity) if substitute is None else callable_logits_fn(substitute)
     return Partial(_straight_through_logits, callable_logits_fn(logits_fn), preprocess, substitute)

@@ -215,6 +215,7 @@ class Checkpointer:
             ValueError: it is of another state; says what differs.
             OSError: it is damaged, or the folder cannot be read.
         """
+        _validate.count(minimum=0, step=step)
         wanted = [_packing.spec(name, leaf) for name, leaf in _packing.named_leaves(like)]
         self.wait()
         steps = self.steps()

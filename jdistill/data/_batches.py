@@ -52,8 +52,9 @@ def epoch_order(seed_words: Sequence[int], epoch: int, num_examples: int) -> np.
         >>> sorted(epoch_order([3, 7], epoch=0, num_examples=5).tolist())
         [0, 1, 2, 3, 4]
     """
+    _validate.sequence(seed_words=seed_words, remedy="pass a list of whole numbers")
     for word in seed_words:
-        _validate.count(minimum=0, seed_word=word)
+        _validate.count(minimum=0, **{"each of seed_words": word})
     _validate.count(minimum=0, epoch=epoch, num_examples=num_examples)
     words = [int(word) for word in (*seed_words, epoch)]
     return np.random.default_rng(words).permutation(int(num_examples))
@@ -69,11 +70,13 @@ def _check_columns(
         )
     if labels is not None:
         _validate.class_indices(labels, batch_size=len(inputs))
-    if targets is not None and (targets.ndim != 2 or len(targets) != len(inputs)):
-        raise ValueError(
-            f"expected targets of shape [N, K] with N = {len(inputs)}, got shape {targets.shape}; "
-            "pass one row of class probabilities per example"
-        )
+    if targets is not None:
+        if targets.ndim != 2 or len(targets) != len(inputs):
+            raise ValueError(
+                f"expected targets of shape [N, K] with N = {len(inputs)}, got shape "
+                f"{targets.shape}; pass one row of class probabilities per example"
+            )
+        _validate.floats(2, targets=targets)
 
 
 def _check_order(order: np.ndarray, num_examples: int) -> None:

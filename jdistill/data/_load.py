@@ -82,6 +82,12 @@ def load(
         * digits: Alpaydin and Kaynak, UCI "Optical Recognition of Handwritten Digits", 1998
     """
     _validate.one_of(NAMES, name=name)
+    _validate.callback(progress, name="progress")
+    if fingerprint is not None:
+        _validate.text(fingerprint=fingerprint)
+    for folder in (data_dir, cache_dir):
+        if folder is not None:
+            _files.as_path(folder)
     if name == "digits":
         return _load_digits(fingerprint)
     root = _prepared.tfds_root(data_dir)

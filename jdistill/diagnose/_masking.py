@@ -3,9 +3,11 @@
 import collections
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate, attacks, metrics, nets
+from jdistill._jax import logits_shape
 from jdistill.attacks._core import problem as _base
 from jdistill.diagnose import _checks, _label
 from jdistill.diagnose._attacks import Settings
@@ -155,7 +157,11 @@ def masking_of_stack(
         >>> [verdict.label for verdict in verdicts]
         ['no sign of masking', 'masked']
     """
+    _validate.function(stack=stack)
     num_runs = nets.stack_size(stack)
+    _validate.inputs_in_box(inputs, _validate.bounds(bounds))
+    logits_shape(nets.index(stack, 0), jnp.asarray(inputs), name="stack")
+    _validate.positive(train_temperature=train_temperature)
     if np.shape(train_temperature) not in ((), (num_runs,)):
         raise ValueError(
             f"expected train_temperature to be a scalar or of shape [R] = ({num_runs},), got shape "
@@ -202,7 +208,7 @@ def _masking(
     _base.refuse_tracers("masking", logits_fn, key, inputs, labels, eps, surrogate)
     _validate.one_of(_NORMS, norm=norm)
     _validate.count(batch_size=batch_size, num_queries=num_queries)
-    _validate.rank(0, eps=eps, train_temperature=train_temperature)
+    _validate.scalar(eps=eps, train_temperature=train_temperature)
     _validate.positive(eps=eps, train_temperature=train_temperature)
     if not np.shape(inputs)[:1] or not np.shape(inputs)[0]:
         raise ValueError(
@@ -210,11 +216,19 @@ def _masking(
             "[N, ...], some hundred of them"
         )
     problem = _base.prepare(logits_fn, key, inputs, labels, targets=None, bounds=bounds)
+    _validate.callback(callback)
     # Ends per feature as one row, which goes with any rows of the inputs.
     low, high = (end[:1] if end.ndim else end for end in problem.bounds)
     problem = problem._replace(bounds=(low, high))
     if surrogate is not None:
+        _validate.function(surrogate=surrogate)
         surrogate = nets.callable_logits_fn(surrogate)
+        logits = logits_shape(surrogate, problem.inputs, name="surrogate")
+        if logits.shape[1] != _base.num_classes(problem):
+            raise ValueError(
+                f"expected a surrogate of {_base.num_classes(problem)} classes, got "
+                f"{logits.shape[1]}; pass a network of the same classes"
+            )
     settings = Settings(
         eps=float(eps),
         norm=norm,

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,15 @@ from jdistill.attacks._core.chunks import run_in_chunks
 from jdistill.attacks._core.claims import verified
 from jdistill.attacks._core.problem import example_keys
 from jdistill.evaluate import _shards
-from jdistill.evaluate._runs import Announcer, Runs, Unit, first, joined, refuse_tracers
+from jdistill.evaluate._runs import (
+    Announcer,
+    Runs,
+    Unit,
+    check_inputs,
+    first,
+    joined,
+    refuse_tracers,
+)
 from jdistill.evaluate._shards import Piece, Shards, Store
 from jdistill.typing import Array, ArrayLike, AttackFn, Callback, LogitsFn
 
@@ -134,7 +142,8 @@ def under_attack(
         >>> outcome.success.tolist(), list(shards)
         ([[True, True]], ['fgsm/network-0/00000', 'fgsm/network-0/00001'])
     """
-    job = _job(stack, inputs, labels, plan, key, targets, temperature, vmapped, callback)
+    _check_words(stage, shard_name)
+    job = _job(stack, inputs, labels, plan, key, targets, temperature, vmapped, callback, names)
     if shards is None:
         pieces = job.work(None, stage, 0, 1).pieces
     else:
@@ -199,7 +208,8 @@ def attack_shards(
     Raises:
         ValueError: as `under_attack`; a host outside `0..num_hosts-1`.
     """
-    job = _job(stack, inputs, labels, plan, key, targets, temperature, vmapped, callback)
+    _check_words(stage, shard_name)
+    job = _job(stack, inputs, labels, plan, key, targets, temperature, vmapped, callback, names)
     kept = job.shards(shards, shard_name or stage, names)
     return job.work(kept, stage, host, num_hosts).num_computed
 
@@ -231,7 +241,21 @@ def summarize(
         >>> outcome.success_rate[0].value, float(outcome.mean_distance[0])
         (0.5, 2.0)
     """
+    _validate.instance(AttackResult, "an AttackResult", result=result)
+    _validate.mapping(info=result.info)
     success, distance = np.asarray(result.success), np.asarray(result.distance)
+    if success.ndim != 2 or success.shape != distance.shape:
+        raise ValueError(
+            f"expected a result with success and distance of shape [R, M], got {success.shape} and "
+            f"{distance.shape}; stack the results of the networks"
+        )
+    if num_nonfinite is not None:
+        _validate.class_indices(num_nonfinite, name="num_nonfinite", batch_size=len(success))
+    if norm is not None:
+        _validate.text(norm=norm)
+    if eps is not None:
+        _validate.scalar(eps=eps)
+        _validate.non_negative(eps=eps)
     runs = [metrics.robustness(*row) for row in zip(distance, success, strict=True)]
     info = {name: np.asarray(values) for name, values in result.info.items()}
     return AttackOutcome(
@@ -247,6 +271,25 @@ def summarize(
         norm=norm,
         eps=eps,
     )
+
+
+def _check_words(stage: str, shard_name: str | None) -> None:
+    _validate.text(stage=stage)
+    if shard_name is not None:
+        _validate.text(shard_name=shard_name)
+
+
+def check_names(names: Sequence[str] | None, num_runs: int) -> None:
+    """An error for names that do not tell the networks apart."""
+    if names is None:
+        return
+    _validate.sequence(names=names)
+    _validate.text(**{f"each of names ({name!r})": name for name in names})
+    if len(names) != num_runs or len(set(names)) != num_runs:
+        raise ValueError(
+            f"expected names, a different name for each of the {num_runs} networks, got {names}; "
+            "name them in the stack's order"
+        )
 
 
 class _Job(NamedTuple):
@@ -277,13 +320,9 @@ class _Job(NamedTuple):
         """The store's shards for this job: what they are called, and what they must say."""
         from jdistill import __version__
 
+        _validate.instance(MutableMapping, "a mapping", remedy="pass a dict", shards=store)
         num_runs = len(self.runs.temperatures)
         names = [f"network-{run}" for run in range(num_runs)] if names is None else names
-        if len(names) != num_runs or len(set(names)) != num_runs:
-            raise ValueError(
-                f"expected a different name for each of the {num_runs} networks, got {names}; "
-                "name them in the stack's order"
-            )
         attack = _fingerprint.describe_attack(self.plan.attack)
         networks = [
             {
@@ -351,17 +390,22 @@ def _job(
     temperature: ArrayLike,
     vmapped: bool | None,
     callback: Callback | None,
+    names: Sequence[str] | None,
 ) -> _Job:
     refuse_tracers(stack, inputs, labels, key)
+    _validate.instance(AttackPlan, "an AttackPlan", remedy="pass AttackPlan(attack)", plan=plan)
     if vmapped is None and attacks.traits(plan.attack).host_loop:
         vmapped = False
     runs = Runs.of(stack, temperature, vmapped, callback)
     _validate.count(batch_size=plan.batch_size)
-    _validate.class_indices(labels, batch_size=len(inputs))
+    num_classes = check_inputs(stack, inputs)
+    inputs, labels = np.asarray(inputs), np.asarray(labels)
+    _validate.class_indices(labels, batch_size=len(inputs), num_classes=num_classes)
     size = first(len(inputs), "num_examples", plan.num_examples)
     if targets is not None:
         _validate.class_indices(targets, name="targets", batch_size=len(inputs))
-        targets = targets[:size]
+        targets = np.asarray(targets)[:size]
+    check_names(names, len(runs.temperatures))
     # Keys travel with their examples, so batches do not change the draws.
     keys = None if key is None else example_keys(key, len(inputs))[:size]
     columns = (inputs[:size], labels[:size], keys, targets)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jdistill import _validate, metrics
-from jdistill.evaluate._runs import Runs, first, refuse_tracers
+from jdistill.evaluate._runs import Runs, check_inputs, first, refuse_tracers
 from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
 
 
@@ -72,11 +72,12 @@ def clean(
     refuse_tracers(stack, inputs, labels)
     runs = Runs.of(stack, temperature, vmapped, callback)
     _validate.count(batch_size=batch_size)
-    _validate.inputs_in_box(inputs, (-np.inf, np.inf))
+    num_classes = check_inputs(stack, inputs)
+    inputs, labels = np.asarray(inputs), np.asarray(labels)
+    _validate.class_indices(labels, batch_size=len(inputs), num_classes=num_classes)
     size = first(len(inputs), "num_sensitivity", num_sensitivity)
     divided = runs.map(_logits, "accuracy", batch_size, inputs)
     logits = divided * runs.temperatures[:, None, None]
-    _validate.class_indices(labels, batch_size=len(inputs), num_classes=logits.shape[-1])
     correct = np.stack([np.asarray(metrics.correct(rows, labels)) for rows in logits])
     by_logits, by_softmax, zero = runs.map(
         _sensitivities, "sensitivity", batch_size, inputs[:size], labels[:size]

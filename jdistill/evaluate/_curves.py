@@ -57,6 +57,7 @@ def worst_case(
         >>> worst[0].robust_accuracy.value, worst[0].broken_by.tolist()
         (0.5, [0, -1])
     """
+    _validate.mapping(outcomes=outcomes)
     reach = _reaches(outcomes)
     if eps is None:
         radii = {name: outcome.eps for name, outcome in outcomes.items() if outcome.eps is not None}
@@ -67,6 +68,7 @@ def worst_case(
             )
         limit = next(iter(radii.values()), None)
     else:
+        _validate.scalar(eps=eps)
         _validate.non_negative(eps=eps)
         limit = float(eps)
     broken = {
@@ -114,11 +116,13 @@ def accuracy_against_eps(
         >>> accuracy_against_eps(outcome, [0.0, 0.5, 1.0, 5.0])[0].robust_accuracy.tolist()
         [0.75, 0.75, 0.5, 0.25]
     """
+    if isinstance(outcomes, str) or not isinstance(outcomes, Iterable):
+        raise ValueError(f"expected outcomes of attacks, got {outcomes!r}; pass a list of them")
     listed = [outcomes] if isinstance(outcomes, AttackOutcome) else list(outcomes)
     reach = _reaches({str(place): outcome for place, outcome in enumerate(listed)})
     fallen = np.min(list(reach.values()), axis=0)
     if correct is not None:
-        flags = np.asarray(correct, bool)
+        flags = _validate.booleans(correct, name="correct")
         if flags.ndim != 2 or len(flags) != len(fallen) or flags.shape[1] < fallen.shape[1]:
             raise ValueError(
                 f"expected correct of shape [R, N] = ({len(fallen)}, at least {fallen.shape[1]}), "
@@ -157,6 +161,7 @@ def accuracy_against_steps(
         >>> curve.robust_accuracy.tolist()
         [0.75, 0.75, 0.5, 0.5, 0.5, 0.25]
     """
+    _check_outcome(outcome)
     if "first_success" not in outcome.info:
         raise ValueError(
             "expected an attack that says when it succeeded, got no first_success in its info "
@@ -193,14 +198,22 @@ def accuracy_against_queries(
         >>> accuracy_against_queries(summarize(result), [1, 100])[0].robust_accuracy.round(3)
         array([0.667, 0.333])
     """
+    _check_outcome(outcome)
     spent = outcome.queries.astype(np.float64)
     return _curves(np.where(outcome.success, spent, np.inf), queries, "queries")
+
+
+def _check_outcome(outcome: AttackOutcome, name: str = "outcome") -> None:
+    remedy = "pass what under_attack returned"
+    _validate.instance(AttackOutcome, "an AttackOutcome", remedy=remedy, **{name: outcome})
 
 
 def _reaches(outcomes: Mapping[str, AttackOutcome]) -> dict[str, np.ndarray]:
     """From which radius on each attack breaks each example, `[R, M]`; inf: from none."""
     if not outcomes:
-        raise ValueError("expected one outcome or more, got none; run an attack first")
+        raise ValueError("expected outcomes, one outcome or more, got none; run an attack first")
+    for each in outcomes.values():
+        _check_outcome(each, "outcomes")
     norms = {name: outcome.norm for name, outcome in outcomes.items() if outcome.norm is not None}
     if len(set(norms.values())) > 1:
         raise ValueError(
@@ -232,9 +245,8 @@ def _curve(fallen: np.ndarray, grid: ArrayLike | Sequence[float] | None, name: s
     if grid is None:
         x = np.unique([0.0, *fallen[np.isfinite(fallen)]])
     else:
-        x = np.asarray(grid, np.float64)
-        named: dict[str, Any] = {name: x}
-        _validate.rank(1, **named)
+        named: dict[str, Any] = {name: grid}
+        x = _validate.column(**named)
         _validate.non_negative(**named)
         if not x.size or not (x[1:] > x[:-1]).all():
             raise ValueError(f"expected rising {name}, got {grid}; sort them, each one once")

@@ -2,10 +2,11 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from jdistill import attacks
+from jdistill import _validate, attacks
 from jdistill.evaluate._attack import AttackOutcome, AttackPlan, under_attack
 from jdistill.evaluate._shards import Store
 from jdistill.typing import Array, ArrayLike, Bounds, Callback, LogitsFn
@@ -37,6 +38,10 @@ def distance_plans(
         >>> list(distance_plans(num_steps=50))
         ['l0', 'l2', 'linf']
     """
+    _validate.count(num_steps=num_steps, batch_size=batch_size)
+    if num_examples is not None:
+        _validate.count(num_examples=num_examples)
+    _validate.bounds(bounds, open_box=True)
     return {
         norm: AttackPlan(
             functools.partial(attacks.fmn, norm=norm, num_steps=num_steps, bounds=bounds),
@@ -97,6 +102,7 @@ def distances(
         Minimum-norm Adversarial Attacks through Adaptive Norm Constraints" (the attack by default).
     """
     plans = distance_plans() if plans is None else plans
+    check_plans(plans, "plans")
     check_distance_plans(plans)
     return {
         norm: under_attack(
@@ -116,8 +122,18 @@ def distances(
     }
 
 
+def check_plans(plans: Mapping[str, AttackPlan], name: str) -> None:
+    """An error for what is no mapping from names to plans."""
+    _validate.mapping(**{name: plans})
+    for key, plan in plans.items():
+        _validate.text(**{f"each name in {name}": key})
+        named: dict[str, Any] = {f"each of {name}": plan}
+        _validate.instance(AttackPlan, "an AttackPlan", **named)
+
+
 def check_distance_plans(plans: Mapping[str, AttackPlan]) -> None:
     """An error for an attack of another norm, or with a fixed budget."""
+    check_plans(plans, "distances")
     for norm, plan in plans.items():
         found = attacks.traits(plan.attack)
         if found.norm is not None and found.norm != norm:

@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jdistill import metrics, nets
+from jdistill import _validate, metrics, nets
 from jdistill.attacks import traits
 from jdistill.evaluate import _curves
-from jdistill.evaluate._attack import AttackOutcome, AttackPlan, under_attack
+from jdistill.evaluate._attack import AttackOutcome, AttackPlan, check_names, under_attack
 from jdistill.evaluate._clean import CleanMeasures, clean
 from jdistill.evaluate._curves import Curve
-from jdistill.evaluate._distances import check_distance_plans, distances
-from jdistill.evaluate._runs import first, refuse_tracers
+from jdistill.evaluate._distances import check_distance_plans, check_plans, distances
+from jdistill.evaluate._runs import check_inputs, first, refuse_tracers
 from jdistill.evaluate._shards import Store
 from jdistill.evaluate._transfer import TransferMatrix, transfer_matrix
 from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
@@ -136,9 +136,21 @@ def evaluate(
         case per example, curves against the budget, transfer).
     """
     refuse_tracers(stack, inputs, labels, key)
+    _validate.function(stack=stack)
     num_runs = nets.stack_size(stack)
+    check_plans(attacks, "attacks")
+    check_plans({} if distances is None else distances, "distances")
     by_norm = {} if distances is None else dict(distances)
+    if isinstance(transfer, str) or not isinstance(transfer, Iterable):
+        raise ValueError(f"expected transfer to be names, got {transfer!r}; pass a list of them")
     transfer = list(transfer)
+    grids = {} if eps_grids is None else eps_grids
+    _validate.mapping(eps_grids=grids)
+    for norm, radii in grids.items():
+        _validate.column(**{f"eps_grids[{norm!r}]": radii})
+    check_names(names, num_runs)
+    num_classes = check_inputs(stack, inputs)
+    _validate.class_indices(labels, batch_size=len(inputs), num_classes=num_classes)
     _check_names(attacks, by_norm, transfer, chains, num_runs)
     check_distance_plans(by_norm)
     named = {**attacks, **{_of_norm(norm): plan for norm, plan in by_norm.items()}}
@@ -172,7 +184,7 @@ def evaluate(
         attacks=outcomes,
         distances=found,
         worst_case=_worst_cases(everything),
-        eps_curves=_eps_curves(everything, named, eps_grids or {}),
+        eps_curves=_eps_curves(everything, named, grids),
         step_curves=_step_curves(outcomes, attacks),
         query_curves={
             name: _curves.accuracy_against_queries(outcome)
@@ -283,6 +295,11 @@ def _check_names(
             f"expected transfer to name some of the attacks {', '.join(attacks) or '(none)'}, got "
             f"{missing[0]!r}; add it to attacks"
         )
+    _validate.sequence(chains=[] if chains is None else chains)
+    for chain in chains or ():
+        _validate.sequence(chains=chain)
+        for place in chain:
+            _validate.count(minimum=-num_runs, **{"each place in chains": place})
     outside = [place for chain in chains or () for place in chain if not 0 <= place < num_runs]
     if outside:
         raise ValueError(

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jdistill import _validate, data, nets
-from jdistill._jax import full_precision, jit
+from jdistill._jax import full_precision, jit, logits_shape
 from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
 
 Place = tuple[int, int]  # (network, batch)
@@ -45,6 +45,10 @@ class Runs(NamedTuple):
         callback: Callback | None,
     ) -> "Runs":
         """The checked stack, its logits divided by the test temperature."""
+        _validate.function(stack=stack)
+        _validate.callback(callback)
+        if vmapped is not None:
+            _validate.flag(vmapped=vmapped)
         _validate.positive(temperature=temperature)
         num_runs = nets.stack_size(stack)
         if np.shape(temperature) not in ((), (num_runs,)):
@@ -172,6 +176,14 @@ def _over_runs(fun: Callable[..., Any]) -> Callable[..., Any]:
         return jax.vmap(lambda network: fun(network, *columns))(stack)
 
     return over_runs
+
+
+def check_inputs(stack: LogitsFn, inputs: Any) -> int | None:
+    """The number of classes; an error for inputs that the networks of the stack cannot take."""
+    _validate.inputs_in_box(inputs, (-np.inf, np.inf))
+    if not len(inputs):
+        return None
+    return logits_shape(nets.index(stack, 0), np.asarray(inputs[:1]), name="stack").shape[1]
 
 
 def refuse_tracers(*values: Any) -> None:

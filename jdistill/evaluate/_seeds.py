@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jdistill import metrics
+from jdistill import _validate, metrics
 
 
 def over_seeds(
@@ -35,21 +35,27 @@ def over_seeds(
         >>> {group: round(interval.value, 3) for group, interval in found.items()}
         {'T=1': 0.91, 'T=20': 0.73}
     """
+    if isinstance(values, (str, np.generic)) or not isinstance(values, Iterable):
+        raise ValueError(f"expected values, one a network, got {values!r}; pass a list of them")
+    _validate.sequence(groups=groups, remedy="pass what each network is a seed of")
     listed = list(values)
     numbers = [entry.value if isinstance(entry, metrics.Interval) else entry for entry in listed]
     if len(numbers) != len(groups) or not numbers:
         raise ValueError(
-            f"expected one group for each of the values, got {len(groups)} for {len(numbers)}; "
-            "name what each network is a seed of"
+            f"expected groups, one group for each of the values, got {len(groups)} for "
+            f"{len(numbers)}; name what each network is a seed of"
         )
+    for group in groups:
+        _validate.instance(Hashable, "hashable", groups=group)
+    _validate.column(values=numbers)
     members: dict[Hashable, list[float]] = {}
     for number, group in zip(numbers, groups, strict=True):
         members.setdefault(group, []).append(float(np.asarray(number)))
     alone = [group for group, seeds in members.items() if len(seeds) < 2]
     if alone:
         raise ValueError(
-            f"expected at least 2 seeds of each group, got one of {alone[0]!r}; train more seeds, "
-            "or give the interval over examples, which says nothing about other seeds"
+            f"expected at least 2 seeds of each group, got one of {alone[0]!r}; train more "
+            "seeds, or give the interval over examples, which says nothing about other seeds"
         )
     return {
         group: metrics.seed_interval(np.array(seeds), confidence=confidence)

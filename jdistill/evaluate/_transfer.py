@@ -6,10 +6,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jdistill import metrics, nets
+from jdistill import _validate, metrics, nets
 from jdistill.attacks._core.problem import Goal
 from jdistill.evaluate._attack import AttackOutcome, AttackPlan, under_attack
-from jdistill.evaluate._runs import Runs
+from jdistill.evaluate._runs import Runs, check_inputs
 from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
 
 
@@ -83,17 +83,33 @@ def transfer_matrix(
         Papernot, McDaniel & Goodfellow 2016, "Transferability in Machine Learning"; Carlini &
         Wagner 2017, section VIII.D and figure 10 (a plain network to a distilled one).
     """
+    _validate.instance(AttackPlan, "an AttackPlan", remedy="pass AttackPlan(attack)", plan=plan)
+    _validate.text(stage=stage)
+    if not callable(networks):
+        _validate.sequence(networks=networks, remedy="pass a stack, or a list of logits_fns")
+        _validate.function(networks=None if not networks else networks[0])
+        for network in networks:
+            _validate.function(networks=network)
+    check_inputs(networks if callable(networks) else nets.stack(networks[:1]), inputs)
+    _validate.positive(temperature=temperature)
     stacks: list[LogitsFn]
     temperatures: Sequence[ArrayLike]
     if callable(networks):
         stacks, temperatures = [networks], [temperature]
     else:
+        if np.shape(temperature) not in ((), (len(networks),)):
+            raise ValueError(
+                f"expected temperature to be a scalar or of shape [G] = ({len(networks)},), got "
+                f"shape {np.shape(temperature)}; pass one number, or one per network"
+            )
         stacks = [nets.stack([network]) for network in networks]
         temperatures = list(np.broadcast_to(np.asarray(temperature, np.float32), (len(stacks),)))
     runs = [
         Runs.of(stack, each, vmapped, None)
         for stack, each in zip(stacks, temperatures, strict=True)
     ]
+    if outcome is not None:
+        _validate.instance(AttackOutcome, "an AttackOutcome", outcome=outcome)
     if outcome is None:
         parts = [
             under_attack(

@@ -62,11 +62,11 @@ def calibration(logits: ArrayLike, labels: ArrayLike, *, num_bins: int = 15) -> 
     from scipy import special
 
     _validate.count(num_bins=num_bins)
-    _validate.rank(2, logits=logits)
+    _validate.floats(2, logits=logits)
     rows = np.asarray(logits, np.float64)
     size, num_classes = rows.shape
     if size == 0:
-        raise ValueError("expected at least one example, got none; pass logits [N, K]")
+        raise ValueError("expected at least one example in logits, got none; pass logits [N, K]")
     _validate.class_indices(labels, batch_size=size, num_classes=num_classes)
     truth = np.asarray(labels)
     finite = predicts(rows)

@@ -111,8 +111,7 @@ def seed_interval(values: ArrayLike, *, confidence: float = 0.95) -> Interval:
         Student 1908, "The probable error of a mean".
     """
     check_confidence(confidence)
-    numbers = _seeds(np.asarray(values, np.float64))
-    return _t_interval(numbers, confidence)
+    return _t_interval(_seeds(_validate.column(values=values), "values"), confidence)
 
 
 def paired_over_seeds(
@@ -143,8 +142,8 @@ def paired_over_seeds(
     from scipy import stats
 
     check_confidence(confidence)
-    one, other = _pairs(first, second, np.float64)
-    difference = _seeds(one) - _seeds(other)
+    one, other = _pairs(_validate.column(first=first), _validate.column(second=second), float)
+    difference = _seeds(one, "first") - _seeds(other, "second")
     interval = _t_interval(difference, confidence)
     # Equal differences may differ by rounding; a spread of that size would call all significant.
     rounding = 8 * np.finfo(np.float64).eps * max(np.abs(one).max(), np.abs(other).max())
@@ -176,23 +175,23 @@ def _pairs(first: ArrayLike, second: ArrayLike, dtype: Any) -> tuple[np.ndarray,
     one, other = np.asarray(first, dtype), np.asarray(second, dtype)
     if one.ndim != 1 or one.shape != other.shape or not one.size:
         raise ValueError(
-            f"expected two columns [N] over the same examples or seeds, got shapes {one.shape} and "
-            f"{other.shape}; pass one value each, in the same order"
+            f"expected two columns [N], first and second, over the same examples or seeds, got "
+            f"shapes {one.shape} and {other.shape}; pass one value each, in the same order"
         )
     return one, other
 
 
-def _seeds(values: np.ndarray) -> np.ndarray:
+def _seeds(values: np.ndarray, name: str) -> np.ndarray:
     """The values, checked: an interval over seeds needs two."""
     if values.ndim != 1 or values.size < 2:
         raise ValueError(
-            f"expected one number a seed for at least 2 seeds, got shape {values.shape}; an "
-            "interval over seeds needs their spread: train more seeds, or give the interval over "
-            "examples, which says nothing about other seeds"
+            f"expected {name} of one number a seed for at least 2 seeds, got shape {values.shape}; "
+            "an interval over seeds needs their spread: train more seeds, or give the interval "
+            "over examples, which says nothing about other seeds"
         )
     if not np.isfinite(values).all():
         raise ValueError(
-            f"expected finite numbers, got {values.tolist()}; a mean over seeds exists only where "
+            f"expected finite {name}, got {values.tolist()}; a mean over seeds exists only where "
             "each of them has a value"
         )
     return values

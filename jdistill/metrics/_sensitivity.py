@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from jdistill import _validate
-from jdistill._jax import as_pytree, full_precision, jit
+from jdistill._jax import as_pytree, full_precision, jit, logits_shape
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 # log10 of the edges of Papernot et al. 2016: 0, 1e-40, …, 1e-5, 1e-3, 1; and, so that
@@ -28,6 +28,9 @@ def sensitivity_logits(logits_fn: LogitsFn, inputs: Array) -> Array:
     Returns:
         `[B]` float, in logit units per unit of input; average it over examples.
 
+    Raises:
+        ValueError: inputs that are not finite, a network that does not return `[B, K]`.
+
     Example:
         >>> weights = jnp.array([[1.0, 1.0], [0.0, -4.0]])
         >>> sensitivity_logits(lambda x: x @ weights, jnp.zeros((1, 2))).tolist()
@@ -36,13 +39,27 @@ def sensitivity_logits(logits_fn: LogitsFn, inputs: Array) -> Array:
     References:
         Mandal & Gao 2023, released code `save_model_grads.py`.
     """
+    network, inputs = _checked(logits_fn, inputs)
     with full_precision():
-        return _sensitivity_logits(as_pytree(logits_fn), inputs)
+        return _sensitivity_logits(network, inputs)
+
+
+def _checked(logits_fn: LogitsFn, inputs: Array) -> tuple[LogitsFn, Array]:
+    """The arguments in the form that jit takes."""
+    _validate.inputs_in_box(inputs, (-math.inf, math.inf))
+    return as_pytree(logits_fn, name="logits_fn"), jnp.asarray(inputs)
+
+
+def _logits(logits_fn: LogitsFn, inputs: Array) -> Array:
+    """The checked logits `[B, K]`."""
+    logits = logits_fn(inputs)
+    _validate.logits(logits, inputs.shape[0])
+    return logits
 
 
 @jit
 def _sensitivity_logits(logits_fn: LogitsFn, inputs: Array) -> Array:
-    gradient = jax.grad(lambda x: jnp.sum(logits_fn(x)))(inputs)
+    gradient = jax.grad(lambda x: jnp.sum(_logits(logits_fn, x)))(inputs)
     return jnp.mean(jnp.abs(gradient), axis=tuple(range(1, gradient.ndim)))
 
 
@@ -78,15 +95,17 @@ def log10_sensitivity_softmax(
     References:
         Papernot et al. 2016, section V.C (the amplitude of adversarial gradients).
     """
+    network, inputs = _checked(logits_fn, inputs)
+    _validate.scalar(temperature=temperature)
     _validate.positive(temperature=temperature)
     with full_precision():
-        return _log10_sensitivity_softmax(as_pytree(logits_fn), inputs, temperature)
+        return _log10_sensitivity_softmax(network, inputs, temperature)
 
 
 @jit
 def _log10_sensitivity_softmax(logits_fn: LogitsFn, inputs: Array, temperature: ArrayLike) -> Array:
     rows = (inputs.shape[0], math.prod(inputs.shape[1:]))
-    logits, pullback = jax.vjp(logits_fn, inputs)
+    logits, pullback = jax.vjp(lambda x: _logits(logits_fn, x), inputs)
     temperature = jnp.asarray(temperature, logits.dtype)
     num_classes = logits.shape[-1]
     # One pullback a class: [K, B, D]. Each row depends on its own input, so a batched cotangent
@@ -125,7 +144,9 @@ def log10_mean(log10_values: ArrayLike) -> float:
         >>> log10_mean([-40.0, -40.0])
         -40.0
     """
-    values = np.asarray(log10_values, np.float64)
+    values = _validate.column(log10_values=log10_values)
+    if not values.size:
+        raise ValueError("expected at least one of log10_values, got none; pass one per example")
     top = values.max()
     if np.isneginf(top):
         return float("-inf")
@@ -151,7 +172,7 @@ def zero_gradient(
 
     Raises:
         ValueError: a temperature that is not above 0, labels that are not `[B]` integers
-            of at least 0.
+            in `0..K-1`, inputs that are not finite.
 
     Example:
         >>> steep = lambda x: x @ jnp.array([[1000.0, 0.0]])
@@ -161,11 +182,15 @@ def zero_gradient(
     References:
         Carlini & Wagner 2016, "Defensive Distillation is Not Robust"; Athalye et al. 2018.
     """
+    network, inputs = _checked(logits_fn, inputs)
+    _validate.scalar(temperature=temperature)
     _validate.positive(temperature=temperature)
     _validate.class_indices(labels, batch_size=inputs.shape[0])
-    _validate.non_negative(labels=labels)
+    if not _validate.is_traced(labels):
+        num_classes = logits_shape(network, inputs).shape[-1]
+        _validate.class_indices(labels, batch_size=inputs.shape[0], num_classes=num_classes)
     with full_precision():
-        return _zero_gradient(as_pytree(logits_fn), inputs, jnp.asarray(labels), temperature)
+        return _zero_gradient(network, inputs, jnp.asarray(labels), temperature)
 
 
 @jit
@@ -173,7 +198,7 @@ def _zero_gradient(
     logits_fn: LogitsFn, inputs: Array, labels: Array, temperature: ArrayLike
 ) -> Array:
     def loss(x: Array) -> Array:
-        logits = logits_fn(x)
+        logits = _logits(logits_fn, x)
         logits = logits / jnp.asarray(temperature, logits.dtype)
         return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
@@ -219,13 +244,13 @@ def sensitivity_histogram(
     References:
         Papernot et al. 2016, section V.C (the amplitude of adversarial gradients by temperature).
     """
-    values, steps = np.asarray(log10_values, np.float64), np.asarray(edges, np.float64)
-    if steps.ndim != 1 or steps.size < 2 or not (steps[1:] > steps[:-1]).all():
+    values, steps = _validate.column(log10_values=log10_values), _validate.column(edges=edges)
+    if steps.size < 2 or not (steps[1:] > steps[:-1]).all():
         raise ValueError(f"expected rising edges [J + 1], got {edges}; sort them, each one once")
     known = values[~np.isnan(values) & ~np.isposinf(values)]
     if known.size and (known.min() < steps[0] or known.max() >= steps[-1]):
         raise ValueError(
-            f"expected values in [{steps[0]:g}, {steps[-1]:g}), got {known.min():g} to "
+            f"expected log10_values in [{steps[0]:g}, {steps[-1]:g}), got {known.min():g} to "
             f"{known.max():g}; end the edges with -inf and inf, so that none is left out"
         )
     place = np.searchsorted(steps, known, side="right") - 1

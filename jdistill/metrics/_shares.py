@@ -41,6 +41,7 @@ def proportion(successes: int, total: int, *, confidence: float = 0.95) -> Inter
     """
     from scipy import stats  # half a second that an import of the library should not pay
 
+    _validate.scalar(successes=successes, total=total)
     whole = all(float(number).is_integer() for number in (successes, total))
     if not whole or not 0 <= successes <= total or total < 1:
         raise ValueError(
@@ -55,6 +56,7 @@ def proportion(successes: int, total: int, *, confidence: float = 0.95) -> Inter
 
 def check_confidence(confidence: float) -> None:
     """An error for a confidence outside (0, 1)."""
+    _validate.scalar(confidence=confidence)
     if not 0 < confidence < 1:
         raise ValueError(
             f"expected 0 < confidence < 1, got {confidence!r}; pass 0.95 for a 95 % interval"
@@ -96,7 +98,7 @@ def robustness(distance: ArrayLike, success: ArrayLike, *, confidence: float = 0
         Papernot et al. 2016, the definition of robustness, with the smallest perturbation that an
         attack found in place of the true one, which no attack can know.
     """
-    hit, distance = _validate.booleans(success, name="success"), np.asarray(distance, np.float64)
+    hit, distance = _validate.booleans(success, name="success"), _validate.column(distance=distance)
     if hit.ndim != 1 or distance.shape != hit.shape:
         raise ValueError(
             f"expected distance and success [N] of the same examples, got shapes {distance.shape} "
@@ -130,6 +132,7 @@ def predicts(logits: Array | np.ndarray) -> Any:
         >>> predicts(np.array([[2.0, -np.inf], [2.0, np.inf], [np.nan, 1.0]])).tolist()
         [True, False, False]
     """
+    _validate.floats(-1, logits=logits)
     largest = logits.max(axis=-1)  # NaN where any logit is
     return (largest > -np.inf) & (largest < np.inf)
 
@@ -152,7 +155,10 @@ def correct(logits: Array | np.ndarray, labels: ArrayLike) -> Any:
         >>> correct(np.array([[2.0, 1.0], [1.0, 1.0], [np.nan, 1.0]]), np.array([0, 1, 1])).tolist()
         [True, False, False]
     """
-    return predicts(logits) & (logits.argmax(axis=-1) == labels)
+    valid = predicts(logits)
+    *shape, num_classes = np.shape(logits)
+    _validate.class_indices(labels, batch_size=tuple(shape), num_classes=num_classes)
+    return valid & (logits.argmax(axis=-1) == labels)
 
 
 def accuracy(
@@ -180,10 +186,16 @@ def accuracy(
         >>> accuracy(np.eye(4), np.array([0, 1, 2, 0])).value
         0.75
     """
+    _validate.floats(2, logits=logits)
     num_examples, num_classes = np.shape(logits)
     _validate.class_indices(labels, batch_size=num_examples, num_classes=num_classes)
     hits = correct(np.asarray(logits), np.asarray(labels))
-    real = np.ones(hits.shape, bool) if mask is None else np.asarray(mask) > 0
+    real = np.ones(hits.shape, bool) if mask is None else _validate.booleans(mask, name="mask")
+    if real.shape != hits.shape or not real.any():
+        raise ValueError(
+            f"expected mask of shape [N] = {hits.shape} with a real example, got {int(real.sum())} "
+            f"of shape {real.shape}; pass 1 for each example that counts"
+        )
     return proportion(int((hits & real).sum()), int(real.sum()), confidence=confidence)
 
 
@@ -230,6 +242,7 @@ def worst_case(success: Mapping[str, ArrayLike], *, confidence: float = 0.95) ->
         Diverse Parameter-free Attacks", section 5; Carlini et al. 2019, "On Evaluating Adversarial
         Robustness" (per example, not per attack).
     """
+    _validate.mapping(success=success)
     rows = [_validate.booleans(row, name=f"success of {name!r}") for name, row in success.items()]
     shapes = {row.shape for row in rows}
     if len(shapes) != 1 or len(next(iter(shapes))) != 1:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
 from jdistill import _validate
@@ -35,20 +36,25 @@ _SWITCHES = {
 }
 
 
-def _check_linen(model: Any) -> None:
-    """The module can be the static part of an adapter and be called as one."""
+def check_module(model: Any) -> None:
+    """The module is one of Linen, and can be the static part of an adapter."""
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"expected a Flax Linen module, got {type(model).__name__}; use nnx_logits_fn for an "
-            "NNX module and callable_logits_fn for a function"
+            f"expected model to be a Flax Linen module, got {type(model).__name__}; use "
+            "nnx_logits_fn for an NNX module and callable_logits_fn for a function"
         )
     try:
         hash(model)
     except TypeError as error:
         raise ValueError(
-            f"expected a hashable module, got {type(model).__name__} ({error}); "
+            f"expected model to be a hashable module, got {type(model).__name__} ({error}); "
             "make its fields tuples instead of lists or arrays"
         ) from None
+
+
+def _check_linen(model: Any) -> None:
+    """The module can be called as an adapter does."""
+    check_module(model)
     names = _parameter_names(model)
     switches = [name for name in _SWITCHES if name in names]
     if switches and "train" not in names:
@@ -244,8 +250,8 @@ def nnx_logits_fn(module: "nnx.Module") -> Partial:
 
     if not isinstance(module, nnx.Module):
         raise ValueError(
-            f"expected a Flax NNX module, got {type(module).__name__}; use logits_fn for a Linen "
-            "module and callable_logits_fn for a function"
+            f"expected module to be a Flax NNX module, got {type(module).__name__}; use "
+            "logits_fn for a Linen module and callable_logits_fn for a function"
         )
     _check_needs(module, _SWITCHES)
     graphdef, state = nnx.split(module)
@@ -373,6 +379,11 @@ def with_temperature(logits_fn: LogitsFn, temperature: Any) -> Partial:
         Neural Networks", 2016, equation 1.
     """
     _validate.positive(temperature=temperature, remedy="pass a temperature above 0; 1 is plain")
+    if np.ndim(temperature) > 1:
+        raise ValueError(
+            f"expected temperature to be a scalar, or [R] beside a stack, got shape "
+            f"{np.shape(temperature)}; pass one number, or one per network"
+        )
     return Partial(
         _divided, callable_logits_fn(logits_fn), jnp.asarray(temperature, dtype=jnp.float32)
     )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jdistill import _validate
 from jdistill._jax import jit
+from jdistill.nets._adapters import check_module
 from jdistill.nets._convolution import conv_general_dilated
 from jdistill.nets._pooling import max_pool
 from jdistill.typing import Array, PyTree
@@ -76,14 +77,14 @@ class ConvNet(nn.Module):
     def __post_init__(self) -> None:
         # Lists would make the module unhashable, and an unhashable module cannot be the static
         # part of an adapter.
-        object.__setattr__(self, "features", tuple(tuple(block) for block in self.features))
-        object.__setattr__(self, "hidden", tuple(self.hidden))
-        for block in self.features:
-            for size in block:
-                _validate.count(features=size)
-        for size in self.hidden:
-            _validate.count(hidden=size)
+        _validate.sequence(features=self.features, remedy="pass a tuple of tuples")
+        blocks = tuple(_validate.shape(features=block) for block in self.features)
+        object.__setattr__(self, "features", blocks)
+        object.__setattr__(self, "hidden", _validate.shape(hidden=self.hidden))
         _validate.count(num_classes=self.num_classes)
+        _validate.function(conv_general_dilated=self.conv_general_dilated)
+        _validate.scalar(dropout_rate=self.dropout_rate, shift=self.shift)
+        _validate.finite(shift=self.shift)
         if not 0.0 <= self.dropout_rate < 1.0:
             raise ValueError(
                 f"expected dropout_rate in [0, 1), got {self.dropout_rate!r}; "
@@ -146,6 +147,7 @@ def _scaled(
     features: tuple[tuple[int, ...], ...], hidden: tuple[int, ...], width: float, **kwargs: Any
 ) -> ConvNet:
     """A `ConvNet` with every hidden size multiplied by `width`."""
+    _validate.scalar(width=width)
     _validate.positive(width=width, remedy="pass 1.0 for the paper's sizes, less for an assistant")
 
     def scale(size: int) -> int:
@@ -249,7 +251,10 @@ def init(model: nn.Module, key: Array, input_shape: tuple[int, ...]) -> tuple[Py
         >>> params["logits"]["kernel"].shape, model_state
         ((64, 10), {})
     """
-    variables = dict(_draw(model, tuple(input_shape), key))
+    check_module(model)
+    key = _validate.prng_key(key)
+    _validate.rank(0, key=key)
+    variables = dict(_draw(model, _validate.shape(input_shape=input_shape), key))
     params = variables.pop("params", {})
     return params, variables
 

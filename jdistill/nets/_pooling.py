@@ -6,8 +6,10 @@ with the maximum takes one (the first pool of the paper's MNIST network, batch 1
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from jdistill import _validate
 from jdistill.nets._convolution import lone_is_slow
 from jdistill.typing import Array
 
@@ -87,11 +89,12 @@ def max_pool(inputs: Array) -> Array:
         >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0].tolist()
         [[5.0, 7.0], [13.0, 15.0]]
     """
-    if inputs.ndim < 3:
+    if np.ndim(inputs) < 3:
         raise ValueError(
-            f"expected inputs of shape [..., H, W, C], got shape {inputs.shape}; "
+            f"expected inputs of shape [..., H, W, C], got shape {np.shape(inputs)}; "
             "add the missing axes"
         )
+    _validate.floats(-3, inputs=inputs)
     lead = inputs.shape[:-3]
     if len(lead) == 1:
         return _pool(inputs)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jdistill import _validate
 from jdistill.typing import PyTree
 
 
@@ -28,24 +29,27 @@ def stack(trees: Iterable[PyTree]) -> PyTree:
         >>> stack([{"w": jnp.ones(2)}, {"w": jnp.zeros(2)}])["w"].shape
         (2, 2)
     """
+    if isinstance(trees, str) or not isinstance(trees, Iterable):
+        raise ValueError(f"expected trees to be a list of pytrees, got {trees!r}; pass a list")
     trees = list(trees)
     if not trees:
-        raise ValueError("expected at least one pytree to stack, got none; pass a non-empty list")
+        raise ValueError("expected trees, at least one pytree to stack, got none; pass more")
     leaves = jax.tree.leaves(trees[0])
+    _validate.arrays(trees=trees)
     structure: Any = jax.tree.structure(trees[0])
     shapes = [jnp.shape(leaf) for leaf in leaves]
     for position, tree in enumerate(trees[1:], start=1):
         other = jax.tree.structure(tree)
         if other != structure:
             raise ValueError(
-                f"expected pytrees of one structure, got {other} at index {position} beside "
+                f"expected trees, pytrees of one structure, got {other} at index {position} beside "
                 f"{structure}; stack networks of equal architecture only"
             )
         other_shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
         if other_shapes != shapes:
             raise ValueError(
-                f"expected leaves of equal shapes, got {other_shapes} at index {position} beside "
-                f"{shapes}; stack networks of equal architecture and width only"
+                f"expected trees with leaves of equal shapes, got {other_shapes} at index "
+                f"{position} beside {shapes}; stack networks of equal architecture and width only"
             )
     return jax.tree.map(lambda *parts: jnp.stack(parts), *trees)
 
@@ -68,12 +72,21 @@ def index(tree: PyTree, i: int) -> PyTree:
         >>> index({"w": jnp.arange(6).reshape(3, 2)}, 1)["w"].tolist()
         [2, 3]
     """
+    sizes = [shape[0] for shape in _shapes(tree)]
     if not isinstance(i, jax.core.Tracer):
-        size = min((len(leaf) for leaf in jax.tree.leaves(tree)), default=None)
+        size = min(sizes, default=0)
+        if len(set(sizes)) > 1:
+            raise ValueError(
+                f"expected a tree of leaves with one leading axis R, got sizes {sorted(set(sizes))}"
+                "; pass what `stack` returned"
+            )
         fits = np.ndim(i) == 0 and np.asarray(i).dtype.kind in "iu"
-        if not fits or (size is not None and not -size <= i < size):
+        if not fits or (sizes and not -size <= i < size):
             # As an index of an array, JAX would take the nearest one.
-            raise ValueError(f"expected the index of one of {size} runs, got {i!r}")
+            raise ValueError(
+                f"expected the index of one of {size} runs, got {i!r} as i; pass one of "
+                f"{-size}..{size - 1}"
+            )
     return jax.tree.map(lambda leaf: leaf[i], tree)
 
 
@@ -94,11 +107,11 @@ def unstack(tree: PyTree) -> list[PyTree]:
         >>> [part["w"].tolist() for part in unstack({"w": jnp.arange(4).reshape(2, 2)})]
         [[0, 1], [2, 3]]
     """
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
-    sizes = {shape[0] if shape else -1 for shape in shapes}
-    if len(sizes) != 1 or -1 in sizes:
+    shapes = _shapes(tree)
+    sizes = {shape[0] for shape in shapes}
+    if len(sizes) != 1:
         raise ValueError(
-            f"expected leaves with one common leading axis, got shapes {shapes}; "
+            f"expected a tree of leaves with one common leading axis, got shapes {shapes}; "
             "unstack what `stack` or a `vmap` returned"
         )
     return [index(tree, i) for i in range(sizes.pop())]
@@ -121,11 +134,24 @@ def stack_size(tree: PyTree) -> int:
         >>> stack_size(stack([{"w": jnp.ones(2)}, {"w": jnp.zeros(2)}]))
         2
     """
-    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(tree)}
-    if len(sizes) != 1 or sizes == {()}:
+    sizes = {shape[0] for shape in _shapes(tree)}
+    if len(sizes) != 1:
         raise ValueError(
-            "expected a stack of logits_fns whose leaves share a leading axis R, got leaves of "
-            f"leading sizes {sorted(str(size) for size in sizes)}; "
+            "expected a stack, a tree of logits_fns whose leaves share a leading axis R, got "
+            f"leaves of leading sizes {sorted(sizes)}; "
             "make one with jdistill.nets.stack([logits_fn, ...])"
         )
-    return int(sizes.pop()[0])
+    return int(sizes.pop())
+
+
+def _shapes(tree: PyTree) -> list[tuple[int, ...]]:
+    """The shapes of the leaves, which are arrays with an axis of runs."""
+    leaves = jax.tree.leaves(tree)
+    for leaf in leaves:
+        if not getattr(leaf, "shape", ()):
+            shown = f"a scalar {leaf.dtype}" if hasattr(leaf, "dtype") else type(leaf).__name__
+            raise ValueError(
+                f"expected a stack, a tree of arrays that share a leading axis R, got {shown}; "
+                "make one with jdistill.nets.stack([logits_fn, ...])"
+            )
+    return [leaf.shape for leaf in leaves]

@@ -49,6 +49,7 @@ def write_figures(
     """
     optional("matplotlib")
     found = networks(rows)
+    folder = as_path(directory)
     every = complete(measures, found)
     datasets = sorted({network.dataset for network in found})
     written = {}
@@ -59,7 +60,7 @@ def write_figures(
             if figure is None:
                 continue
             full = name if len(datasets) == 1 else f"{name}_{dataset}"
-            written[full] = write_png(figure, as_path(directory) / f"{full}.png")
+            written[full] = write_png(figure, folder / f"{full}.png")
     return written
 
 

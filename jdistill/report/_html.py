@@ -8,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from jdistill import _validate
 from jdistill._files import PathLike, as_path, write_whole
 from jdistill.report import _content, _markdown, _text
 from jdistill.report._blocks import Page
@@ -17,7 +18,7 @@ from jdistill.report._networks import networks
 from jdistill.report._optional import check_packages, optional
 from jdistill.report._pictures import load_pictures, write_picture_grid
 from jdistill.report._settings import read_json
-from jdistill.report._table import Row, read_results, write_results
+from jdistill.report._table import Row, checked, read_results, write_results
 
 
 def write_report(
@@ -52,9 +53,10 @@ def write_report(
             or something was measured of a network that has no row.
     """
     folder = as_path(workdir)
+    _mappings(config=config, run=run, pictures=pictures, measures=measures)
     # Before anything is written, so that a missing package or a bad picture leaves no half report.
     check_packages()
-    table = read_results(folder / "results.csv") if rows is None else [dict(row) for row in rows]
+    table = read_results(folder / "results.csv") if rows is None else checked("results", rows)
     more = complete(read_measures(folder) if measures is None else measures, networks(table))
     arrays = {key: load_pictures(value) for key, value in _content.in_order(pictures or {})}
     config = read_json(folder / "config.json") if config is None else config
@@ -120,6 +122,8 @@ def write_html(
         ModuleNotFoundError: jinja2 is missing.
         ValueError: As `write_results` and `write_report`; or there is no row.
     """
+    target = as_path(path)
+    _mappings(config=config, run=run, figures=figures, pictures=pictures, measures=measures)
     content = _content.page(
         rows,
         measures,
@@ -127,9 +131,14 @@ def write_html(
         run=run or {},
         figures={name: as_path(figure) for name, figure in (figures or {}).items()},
         pictures={key: as_path(grid) for key, grid in (pictures or {}).items()},
-        has_weights=(as_path(path).parent / "checkpoints").exists(),
+        has_weights=(target.parent / "checkpoints").exists(),
     )
-    return write_whole(path, _rendered(content).encode())
+    return write_whole(target, _rendered(content).encode())
+
+
+def _mappings(**named: Any) -> None:
+    """Each is a mapping, or None."""
+    _validate.mapping(**{name: value for name, value in named.items() if value is not None})
 
 
 def _rendered(content: Page) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from jdistill import _validate
 from jdistill._files import PathLike, as_path
 from jdistill.report._networks import Network
 from jdistill.report._table import TABLES, Row, checked, read_table
@@ -49,7 +50,8 @@ def complete(
         ValueError: A kind is unknown, a row is bad, or one is about a network that has no row in
             `results.csv`.
     """
-    measures = measures or {}
+    measures = {} if measures is None else measures
+    _validate.mapping(measures=measures)
     unknown = [kind for kind in measures if kind not in KINDS]
     if unknown:
         raise ValueError(

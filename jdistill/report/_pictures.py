@@ -1,5 +1,6 @@
 """The pictures of a report: clean examples, their adversarial versions and the differences."""
 
+import io
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from jdistill._files import PathLike, as_path
+from jdistill import _validate
+from jdistill._files import PathLike, as_path, read_whole
 from jdistill.report._drawing import styled, write_png
 from jdistill.report._optional import optional
 
@@ -41,14 +43,17 @@ def write_picture_grid(
         ModuleNotFoundError: matplotlib is missing.
         ValueError: An array is missing, or its shape does not fit the others'.
     """
-    return write_png(picture_figure(load_pictures(pictures), max_examples, attack, norm), path)
+    _validate.count(max_examples=max_examples)
+    _validate.text(attack=attack, norm=norm)
+    target = as_path(path)
+    return write_png(picture_figure(load_pictures(pictures), max_examples, attack, norm), target)
 
 
 def load_pictures(pictures: Mapping[str, Any] | PathLike) -> dict[str, np.ndarray]:
     """The arrays of a picture file (or of a mapping), with their shapes checked."""
     names = ("clean", "adversarial", "labels", "predictions", "distance")
     if not isinstance(pictures, Mapping):
-        with as_path(pictures).open("rb") as stream, np.load(stream) as file:
+        with np.load(io.BytesIO(read_whole(pictures))) as file:
             pictures = {name: file[name] for name in file.files}
     missing = [name for name in names if name not in pictures]
     if missing:
@@ -57,6 +62,9 @@ def load_pictures(pictures: Mapping[str, Any] | PathLike) -> dict[str, np.ndarra
             f"{', '.join(missing)}; save them with numpy.savez"
         )
     arrays = {name: np.asarray(pictures[name]) for name in names}
+    for name in names[:2]:
+        _validate.inputs_in_box(arrays[name], (-np.inf, np.inf), name=name)
+    _validate.numbers(distance=arrays["distance"])
     shape = arrays["clean"].shape
     if len(shape) != 4 or not shape[0]:
         raise ValueError(

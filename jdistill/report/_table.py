@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from etils import epath
 
-from jdistill._files import PathLike, as_path, write_whole
+from jdistill import _validate
+from jdistill._files import PathLike, as_path, read_whole, write_whole
 
 Row = Mapping[str, Any]
 
@@ -215,7 +217,7 @@ def read_table(path: PathLike, kind: str) -> list[dict[str, Any]]:
     form = _format(kind)
     source = as_path(path)
     # Decoded at once, and split by the csv module: a bucket opens no file by lines of its choice.
-    reader = csv.DictReader(io.StringIO(source.read_bytes().decode(), newline=""))
+    reader = csv.DictReader(io.StringIO(read_whole(source).decode(), newline=""))
     header = reader.fieldnames or ()
     missing = [name for name in form.columns if name not in header]
     if missing:
@@ -277,7 +279,7 @@ def checked(
 ) -> list[dict[str, Any]]:
     """The rows as a list of dictionaries, after the checks that `write_table` documents."""
     form = _format(kind)
-    checked_rows = [dict(row) for row in rows]
+    checked_rows = [dict(row) for row in listed(rows)]
     seen: set[tuple[Any, ...]] = set()
     for index, row in enumerate(checked_rows):
         place = places[index] if places else f"row {index}"
@@ -294,9 +296,25 @@ def checked(
     return checked_rows
 
 
+def listed(rows: Iterable[Row], name: str = "rows") -> list[Row]:
+    """The rows as a list, each a mapping."""
+    if isinstance(rows, (str, Mapping)) or not isinstance(rows, Iterable):
+        raise ValueError(
+            f"expected {name} to be a list of mappings, got {type(rows).__name__}; pass one a row"
+        )
+    found = list(rows)
+    for row in found:
+        _validate.mapping(**{f"each of {name}": row})
+    return found
+
+
 def blank(value: Any) -> bool:
     """Whether a value is none: None, NaN or an empty text."""
-    return value is None or value == "" or (not isinstance(value, str) and math.isnan(value))
+    return (
+        value is None
+        or value == ""
+        or (isinstance(value, (float, np.floating)) and math.isnan(value))
+    )
 
 
 def sort_key(kind: str, row: Row) -> tuple[Any, ...]:
@@ -312,6 +330,7 @@ def sort_key(kind: str, row: Row) -> tuple[Any, ...]:
 
 
 def _format(kind: str) -> _Format:
+    _validate.text(kind=kind)
     if kind not in _FORMATS:
         raise ValueError(
             f"expected kind to be one of {', '.join(_FORMATS)}, got {kind!r}; "
@@ -350,7 +369,10 @@ def _check_values(form: _Format, row: Row, place: str) -> None:
         if name in form.choices and value not in form.choices[name]:
             wanted = f"to be {' or '.join(form.choices[name])}"
             raise ValueError(f"expected {name} {wanted}, got {value!r} in {place}; name one")
-        if name in _TEXT or blank(value):
+        if blank(value):
+            continue
+        if name in _TEXT:
+            _validate.text(**{f"{name} in {place}": value})
             continue
         try:
             number = float(value)

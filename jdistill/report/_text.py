@@ -4,6 +4,7 @@ import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
+from jdistill import _validate
 from jdistill.report._networks import Attacked, AttackKey, Network, Stat, attack_keys, networks
 from jdistill.report._table import Row
 
@@ -233,6 +234,7 @@ def summary(rows: Iterable[Row], *, width: int = 108) -> str:
     Raises:
         ValueError: As `write_results`; or there is no row.
     """
+    _validate.count(width=width)
     found = networks(rows)
     parts = []
     for dataset in sorted({network.dataset for network in found}):

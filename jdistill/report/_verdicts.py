@@ -13,10 +13,10 @@ from typing import Any
 
 from etils import epath
 
-from jdistill._files import PathLike, as_path, write_whole
+from jdistill._files import PathLike, as_path, read_whole, write_whole
 from jdistill.report import _text
 from jdistill.report._networks import Network, Stat, budget_of, widest
-from jdistill.report._table import NETWORK, Row, blank
+from jdistill.report._table import NETWORK, Row, blank, listed
 
 LABELS = ("masked", "inconclusive", "no sign of masking")
 OUTCOMES = ("masked", "clear", "undecided", "not run")
@@ -68,7 +68,7 @@ def read_verdicts(path: PathLike) -> list[dict[str, Any]]:
     """
     source = as_path(path)
     try:
-        rows = json.loads(source.read_bytes().decode())
+        rows = json.loads(read_whole(source).decode())
     except ValueError as error:
         raise ValueError(
             f"expected JSON in {source}, got text that is none ({error}); delete the file and run "
@@ -84,7 +84,7 @@ def read_verdicts(path: PathLike) -> list[dict[str, Any]]:
 def checked_verdicts(verdicts: Iterable[Row], source: str = "") -> list[dict[str, Any]]:
     """The verdicts as a list of dictionaries, after the checks of `write_verdicts`."""
     rows, seen = [], set()
-    for index, row in enumerate(verdicts):
+    for index, row in enumerate(listed(verdicts, "verdicts")):
         place = f"verdict {index} {source}".rstrip()
         _fields(row, (*NETWORK, "verdict"), place)
         for name in NETWORK:

@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from jdistill import _validate
+
 _STOPPED = "stopped; run the same command again to go on"
 
 
@@ -38,6 +40,7 @@ def run_main(main: Callable[..., int | None], *args: Any, **kwargs: Any) -> None
         >>> run_main(main)
         trained
     """
+    _validate.function(main=main)
     try:
         with _sigterm_raises():
             code = main(*args, **kwargs)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from jdistill import _files
+from jdistill import _files, _validate
 from jdistill._files import PathLike
 
 
@@ -39,6 +39,7 @@ def check_writable(
         >>> check_writable(tempfile.mkdtemp() + "/new/folder").is_dir()
         True
     """
+    _validate.text(**{"the remedy": remedy})
     path = _files.as_path(directory)
     probe = path / f".writable-{uuid.uuid4().hex}"  # every host of a job may try at once
     made: list[epath.Path] = []
@@ -64,6 +65,7 @@ def atomic_write(path: PathLike, content: bytes) -> None:
     Raises:
         OSError: the file cannot be written; the old one stays.
     """
+    _validate.instance((bytes, bytearray), "bytes", content=content)
     with _files.replacing(path) as stream:
         stream.write(content)
 
@@ -81,6 +83,7 @@ def atomic_write_text(path: PathLike, text: str) -> None:
         >>> path.read_text()
         'hello'
     """
+    _validate.text(text=text)
     atomic_write(path, text.encode())
 
 
@@ -116,6 +119,7 @@ def append_jsonl(path: PathLike, record: Mapping[str, Any]) -> None:
         >>> read_jsonl(path)
         [{'epoch': 1, 'loss': 0.5}]
     """
+    _validate.mapping(record=record)
     line = _dumps(record) + "\n"
     target = _files.as_path(path)
     if _files.is_remote(path):  # a bucket cannot append

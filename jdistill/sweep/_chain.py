@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jdistill import distill, nets, train
+from jdistill import _validate, distill, nets, train
 from jdistill.distill import Generation, with_generation
 from jdistill.sweep import _program
 from jdistill.sweep._fit import Labeler, Options, train_stack
@@ -93,25 +93,22 @@ def chain(
     References:
         Mandal & Gao 2023, released code `train_models_multidistill.py`: a run for each.
     """
-    if not generations:
-        raise ValueError("expected at least one generation, got none; pass the teacher's")
-    if len(start) > len(generations):
-        raise ValueError(
-            f"expected at most {len(generations)} states in start (one a generation), got "
-            f"{len(start)}; pass those of this sweep"
-        )
+    distill._check_chain(generations, start)
+    inputs, labels = _validate.examples(examples, 2)
+    _validate.callback(callback)
     options = Options(batch_size=batch_size, **fit_options)
     keys = checked_keys(keys)
     num_runs = len(keys)
-    temperature = spread(np.asarray(temperature), num_runs, "temperature")
+    temperature = spread(temperature, num_runs, "temperature")
     if teacher_temperature is None:
         teacher_temperature = temperature
+    teacher_temperature = spread(teacher_temperature, num_runs, "teacher_temperature")
+    _validate.positive(teacher_temperature=teacher_temperature)
     teacher_loss = _stacked_loss(teacher_temperature, 0.0, False, num_runs)
     student_loss = _stacked_loss(temperature, hard_weight, temperature_squared, num_runs)
-    inputs, labels = (np.asarray(column) for column in examples)
-
     first = start[0] if len(start) else _start(generations[0], keys, 0)
     check_examples(generations[0].step, nets.index(first, 0), inputs, labels, None)
+    inputs, labels = np.asarray(inputs), np.asarray(labels)
     teacher = train.logits_fn(generations[0].step, nets.index(first, 0))
     hard = np.eye(jax.eval_shape(teacher, inputs[:1]).shape[-1], dtype=np.float32)[labels]
     store = _program.store(inputs, labels)
@@ -173,8 +170,8 @@ def _stacked_loss(
 ) -> Any:
     """The chain's loss with every number `[R]`."""
     return distill.soft_loss(
-        spread(np.asarray(temperature), num_runs, "temperature"),
-        hard_weight=spread(np.asarray(hard_weight), num_runs, "hard_weight"),
+        spread(temperature, num_runs, "temperature"),
+        hard_weight=spread(hard_weight, num_runs, "hard_weight"),
         temperature_squared=squared,
     )
 

@@ -10,8 +10,10 @@ import numpy as np
 from jdistill import _validate, data, nets
 from jdistill.sweep import _memory, _program
 from jdistill.sweep._program import Augment, Kind, Store
+from jdistill.sweep._states import check_runs
 from jdistill.train import TrainState, TrainStep
 from jdistill.train._fit import check_examples
+from jdistill.train._step import check_state, check_step
 from jdistill.typing import Array, Callback, LossFn, PyTree
 
 # Given some runs, their soft labels `[r, N, K]` on the devices, or None.
@@ -31,6 +33,12 @@ class Options:
 
     def __post_init__(self) -> None:
         _validate.count(batch_size=self.batch_size)
+        if self.vmapped is not None:
+            _validate.flag(vmapped=self.vmapped)
+        if self.devices is not None:
+            _validate.devices(self.devices)
+        if self.augment is not None:
+            _validate.function(augment=self.augment)
         for name in ("memory_limit", "steps_per_call"):
             if (value := getattr(self, name)) is not None:
                 _validate.count(**{name: value})
@@ -132,12 +140,20 @@ def fit(
         steps_per_call=steps_per_call,
         augment=augment,
     )
-    inputs, labels, targets = (*examples, None)[:3]
-    num_runs = nets.stack_size(state._replace(key=jax.random.key_data(state.key)))
+    check_step(step)
+    check_state(state)
+    _validate.function(loss_fn=loss_fn)
+    _validate.callback(callback)
+    _validate.text(stage=stage)
+    _validate.count(minimum=0, num_epochs=num_epochs)
+    inputs, labels, targets = _validate.examples(examples, 3)
+    num_runs = (*np.shape(state.step), 0)[0]
+    check_runs(state, num_runs, "state")
+    check_runs(loss_fn, num_runs, "loss_fn")
     shared = targets is not None and np.ndim(targets) == 2
     check_examples(step, nets.index(state, 0), inputs, labels, targets if shared else None)
     if targets is not None and not shared:
-        if np.shape(targets)[0] != num_runs:
+        if np.shape(targets)[:1] != (num_runs,):
             raise ValueError(
                 f"expected targets of shape [N, K], or [R, N, K] with R = {num_runs}, got "
                 f"{np.shape(targets)}; pass those of every run"

@@ -8,6 +8,7 @@ import numpy as np
 
 from jdistill import _validate, nets, train
 from jdistill.train import TrainState, TrainStep
+from jdistill.train._step import check_hyperparams, check_step
 from jdistill.typing import Array, ArrayLike, PyTree
 
 
@@ -46,17 +47,19 @@ def create_state(
     """
     keys = checked_keys(keys)
     num_runs = len(keys)
-    if nets.stack_size(params) != num_runs:
-        raise ValueError(
-            f"expected the weights of {num_runs} runs, one a key, got {nets.stack_size(params)}; "
-            "pass nets.stack([params, ...])"
-        )
-    numbers = {
-        name: spread(np.asarray(value), num_runs, name)
-        for name, value in (hyperparams or {}).items()
-    }
+    check_step(step)
+    _validate.arrays(params=params)
+    if hyperparams is not None:
+        _validate.mapping(hyperparams=hyperparams)
+    if model_state:
+        _validate.arrays(model_state=model_state)
+    for name, tree in (("params", params), ("model_state", model_state)):
+        check_runs(tree, num_runs, name)
+    numbers = {name: spread(value, num_runs, name) for name, value in (hyperparams or {}).items()}
     # For the errors, which a number that is traced cannot raise.
-    train.create_state(step, nets.index(params, 0), keys[0], hyperparams=numbers)
+    check_hyperparams(numbers)
+    first = {name: values[0] for name, values in numbers.items()}
+    train.create_state(step, nets.index(params, 0), keys[0], hyperparams=first)
 
     def one(params: PyTree, key: Array, model_state: PyTree, values: PyTree) -> TrainState:
         return train.create_state(
@@ -64,6 +67,16 @@ def create_state(
         )
 
     return jax.vmap(one)(params, keys, {} if model_state is None else model_state, numbers)
+
+
+def check_runs(tree: PyTree, num_runs: int, name: str) -> None:
+    """An error for a tree whose leaves do not lead with `[R]`."""
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
+    if any(shape[:1] != (num_runs,) for shape in shapes):
+        raise ValueError(
+            f"expected {name} of R = {num_runs} runs, one a key, got leaves of shapes {shapes}; "
+            "every leaf leads with [R]: pass nets.stack([...])"
+        )
 
 
 def checked_keys(keys: Any) -> Array:
@@ -77,8 +90,9 @@ def checked_keys(keys: Any) -> Array:
     return keys
 
 
-def spread(values: np.ndarray, num_runs: int, name: str) -> np.ndarray:
+def spread(value: ArrayLike, num_runs: int, name: str) -> np.ndarray:
     """A number a run, `[R]`."""
+    values = _validate.numbers(**{name: value})
     if values.shape not in ((), (num_runs,)):
         raise ValueError(
             f"expected {name} to be a scalar or of shape [R] = ({num_runs},), got shape "

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from jdistill import _validate, data, nets, parallel
-from jdistill._jax import call, full_precision
-from jdistill.train._step import TrainState, TrainStep, logits_fn
+from jdistill._jax import call, full_precision, logits_shape
+from jdistill.train._step import TrainState, TrainStep, check_state, check_step, logits_fn
 from jdistill.typing import Callback, LogitsFn, LossFn, Metrics
 
 
@@ -56,9 +56,14 @@ def fit(
     """
     _validate.count(minimum=0, num_epochs=num_epochs)
     _validate.count(batch_size=batch_size)
-    inputs, labels, targets = (*examples, None)[:3]
-    num_examples = inputs.shape[0]
+    check_step(step)
+    check_state(state)
+    _validate.function(loss_fn=loss_fn)
+    _validate.callback(callback)
+    _validate.text(stage=stage)
+    inputs, labels, targets = _validate.examples(examples, 3)
     check_examples(step, state, inputs, labels, targets)
+    num_examples = len(inputs)
     steps_per_epoch = data.num_batches(num_examples, batch_size)
     num_steps = num_epochs * steps_per_epoch
     compiled = parallel.compile_step(step, mode, devices)
@@ -105,25 +110,14 @@ def check_examples(
 ) -> None:
     """What the loop could not see: a wrong label or row would train on silently, or as NaN."""
     _validate.inputs_in_box(inputs, (-np.inf, np.inf))
+    inputs = np.asarray(inputs)
     num_examples = inputs.shape[0]
     if num_examples == 0:
         raise ValueError("expected at least one example, got none; pass inputs [N, ...]")
-    num_classes = jax.eval_shape(logits_fn(step, state), inputs[:1]).shape[-1]
+    num_classes = logits_shape(logits_fn(step, state), inputs[:1], name="params").shape[-1]
     _validate.class_indices(labels, batch_size=num_examples, num_classes=num_classes)
-    if targets is not None and np.shape(targets) != (num_examples, num_classes):
-        raise ValueError(
-            f"expected targets of shape [N, K] = ({num_examples}, {num_classes}), got "
-            f"{np.shape(targets)}; pass one row of class probabilities per example"
-        )
     if targets is not None:
-        sums = np.where(np.asarray(targets) >= 0, targets, np.nan).sum(axis=1)
-        wrong = np.argwhere(~(np.abs(sums - 1) < 1e-3))  # NaN is wrong too
-        if wrong.size:
-            row = int(wrong[0][0])
-            raise ValueError(
-                f"expected targets of class probabilities that sum to 1, got {targets[row]} in row "
-                f"{row}; pass softmax outputs, such as distill.soft_labels gives"
-            )
+        _validate.soft_labels(targets, (num_examples, num_classes))
 
 
 def predict(logits_fn: LogitsFn, inputs: np.ndarray, *, batch_size: int = 512) -> np.ndarray:
@@ -143,7 +137,7 @@ def predict(logits_fn: LogitsFn, inputs: np.ndarray, *, batch_size: int = 512) -
     """
     _validate.count(batch_size=batch_size)
     _validate.inputs_in_box(inputs, (-np.inf, np.inf))
-    logits_fn = nets.callable_logits_fn(logits_fn)
+    logits_fn, inputs = nets.callable_logits_fn(logits_fn), np.asarray(inputs)
     if inputs.shape[0] == 0:
         logits = jax.eval_shape(logits_fn, jax.ShapeDtypeStruct((1, *inputs.shape[1:]), np.float32))
         return np.zeros((0, logits.shape[-1]), logits.dtype)
@@ -154,5 +148,7 @@ def predict(logits_fn: LogitsFn, inputs: np.ndarray, *, batch_size: int = 512) -
         if size < batch_size and start > 0:
             chunk = np.concatenate([chunk, np.repeat(chunk[:1], batch_size - size, 0)])
         with full_precision():  # in training it may be the device's; what is measured is exact
-            rows.append(np.asarray(call(logits_fn, chunk))[:size])
+            logits = call(logits_fn, chunk)
+        _validate.logits(logits, len(chunk))
+        rows.append(np.asarray(logits)[:size])
     return np.concatenate(rows)

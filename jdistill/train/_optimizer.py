@@ -7,7 +7,6 @@ import optax
 from jdistill import _validate
 
 
-@functools.lru_cache(maxsize=64)  # equal settings give the same optimizer, hence equal steps
 def sgd(
     learning_rate: float = 0.01, *, decay: float = 1e-6, momentum: float = 0.9
 ) -> optax.GradientTransformation:
@@ -40,12 +39,17 @@ def sgd(
     References:
         Mandal & Gao 2023, released code `train_models.py`: lr 0.01, decay 1e-6, momentum 0.9.
     """
+    _validate.scalar(learning_rate=learning_rate, decay=decay, momentum=momentum)
     _validate.positive(learning_rate=learning_rate)
     _validate.non_negative(decay=decay)
     _validate.within(0.0, 1.0, momentum=momentum)
     if momentum == 1:
         raise ValueError(f"expected momentum in [0, 1), got {momentum!r}; pass 0.9")
+    return _sgd(learning_rate, decay, momentum)
 
+
+@functools.lru_cache(maxsize=64)  # equal settings give the same optimizer, hence equal steps
+def _sgd(learning_rate: float, decay: float, momentum: float) -> optax.GradientTransformation:
     def with_numbers(learning_rate: float, decay: float) -> optax.GradientTransformation:
         return optax.chain(
             # Before the momentum and not after it: Keras's velocity remembers each step's rate.

@@ -117,7 +117,42 @@ def make_train_step(
         >>> int(state.step), float(sums["count"])
         (1, 4.0)
     """
+    _validate.function(apply_fn=apply_fn, remedy="pass jdistill.nets.apply_fn(model)")
+    _validate.instance(
+        optax.GradientTransformation,
+        "an optax optimizer",
+        remedy="pass train.sgd() or one of optax",
+        optimizer=optimizer,
+    )
+    _check_axis_name(axis_name)
     return TrainStep(apply_fn, optimizer, axis_name)
+
+
+def _check_axis_name(axis_name: str | None) -> None:
+    if axis_name is not None:
+        _validate.text(axis_name=axis_name)
+
+
+def check_hyperparams(hyperparams: Mapping[str, ArrayLike]) -> None:
+    """An error for a learning rate that is not above 0, or a decay below 0."""
+    _validate.mapping(hyperparams=hyperparams)
+    for name, value in hyperparams.items():
+        if name == "learning_rate":
+            _validate.positive(learning_rate=value)
+        if name == "decay":
+            _validate.non_negative(decay=value)
+
+
+def check_step(step: TrainStep) -> None:
+    """An error for what is no training step."""
+    remedy = "make one: train.make_train_step"
+    _validate.instance(TrainStep, "a TrainStep", remedy=remedy, step=step)
+
+
+def check_state(state: TrainState, name: str = "state") -> None:
+    """An error for what is no training state."""
+    remedy = "make one: create_state"
+    _validate.instance(TrainState, "a TrainState", remedy=remedy, **{name: state})
 
 
 def create_state(
@@ -146,8 +181,15 @@ def create_state(
             above 0, a decay below 0, or a key that is not a Threefry key (others draw differently
             on another number of devices).
     """
+    check_step(step)
+    _validate.arrays(params=params)
+    if model_state:
+        _validate.arrays(model_state=model_state)
     key = _validate.prng_key(key)
+    _validate.rank(0, key=key)
     opt_state = step.optimizer.init(params)
+    if hyperparams is not None:
+        check_hyperparams(hyperparams)
     if hyperparams:
         known = getattr(opt_state, "hyperparams", {})
         unknown = sorted(set(hyperparams) - set(known))
@@ -156,11 +198,7 @@ def create_state(
                 f"expected hyperparams among {sorted(known)}, got {unknown}; make the optimizer "
                 "with optax.inject_hyperparams, as jdistill.train.sgd does"
             )
-        for name, value in hyperparams.items():
-            if name == "learning_rate":
-                _validate.positive(learning_rate=value)
-            if name == "decay":
-                _validate.non_negative(decay=value)
+        _validate.scalar(**hyperparams)
         values = {
             name: jnp.asarray(value, known[name].dtype) for name, value in hyperparams.items()
         }
@@ -200,6 +238,8 @@ def logits_fn(step: TrainStep, state: TrainState) -> LogitsFn:
         >>> network(jnp.zeros((2, 8, 8, 1))).shape
         (2, 10)
     """
+    check_step(step)
+    check_state(state)
     return jax.tree_util.Partial(_Evaluation(step.apply_fn), state.params, state.model_state)
 
 
@@ -252,6 +292,8 @@ def make_eval_step(apply_fn: ApplyFn, *, axis_name: str | None = None) -> EvalSt
         >>> float(sums["count"])
         4.0
     """
+    _validate.function(apply_fn=apply_fn, remedy="pass jdistill.nets.apply_fn(model)")
+    _check_axis_name(axis_name)
     return EvalStep(apply_fn, axis_name)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdistill import _fingerprint, parallel
+from jdistill import _fingerprint, _validate, parallel
 from jdistill.attacks._core.chunks import run_in_chunks
 from jdistill.attacks._core.claims import verified
 from jdistill.attacks._core.problem import AttackResult, Problem
@@ -77,6 +77,7 @@ def check_state(state: EnsembleState, fresh: EnsembleState) -> EnsembleState:
     Raises:
         ValueError: it is of another run.
     """
+    _validate.instance(EnsembleState, "an EnsembleState", start=state)
     for name, value, empty in zip(EnsembleState._fields, state, fresh, strict=True):
         if name != "part" and np.shape(value) != empty.shape:
             raise ValueError(
@@ -117,8 +118,9 @@ def run(
         callback: see `ensemble`.
         stage: for the callback.
     """
-    if devices is not None and not devices:
-        raise ValueError("expected one device or more, got none; pass jax.devices(), or None")
+    if devices is not None:
+        devices = _validate.devices(devices)
+    _validate.callback(callback)
     inputs = np.asarray(problem.inputs)
     of = np.zeros(16, np.uint8)
     if start is not None or callback is not None:  # otherwise no state leaves this run

@@ -130,6 +130,7 @@ def traits(attack: Callable[..., Any]) -> Traits:
         >>> attacks.traits(lambda logits_fn, key, inputs, labels, eps=0.3: ...).eps
         0.3
     """
+    _validate.function(attack=attack, remedy="pass an attack such as jdistill.attacks.pgd")
     function, settings = unbound(attack)
     known: _Facts | None = getattr(function, _ATTRIBUTE, None)
     name = getattr(function, "__name__", type(function).__name__)
