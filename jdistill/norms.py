@@ -12,10 +12,11 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jdistill import _order, _validate
 from jdistill._jax import jit
-from jdistill.typing import Array, ArrayLike
+from jdistill.typing import Array, ArrayLike, Bounds
 
 
 def per_example(value: ArrayLike, like: Array) -> Array:
@@ -32,6 +33,8 @@ def per_example(value: ArrayLike, like: Array) -> Array:
         >>> per_example(0.5, jnp.zeros((2, 3, 4))).shape
         (2, 1, 1)
     """
+    _batches(like=like)
+    _one_per_example(like, value=value)
     value = jnp.asarray(value, like.dtype)
     value = jnp.broadcast_to(value, like.shape[:1])
     return value.reshape(like.shape[:1] + (1,) * (like.ndim - 1))
@@ -50,6 +53,7 @@ def flatten(value: Array) -> Array:
         >>> flatten(jnp.zeros((0, 28, 28, 1))).shape
         (0, 784)
     """
+    _batches(value=value)
     return value.reshape(value.shape[0], math.prod(value.shape[1:]))
 
 
@@ -76,6 +80,8 @@ def distance(delta: Array, norm: str) -> Array:
         >>> distance(jnp.array([[3.0, 0.0]]), "l0").tolist()
         [1.0]
     """
+    if not jnp.issubdtype(getattr(delta, "dtype", float), jnp.integer):
+        _batches(delta=delta)
     return _pick(_NORMS, norm).distance(delta)
 
 
@@ -96,6 +102,7 @@ def normalize(value: Array, norm: str) -> Array:
         >>> normalize(jnp.array([[3e-30, -1e-30], [0.0, 0.0]]), "l1").round(3).tolist()
         [[0.75..., -0.25], [0.0, 0.0]]
     """
+    _batches(value=value)
     _pick(_DIRECTIONS, norm)
     value = _to_unit_scale(value)
     length = per_example(_NORMS[norm].distance(value), value)
@@ -127,7 +134,9 @@ def project(delta: Array, eps: ArrayLike, norm: str) -> Array:
         Duchi, Shalev-Shwartz, Singer & Chandra 2008, section 4 (`"l1"` by the simplex); Michelot
         1986 (onto the simplex: entries are dropped until all that are left keep something).
     """
+    _batches(delta=delta)
     _validate.non_negative(eps=eps)
+    _one_per_example(delta, eps=eps)
     return _pick(_NORMS, norm).project(delta, per_example(eps, delta))
 
 
@@ -152,6 +161,7 @@ def steepest(gradient: Array, norm: str) -> Array:
         >>> steepest(jnp.array([[3e-30, -4e-30]]), "l2").round(3).tolist()
         [[0.6..., -0.8...]]
     """
+    _batches(gradient=gradient)
     return _pick(_DIRECTIONS, norm).steepest(_to_unit_scale(gradient))
 
 
@@ -160,7 +170,7 @@ def ascend(
     gradient: Array,
     length: ArrayLike,
     norm: str,
-    bounds: tuple[ArrayLike, ArrayLike],
+    bounds: Bounds,
 ) -> Array:
     """One step of the given length along the steepest direction.
 
@@ -196,6 +206,11 @@ def ascend(
     References:
         Croce & Hein 2021, "Mind the box" (the steepest direction of l1 within the box).
     """
+    _batches(inputs=inputs, gradient=gradient)
+    _pick(_DIRECTIONS, norm)
+    _validate.non_negative(length=length)
+    _one_per_example(inputs, length=length)
+    _box(bounds, inputs)
     length = per_example(length, inputs)
     if norm != "l1":
         return inputs + length * steepest(gradient, norm)
@@ -227,8 +242,16 @@ def random_start(keys: Array, like: Array, eps: ArrayLike, norm: str) -> Array:
         >>> noise.shape, bool(jnp.all(distance(noise, "l2") < 0.301))
         ((4, 28, 28), True)
     """
+    _batches(like=like)
     _validate.non_negative(eps=eps)
+    _one_per_example(like, eps=eps)
     _pick(_DIRECTIONS, norm)
+    keys = _validate.prng_key(keys)
+    if keys.shape != like.shape[:1]:
+        raise ValueError(
+            f"expected keys of shape [B] = {like.shape[:1]}, got shape {keys.shape}; pass one per "
+            "example, such as jax.random.split(key, B)"
+        )
     return _random_units(keys, like, norm=norm) * per_example(eps, like)
 
 
@@ -239,7 +262,7 @@ def _random_units(keys: Array, like: Array, *, norm: str) -> Array:
 
 
 def into_ball_and_box(
-    inputs: Array, center: Array, eps: ArrayLike, norm: str, bounds: tuple[ArrayLike, ArrayLike]
+    inputs: Array, center: Array, eps: ArrayLike, norm: str, bounds: Bounds
 ) -> Array:
     """The inputs projected into the ball around `center`, then clipped into the box.
 
@@ -264,8 +287,39 @@ def into_ball_and_box(
         >>> into_ball_and_box(center + 1.0, center, 0.25, "linf", (0.0, 1.0)).tolist()
         [[0.75, 1.0]]
     """
+    _batches(inputs=inputs, center=center)
+    _box(bounds, inputs)
     low, high = bounds
     return jnp.clip(center + project(inputs - center, eps, norm), low, high)
+
+
+def _batches(**named: Array) -> None:
+    """An error where one is no batch of floats."""
+    for name, value in named.items():
+        if not isinstance(value, jax.Array | np.ndarray):
+            raise ValueError(
+                f"expected {name} to be an array [B, ...], got {type(value).__name__}; pass "
+                "NumPy's or JAX's"
+            )
+    _validate.floats(-1, **named)
+
+
+def _one_per_example(like: Array, **named: ArrayLike) -> None:
+    """An error where a number is none, and none per example."""
+    for name, value in named.items():
+        if not isinstance(value, jax.Array):
+            _validate.numbers(**{name: value})
+        if np.shape(value) not in ((), like.shape[:1]):
+            raise ValueError(
+                f"expected {name} to be a scalar or of shape [B] = {like.shape[:1]}, got "
+                f"{np.shape(value)}; pass one number, or one per example"
+            )
+
+
+def _box(bounds: Bounds, like: Array) -> None:
+    """An error where known bounds are none of these inputs."""
+    if not _validate.is_traced(bounds):
+        _validate.bounds(bounds, like.shape, open_box=True)
 
 
 class _Norm(NamedTuple):
