@@ -240,13 +240,19 @@ def logits_shape(fun: Any, inputs: Any, *, name: str = "logits_fn") -> jax.Shape
 
 def unbound(function: Any) -> tuple[Any, dict[str, Any]]:
     """The function without its partials; and its settings, those left at their defaults too."""
+    function, bound = settings_bound(function)
+    takes = parameters(function).values()
+    defaults = {each.name: each.default for each in takes if each.default is not each.empty}
+    return function, {**defaults, **bound}
+
+
+def settings_bound(function: Any) -> tuple[Any, dict[str, Any]]:
+    """The function without its partials; and the settings that they bind, the outermost first."""
     bound: dict[str, Any] = {}
     # By their attributes: what `jax.tree_util.Partial` makes of a partial is not one.
     while hasattr(function, "func") and hasattr(function, "keywords"):
         function, bound = function.func, {**function.keywords, **bound}
-    takes = parameters(function).values()
-    defaults = {each.name: each.default for each in takes if each.default is not each.empty}
-    return function, {**defaults, **bound}
+    return function, bound
 
 
 def parameters(function: Any) -> Mapping[str, inspect.Parameter]:

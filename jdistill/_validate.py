@@ -430,13 +430,19 @@ def floats(num_axes: int, **named: Any) -> None:
 
 def logits(value: Any, batch_size: int, *, name: str = "logits_fn") -> None:
     """What a network returned: floats `[B, K]` with `K >= 2`."""
-    shape = _shape("logits", value)
+    shape, dtype = _shape("logits", value), _dtype("logits", value)
     if len(shape) != 2 or shape[0] != batch_size or shape[1] < 2:
         raise ValueError(
             f"expected logits of shape [B, K] = ({batch_size}, at least 2), got {shape}; pass a "
-            f"{name} that maps inputs [B, ...] to one row of logits per example"
+            f"{name} that maps inputs [B, ...] to one row of logits per example "
+            "(jdistill.nets.binary makes one of a network with a single logit)"
         )
-    floats(2, **{f"logits of {name}": value})
+    if not jax.numpy.issubdtype(dtype, jax.numpy.floating):
+        raise ValueError(
+            f"expected floating-point logits, got dtype {dtype} of {name}, which have no gradient; "
+            "return the logits before they are rounded (jdistill.attacks.bpda attacks through a "
+            "step that rounds its inputs)"
+        )
 
 
 def soft_labels(

@@ -196,7 +196,7 @@ def test_a_driver_refuses_tracers():
     [
         ({"attacks": []}, r"expected one attack or more, got \[\]"),
         ({"attacks": attacks.pgd}, "expected one attack or more, got <function"),
-        ({"attacks": ["pgd"]}, "expected callables as attacks, got str for 0"),
+        ({"attacks": ["pgd"]}, "expected a callable as attack 0, got str"),
         (
             {"attacks": {"a": functools.partial(attacks.fgsm, eps=np.full(B, 0.1))}},
             r"expected settings that hold for all examples, got eps of shape \(13,\) in attack 'a'",
@@ -209,6 +209,22 @@ def test_a_driver_refuses_tracers():
             {"attacks": [functools.partial(attacks.fgsm, eps=0.1, targets=TARGETS)]},
             "expected targets as an argument of ensemble",
         ),
+        (
+            {
+                "attacks": [
+                    jax.tree_util.Partial(functools.partial(attacks.fgsm, eps=0.1, bounds=(0, 2)))
+                ]
+            },
+            "expected bounds as an argument of ensemble, got it bound in attack 0",
+        ),
+        (
+            {"attacks": [functools.partial(attacks.fgsm, eps=(0.1,) * B)]},
+            r"got eps of shape \(13,\) in attack 0; ensemble regroups",
+        ),
+        (
+            {"attacks": [attacks.ddn, attacks.deepfool, attacks.fmn], "minimum_norm": True},
+            r"expected attacks of one norm with minimum_norm=True, got \{0: 'l2', 1: .*2: 'linf'",
+        ),
         ({"batch_size": 0}, "expected batch_size to be a whole number >= 1, got 0"),
         ({"bounds": (0.5, 0.9)}, r"expected inputs in \[0.5, 0.9\]"),
     ],
@@ -216,6 +232,15 @@ def test_a_driver_refuses_tracers():
 def test_bad_settings_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         run(kwargs.pop("attacks", BUDGET), **kwargs)
+
+
+def test_an_ensemble_may_hold_an_ensemble():
+    inner = functools.partial(attacks.ensemble, attacks=[BUDGET["fgsm"], BUDGET["pgd"]])
+    nested, flat = run([inner]), run([BUDGET["fgsm"], BUDGET["pgd"]])
+    assert np.mean(nested.success == flat.success) > 0.9  # other keys
+    np.testing.assert_array_equal(
+        nested.info["broken_by"] >= 0, nested.success & (CLEAN.argmax(1) == LABELS)
+    )
 
 
 def test_bad_input_is_named():

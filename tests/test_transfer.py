@@ -165,10 +165,20 @@ def test_under_jit_and_vmap(digits):
     assert eager[0].success.sum() > eager[1].success.sum()
 
 
+def test_the_info_of_every_attack(digits):
+    x, y, (source, judged) = digits
+    labels = np.where(np.arange(B) == 0, (y + 1) % 10, y)  # one is wrong to begin with
+    found = attacks.transfer(judged, None, x, labels, source=source, attack=carlini_wagner)
+    first = np.asarray(found.info["first_success"])
+    assert first[0] == 0
+    np.testing.assert_array_equal(first[1:], np.where(found.success, 1, -1)[1:])
+    assert all(found.info[name].dtype == np.int32 for name in ("first_success", "gradients"))
+
+
 def test_bad_arguments_are_named(digits):
     x, y, (source, judged) = digits
     run = functools.partial(attacks.transfer, judged, None, x, y, source=source)
-    with pytest.raises(ValueError, match="expected a callable as attack, got str; bind"):
+    with pytest.raises(ValueError, match="expected a callable as the attack, got str; bind"):
         run(attack="pgd")
     with pytest.raises(ValueError, match="expected bounds as an argument of transfer, got it"):
         run(attack=functools.partial(carlini_wagner, bounds=(0, 1)))

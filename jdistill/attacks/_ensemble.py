@@ -5,13 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jdistill import _validate
 from jdistill.attacks._core import driver
 from jdistill.attacks._core.driver import EnsembleState
 from jdistill.attacks._core.problem import AttackResult, prepare, refuse_tracers
-from jdistill.attacks._core.traits import Settings, facts
+from jdistill.attacks._core.traits import Settings, facts, traits
 from jdistill.typing import Array, ArrayLike, Bounds, Callback, LogitsFn
 
 
@@ -113,6 +112,8 @@ def ensemble(
     _validate.count(batch_size=batch_size)
     _validate.flag(minimum_norm=minimum_norm)
     named = _named(attacks)
+    if minimum_norm:
+        _check_norms(named)
     problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds, open_box=True)
     state = driver.run(
         named,
@@ -143,26 +144,16 @@ def _named(attacks: Any) -> dict[Any, Callable[..., Any]]:
             "with their settings bound: [functools.partial(jdistill.attacks.pgd, eps=0.1)]"
         )
     for name, attack in named.items():
-        if not callable(attack):
-            raise ValueError(
-                f"expected callables as attacks, got {type(attack).__name__} for {name!r}; bind "
-                "their settings with functools.partial"
-            )
-        for setting, value in getattr(attack, "keywords", {}).items():
-            _check_setting(name, setting, value)
+        driver.check_bound("ensemble", f"attack {name!r}", attack, regroups=True)
     return named
 
 
-def _check_setting(name: Any, setting: str, value: Any) -> None:
-    """A bound setting holds for any rows, and is not the ensemble's own."""
-    if setting in ("bounds", "targets"):
+def _check_norms(named: Mapping[Any, Callable[..., Any]]) -> None:
+    """Smallest distances are compared, so they must be of one norm."""
+    norms = {name: traits(attack).norm for name, attack in named.items()}
+    known = {norm for norm in norms.values() if norm is not None}
+    if len(known) > 1:
         raise ValueError(
-            f"expected {setting} as an argument of ensemble, got it bound in attack {name!r}; pass "
-            f"ensemble(..., {setting}=...), which hands it to every attack"
-        )
-    if isinstance(value, (np.ndarray, jax.Array, list)) and np.ndim(value) > 0:
-        raise ValueError(
-            f"expected settings that hold for all examples, got {setting} of shape "
-            f"{np.shape(value)} in attack {name!r}; the ensemble regroups the examples: pass a "
-            "scalar"
+            f"expected attacks of one norm with minimum_norm=True, got {norms}; run an ensemble "
+            "for each norm"
         )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jdistill import _validate
 from jdistill._jax import full_precision, jit
-from jdistill.attacks._core import handlers
+from jdistill.attacks._core import driver, handlers
 from jdistill.attacks._core.engine import Passes, select
 from jdistill.attacks._core.problem import AttackResult, Problem, prepare
 from jdistill.attacks._core.traits import Settings, facts, traits
@@ -67,10 +67,11 @@ def transfer(
         `success` is the judged network's. An example that it gets wrong by itself is a success,
         unchanged, at distance 0; one that only the source gets wrong comes back unchanged, a
         failure at distance 0. `queries` are forward passes of the judged network: one for the
-        clean input, and one for the crafted one where that is needed. `info`: `source_success
-        [B]`, whether the attack succeeded on the source; `source_queries [B]` int32, what it cost
-        there; `crafted_distance [B]`, that of the crafted point for all examples, those already
-        wrong included.
+        clean input, and one for the crafted one where that is needed. `info`: `first_success` and
+        `gradients` (0) of the judged network, see `jdistill.attacks`; `source_success [B]`, whether
+        the attack succeeded on the source; `source_queries [B]` int32, what it cost there;
+        `crafted_distance [B]`, that of the crafted point for all examples, those already wrong
+        included.
 
     Raises:
         ValueError: something that cannot be called, `bounds` or `targets` bound to the attack;
@@ -93,17 +94,7 @@ def transfer(
         "Transferability in Machine Learning: from Phenomena to Black-Box Attacks using
         Adversarial Samples".
     """
-    if not callable(attack):
-        raise ValueError(
-            f"expected a callable as attack, got {type(attack).__name__}; bind its settings with "
-            "functools.partial"
-        )
-    for name in ("bounds", "targets"):
-        if name in getattr(attack, "keywords", {}):
-            raise ValueError(
-                f"expected {name} as an argument of transfer, got it bound in the attack; pass "
-                f"transfer(..., {name}=...), which hands it on"
-            )
+    driver.check_bound("transfer", "the attack", attack)
     _validate.function(source=source)
     source = callable_logits_fn(source)
     problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds, open_box=True)
@@ -131,6 +122,11 @@ def _judge(problem: Problem, crafted: AttackResult) -> AttackResult:
         distance=jnp.where(clean_success, 0.0, crafted.distance),
         queries=jnp.where(clean_success, 1, 2).astype(jnp.int32),
         info={
+            # The crafted point is the one that the judged network was asked about.
+            "first_success": jnp.where(clean_success, 0, jnp.where(fooled, 1, -1)).astype(
+                jnp.int32
+            ),
+            "gradients": jnp.zeros(fooled.shape, jnp.int32),
             "source_success": crafted.success,
             "source_queries": crafted.queries,
             "crafted_distance": crafted.distance,

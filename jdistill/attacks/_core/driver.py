@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _fingerprint, _validate, parallel
+from jdistill._jax import settings_bound
 from jdistill.attacks._core.chunks import run_in_chunks
 from jdistill.attacks._core.claims import verified
 from jdistill.attacks._core.problem import AttackResult, Problem
@@ -41,6 +42,42 @@ class EnsembleState(NamedTuple):
     attacks_done: np.ndarray
     of: np.ndarray
     part: np.ndarray
+
+
+def check_bound(driver: str, which: str, attack: Any, *, regroups: bool = False) -> None:
+    """An error where an attack binds what its driver hands it, or cannot be handed on.
+
+    Args:
+        driver: the name of the public function.
+        which: the attack, for the message.
+        attack: with its settings bound, through any number of partials.
+        regroups: whether it is given other examples together than the driver was.
+    """
+    if not callable(attack):
+        raise ValueError(
+            f"expected a callable as {which}, got {type(attack).__name__}; bind its settings with "
+            "functools.partial"
+        )
+    _, bound = settings_bound(attack)
+    for name in ("bounds", "targets"):
+        if name in bound:
+            raise ValueError(
+                f"expected {name} as an argument of {driver}, got it bound in {which}; pass "
+                f"{driver}(..., {name}=...), which hands it on"
+            )
+    for name, value in bound.items() if regroups else ():
+        if isinstance(value, (np.ndarray, jax.Array, list, tuple)) and _is_row(value):
+            raise ValueError(
+                f"expected settings that hold for all examples, got {name} of shape "
+                f"{np.shape(value)} in {which}; {driver} regroups the examples: pass a scalar"
+            )
+
+
+def _is_row(value: Any) -> bool:
+    """Numbers along an axis, and not a list of attacks, say."""
+    if isinstance(value, np.ndarray | jax.Array):
+        return value.ndim > 0
+    return all(isinstance(leaf, int | float | np.ndarray | jax.Array) for leaf in value)
 
 
 def nothing(inputs: np.ndarray, of: np.ndarray) -> EnsembleState:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate, losses, metrics
-from jdistill._jax import call, under_trace
+from jdistill._jax import logits_shape, under_trace
 from jdistill.nets import callable_logits_fn
 from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
 
@@ -125,7 +125,7 @@ def prepare(
     if inputs.dtype not in (jnp.float32, jnp.float64):
         inputs = inputs.astype(jnp.float32)
     logits_fn = callable_logits_fn(logits_fn)
-    num_classes = _num_classes(logits_fn, inputs)
+    num_classes = logits_shape(logits_fn, inputs).shape[1]
     batch_size = inputs.shape[0]
     _validate.class_indices(labels, batch_size=batch_size, num_classes=num_classes)
     if targets is not None:
@@ -155,7 +155,7 @@ def _box_of(box: tuple[Any, Any], inputs: Array) -> tuple[Array, Array]:
 
 def num_classes(problem: Problem) -> int:
     """The network's K."""
-    return _num_classes(problem.logits_fn, problem.inputs)
+    return int(logits_shape(problem.logits_fn, problem.inputs).shape[1])
 
 
 def radius(eps: ArrayLike, inputs: Array, *, name: str = "eps") -> Array:
@@ -220,22 +220,3 @@ def refuse_tracers(name: str, *arguments: Any) -> None:
             f"expected concrete arrays, got a tracer; {name} is a loop on the host: call it "
             "outside jit and vmap"
         )
-
-
-def _num_classes(logits_fn: LogitsFn, inputs: Array) -> int:
-    """The network's K, from its shapes alone; the trace is cached by jit, so this is cheap."""
-    logits = jax.eval_shape(call, logits_fn, inputs)
-    shape = logits.shape
-    if len(shape) != 2 or shape[0] != inputs.shape[0] or shape[1] < 2:
-        raise ValueError(
-            f"expected logits of shape [B, K] = ({inputs.shape[0]}, at least 2), got {shape}; "
-            "pass a logits_fn that maps inputs [B, ...] to one row of logits per example "
-            "(jdistill.nets.binary makes one of a network with a single logit)"
-        )
-    if not jnp.issubdtype(logits.dtype, jnp.floating):
-        raise ValueError(
-            f"expected floating-point logits, got dtype {logits.dtype}, which have no gradient; "
-            "return the logits before they are rounded (jdistill.attacks.bpda attacks through a "
-            "step that rounds its inputs)"
-        )
-    return shape[1]
