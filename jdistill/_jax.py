@@ -132,7 +132,7 @@ class _Capturing:
 
 def _captured(fun: Any, visited: set[Any]) -> list[tuple[str, Any]]:
     """Arrays and numbers that a function of the user's refers to, by name; functions' own too."""
-    if not inspect.isfunction(fun) or fun in visited or fun.__module__.startswith("jdistill."):
+    if not inspect.isfunction(fun) or fun in visited or str(fun.__module__).startswith("jdistill."):
         return []
     visited.add(fun)
     named: dict[str, Any] = {}

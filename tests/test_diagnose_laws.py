@@ -180,7 +180,7 @@ BAD = [
     ({"train_temperature": 0.0}, "expected train_temperature > 0"),
     ({"num_queries": 0}, "expected num_queries to be a whole number >= 1"),
     ({"batch_size": 0}, "expected batch_size to be a whole number >= 1"),
-    ({"bounds": (1.0, 0.0)}, "expected bounds=\\(low, high\\) finite"),
+    ({"bounds": (1.0, 0.0)}, "expected bounds=\\(low, high\\) with low < high"),
     ({"key": None}, "expected a PRNG key"),
     ({"labels": LABELS + 5}, "expected labels in 0..4"),
     ({"labels": LABELS[:3]}, "expected labels of shape"),

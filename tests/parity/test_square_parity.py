@@ -78,8 +78,8 @@ def test_robust_accuracy(name, norm, eps, seeds, pair, all_images, record):
         for toolkit, attack in comparison.peers.items()
     }
     record(comparison, name, f"robust accuracy of {len(labels)} images, %", ours, theirs)
-    # The seeds' means: at full size within one point; few images are one or two apart.
-    tolerance = 1.0 if FULL else 2 * 100 / NUM_IMAGES
+    # The means of six seeds within one point at full size; single seeds differ by up to 1.6.
+    tolerance = (1.0 if seeds > 1 else 2.0) if FULL else 2 * 100 / NUM_IMAGES
     assert abs(ours - np.mean(list(theirs.values()))) <= tolerance + 1e-3
     clean = 100 * (1 - torch_side.fooled(model, inputs, labels).mean())
     assert ours < clean
