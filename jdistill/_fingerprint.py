@@ -1,7 +1,8 @@
 """Fingerprints of networks, losses, settings, examples, and keys, the same in every process.
 
 A network or a loss is its weights, its settings, and the code of its functions, so an edited
-function under the same name is another one; what that calls by name is not followed.
+function under the same name is another one, and so is one whose globals hold other arrays or
+numbers; the code of what it calls by name is not followed.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jdistill._jax import unbound
+from jdistill._jax import captured, unbound
 
 
 def describe(value: Any) -> Any:
@@ -90,7 +91,7 @@ def _array(value: Any) -> Any:
 def _function(function: Any) -> str:
     """A function's name; of one from elsewhere also a hash of what it does and closes over.
 
-    What it calls by name is not followed.
+    The code of what it calls by name is not followed.
     """
     name = f"{function.__module__}.{function.__qualname__}"
     if name.startswith("jdistill.") and "<" not in name:
@@ -104,6 +105,7 @@ def _function(function: Any) -> str:
         if variable != function.__name__:
             with contextlib.suppress(ValueError):  # a variable that has no value yet
                 inside.append(describe(cell.cell_contents))
+    inside.append([[variable, describe(held)] for variable, held in captured(function)])
     return f"{name} {fingerprint(inside)}"
 
 

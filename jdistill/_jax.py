@@ -1,6 +1,7 @@
 """JAX's settings as the library uses them: precision, compiler options, functions as arguments."""
 
 import contextlib
+import dis
 import functools
 import hashlib
 import inspect
@@ -105,11 +106,11 @@ def static(fun: Callable[..., Any]) -> Callable[..., Any]:
             that has changed in place.
     """
     refuse_held_arrays(fun)
-    captured = _captured(fun, set())
-    for name, value in captured:
+    values = captured(fun)
+    for name, value in values:
         if isinstance(value, np.ndarray):
             _refuse_changed(name, value)
-    return _Capturing(fun, tuple(captured)) if captured else fun
+    return _Capturing(fun, tuple(values)) if values else fun
 
 
 class _Capturing:
@@ -130,34 +131,91 @@ class _Capturing:
         return hash(self._key)
 
 
-def _captured(fun: Any, visited: set[Any]) -> list[tuple[str, Any]]:
-    """Arrays and numbers that a function of the user's refers to, by name; functions' own too."""
-    if not inspect.isfunction(fun) or fun in visited or str(fun.__module__).startswith("jdistill."):
-        return []
-    visited.add(fun)
-    named: dict[str, Any] = {}
+def captured(fun: Any) -> list[tuple[str, Any]]:
+    """Arrays and numbers that a function refers to, by name: in its closure, defaults and globals.
+
+    Those of containers, of objects' attributes, of functions in its module that it calls, and of
+    partials are among them; numbers in lists, and of objects, are not, since they may count calls.
+    """
+    found: list[tuple[str, Any]] = []
+    module = str(getattr(fun, "__module__", None))
+    if not module.startswith(_LIBRARIES):
+        _capture("", fun, found, set(), module=module, numbers=True, depth=5)
+    return found
+
+
+_LIBRARIES = ("jax", "jdistill.", "flax.", "optax.", "numpy", "builtins")
+
+
+def _capture(
+    name: str,
+    value: Any,
+    found: list[tuple[str, Any]],
+    visited: set[int],
+    *,
+    module: str,
+    numbers: bool,
+    depth: int,
+) -> None:
+    """Add what a value holds."""
+    if isinstance(value, np.ndarray | jax.Array):
+        found.append((name, value))
+        return
+    if isinstance(value, bool | int | float | complex | str | np.generic):
+        if numbers:
+            found.append((name, value))
+        return
+    if depth == 0 or id(value) in visited or inspect.ismodule(value) or isinstance(value, type):
+        return
+    visited.add(id(value))
+    held: dict[str, Any] = {}
+    if inspect.isfunction(value):
+        if value.__module__ == module or value.__module__ is None:
+            held = _referred(value)
+    elif isinstance(value, functools.partial):
+        held = {name: (value.func, value.args, value.keywords)}
+    elif inspect.ismethod(value):
+        held = {name: (value.__func__, value.__self__)}
+    elif isinstance(value, dict):
+        held = {f"{name}[{key!r}]": each for key, each in value.items()}
+    elif isinstance(value, list | tuple):
+        held = {f"{name}[{index}]": each for index, each in enumerate(value)}
+        numbers = numbers and isinstance(value, tuple)
+    elif not str(type(value).__module__).startswith(("jax", "numpy")):
+        held = {f"{name}.{key}": each for key, each in getattr(value, "__dict__", {}).items()}
+        numbers = False
+    for inner, each in held.items():
+        _capture(inner, each, found, visited, module=module, numbers=numbers, depth=depth - 1)
+
+
+def _referred(fun: Any) -> dict[str, Any]:
+    """The variables, defaults and globals that a function of the user's reads, by name."""
+    named: dict[str, Any] = {"defaults": (fun.__defaults__, fun.__kwdefaults__)}
     for name, cell in zip(fun.__code__.co_freevars, fun.__closure__ or (), strict=True):
         with contextlib.suppress(ValueError):  # a variable that has no value yet
             named[name] = cell.cell_contents
-    codes = [fun.__code__]
+    codes, reads, writes = [fun.__code__], set(), set()
     for code in codes:
         codes += [each for each in code.co_consts if inspect.iscode(each)]
-        named |= {name: fun.__globals__[name] for name in code.co_names if name in fun.__globals__}
-    found: list[tuple[str, Any]] = []
-    for name, value in named.items():
-        if inspect.isfunction(value) and value.__module__ == fun.__module__:
-            found += _captured(value, visited)
-        elif isinstance(value, bool | int | float | complex | str):
-            found.append((name, value))
-        elif not callable(value) and not inspect.ismodule(value):
-            leaves = jax.tree.leaves(value)
-            found += [(name, leaf) for leaf in leaves if isinstance(leaf, jax.Array | np.ndarray)]
-    return found
+        for step in dis.get_instructions(code):
+            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                reads.add(step.argval)
+            elif step.opname in ("STORE_GLOBAL", "STORE_NAME"):
+                writes.add(step.argval)
+    there = sorted(name for name in reads - writes if name in fun.__globals__)
+    return named | {name: fun.__globals__[name] for name in there}
 
 
 def _token(value: Any) -> Any:
     """What tells one captured value from another."""
-    return id(value) if isinstance(value, jax.Array | np.ndarray) else (type(value), repr(value))
+    if isinstance(value, np.ndarray):
+        return value.shape, str(value.dtype), _digest(value)
+    return id(value) if isinstance(value, jax.Array) else (type(value), repr(value))
+
+
+def _digest(array: np.ndarray) -> bytes:
+    content: Any = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 # By the identity of an array: it, while it lives, and what it held.
@@ -165,8 +223,10 @@ _seen: dict[int, tuple[weakref.ref, bytes]] = {}
 
 
 def _refuse_changed(name: str, array: np.ndarray) -> None:
-    """An error for a captured array that is not what it was: JAX keeps what it made of it."""
-    digest = hashlib.blake2b(np.ascontiguousarray(array).tobytes(), digest_size=16).digest()
+    """An error for a captured array that is not what it was, where JAX keeps what it made of it."""
+    if array.dtype.hasobject or jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype:
+        return
+    digest = _digest(array)
     reference, before = _seen.get(id(array), (None, digest))
     if reference is not None and reference() is array and before != digest:
         raise ValueError(

@@ -175,10 +175,10 @@ def column(**named: Any) -> np.ndarray:
 
 
 def arrays(**named: Any) -> None:
-    """Each value is a pytree of arrays, of one at least."""
+    """Each value is a pytree of arrays; of none is fine, and None is not."""
     for name, value in named.items():
-        leaves = jax.tree.leaves(value)
-        for leaf in leaves or [None]:
+        leaves: list[Any] = jax.tree.leaves(value) if value is not None else [None]
+        for leaf in leaves:
             held = hasattr(leaf, "dtype") and getattr(leaf.dtype, "kind", "V") not in "USO"
             if not held and not isinstance(leaf, (int, float)):
                 raise ValueError(
@@ -299,7 +299,7 @@ def bounds(
         open_box: whether ends may be infinite.
     """
     try:
-        low, high = (_numbers("bounds", entry) for entry in value)
+        low, high = (_as_end(_numbers("bounds", entry)) for entry in value)
     except (TypeError, ValueError):
         raise ValueError(f"expected bounds=(low, high), got {value!r}; {_REMEDY_BOUNDS}") from None
     if shape is not None:
@@ -313,11 +313,12 @@ def bounds(
                     f"{end.shape}; pass numbers, or one end per feature"
                 )
     ends = f"{_short(low)}, {_short(high)}"
+    width = _width(low, high)
     if not (low < high).all():  # NaN is not either
         raise ValueError(
             f"expected bounds=(low, high) with low < high, got ({ends}); {_REMEDY_BOUNDS}"
         )
-    if not open_box and not (np.isfinite(low).all() and np.isfinite(high).all()):
+    if not open_box and not np.isfinite(width).all():
         raise ValueError(
             f"expected bounds=(low, high) finite, got ({ends}); {_REMEDY_BOUNDS}, or use an attack "
             "that needs no box, such as PGD, APGD, DeepFool, DDN or FMN"
@@ -326,14 +327,13 @@ def bounds(
 
 
 def box_width(value: Any, **named: Any) -> float:
-    """The largest width of a box over the features, for what is given in units of it.
+    """The smallest width of a box over the features that have one, for settings in units of it.
 
     Args:
         value: bounds.
         **named: the setting that is asked for, for the message; its value is not looked at.
     """
-    low, high = bounds(value, open_box=True)
-    width = float(np.max(np.asarray(high) - np.asarray(low)))
+    width = float(np.min(_width(*bounds(value, open_box=True))))
     if not math.isfinite(width):
         (name,) = named
         raise ValueError(
@@ -341,6 +341,19 @@ def box_width(value: Any, **named: Any) -> float:
             "pass it in units of the inputs"
         )
     return width
+
+
+def _as_end(end: np.ndarray) -> np.ndarray:
+    """The end, infinite where the float32 of inputs has no number for it."""
+    with np.errstate(over="ignore"):
+        rounded = end.astype(np.float32)
+    return np.where(np.isinf(rounded), rounded, end)
+
+
+def _width(low: Any, high: Any) -> np.ndarray:
+    """High minus low in the float32 of inputs, which has no number for all of it."""
+    with np.errstate(over="ignore"):
+        return np.asarray(high, np.float32) - np.asarray(low, np.float32)
 
 
 def _short(end: np.ndarray) -> str:

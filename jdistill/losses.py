@@ -165,8 +165,11 @@ def soft_margin(logits: Array, labels: ArrayLike, softness: ArrayLike = 1.0) -> 
     divisor = 4.0 + jnp.log(count - 1.0).astype(logits.dtype)
     temperature = jax.lax.stop_gradient(jnp.where(spread > 0, spread, 1.0) / divisor)
     temperature *= jnp.broadcast_to(jnp.asarray(softness, logits.dtype), spread.shape[:1])[:, None]
-    others = jnp.where(_own(logits, labels), -jnp.inf, logits / temperature)
-    return temperature[..., 0] * jax.nn.logsumexp(others, axis=-1) - _pick(logits, labels)
+    # Before the division, which logits of 16 bits might not survive.
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    others = jnp.where(_own(logits, labels), -jnp.inf, (logits - top) / temperature)
+    soft = temperature[..., 0] * jax.nn.logsumexp(others, axis=-1) + top[..., 0]
+    return soft - _pick(logits, labels)
 
 
 def dlr(logits: Array, labels: ArrayLike) -> Array:

@@ -610,6 +610,30 @@ def test_the_box_may_differ_by_feature(case):
         assert np.median(result.distance[both] / expected.distance[both]) > 0.97
 
 
+@for_each("name", {name: name for name in ("deepfool-l2", "fmn-l2", "ddn", "fab-l2")})
+def test_a_wide_feature_leaves_the_others_their_scale(name):
+    case = CASES[name]._replace(attack=functools.partial(CASES[name].attack, num_steps=60))
+    expected = run(case, MODEL, INPUTS, LABELS)
+    high = np.ones(SHAPE, np.float32)
+    high[0, 0] = 1e6
+    result = run(case, MODEL, INPUTS, LABELS, bounds=(0.0, high))
+    found = expected.success & result.success & (expected.distance > 0)
+    assert found.sum() >= 6
+    assert np.median(result.distance[found] / expected.distance[found]) < 1.1
+
+
+def test_bounds_that_float32_cannot_hold_are_no_bounds():
+    largest = float(np.finfo(np.float32).max)
+    for low, high in ((-largest, largest), (-1e39, 1e39)):
+        with pytest.raises(ValueError, match="with infinite bounds, got None"):
+            attacks.ddn(MODEL, None, INPUTS, LABELS, bounds=(low, high))
+        with pytest.raises(ValueError, match=r"expected bounds=\(low, high\) finite"):
+            attacks.carlini_wagner_l2(MODEL, None, INPUTS, LABELS, bounds=(low, high))
+        assert attacks.deepfool(MODEL, None, INPUTS, LABELS, bounds=(low, high)).success.all()
+    empty = attacks.deepfool(MODEL, None, INPUTS[:0], LABELS[:0], bounds=(0.0, np.ones(SHAPE)))
+    assert empty.success.shape == (0,)
+
+
 IN_INPUT_UNITS = {"step_size", "initial_norm", "delta", "sigma", "theta"}
 NEED_A_BOX = {
     "boundary", "carlini_wagner_l0", "carlini_wagner_l2", "carlini_wagner_linf", "ead",

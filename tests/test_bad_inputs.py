@@ -522,6 +522,7 @@ FINE = {
     (r"data\.batches", "inputs", ".*"): "batches are of whatever array is given",
     (r"data\.batches", "labels", "beyond"): "the number of classes is not known",
     (r"data\.batches", "targets", ".*"): "train.fit checks what they say",
+    (r"nets\.stack", "trees", "nones"): "trees without arrays make one",
     (r"nets\.index", "tree", "none|empty"): "without arrays there is nothing to index",
     (r"evaluate\.summarize", "norm", "text|upper case|empty"): "a norm may have any name",
     (r"distill\.with_generation", "callback", "none"): "no callback",

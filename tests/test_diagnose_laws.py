@@ -61,6 +61,8 @@ def test_ends_per_feature_are_the_box(verdict):
     found = masking(linear(), KEY, INPUTS, LABELS, bounds=ends)
     assert [check.outcome for check in found.checks] == [check.outcome for check in verdict.checks]
     assert (found.worst_case, found.label) == (verdict.worst_case, verdict.label)
+    wide = masking(linear(), KEY, INPUTS, LABELS, bounds=(0.0, np.array([1, 1, 1, 1e6])))
+    assert wide.check("gradient_agreement").outcome == "clear"
     with pytest.raises(ValueError, match=r"bounds=\(low, high\) finite, got \(-inf, inf\)"):
         masking(linear(), KEY, INPUTS, LABELS, bounds=(-np.inf, np.inf))
 

@@ -196,14 +196,14 @@ def test_a_driver_refuses_tracers():
     [
         ({"attacks": []}, r"expected one attack or more, got \[\]"),
         ({"attacks": attacks.pgd}, "expected one attack or more, got <function"),
-        ({"attacks": ["pgd"]}, "expected a callable as attack 0, got str"),
+        ({"attacks": ["pgd"]}, r"expected a callable as attacks\[0\], got str"),
         (
             {"attacks": {"a": functools.partial(attacks.fgsm, eps=np.full(B, 0.1))}},
-            r"expected settings that hold for all examples, got eps of shape \(13,\) in attack 'a'",
+            r"settings that hold for all examples, got eps of shape \(13,\) in attacks\['a'\]",
         ),
         (
             {"attacks": [functools.partial(attacks.fgsm, eps=0.1, bounds=(0, 2))]},
-            "expected bounds as an argument of ensemble, got it bound in attack 0",
+            r"expected bounds as an argument of ensemble, got it bound in attacks\[0\]",
         ),
         (
             {"attacks": [functools.partial(attacks.fgsm, eps=0.1, targets=TARGETS)]},
@@ -215,11 +215,11 @@ def test_a_driver_refuses_tracers():
                     jax.tree_util.Partial(functools.partial(attacks.fgsm, eps=0.1, bounds=(0, 2)))
                 ]
             },
-            "expected bounds as an argument of ensemble, got it bound in attack 0",
+            r"expected bounds as an argument of ensemble, got it bound in attacks\[0\]",
         ),
         (
             {"attacks": [functools.partial(attacks.fgsm, eps=(0.1,) * B)]},
-            r"got eps of shape \(13,\) in attack 0; ensemble regroups",
+            r"got eps of shape \(13,\) in attacks\[0\]; ensemble regroups",
         ),
         (
             {"attacks": [attacks.ddn, attacks.deepfool, attacks.fmn], "minimum_norm": True},

@@ -143,6 +143,50 @@ def test_what_a_function_captures_is_part_of_it(monkeypatch):
         call()
 
 
+class Holder:
+    def __init__(self, weights):
+        self.weights, self.calls = weights, 0
+
+    def apply(self, x):
+        self.calls += 1
+        return x * self.weights
+
+
+CAPTURED = {
+    "a NumPy scalar": lambda v: (lambda s: lambda x: x * s)(np.float32(v)),
+    "a default": lambda v: lambda x, s=v: x * s,
+    "a number in a mapping": lambda v: (lambda c: lambda x: x * c["scale"])({"scale": v}),
+    "an array in a list": lambda v: (lambda c: lambda x: x * c[0])([np.full(3, v, np.float32)]),
+    "a partial": lambda v: (lambda g: lambda x: g(x))(
+        functools.partial(lambda k, x: k * x, np.float32(v))
+    ),
+    "an object": lambda v: (lambda h: lambda x: x * h.weights)(Holder(np.float32(v) * np.ones(3))),
+    "a method": lambda v: (lambda f: lambda x: f(x))(Holder(jnp.full(3, v)).apply),
+}
+
+
+@pytest.mark.parametrize("kind", CAPTURED)
+def test_whatever_a_function_captures(kind):
+    functions = [CAPTURED[kind](value) for value in (1.0, 1.0, 2.0)]
+    tokens = [[_jax._token(held) for _, held in _jax.captured(each)] for each in functions]
+    assert tokens[0]
+    assert tokens[0] != tokens[2]
+    if kind != "a method":  # whose array is another one each time
+        assert tokens[0] == tokens[1]
+
+
+def test_names_of_attributes_and_of_what_is_counted_are_not_captured(monkeypatch):
+    monkeypatch.setitem(globals(), "T", 0)
+    monkeypatch.setitem(globals(), "mean", np.zeros(2))
+    monkeypatch.setitem(globals(), "mixed", {1: jnp.ones(3), "b": [2]})
+    exec(
+        "def counted(x):\n    global T\n    T += 1\n    return x.T * x.mean() * mixed['b'][0]",
+        globals(),
+    )
+    names = [name for name, _ in _jax.captured(globals().pop("counted"))]
+    assert names == ["mixed[1]"]
+
+
 def test_a_function_that_captures_nothing_is_itself():
     assert _jax.static(jnp.tanh) is jnp.tanh
     assert _jax.as_pytree(test_a_second_call_traces_nothing).func.__name__.startswith("test_a_")

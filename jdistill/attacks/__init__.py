@@ -6,7 +6,7 @@ The contract of every attack:
   arrays that broadcast against one input, so that each feature has ends of its own. They may be
   infinite for an attack that needs no box (PGD and its kin, APGD, DeepFool, FAB, DDN, FMN, JSMA,
   Square, SPSA, NES); settings that default to a share of the box's width must then be given. With
-  ends per feature that width is the largest one. `labels [B]` are always the true classes; with
+  ends per feature that width is the smallest one. `labels [B]` are always the true classes; with
   `targets [B]`, none of which may be the label, success means that the prediction is the target.
 * What can be checked is checked when the attack is called, and an error says what was expected.
   Shapes, types and static arguments always are. Values under a tracer cannot be: there an input

@@ -135,7 +135,7 @@ class _CarliniWagnerLinf(Rounds):
     norm = "linf"
 
     def first_limit(self, problem: Problem) -> Array:
-        return jnp.full_like(self.shrink, problem.width)
+        return jnp.full_like(self.shrink, problem.widest)
 
     def penalty(self, delta: Array, limit: Array, width: Array) -> Array:
         over = jnp.maximum(jnp.abs(delta) - norms.per_example(limit, delta), 0.0) / width

@@ -151,7 +151,7 @@ class _DDN(Method):
         # Enough to be clipped into the farthest corner of the box.
         corner = jnp.maximum(inputs - low, high - inputs)
         largest = norms.distance(corner, "l2") + self.step_size
-        largest = jnp.where(jnp.isfinite(problem.width), largest, jnp.inf)
+        largest = jnp.where(jnp.isfinite(problem.widest), largest, jnp.inf)
         factor = jnp.where(state.adversarial, 1 - self.gamma, 1 + self.gamma)
         radius = jnp.minimum(state.radius * factor, largest)
         # `steepest` is the unit vector, or zeros where the direction is.

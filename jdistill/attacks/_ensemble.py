@@ -1,10 +1,12 @@
 """Ensemble of attacks: the worst case per example, in a loop on the host."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jdistill import _validate
 from jdistill.attacks._core import driver
@@ -111,7 +113,7 @@ def ensemble(
     refuse_tracers("ensemble", logits_fn, key, inputs, labels, targets, attacks)
     _validate.count(batch_size=batch_size)
     _validate.flag(minimum_norm=minimum_norm)
-    named = _named(attacks)
+    named = _named(attacks, math.prod(np.shape(inputs)[:1]))
     if minimum_norm:
         _check_norms(named)
     problem = prepare(logits_fn, key, inputs, labels, targets=targets, bounds=bounds, open_box=True)
@@ -130,7 +132,7 @@ def ensemble(
     return driver.result(state, minimum_norm=minimum_norm, info=info)
 
 
-def _named(attacks: Any) -> dict[Any, Callable[..., Any]]:
+def _named(attacks: Any, num_examples: int) -> dict[Any, Callable[..., Any]]:
     """The attacks by name or index, checked."""
     if isinstance(attacks, Mapping):
         named = dict(attacks)
@@ -144,7 +146,7 @@ def _named(attacks: Any) -> dict[Any, Callable[..., Any]]:
             "with their settings bound: [functools.partial(jdistill.attacks.pgd, eps=0.1)]"
         )
     for name, attack in named.items():
-        driver.check_bound("ensemble", f"attack {name!r}", attack, regroups=True)
+        driver.check_bound("ensemble", f"attacks[{name!r}]", attack, num_examples=num_examples)
     return named
 
 

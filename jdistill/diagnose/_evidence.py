@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jdistill import _validate, losses, metrics
+from jdistill import losses, metrics
 from jdistill._jax import call, full_precision
 from jdistill.attacks._core.problem import Problem
 from jdistill.diagnose import _attacks, _probes, _thresholds
@@ -200,7 +200,7 @@ def _unbounded(
     From the input itself: a random point of the box is of another class without any attack.
     """
     unit = _attacks.per_feature(settings.norm, problem.inputs.shape[1:])
-    whole = (_validate.box_width(settings.box)) * unit
+    whole = float(problem.widest) * unit
 
     def without(stage: str, loss: _attacks.Loss, mask: np.ndarray) -> np.ndarray:
         attack = _attacks.descend(problem, settings, loss, radius=whole, random_start=False)

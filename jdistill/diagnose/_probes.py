@@ -123,7 +123,7 @@ def _agreement(
         predicted = jnp.sum(norms.flatten(gradient * (ahead - behind)), axis=-1)
         return seen, predicted
 
-    shortest = _thresholds.SHORTEST_STEP * (bounds[1] - bounds[0])
+    shortest = jnp.minimum(_thresholds.SHORTEST_STEP * (bounds[1] - bounds[0]), radius)
     seen, predicted = changes(jnp.maximum(_thresholds.LOCAL_STEP * radius, shortest))
     larger = jnp.maximum(jnp.abs(seen), jnp.abs(predicted))
     local = jnp.abs(seen - predicted) > _thresholds.DISAGREEMENT * larger + rounding

@@ -44,14 +44,15 @@ class EnsembleState(NamedTuple):
     part: np.ndarray
 
 
-def check_bound(driver: str, which: str, attack: Any, *, regroups: bool = False) -> None:
+def check_bound(driver: str, which: str, attack: Any, *, num_examples: int | None = None) -> None:
     """An error where an attack binds what its driver hands it, or cannot be handed on.
 
     Args:
         driver: the name of the public function.
         which: the attack, for the message.
         attack: with its settings bound, through any number of partials.
-        regroups: whether it is given other examples together than the driver was.
+        num_examples: of a driver that groups its examples anew, which a setting per example
+            could not follow; else None.
     """
     if not callable(attack):
         raise ValueError(
@@ -65,19 +66,13 @@ def check_bound(driver: str, which: str, attack: Any, *, regroups: bool = False)
                 f"expected {name} as an argument of {driver}, got it bound in {which}; pass "
                 f"{driver}(..., {name}=...), which hands it on"
             )
-    for name, value in bound.items() if regroups else ():
-        if isinstance(value, (np.ndarray, jax.Array, list, tuple)) and _is_row(value):
+    for name, value in bound.items() if num_examples is not None else ():
+        rows = isinstance(value, np.ndarray | jax.Array | list | tuple) and np.ndim(value) > 0
+        if rows and len(value) == num_examples and not any(map(callable, value)):
             raise ValueError(
                 f"expected settings that hold for all examples, got {name} of shape "
                 f"{np.shape(value)} in {which}; {driver} regroups the examples: pass a scalar"
             )
-
-
-def _is_row(value: Any) -> bool:
-    """Numbers along an axis, and not a list of attacks, say."""
-    if isinstance(value, np.ndarray | jax.Array):
-        return value.ndim > 0
-    return all(isinstance(leaf, int | float | np.ndarray | jax.Array) for leaf in value)
 
 
 def nothing(inputs: np.ndarray, of: np.ndarray) -> EnsembleState:

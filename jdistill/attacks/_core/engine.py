@@ -244,9 +244,9 @@ def _check_loss(loss: Callable[..., Array] | None, problem: Problem, result: Att
     if jnp.any(broken):
         where = int(jnp.argmax(broken))
         raise FloatingPointError(
-            f"expected a loss with a number and a gradient wherever the logits are finite, got NaN "
-            f"for example {where} ({int(jnp.sum(broken))} in all), which withstood for that reason "
-            "alone; compute the loss from the logits without a logarithm of 0, as "
+            "expected a loss with a number and a gradient wherever the logits are finite, got NaN "
+            f"for example {where} ({int(jnp.sum(broken))} in all), from where nothing led on; "
+            "compute it from the logits without a logarithm of 0, as "
             "jdistill.losses.cross_entropy does"
         )
 

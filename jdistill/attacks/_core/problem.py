@@ -93,9 +93,15 @@ class Problem(NamedTuple):
 
     @property
     def width(self) -> Array:
+        """The smallest width of the box over the features, a scalar; `inf` where none has one."""
+        low, high = self.bounds
+        return jnp.min(high - low, initial=jnp.inf)
+
+    @property
+    def widest(self) -> Array:
         """The largest width of the box over the features, a scalar."""
         low, high = self.bounds
-        return jnp.max(high - low)
+        return jnp.max(high - low, initial=0.0)
 
 
 def prepare(
