@@ -665,6 +665,7 @@ def test_a_box_without_ends(case):
     np.testing.assert_allclose(result.distance, wide.distance, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_drivers_take_ends_per_feature():
     ends = np.zeros(SHAPE), np.ones(SHAPE)
     table = [functools.partial(attacks.pgd, eps=0.2, num_steps=4), attacks.fgsm]

@@ -159,7 +159,10 @@ def test_bad_settings_are_named(kwargs, message):
         attacks.ddn(make(), None, INPUTS, LABELS, **kwargs)
 
 
-@pytest.mark.parametrize("num_classes", [2, 10, 100, 1000])
+@pytest.mark.parametrize(
+    "num_classes",
+    [2, pytest.param(10, marks=pytest.mark.slow), 100, pytest.param(1000, marks=pytest.mark.slow)],
+)
 def test_the_boundary_of_many_linear_classes(num_classes):
     logits_fn, inputs, labels, exact = tiny.many_classes(num_classes, "l2")
     found = attacks.ddn(logits_fn, None, inputs, labels, num_steps=300)

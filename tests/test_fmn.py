@@ -217,7 +217,10 @@ def test_bad_settings_are_named(kwargs, message):
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("num_classes", [2, 10, 100, 1000])
+@pytest.mark.parametrize(
+    "num_classes",
+    [2, pytest.param(10, marks=pytest.mark.slow), 100, pytest.param(1000, marks=pytest.mark.slow)],
+)
 def test_the_boundary_of_many_linear_classes(num_classes, norm):
     logits_fn, inputs, labels, exact = tiny.many_classes(num_classes, norm)
     found = attacks.fmn(logits_fn, None, inputs, labels, norm=norm, num_steps=300)
