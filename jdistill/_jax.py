@@ -207,7 +207,7 @@ def _referred(fun: Any) -> dict[str, Any]:
 
 
 def _token(value: Any) -> Any:
-    """What tells one captured value from another."""
+    """Token of a captured value, which differs where the value does."""
     if isinstance(value, np.ndarray):
         return value.shape, str(value.dtype), _digest(value)
     return id(value) if isinstance(value, jax.Array) else (type(value), repr(value))

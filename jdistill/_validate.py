@@ -442,7 +442,7 @@ def floats(num_axes: int, **named: Any) -> None:
 
 
 def logits(value: Any, batch_size: int, *, name: str = "logits_fn") -> None:
-    """What a network returned: floats `[B, K]` with `K >= 2`."""
+    """Logits of a network: floats `[B, K]` with `K >= 2`."""
     shape, dtype = _shape("logits", value), _dtype("logits", value)
     if len(shape) != 2 or shape[0] != batch_size or shape[1] < 2:
         raise ValueError(
@@ -494,6 +494,16 @@ def other_than_labels(targets: Any, labels: Any) -> None:
             f"expected targets other than the labels, got the label {_first_bad(array, bad)}; pass "
             "the class that the example should be taken for, e.g. (labels + 1) % num_classes"
         )
+
+
+def per_example(batch: tuple[int, ...], **named: Any) -> None:
+    """Each value is a scalar or one number per example, of the shape `batch`, `(B,)`."""
+    for name, value in named.items():
+        if np.shape(value) not in ((), batch):
+            raise ValueError(
+                f"expected {name} to be a scalar or of shape [B] = {batch}, got {np.shape(value)}; "
+                "pass one number, or one per example"
+            )
 
 
 def rank(expected: int, **named: Any) -> None:

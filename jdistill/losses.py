@@ -153,11 +153,7 @@ def soft_margin(logits: Array, labels: ArrayLike, softness: ArrayLike = 1.0) -> 
     """
     _check_labels(labels, logits)
     _validate.positive(softness=softness)
-    if np.shape(softness) not in ((), logits.shape[:1]):
-        raise ValueError(
-            f"expected softness to be a scalar or of shape [B] = {logits.shape[:1]}, got shape "
-            f"{np.shape(softness)}; pass one number, or one per example"
-        )
+    _validate.per_example(logits.shape[:1], softness=softness)
     classes = ~jnp.isneginf(logits)
     count = jnp.maximum(jnp.sum(classes, axis=-1, keepdims=True), 2)
     mean = jnp.sum(jnp.where(classes, logits, 0.0), axis=-1, keepdims=True) / count

@@ -309,11 +309,7 @@ def _one_per_example(like: Array, **named: ArrayLike) -> None:
     for name, value in named.items():
         if not isinstance(value, jax.Array):
             _validate.numbers(**{name: value})
-        if np.shape(value) not in ((), like.shape[:1]):
-            raise ValueError(
-                f"expected {name} to be a scalar or of shape [B] = {like.shape[:1]}, got "
-                f"{np.shape(value)}; pass one number, or one per example"
-            )
+        _validate.per_example(like.shape[:1], **{name: value})
 
 
 def _box(bounds: Bounds, like: Array) -> None:

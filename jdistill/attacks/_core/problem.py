@@ -173,12 +173,7 @@ def radius(eps: ArrayLike, inputs: Array, *, name: str = "eps") -> Array:
 
 def one_per_example(value: ArrayLike, inputs: Array, *, name: str) -> Array:
     """A scalar or `[B]` numbers, as floats `[B]`."""
-    shape = np.shape(value)
-    if shape not in ((), inputs.shape[:1]):
-        raise ValueError(
-            f"expected {name} to be a scalar or of shape [B] = {inputs.shape[:1]}, got {shape}; "
-            "pass one number, or one per example"
-        )
+    _validate.per_example(inputs.shape[:1], **{name: value})
     return jnp.broadcast_to(jnp.asarray(value, inputs.dtype), inputs.shape[:1])
 
 
