@@ -29,7 +29,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments import bench_rows, device_checks, device_times
+from experiments import device_checks, device_times
+from experiments.bench.rows import table
 from experiments.device_attacks import PRECISIONS
 from experiments.device_checks import Reference, Row
 from experiments.device_times import SIZES, Peak, Sizes
@@ -264,7 +265,7 @@ _ATTACKS: Mapping[str, Callable[[Row], str]] = {
     "note": _attack_note,
 }
 _TIMES: Mapping[str, Callable[[Row], str]] = {
-    "what": lambda row: row["row"],
+    "what": lambda row: row["name"],
     "s": _number("ours_s"),
     "from–to": _range,
     "compile s": _number("compile_s", ".1f"),
@@ -274,7 +275,7 @@ _TIMES: Mapping[str, Callable[[Row], str]] = {
     "ratio": _number("ratio", ".2f"),
 }
 _ROOFLINE: Mapping[str, Callable[[Row], str]] = {
-    "what": lambda row: row["row"],
+    "what": lambda row: row["name"],
     "s": _number("ours_s"),
     "compile s": _number("compile_s", ".1f"),
     "rate": _rate("rate"),
@@ -300,7 +301,7 @@ def _precision_table(parts: Mapping[str, Mapping[str, Any]]) -> str:
         counts = [_number(key, "d")(first) for key in ("examples", "ties")]
         cells.append([name, *counts, *equal])
     head = ["attack", "examples", "ties", *(f"equal at {precision}" for precision in PRECISIONS)]
-    return bench_rows.table(head, sorted(cells))
+    return table(head, sorted(cells))
 
 
 def _line(cells: Sequence[str] | Mapping[str, Any]) -> str:

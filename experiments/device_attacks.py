@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import npz_network
+from experiments.bench import subjects
 from jdistill import attacks, losses, nets, train
 from jdistill.typing import Array, LogitsFn, PyTree
 
@@ -173,14 +173,14 @@ def _text(value: Any) -> str:
 
 def network(name: str) -> tuple[nets.ConvNet, PyTree]:
     """A trained network of `tests/parity` and its variables."""
-    params = npz_network.read_params(FILES / f"{name}.npz")
-    model = npz_network.conv_net(params, (28, 28, 1))
+    params = subjects.read_params(FILES / f"{name}.npz")
+    model = subjects.conv_net(params, (28, 28, 1))
     return model, {"params": jax.tree.map(jnp.asarray, params)}
 
 
 def work(num_images: int) -> Work:
     """The networks, and the first images of `tests/parity`, also those classified wrongly."""
-    inputs, labels = npz_network.read_images(FILES / "images.npz")
+    inputs, labels = subjects.read_images(FILES / "images.npz")
     return Work(
         {name: network(name) for name in NETWORKS},
         jnp.asarray(inputs[:num_images]),

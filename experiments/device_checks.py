@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import bench_train, npz_network
+from experiments.bench import subjects
+from experiments.bench.train import full_batches, our_training
 from experiments.device_attacks import (
     FILES,
     NETWORKS,
@@ -161,12 +162,12 @@ def training_losses(precision: str | None) -> list[float]:
     Args:
         precision: of matrix products; None is the device's default, which is what users train in.
     """
-    inputs, labels = npz_network.read_images(FILES / "images.npz")
-    shape = inputs.shape[1:]
+    images = subjects.read_images(FILES / "images.npz")
+    shape = images.inputs.shape[1:]
     params, _ = nets.init(nets.mnist_net(), jax.random.key(0), shape)
-    batches = bench_train.full_batches(inputs, labels, LOSS_BATCH, LOSS_STEPS)
+    batches = full_batches(images, LOSS_BATCH, LOSS_STEPS)
     with jax.default_matmul_precision(precision):
-        call = bench_train.our_training(jax.device_get(params), shape, learning_rate=0.1)
+        call = our_training(jax.device_get(params), shape, learning_rate=0.1)
         return call(batches).tolist()
 
 

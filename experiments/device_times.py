@@ -6,22 +6,18 @@ Each function is a part of the run: it yields rows as dictionaries that JSON can
 import functools
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import (
-    bench_roofline,
-    bench_rows,
-    bench_sweep,
-    bench_train,
-    device_attacks,
-    npz_network,
-    timing,
-)
-from experiments.bench_rows import BenchRow
+from experiments import device_attacks
+from experiments.bench import roofline as bench_roofline
+from experiments.bench import rows, subjects, timing
+from experiments.bench import sweep as bench_sweep
+from experiments.bench import train as bench_train
+from experiments.bench.subjects import Images, Params
 from experiments.device_checks import Row
 from jdistill import attacks, nets
 from jdistill.typing import Array, LogitsFn
@@ -119,18 +115,18 @@ def known_peak(kind: str) -> Peak | None:
 
 def training_step(sizes: Sizes) -> Iterator[Row]:
     """A training step, and steps along an input gradient."""
-    params, inputs, labels = _files(sizes.network)
-    counts: dict[str, Any] = {"num_steps": sizes.num_steps, "batch_size": sizes.batch_size}
-    timed = bench_train.compare(
-        params, inputs, labels, **counts, repeats=sizes.repeats, missing="not compared here"
+    params, images = _files(sizes.network)
+    options = bench_train.Train(
+        num_steps=sizes.num_steps, batch_size=sizes.batch_size, repeats=sizes.repeats
     )
-    for row in bench_train.rows(timed, **counts, missing=None):
-        yield _row(row._replace(peer="none", target=None))
+    calls = bench_train.calls(options, params, images, beside_torch=False)
+    for row in bench_train.rows(options, calls):
+        yield _row(row._replace(peer="none", target=None, note="", command=""))
     # What is left of a training step without a call and an upload per step.
     what = f"training step in a scan, batch {sizes.batch_size}"
-    call = bench_train.scanned_training(params, inputs, labels, **counts)
+    call = bench_train.scanned_training(options, params, images)
     timed = timing.interleaved({what: call}, repeats=sizes.repeats)
-    yield _row(BenchRow(what, timed.timings[what], "none", None, each=sizes.num_steps))
+    yield _row(rows.Row(what, timed.timings[what], "none", None, each=sizes.num_steps))
 
 
 def pgd(sizes: Sizes) -> Iterator[Row]:
@@ -163,20 +159,16 @@ def autoattack(sizes: Sizes) -> Iterator[Row]:
 def sweep(sizes: Sizes) -> Iterator[Row]:
     """A sweep as one program against its runs one by one."""
     num_temperatures, num_seeds, num_steps, batch_size = sizes.sweep
-    counts: dict[str, Any] = {
-        "num_temperatures": num_temperatures,
-        "num_seeds": num_seeds,
-        "num_steps": num_steps,
-    }
-    timed = bench_sweep.compare(
-        nets.mnist_net(width=sizes.sweep_width),
-        (28, 28, 1),
-        **counts,
+    options = bench_sweep.Sweep(
+        num_temperatures=num_temperatures,
+        num_seeds=num_seeds,
+        num_steps=num_steps,
         batch_size=batch_size,
         repeats=min(sizes.repeats, 3),
     )
-    for row in bench_sweep.rows(timed, **counts, platform=jax.default_backend()):
-        yield _row(row)
+    model = nets.mnist_net(width=sizes.sweep_width)
+    for row in bench_sweep.rows(options, bench_sweep.calls(options, model, (28, 28, 1))):
+        yield _row(row._replace(command=""))
 
 
 def roofline(sizes: Sizes, peak: Peak | None) -> Iterator[Row]:
@@ -186,18 +178,18 @@ def roofline(sizes: Sizes, peak: Peak | None) -> Iterator[Row]:
         sizes: of steps and arrays.
         peak: of the device; None where it is not known.
     """
-    params, inputs, labels = _files(sizes.network)
+    params, images = _files(sizes.network)
     batch_size, matmul_size, copy_megabytes = sizes.roofline
-    counts: dict[str, Any] = {
-        "num_steps": sizes.num_steps,
-        "batch_size": batch_size,
-        "matmul_size": matmul_size,
-        "copy_megabytes": copy_megabytes,
-    }
-    timed = bench_roofline.compare(params, inputs, labels, **counts, repeats=sizes.repeats)
-    shape = inputs.shape[1:]
-    found = bench_roofline.points(timed, npz_network.conv_net(params, shape), shape, **counts)
-    rows, more = bench_roofline.rows(found)
+    options = bench_roofline.Roofline(
+        num_steps=sizes.num_steps,
+        batch_size=batch_size,
+        matmul_size=matmul_size,
+        copy_megabytes=copy_megabytes,
+        repeats=sizes.repeats,
+    )
+    calls = bench_roofline.calls(options, params, images)
+    timed = timing.interleaved(calls, repeats=sizes.repeats)
+    works = bench_roofline.works(options, params, images.inputs.shape[1:])
     # Training multiplies in the device's own precision, attacks in float32.
     stated = {
         bench_roofline.PRODUCT: "default",
@@ -206,18 +198,11 @@ def roofline(sizes: Sizes, peak: Peak | None) -> Iterator[Row]:
         bench_roofline.TRAINING: "default",
         bench_roofline.PGD: "float32",
     }
-    for row, own in zip(rows, more, strict=True):
-        field = stated[row.row.split(", ")[0]]
-        rate = own["rate"] if "rate" in own else own["flops"] / row.ours_s
+    for row in bench_roofline.rows(options, timed, works):
+        field = stated[row.name.split(", ")[0]]
         top = None if peak is None else getattr(peak, field)
-        yield {
-            **_row(row),
-            **own,
-            "unit": own.get("unit", "FLOP/s"),
-            "rate": rate,
-            "peak": top,
-            "of_peak": None if top is None else rate / top,
-        }
+        of_peak = None if top is None else row.facts["rate"] / top
+        yield {**_row(row._replace(command="")), **row.facts, "peak": top, "of_peak": of_peak}
 
 
 def _timed(
@@ -233,21 +218,20 @@ def _timed(
 
     timed = timing.interleaved({what: call}, repeats=repeats)
     success = float(np.mean(timed.results[what].success))
-    return {**_row(BenchRow(what, timed.timings[what], "none", None)), "success": success}
+    return {**_row(rows.Row(what, timed.timings[what], "none", None)), "success": success}
 
 
-def _row(row: BenchRow) -> Row:
-    return bench_rows.record(row, {})
+def _row(row: rows.Row) -> Row:
+    return rows.record(row, {})
 
 
-def _files(name: str) -> tuple[npz_network.Params, np.ndarray, np.ndarray]:
-    params = npz_network.read_params(device_attacks.FILES / f"{name}.npz")
-    return params, *npz_network.read_images(device_attacks.FILES / "images.npz")
+def _files(name: str) -> tuple[Params, Images]:
+    params = subjects.read_params(device_attacks.FILES / f"{name}.npz")
+    return params, subjects.read_images(device_attacks.FILES / "images.npz")
 
 
 def _images(name: str, count: int) -> tuple[LogitsFn, Array, Array]:
     """A network, and images on the device that it classifies correctly."""
-    _, inputs, labels = _files(name)
     logits_fn = nets.logits_fn(*device_attacks.network(name))
-    inputs, labels = npz_network.correct_images(logits_fn, inputs, labels, count)
+    inputs, labels = subjects.correct_images(logits_fn, _files(name)[1], count)
     return logits_fn, jnp.asarray(inputs), jnp.asarray(labels)

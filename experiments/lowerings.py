@@ -1,107 +1,87 @@
-"""The ways to write a convolution, a pooling and a product that the TPU compiler is asked about."""
+"""Steps that everything here consists of, and the ways to write their network.
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+For programs that look at a step without running it, such as the TPU compiler's view. A step is a
+function and the shapes of its arguments.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
-from unittest import mock
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments import steps
-from jdistill import nets
-from jdistill.nets import _convnet, _convolution, _pooling
-from jdistill.typing import Array
+from experiments.bench.networks import plain_net
+from jdistill import losses, nets, norms, sweep, train
+from jdistill.typing import ApplyFn, Array, Batch, LossFn, Metrics, PyTree
 
 _INPUT_SHAPE = (28, 28, 1)
 
 StepName = Literal["training", "sweep", "pgd"]
-ConvolutionName = Literal["xla", "jdistill", "cpu rules", "patches"]
-PoolingName = Literal["xla", "jdistill", "mask"]
+
+
+class Step(NamedTuple):
+    """Step to compile.
+
+    Attributes:
+        call: the step.
+        arguments: pytrees of `jax.ShapeDtypeStruct`.
+    """
+
+    call: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+class Written(NamedTuple):
+    """Network, and the ways into it.
+
+    Attributes:
+        model: the Flax module.
+        apply_fn: for training.
+        logits: `(variables, inputs) -> logits`, for attacks.
+    """
+
+    model: nn.Module
+    apply_fn: ApplyFn
+    logits: Callable[[PyTree, Array], Array]
+
+
+def by_library(model: nn.Module) -> Written:
+    """Network by the library's adapters, with whatever rules these bring."""
+    return Written(
+        model, nets.apply_fn(model), lambda variables, x: nets.logits_fn(model, variables)(x)
+    )
+
+
+def by_flax(model: nn.Module) -> Written:
+    """Network by Flax alone."""
+
+    def logits(variables: PyTree, inputs: Array) -> Array:
+        found: Any = model.apply(variables, inputs)
+        return found
+
+    def apply_fn(
+        params: PyTree, model_state: PyTree, inputs: Array, /, *, train: bool, key: Array | None
+    ) -> tuple[Array, PyTree]:
+        del train, key
+        return logits({"params": params}, inputs), model_state
+
+    return Written(model, apply_fn, logits)
 
 
 class Lowering(NamedTuple):
-    """A way to write a step.
+    """Way to write a step.
 
     Attributes:
         name: as in the table.
-        convolution: XLA's own; the library's; the library's rules for CPU, on TPU; patches times
-            weights.
-        pooling: XLA's own; the library's; the library's rule for CPU, on TPU.
+        write: gives the network, out of the library's.
         precision: of an attack's products.
     """
 
     name: str
-    convolution: ConvolutionName = "xla"
-    pooling: PoolingName = "xla"
+    write: Callable[[nets.ConvNet], Written] = lambda model: by_flax(plain_net(model))
     precision: str = "highest"
-
-
-# The first is what the others are compared with.
-LOWERINGS = (
-    Lowering("XLA's convolution and pooling"),
-    Lowering("jdistill's, as it is", "jdistill", "jdistill"),
-    Lowering("convolution by the CPU's rules", "cpu rules"),
-    Lowering("patches × weights", "patches"),
-    Lowering("max-pool by mask", pooling="mask"),
-)
-PRECISIONS = (
-    Lowering("XLA's, precision high (3 bfloat16 products)", precision="high"),
-    Lowering("XLA's, precision default (1 bfloat16 product)", precision="default"),
-)
-
-
-def step(
-    name: StepName, lowering: Lowering, *, width: float, batch_size: int, num_runs: int
-) -> steps.Step:
-    """A step of the papers' MNIST network, written that way; trace it within `written`.
-
-    Args:
-        name: which step.
-        lowering: how its network is written.
-        width: of the network.
-        batch_size: images a step, of each run.
-        num_runs: runs of a sweep's step.
-    """
-    convolution = _CONVOLUTIONS[lowering.convolution]
-    model = nets.mnist_net(width=width, conv_general_dilated=convolution)
-    if name == "training":
-        return steps.training(model, _INPUT_SHAPE, batch_size)
-    if name == "sweep":
-        return steps.sweeping(model, _INPUT_SHAPE, batch_size, num_runs)
-    return steps.ascending(model, _INPUT_SHAPE, batch_size, lowering.precision)
-
-
-@contextlib.contextmanager
-def written(lowering: Lowering) -> Iterator[None]:
-    """Within: what the network has no argument for is written that way, too."""
-    with contextlib.ExitStack() as stack:
-        if lowering.convolution == "cpu rules":
-            stack.enter_context(mock.patch.object(_convolution, "lax", _CpuRules()))
-        if lowering.pooling == "mask":
-            stack.enter_context(mock.patch.object(_pooling, "lax", _CpuRules()))
-        if lowering.pooling == "xla":
-            stack.enter_context(mock.patch.object(_convnet, "max_pool", _xla_max_pool))
-        yield
-
-
-class _CpuRules:
-    """`jax.lax`, but every platform gets what is meant for CPU."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(jax.lax, name)
-
-    @staticmethod
-    def platform_dependent(
-        *arguments: Any, cpu: Callable[..., Any], default: Callable[..., Any]
-    ) -> Any:
-        del default
-        return cpu(*arguments)
-
-
-def _xla_max_pool(inputs: Array) -> Array:
-    return nn.max_pool(inputs, (2, 2), (2, 2))
 
 
 def patches_convolution(
@@ -128,20 +108,119 @@ def patches_convolution(
     del window_strides, padding, options
     rows, columns, _, features = rhs.shape
     height, width = lhs.shape[1] - rows + 1, lhs.shape[2] - columns + 1
-    patches = jnp.concatenate(
-        [
-            lhs[:, row : row + height, column : column + width]
-            for row in range(rows)
-            for column in range(columns)
-        ],
-        axis=-1,
+    patches = [
+        lhs[:, row : row + height, column : column + width]
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    kernel = jnp.reshape(rhs, (-1, features))
+    return jnp.matmul(jnp.concatenate(patches, axis=-1), kernel, precision=precision)
+
+
+def _patches(model: nets.ConvNet) -> Written:
+    return by_flax(plain_net(model, conv_general_dilated=patches_convolution))
+
+
+# The first is what the others are compared with.
+LOWERINGS = (
+    Lowering("XLA's convolution and pooling"),
+    Lowering("jdistill's, as it is", by_library),
+    Lowering("patches × weights", _patches),
+)
+PRECISIONS = (
+    Lowering("XLA's, precision high (3 bfloat16 products)", precision="high"),
+    Lowering("XLA's, precision default (1 bfloat16 product)", precision="default"),
+)
+
+
+def step(
+    name: StepName, lowering: Lowering, *, width: float, batch_size: int, num_runs: int
+) -> Step:
+    """Step of the papers' MNIST network, without dropout, written that way.
+
+    Args:
+        name: which step.
+        lowering: how its network is written.
+        width: of the network.
+        batch_size: images per step, of each run.
+        num_runs: runs of a sweep's step.
+    """
+    network = lowering.write(nets.mnist_net(width=width, dropout_rate=0.0))
+    if name == "training":
+        return training(network, _INPUT_SHAPE, batch_size)
+    if name == "sweep":
+        return sweeping(network, _INPUT_SHAPE, batch_size, num_runs)
+    return ascending(network, _INPUT_SHAPE, batch_size, lowering.precision)
+
+
+def training(network: Written, input_shape: tuple[int, ...], batch_size: int) -> Step:
+    """Step of `train.fit`: SGD with Nesterov momentum."""
+    step = train.make_train_step(network.apply_fn, train.sgd(0.01))
+
+    def state(key: Array) -> train.TrainState:
+        return train.create_state(step, nets.init(network.model, key, input_shape)[0], key)
+
+    def call(
+        state: train.TrainState, batch: Batch, loss_fn: LossFn
+    ) -> tuple[train.TrainState, Metrics]:
+        return step(state, batch, loss_fn)
+
+    shapes = jax.eval_shape(state, jax.random.key(0))
+    return Step(call, (shapes, _batch(input_shape, batch_size), jax.eval_shape(train.hard_loss)))
+
+
+def sweeping(
+    network: Written, input_shape: tuple[int, ...], batch_size: int, num_runs: int
+) -> Step:
+    """Training step of many runs under `vmap`, as in `sweep.fit`: each has its own batch and T."""
+    one = training(network, input_shape, batch_size)
+    step = train.make_train_step(network.apply_fn, train.sgd(0.01))
+
+    def states(seeds: Array) -> train.TrainState:
+        keys = jax.vmap(jax.random.key)(seeds)
+        draw = functools.partial(nets.init, network.model, input_shape=input_shape)
+        return sweep.create_state(step, jax.vmap(lambda key: draw(key=key)[0])(keys), keys)
+
+    seeds = jax.ShapeDtypeStruct((num_runs,), jnp.uint32)
+    stacked = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((num_runs, *leaf.shape), leaf.dtype), one.arguments[1:]
     )
-    return jnp.matmul(patches, jnp.reshape(rhs, (-1, features)), precision=precision)
+    return Step(jax.vmap(one.call), (jax.eval_shape(states, seeds), *stacked))
 
 
-_CONVOLUTIONS: Mapping[ConvolutionName, Callable[..., Array]] = {
-    "xla": jax.lax.conv_general_dilated,
-    "jdistill": nets.conv_general_dilated,
-    "cpu rules": nets.conv_general_dilated,
-    "patches": patches_convolution,
-}
+def ascending(
+    network: Written, input_shape: tuple[int, ...], batch_size: int, precision: str = "highest"
+) -> Step:
+    """Step of PGD in an L-infinity ball: gradient, sign step, into ball and box.
+
+    Args:
+        network: the network.
+        input_shape: of one image.
+        batch_size: images.
+        precision: of matrix products; attacks have `"highest"`; `"default"` is the device's own.
+    """
+
+    def call(variables: Any, images: Array, inputs: Array, labels: Array, eps: Array) -> Array:
+        def total(images: Array) -> Array:
+            return jnp.sum(losses.cross_entropy(network.logits(variables, images), labels))
+
+        with jax.default_matmul_precision(precision):
+            gradient = jax.grad(total)(images)
+        bounds = (jnp.zeros(()), jnp.ones(()))
+        moved = norms.ascend(images, gradient, eps / 4, "linf", bounds)
+        return norms.into_ball_and_box(moved, inputs, eps, "linf", bounds)
+
+    draw = functools.partial(nets.init, network.model, input_shape=input_shape)
+    params, _ = jax.eval_shape(lambda key: draw(key=key), jax.random.key(0))
+    batch = _batch(input_shape, batch_size)
+    eps = jax.ShapeDtypeStruct((batch_size,), jnp.float32)
+    return Step(call, ({"params": params}, batch.inputs, batch.inputs, batch.labels, eps))
+
+
+def _batch(input_shape: tuple[int, ...], batch_size: int) -> Batch:
+    return Batch(
+        jax.ShapeDtypeStruct((batch_size, *input_shape), jnp.float32),
+        jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+        None,
+        jax.ShapeDtypeStruct((batch_size,), jnp.float32),
+    )

@@ -24,10 +24,12 @@ import jax
 import tyro
 from jax.experimental import topologies
 
-from experiments import bench_rows, lowerings, steps
-from experiments.lowerings import LOWERINGS, PRECISIONS, StepName
+from experiments import lowerings
+from experiments.bench.options import check, command
+from experiments.bench.rows import table
+from experiments.lowerings import LOWERINGS, PRECISIONS, Step, StepName
 from experiments.progress import Progress
-from jdistill import _validate, runtime
+from jdistill import runtime
 
 _TOPOLOGY = "v5e:1x1"
 # The shape, a tuple's too, and the operation.
@@ -47,32 +49,27 @@ ESTIMATE = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is compiled."""
+    """Steps to compile, and their sizes."""
 
     steps: tuple[StepName, ...] = ("training", "sweep", "pgd")
-    """Which steps."""
+    """Steps."""
     num_runs: int = 27
     """Runs of the sweep's step, stacked under `vmap`."""
     batch_size: int = 128
-    """Images a step, of each run."""
+    """Images per step, of each run."""
     width: float = 1.0
     """Of the papers' MNIST network: a factor on every number of channels and hidden units."""
     json: str | None = None
-    """File ending in .json that gets the rows: a list with the keys of `experiments.bench`, where
-    seconds are the compiler's, and flops, bytes and memory (none: nothing is written)."""
+    """File ending in .json that gets the rows as a list, with the keys of `experiments.bench`,
+    where seconds are the compiler's."""
 
     def __post_init__(self) -> None:
         """Check every option, and name the one that is wrong."""
-        _validate.count(num_runs=self.num_runs, batch_size=self.batch_size)
-        _validate.positive(width=self.width)
-        if not self.steps:
-            raise ValueError("expected at least one step, got none; pick of training, sweep, pgd")
-        if self.json is not None and not self.json.endswith(".json"):
-            raise ValueError(f"expected json to end in .json, got {self.json!r}; rename it")
+        check(self)
 
 
 class Estimate(NamedTuple):
-    """What the compiler says of a program.
+    """Estimate of a program by the compiler.
 
     Attributes:
         flops: floating-point operations.
@@ -81,9 +78,7 @@ class Estimate(NamedTuple):
             compiler has none.
         cycles: the sum of its schedule's estimates for each operation, which, unlike the seconds,
             grow with the passes that a precision takes.
-        arguments: bytes of what goes in.
-        outputs: bytes of what comes out.
-        temporaries: bytes in between.
+        memory: bytes on the chip: arguments, outputs and temporaries.
         loops: loops in the program; the body of each is counted once.
         instructions: how many there are of each operation and shape.
         compile_s: seconds that compiling took.
@@ -93,21 +88,14 @@ class Estimate(NamedTuple):
     bytes: float
     optimal_seconds: float | None
     cycles: int
-    arguments: int
-    outputs: int
-    temporaries: int
+    memory: int
     loops: int
     instructions: Counter[str]
     compile_s: float
 
-    @property
-    def memory(self) -> int:
-        """Bytes on the chip, all together."""
-        return self.arguments + self.outputs + self.temporaries
-
 
 class Row(NamedTuple):
-    """A step written one way.
+    """Step written one way.
 
     Attributes:
         step: what is compiled.
@@ -123,7 +111,7 @@ class Row(NamedTuple):
 
     @property
     def ratio(self) -> float | None:
-        """Seconds over those of the first lowering; None with loops, or without seconds."""
+        """Ratio of the seconds to the first lowering's; None with loops, or without seconds."""
         ours, theirs = self.estimate.optimal_seconds, self.first.optimal_seconds
         if ours is None or theirs is None or self.estimate.loops or self.first.loops:
             return None
@@ -131,19 +119,19 @@ class Row(NamedTuple):
 
     @property
     def cycles_ratio(self) -> float | None:
-        """The same of the cycles."""
+        """Ratio of the cycles to the first lowering's; None with loops."""
         if self.estimate.loops or self.first.loops or not self.first.cycles:
             return None
         return self.estimate.cycles / self.first.cycles
 
     @property
     def same(self) -> bool:
-        """Whether it is the first's program: the instructions, and every figure."""
+        """True for the first's program: the same instructions, and every figure."""
         return self.estimate._replace(compile_s=0) == self.first._replace(compile_s=0)
 
     @property
     def note(self) -> str:
-        """What else there is to say."""
+        """Note for the table."""
         if self.estimate is self.first:
             return ""
         if self.same:
@@ -169,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str]) -> Options:
-    """The options of a command line; `--help` explains each."""
+    """Options of a command line; `--help` explains each."""
     return tyro.cli(
         Options,
         prog="python -m experiments.tpu_view",
@@ -198,15 +186,19 @@ def run(options: Options) -> None:
     ).devices[0]
     rows = estimates(options, lambda step: compiled(step, device))
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
-    shared = {"device": f"{device.device_kind}, {_TOPOLOGY}, not run", "versions": versions}
-    print(_heading(options, versions) + text(rows, options.num_runs), end="")
+    shared = {
+        "device": f"{device.device_kind}, {_TOPOLOGY}, not run",
+        "versions": versions,
+        "command": command(options, program="experiments.tpu_view"),
+    }
+    print(_heading(options, versions) + text(rows), end="")
     if options.json is not None:
         content = [record(row, shared) for row in rows]
         runtime.write_json(pathlib.Path(options.json).expanduser(), content)
 
 
-def estimates(options: Options, compile_: Callable[[steps.Step], Estimate]) -> list[Row]:
-    """The rows of every step and lowering.
+def estimates(options: Options, compile_: Callable[[Step], Estimate]) -> list[Row]:
+    """Rows of every step and lowering.
 
     Args:
         options: which.
@@ -218,25 +210,26 @@ def estimates(options: Options, compile_: Callable[[steps.Step], Estimate]) -> l
             ways = (*LOWERINGS, *(PRECISIONS if name == "pgd" else ()))
             move = {"event": "call", "stage": name, "total": len(ways), "unit": "program"}
             progress({**move, "done": 0})
+            title = {"pgd": "PGD step"}.get(name, f"{name} step")
+            title += f", {options.num_runs} runs" if name == "sweep" else ""
             first = None
             for done, lowering in enumerate(ways, start=1):
-                with lowerings.written(lowering):
-                    step = lowerings.step(
-                        name,
-                        lowering,
-                        width=options.width,
-                        batch_size=options.batch_size,
-                        num_runs=options.num_runs,
-                    )
-                    estimate = compile_(step)
+                step = lowerings.step(
+                    name,
+                    lowering,
+                    width=options.width,
+                    batch_size=options.batch_size,
+                    num_runs=options.num_runs,
+                )
+                estimate = compile_(step)
                 first = first or estimate
-                rows.append(Row(_titles(options)[name], lowering.name, estimate, first))
+                rows.append(Row(title, lowering.name, estimate, first))
                 progress({**move, "done": done})
     return rows
 
 
-def compiled(step: steps.Step, device: Any) -> Estimate:
-    """What the compiler says of a step on a device that need not be there."""
+def compiled(step: Step, device: Any) -> Estimate:
+    """Estimate of a step by the compiler, on a device that need not be there."""
     sharding = jax.sharding.SingleDeviceSharding(device)
     arguments = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -249,24 +242,21 @@ def compiled(step: steps.Step, device: Any) -> Estimate:
     return read(
         program.as_text() or "",
         program.cost_analysis() or {},
-        (
-            memory.argument_size_in_bytes,
-            memory.output_size_in_bytes - memory.alias_size_in_bytes,
-            memory.temp_size_in_bytes,
-        ),
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
         seconds,
     )
 
 
-def read(
-    program: str, costs: Mapping[str, float], sizes: tuple[int, int, int], compile_s: float
-) -> Estimate:
-    """An estimate out of what the compiler gives.
+def read(program: str, costs: Mapping[str, float], memory: int, compile_s: float) -> Estimate:
+    """Estimate out of what the compiler gives.
 
     Args:
         program: its text.
         costs: `cost_analysis`.
-        sizes: bytes of arguments, outputs and temporaries.
+        memory: bytes on the chip.
         compile_s: seconds that compiling took.
     """
     # An operation that the compiler has no estimate for counts as -1 s. Only these are known to
@@ -282,7 +272,7 @@ def read(
         costs.get("bytes accessed", 0.0),
         None if seconds is None or seconds < 0 else seconds,
         sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', entry))),
-        *sizes,
+        memory,
         len(re.findall(r" while\(", program)),
         Counter(_INSTRUCTION.findall(program)),
         compile_s,
@@ -290,10 +280,10 @@ def read(
 
 
 def record(row: Row, shared: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON-able: the row with the keys of `bench_rows.record` that it has, and its own."""
+    """Row as JSON holds it, with the keys of the bench's rows."""
     ours, first = row.estimate, row.first
     return {
-        "row": f"{row.step}: {row.lowering}",
+        "name": f"{row.step}: {row.lowering}",
         "ours_s": ours.optimal_seconds,
         "theirs_s": first.optimal_seconds,
         "peer": LOWERINGS[0].name,
@@ -301,82 +291,53 @@ def record(row: Row, shared: Mapping[str, Any]) -> dict[str, Any]:
         "target": None,
         "compile_s": ours.compile_s,
         "note": "; ".join(part for part in (ESTIMATE, row.note) if part),
-        "flops": ours.flops,
-        "bytes": ours.bytes,
-        "cycles": ours.cycles,
-        "cycles_ratio": row.cycles_ratio,
-        "memory": ours.memory,
-        "arguments": ours.arguments,
-        "outputs": ours.outputs,
-        "temporaries": ours.temporaries,
-        "loops": ours.loops,
-        "same_program": row.same,
+        "facts": {
+            "flops": ours.flops,
+            "bytes": ours.bytes,
+            "cycles": ours.cycles,
+            "cycles_ratio": row.cycles_ratio,
+            "memory": ours.memory,
+            "loops": ours.loops,
+            "same_program": row.same,
+        },
         **shared,
     }
 
 
-def text(rows: Sequence[Row], num_runs: int) -> str:
-    """The rows in Markdown, and what one run after another would be."""
-    single = next((row.first for row in rows if row.step == _TITLES["training"]), None)
-    stacked = [row for row in rows if row.step.startswith("sweep")]
-    shown = list(rows)
-    if single is not None and stacked:
-        last = stacked[-1]
-        one_by_one = Row(
-            last.step, f"{num_runs} × the training step", _times(single, num_runs), last.first
-        )
-        shown.insert(shown.index(last) + 1, one_by_one)
-    cells = [_cells(row) for row in shown]
-    head = ["step", "lowering", "GFLOP", "MB accessed", "optimal ms", "ratio"]
-    head += ["Mcycles", "ratio", "MB on the chip", "note"]
-    return bench_rows.table(head, cells)
-
-
-def _cells(row: Row) -> list[str]:
-    ours = row.estimate
+def text(rows: Sequence[Row]) -> str:
+    """Table of the rows in Markdown."""
 
     def of(value: float | None, form: str = ".2f") -> str:
         return "–" if value is None else format(value, form)
 
-    return [
-        row.step,
-        row.lowering,
-        of(ours.flops / 1e9, ".3g"),
-        of(ours.bytes / 1e6, ",.0f"),
-        of(None if ours.optimal_seconds is None else 1e3 * ours.optimal_seconds, ".3f"),
-        of(row.ratio),
-        of(ours.cycles / 1e6, ".3f"),
-        of(row.cycles_ratio),
-        of(ours.memory / 1e6, ",.0f"),
-        row.note,
-    ]
-
-
-def _times(one: Estimate, count: int) -> Estimate:
-    """One after another: the work of all, the temporaries of one."""
-    seconds = one.optimal_seconds
-    return one._replace(
-        flops=count * one.flops,
-        bytes=count * one.bytes,
-        optimal_seconds=None if seconds is None else count * seconds,
-        cycles=count * one.cycles,
-        arguments=count * one.arguments,
-        outputs=count * one.outputs,
-    )
-
-
-_TITLES = {"training": "training step", "pgd": "PGD step"}
-
-
-def _titles(options: Options) -> dict[str, str]:
-    return {**_TITLES, "sweep": f"sweep step, {options.num_runs} runs"}
+    head = ["step", "lowering", "GFLOP", "MB accessed", "optimal ms", "ratio"]
+    head += ["Mcycles", "ratio", "MB on the chip", "note"]
+    cells = []
+    for row in rows:
+        ours = row.estimate
+        optimal = None if ours.optimal_seconds is None else 1e3 * ours.optimal_seconds
+        cells.append(
+            [
+                row.step,
+                row.lowering,
+                of(ours.flops / 1e9, ".3g"),
+                of(ours.bytes / 1e6, ",.0f"),
+                of(optimal, ".3f"),
+                of(row.ratio),
+                of(ours.cycles / 1e6, ".3f"),
+                of(row.cycles_ratio),
+                of(ours.memory / 1e6, ",.0f"),
+                row.note,
+            ]
+        )
+    return table(head, cells)
 
 
 def _heading(options: Options, versions: Mapping[str, str]) -> str:
     lines = [
         f"This is {ESTIMATE}.",
         ", ".join(f"{name} {version}" for name, version in versions.items())
-        + f"; `nets.mnist_net(width={options.width})`, batch {options.batch_size}",
+        + f"; `nets.mnist_net(width={options.width})`, batch {options.batch_size}, without dropout",
         "optimal: the least that each operation takes by its operations and bytes, added up; "
         "cycles: the compiler's estimates for what it scheduled, added up; ratio: to the step's "
         "first lowering; on the chip: arguments, outputs and temporaries",

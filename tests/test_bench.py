@@ -1,427 +1,366 @@
-"""Timing beside other toolkits, which are played by stubs here: who is called when, and the tables.
+"""The benches: who is called when, the rows, the networks of their own, and both sides' work.
 
 No test looks at how long anything really takes.
 """
 
-import dataclasses
 import functools
-import importlib.util
 import inspect
 import json
 import math
 import os
+import pathlib
+import shlex
 import subprocess
-from types import SimpleNamespace
+import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import (
-    bench,
-    bench_attacks,
-    bench_data,
-    bench_evaluate,
-    bench_options,
-    bench_rows,
-    bench_startup,
-    bench_sweep,
-    bench_train,
-    npz_network,
-    timing,
-    torch_side,
-)
-from experiments.bench_attacks import COMPARISONS, Outcome, Row
-from experiments.bench_rows import BenchRow
-from experiments.peers import Comparison
-from experiments.timing import Timed, Timing
-from jdistill import attacks, data, losses, nets, runtime
+import experiments.bench.__main__ as bench
+import experiments.bench.attacks as bench_attacks
+import experiments.bench.data as bench_data
+import experiments.bench.evaluate as bench_evaluate
+import experiments.bench.sweep as bench_sweep
+import experiments.bench.train as bench_train
+from experiments.bench import networks, peers, startup, subjects, timing
+from experiments.bench.options import command
+from experiments.bench.peers import Comparison
+from experiments.bench.rows import Row, record, text
+from experiments.bench.subjects import Images
+from experiments.bench.timing import Timing
+from jdistill import attacks, data, losses, nets, train
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# Timing
 
 
-class Clock:
-    """Stands still until somebody works."""
+def timed(seconds, **options):
+    """What `interleaved` gives of calls that take so many seconds each; who was called, and told.
 
-    def __init__(self):
-        self.now = 0.0
+    Args:
+        seconds: by name, of each call in turn; None for one that fails.
+    """
+    now, log, told = [0.0], [], []
+    left = {name: list(each) for name, each in seconds.items()}
 
-    def __call__(self):
-        return self.now
-
-
-def worker(clock, log, name, *seconds):
-    """A call that takes so many seconds, another number each time, and returns how often it ran."""
-    left = list(seconds)
-
-    def call():
+    def call(name):
         log.append(name)
-        clock.now += left.pop(0)
+        took = left[name].pop(0)
+        if took is None:
+            raise RuntimeError("no\n  such thing")
+        now[0] += took
         return f"{name} {log.count(name)}"
 
-    return call
+    found = timing.interleaved(
+        {name: functools.partial(call, name) for name in seconds},
+        after_call=lambda *step: told.append(step),
+        clock=lambda: now[0],
+        **options,
+    )
+    return found, log, told
 
 
 def test_calls_take_turns_after_warming_up():
-    clock, log, steps = Clock(), [], []
-    timed = timing.interleaved(
-        {"a": worker(clock, log, "a", 9, 3, 1, 2), "b": worker(clock, log, "b", 8, 40, 60, 50)},
-        repeats=3,
-        after_call=lambda *step: steps.append(step),
-        clock=clock,
-    )
+    found, log, told = timed({"a": [9, 3, 1, 2], "b": [8, 40, 60, 50]}, repeats=3)
     assert log == ["a", "b"] * 4
-    assert timed.timings == {"a": Timing(9, (3, 1, 2)), "b": Timing(8, (40, 60, 50))}
-    assert timed.results == {"a": "a 1", "b": "b 1"}
-    assert timed.failures == {}
-    assert steps == [(done, 8) for done in range(9)]
-
-
-def test_median_and_what_the_first_call_took_beyond_it():
-    assert Timing(9.0, (3.0, 1.0, 2.0)).median == 2.0
-    assert Timing(9.0, (3.0, 1.0, 2.0)).extra == 7.0
-    assert Timing(9.0, (1.0, 2.0)).median == 1.5
-    assert Timing(1.0, (3.0,)).extra == 0.0
+    assert found.timings == {"a": Timing(9, (3, 1, 2)), "b": Timing(8, (40, 60, 50))}
+    assert (found.results, found.failures) == ({"a": "a 1", "b": "b 1"}, {})
+    assert told == [(done, 8) for done in range(9)]
+    assert (found.timings["a"].median, found.timings["a"].extra) == (2, 7)
+    assert (Timing(1, (1, 2)).median, Timing(1, (3,)).extra) == (1.5, 0)
 
 
 def test_optional_calls_may_fail_or_be_too_slow():
-    clock, log, steps = Clock(), [], []
-
-    def broken():
-        log.append("broken")
-        raise RuntimeError("no\n  such thing")
-
-    timed = timing.interleaved(
-        {
-            "ours": worker(clock, log, "ours", 100, 1, 1),
-            "broken": broken,
-            "slow": worker(clock, log, "slow", 11),
-            "fast": worker(clock, log, "fast", 10, 4, 6),
-        },
-        repeats=2,
-        optional={"broken", "slow", "fast"},
-        slow_seconds=10,
-        after_call=lambda *step: steps.append(step),
-        clock=clock,
-    )
+    seconds = {"ours": [100, 1, 1], "broken": [None], "slow": [11], "fast": [10, 4, 6]}
+    optional = {"broken", "slow", "fast"}
+    found, log, told = timed(seconds, repeats=2, optional=optional, slow_seconds=10)
     assert log == ["ours", "broken", "slow", "fast", "ours", "fast", "ours", "fast"]
-    assert timed.failures == {"broken": "RuntimeError: no such thing"}
-    assert timed.timings == {
-        "ours": Timing(100, (1, 1)),
-        "slow": Timing(11, (11,)),
-        "fast": Timing(10, (4, 6)),
-    }
-    assert set(timed.results) == {"ours", "slow", "fast"}
-    assert steps[-1] == (8, 8)
+    assert found.failures == {"broken": "RuntimeError: no such thing"}
+    expected = {"ours": Timing(100, (1, 1)), "slow": Timing(11, (11,)), "fast": Timing(10, (4, 6))}
+    assert found.timings == expected
+    assert set(found.results) == set(expected)
+    assert told[-1] == (8, 8)
     with pytest.raises(RuntimeError, match="such thing"):
-        timing.interleaved({"broken": broken}, repeats=1)
+        timed({"broken": [None]}, repeats=1)
 
 
-@pytest.fixture(autouse=True)
-def keep_caches(monkeypatch):
-    """Other tests want what was compiled; returns how often it would have been forgotten."""
-    calls = []
-    monkeypatch.setattr(jax, "clear_caches", lambda: calls.append(True))
-    return calls
+# Rows
 
 
-@pytest.fixture
-def judged(monkeypatch):
-    """Peers' examples are their distances."""
-
-    def distances(model, found, inputs, labels, norm, targets):
-        targets = None if targets is None else list(targets)
-        assert model == "model"
-        assert targets == ([1, 2, 3, 4] if norm == "l0" else None)
-        return np.asarray(found)
-
-    monkeypatch.setattr(torch_side, "distances", distances)
-
-
-INPUTS = np.zeros((4, 2, 2, 1), np.float32)
-LABELS = np.arange(4)
-SUBJECT = bench_attacks.Subject("network", INPUTS, LABELS, "model", ("tensor", np.arange(4)))
-
-
-def fake(log, *, attack="pgd", norm="linf", **toolkits):
-    """A comparison of stubs; a toolkit is the distances that it finds, or an exception."""
-
-    def ours(logits_fn, key, inputs, labels):
-        assert logits_fn == "network"
-        assert inputs is INPUTS
-        assert labels is LABELS
-        log.append("jdistill")
-        distance = np.array([1.0, 2.0, 3.0, 4.0])
-        return attacks.AttackResult(inputs, distance != 3.0, distance, np.ones(4, int), {})
-
-    def peer(name, found):
-        def run(model, inputs, labels):
-            assert (model, inputs) == ("model", "tensor")
-            assert labels is SUBJECT.tensors[1]
-            log.append(name)
-            print("a toolkit's chatter")
-            if isinstance(found, Exception):
-                raise found
-            return found
-
-        return run
-
-    named = {name: peer(name, found) for name, found in toolkits.items()}
-    return Comparison(attack, norm, "10 steps", ours, named, targeted=norm == "l0")
-
-
-def test_compare_calls_all_and_keeps_what_they_found(judged, keep_caches, capsys):
-    log = []
-    row = bench_attacks.compare(
-        fake(log, foolbox=[1.5, math.inf, 1.0, 5.0], ART=ValueError("shape"), torchattacks=None),
-        SUBJECT,
-        repeats=2,
-        missing={"torchattacks": "not installed; do something", "adv-lib": "irrelevant"},
-    )
-    assert log == ["jdistill", "foolbox", "ART", *["jdistill", "foolbox"] * 2]
-    assert len(keep_caches) == 1
-    assert (row.attack, row.norm, row.budget) == ("pgd", "linf", "10 steps")
-    assert row.ours.distances.tolist() == [1.0, 2.0, math.inf, 4.0]
-    assert row.ours.success == row.theirs["foolbox"].success == 0.75
-    assert row.means("foolbox") == (2.5, 3.25)  # over the first and the last image
-    assert set(row.theirs) == {"foolbox"}
-    assert row.skipped == {
-        "torchattacks": "not installed; do something",
-        "ART": "ValueError: shape",
+def test_a_row_is_of_one_of_the_steps_of_a_call():
+    row = Row("step", Timing(30, (8, 4, 6)), "peer", Timing(9, (12,)), "python", each=2)
+    found = json.loads(json.dumps(record(row, {"device": "a device"})))
+    assert found == {
+        **{"name": "step", "ours_s": 3, "theirs_s": 6, "peer": "peer", "ratio": 0.5},
+        **{"target": None, "compile_s": 24, "theirs_compile_s": None},  # of the call, not of a step
+        **{"ours_range_s": [2, 4], "theirs_range_s": [6, 6], "repeats": 3, "facts": {}, "note": ""},
+        **{"command": "python", "device": "a device"},
     }
-    assert len(row.ours.timing.warm) == len(row.theirs["foolbox"].timing.warm) == 2
-    assert capsys.readouterr().out == ""
-
-
-def test_compare_raises_what_ours_raises():
-    def ours(*_):
-        raise FloatingPointError("ours")
-
-    broken = Comparison("pgd", "linf", "", ours, {})
-    with pytest.raises(FloatingPointError, match="ours"):
-        bench_attacks.compare(broken, SUBJECT, repeats=1)
-
-
-def outcome(*seconds, first=30.0, distances=(1.0, 2.0)):
-    return Outcome(Timing(first, seconds), np.array(distances))
-
-
-def test_ratio_is_against_the_fastest_median():
-    # adv-lib has the smallest single time, ART the smallest median.
-    theirs = {"foolbox": outcome(9, 8, 7), "adv-lib": outcome(1, 9, 9), "ART": outcome(5, 4, 3)}
-    row = Row("ddn", "l2", "9 steps", outcome(1, 2, 30), theirs, {})
-    assert row.fastest == "ART"
-    assert row.ratio("ART") == 0.5
-    assert row.ratio("foolbox") == 0.25
-    assert Row("ddn", "l2", "9 steps", outcome(1), {}, {}).fastest is None
-
-
-ROWS = [
-    Row(
-        "ddn",
-        "l2",
-        "9 steps",
-        outcome(0.5, 0.25, 0.75, distances=(1.0, 2.0, 4.0, math.inf)),
-        {
-            "foolbox": outcome(3.0, 1.0, 2.0, distances=(3.0, 3.0, math.inf, math.inf)),
-            "adv-lib": outcome(8.0, distances=(math.inf,) * 4),
-        },
-        {"ART": "ValueError: no"},
-    ),
-    Row("carlini_wagner_l0", "l0", "1 step", outcome(2.0, 2.0), {}, {"ART": "not installed"}),
-]
+    alone = record(row._replace(theirs=None, compiles=False, peer_compiles=True), {})
+    assert set(alone) == set(found) - {"device"}
+    assert alone["theirs_s"] is alone["ratio"] is alone["theirs_range_s"] is None
+    assert alone["compile_s"] is alone["theirs_compile_s"] is None
 
 
 def cells(table):
-    """A Markdown table's rows."""
+    """A Markdown table's rows, by the names of its columns."""
     lines = table.splitlines()
     assert len({len(line) for line in lines}) == 1  # straight columns
     assert set(lines[1]) <= set("|- ")
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    head, _, *found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(head, row, strict=True)) for row in found]
 
 
-def test_tables():
-    head, _, first, second = cells(bench_attacks.fastest_table(ROWS))
-    assert dict(zip(head, first, strict=True)) == {
-        "attack": "ddn",
-        "norm": "l2",
-        "budget": "9 steps",
-        "compile s": "29.5",
-        "jdistill s": "0.5 (0.25–0.75)",
-        "fastest peer s": "2 (1–3)",
-        "peer": "foolbox",
-        "ratio": "0.25",
-        "success %": "75 / 50",
-        "mean distance": "1.5 / 3",
+def test_table_of_rows_and_their_notes():
+    ours, theirs = Timing(30.0, (8, 4, 6)), Timing(9.5, (3, 2, 4))
+    facts = {"success": [0.75, 0.5], "mean_distance": [1.5, None], "limit": "memory"}
+    found = [
+        Row("a", ours, "torch", None, "python -m a", target=1.2, note="not installed"),
+        Row("b", ours, "torch", None, compiles=False, note="not installed"),
+        Row("c", ours, "x", theirs, each=2, peer_compiles=True, facts=facts, note="so"),
+    ]
+    table, notes = text(found).split("\n\n")
+    first, second, third = cells(table)
+    assert first | {"command": None} == {
+        **{"what": "a", "jdistill s": "6 (4–8)", "peer s": "–", "peer": "torch", "ratio": "–"},
+        **{"target": "1.2", "compile s": "24.0", "success": "–", "mean distance": "–"},
+        **{"limit": "–", "command": None},
     }
-    assert second[:2] == ["carlini_wagner_l0", "l0"]
-    assert second[-5:] == ["–"] * 5
-    head, _, *rows = cells(bench_attacks.peers_table(ROWS))
-    assert [row[head.index("peer")] for row in rows] == ["foolbox", "adv-lib"]
-    assert rows[1][3:] == ["8 (1 call)", "adv-lib", "0.06", "75 / 0", "– / –"]
-
-
-def test_text_says_what_is_missing():
-    text = bench_attacks.text(ROWS)
-    assert bench_attacks.fastest_table(ROWS) in text
-    assert bench_attacks.peers_table(ROWS) in text
-    assert text.endswith(
-        "* ART has no ddn l2 here: ValueError: no\n"
-        "* ART has no carlini_wagner_l0 l0 here: not installed\n"
+    assert first["command"] == "`python -m a`"
+    assert second["compile s"] == "–"
+    assert (third["jdistill s"], third["peer s"], third["ratio"]) == (
+        "3 (2–4)",
+        "1.5 (1–2)",
+        "2.00",
     )
-    assert "*" not in bench_attacks.text([ROWS[0]._replace(skipped={})])
+    shown = ["24.0 / 6.5", "0.75 / 0.5", "1.5 / –", "memory"]
+    assert [third[name] for name in ("compile s", "success", "mean distance", "limit")] == shown
+    assert notes == "* torch: not installed\n* c: x: so\n"
+    assert "target" not in cells(text(found[2:]).split("\n\n")[0])[0]  # nothing is in it
 
 
-def test_records_are_json():
-    first, second = json.loads(json.dumps([bench_attacks.record(row) for row in ROWS]))
-    assert first["jdistill"]["median_seconds"] == 0.5
-    assert first["jdistill"]["seconds"] == [0.5, 0.25, 0.75]
-    assert first["compile_seconds"] == 29.5
-    assert first["fastest_peer"] == "foolbox"
-    assert first["peers"]["foolbox"]["ratio"] == 0.25
-    assert first["peers"]["foolbox"]["jdistill_mean_distance"] == 1.5
-    assert first["peers"]["adv-lib"]["mean_distance"] is None
-    assert second["fastest_peer"] is None
+# The command line
+
+
+@pytest.mark.parametrize("name", bench.COMMANDS)
+def test_options_of_every_command(name):
+    kind, _ = bench.COMMANDS[name]
+    options = bench.parse([name])
+    assert (options, options.flags, options.json) == (kind(), True, None)
+    assert command(options) == f"python -m experiments.bench {name}"
+    with pytest.raises(ValueError, match=r"expected json to end in \.json, got 'rows\.md'"):
+        kind(json="rows.md")
+    changed = {"flags": False}
+    for field, value in vars(options).items():
+        if type(value) is int:
+            changed[field] = value + 1
+            with pytest.raises(ValueError, match=f"expected {field} >= 1, got 0"):
+                kind(**{field: 0})
+        if type(value) is float:
+            changed[field] = value / 4
+            for bad in (0.0, math.nan):
+                with pytest.raises(ValueError, match=f"expected {field} > 0 .*got {bad}"):
+                    kind(**{field: bad})
+        if type(value) is tuple:
+            changed[field] = value[:2]
+            with pytest.raises(ValueError, match=f"expected at least one of {field}"):
+                kind(**{field: ()})
+    # The command that a row carries gives its options again, but for the file.
+    line = command(kind(json="rows.json", **changed))
+    assert bench.parse(shlex.split(line)[3:]) == kind(**changed)
+
+
+def test_bad_options_are_refused(capsys):
+    for arguments in (
+        ["train", "--network", "mine.npz", "--width", "0.5"],
+        ["attacks", "--attacks"],
+    ):
+        with pytest.raises(SystemExit):
+            bench.parse(arguments)
+    assert "leave one of them out" in " ".join(capsys.readouterr().err.split())
+    assert "fgsm" in bench.parse(["attacks"]).attacks
+
+
+def check_rows(path):
+    """The rows of a file that `--json` names, whose figures agree with each other."""
+    rows = json.loads(path.read_text())
+    for row in rows:
+        low, high = row["ours_range_s"]
+        assert 0 < low <= row["ours_s"] <= high
+        theirs = row["theirs_s"]
+        assert row["ratio"] == (theirs and pytest.approx(row["ours_s"] / theirs))
+        bench.parse(shlex.split(row["command"])[3:])
+        assert "CPU" in row["device"]
+        assert row["versions"]["jax"] == jax.__version__
+    assert len({(row["name"], row["peer"]) for row in rows}) == len(rows)
+    return rows
+
+
+def test_a_program_of_its_own_sets_the_flag(tmp_path):
+    path = tmp_path / "new" / "rows.json"
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    program = [sys.executable, "-m", "experiments.bench", "data", "--json", str(path)]
+    sizes = ["--num-examples", "8", "--repeats", "1"]
+    printed = subprocess.check_output([*program, *sizes], cwd=ROOT, env=environment, text=True)
+    (row,) = check_rows(path)
+    assert row["xla_flags"] in printed
+    if jax.__version_info__ < (0, 11):  # that of JAX 0.12 has no such flag
+        assert "xla_cpu" in row["xla_flags"]
+
+
+def test_a_stopped_run_leaves_what_it_has(tmp_path, capsys):
+    def groups():
+        yield [Row("first", Timing(2, (1,)), "x", None, "python -m experiments.bench data")]
+        raise KeyboardInterrupt
+
+    path = tmp_path / "rows.json"
+    with pytest.raises(KeyboardInterrupt, match="a new run starts from the beginning"):
+        bench.show(bench_data.Data(json=str(path)), groups())
+    assert "| first | 1 (1 call) |" in capsys.readouterr().out
+    assert [row["name"] for row in check_rows(path)] == ["first"]
+
+
+# Attacks
+
+
+WEIGHTS = np.array([[2.0, -2.0], [1.0, -1.0]], np.float32)
+POINTS = np.array([[0.55, 0.45], [0.5, 0.9], [0.2, 0.3], [0.9, 0.9]], np.float32)
+
+
+def model(points):
+    """A network in NumPy that a toolkit attacks; class 0 where 2 x + y > 1.5."""
+    return points @ WEIGHTS - np.array([[1.5, -1.5]], np.float32)
+
+
+@functools.partial(nets.callable_logits_fn)
+def network(points):
+    """The same for us."""
+    return points @ WEIGHTS - jnp.array([[1.5, -1.5]])
+
+
+def sign_step(model, points, labels, eps=0.2):
+    print("a toolkit's chatter")
+    towards = np.sign(WEIGHTS.T[1 - labels] - WEIGHTS.T[labels])
+    return np.clip(points + eps * towards, 0, 1)
+
+
+CLASSES = model(POINTS).argmax(1)
+SUBJECT = bench_attacks.Subject(network, jnp.asarray(POINTS), CLASSES, model, (POINTS, CLASSES))
+
+
+def broken(*_):
+    raise ValueError("shape")
+
+
+def test_compare_calls_all_and_keeps_what_they_found(capsys):
+    weak = functools.partial(sign_step, eps=0.05)
+    toolkits = {"foolbox": sign_step, "weak": weak, "ART": broken, "torchattacks": broken}
+    ours = functools.partial(attacks.fgsm, eps=0.2)
+    missing = {"torchattacks": "not installed; do something", "adv-lib": "irrelevant"}
+    found, theirs, skipped = bench_attacks.compare(
+        Comparison("fgsm", "linf", "eps 0.2", ours, toolkits), SUBJECT, repeats=2, missing=missing
+    )
+    # |2 x + y - 1.5| / 3 is each point's distance from the boundary.
+    expected = np.where(np.abs(model(POINTS)[:, 0]) / 3 < 0.2, 0.2, np.inf)
+    np.testing.assert_allclose(found.distances, expected, atol=1e-6)
+    np.testing.assert_allclose(theirs["foolbox"].distances, expected, atol=1e-6)
+    assert (found.success, theirs["weak"].success) == (0.5, 0.25)
+    assert skipped == {"torchattacks": "not installed; do something", "ART": "ValueError: shape"}
+    assert {len(one.timing.warm) for one in (found, *theirs.values())} == {2}
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="shape"):  # of ours it is no note
+        bench_attacks.compare(Comparison("fgsm", "linf", "", broken, {}), SUBJECT, repeats=1)
+
+
+def test_rows_of_an_attack_begin_with_the_fastest_toolkit():
+    def outcome(*seconds, distances=(1.0, 2.0, 4.0, math.inf)):
+        return bench_attacks.Outcome(Timing(30, seconds), np.array(distances))
+
+    theirs = {  # adv-lib has the smallest single time, ART the smallest median
+        "foolbox": outcome(9, 8, 7, distances=[3.0, 3.0, math.inf, math.inf]),
+        "adv-lib": outcome(1, 9, 9, distances=[math.inf] * 4),
+        "ART": outcome(5, 4, 3),
+    }
+    ours = outcome(1, 2, 30)
+    rows = bench_attacks.rows(peers.ddn(9), ours, theirs, {"torchattacks": "no"}, "python")
+    assert {row.name for row in rows} == {"ddn l2, 9 steps, 4 images"}
+    assert {row.command for row in rows} == {"python"}
+    assert [row.peer for row in rows] == ["ART", "foolbox", "adv-lib", "torchattacks"]
+    assert [row.ratio for row in rows] == [0.5, 0.25, 2 / 9, None]
+    assert [row.target for row in rows] == [0.7, None, None, None]
+    assert [row.note for row in rows] == ["", "", "", "no"]
+    assert rows[1].facts == {"success": [0.75, 0.5], "mean_distance": [1.5, 3.0]}
+    assert rows[2].facts == {"success": [0.75, 0.0], "mean_distance": [None, None]}
 
 
 def test_comparisons_fit_our_attacks_and_the_toolkits_known():
-    assert len({(c.attack, c.norm, c.budget) for c in COMPARISONS}) == len(COMPARISONS)
-    assert {name for c in COMPARISONS for name in c.peers} == set(bench_attacks._TOOLKITS)
-    for comparison in COMPARISONS:
+    there = bench_attacks.COMPARISONS
+    assert len({(c.attack, c.norm, c.budget) for c in there}) == len(there)
+    assert {name for c in there for name in c.peers} == set(peers.TOOLKITS)
+    assert set(bench_attacks.TARGETS) <= {(c.attack, c.norm) for c in there}
+    for comparison in there:
         assert hasattr(attacks, comparison.attack)
         if isinstance(comparison.ours, functools.partial):
-            signature = inspect.signature(comparison.ours.func)
-            signature.bind(None, None, None, None, **comparison.ours.keywords)
+            assert attacks.traits(comparison.ours).name == comparison.attack
+            keywords = comparison.ours.keywords
+            inspect.signature(getattr(attacks, comparison.attack)).bind(*[None] * 4, **keywords)
 
 
-def test_without_torch_the_error_says_what_to_install(monkeypatch):
-    def find(*names):
-        def find_spec(name):
-            return object() if name in names else None
+def test_without_torch_the_error_says_what_to_install():
+    def missing(*there):
+        return bench_attacks.missing_toolkits(lambda name: name if name in there else None)
 
-        monkeypatch.setattr(importlib.util, "find_spec", find_spec)
-
-    find("torch", "foolbox", "art")
-    assert set(bench_attacks.missing_toolkits()) == {"torchattacks", "adv-lib", "pyautoattack"}
-    for names in ((), ("torch",), ("foolbox", "art")):
-        find(*names)
+    assert set(missing("torch", "foolbox", "art")) == {"torchattacks", "adv-lib", "pyautoattack"}
+    for there in ((), ("torch",), ("foolbox", "art")):
         with pytest.raises(ModuleNotFoundError, match=r"expected torch .*requirements-peers\.txt"):
-            bench.run(bench.parse(["attacks"]))
+            missing(*there)
 
 
-@pytest.mark.parametrize("name", ["train", "attacks", "evaluate", "sweep", "data", "startup"])
-def test_every_command_has_the_common_options(name):
-    options = bench.parse([name])
-    assert options.flags
-    assert options.json is None
-    options = bench.parse([name, "--no-flags", "--json", "rows.json", "--repeats", "7"])
-    assert (options.flags, options.json, options.repeats) == (False, "rows.json", 7)
+# Networks and images
 
 
-@pytest.mark.parametrize("kind", [kind for kind, _ in bench._COMMANDS.values()])
-def test_every_command_checks_its_options(kind):
-    with pytest.raises(ValueError, match=r"expected json to end in \.json, got 'rows\.md'"):
-        kind(json="rows.md")
-    fields = {field.name: field.type for field in dataclasses.fields(kind)}
-    for name in (name for name, type_ in fields.items() if type_ is int):
-        with pytest.raises(ValueError, match=f"expected {name} .*got 0"):
-            kind(**{name: 0})
-    if "width" in fields:
-        with pytest.raises(ValueError, match=r"expected width .*got 0"):
-            kind(width=0.0)
-
-
-@pytest.mark.parametrize("flags", [True, False])
-def test_flags_are_set_before_the_command_runs(flags, monkeypatch):
-    log = []
-    monkeypatch.setattr(jax.config, "update", lambda name, value: log.append((name, value)))
-    monkeypatch.setattr(runtime, "add_cpu_flags", lambda: log.append("flags"))
-    monkeypatch.setattr(bench, "run", lambda options: log.append(type(options).__name__))
-    bench.main(["data"] if flags else ["data", "--no-flags"])
-    cache = ("jax_enable_compilation_cache", False)
-    assert log == [cache, *(["flags"] if flags else []), "Data"]
-    log.clear()
-    bench.main(["train"])
-    assert log == [("jax_platforms", "cpu"), cache, "flags", "Train"]
-
-
-def test_command_line():
-    options = bench.parse(["attacks"])
-    assert options.attacks == tuple(dict.fromkeys(c.attack for c in COMPARISONS))
-    assert (options.batch_size, options.repeats) == (100, 5)
-    options = bench.parse(["attacks", "--attacks", "pgd", "ddn", "--repeats", "2"])
-    assert options.attacks == ("pgd", "ddn")
-    assert options.repeats == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--attacks", "square"], "fgsm"),
-        (["--attacks"], "expected at least one attack"),
-        (["--repeats", "0"], "expected repeats"),
-        (["--batch-size", "-1"], "expected batch_size"),
-        (["--slow-seconds", "nan"], "expected slow_seconds"),
-        (["--output", "bench.csv"], "expected output to end in .md"),
-        (["--output", "a/b.md", "--json", "a/b.json"], "expected json to be another file"),
-    ],
-)
-def test_bad_options_are_refused(arguments, message, capsys):
-    with pytest.raises((ValueError, SystemExit)) as caught:
-        bench.parse(["attacks", *arguments])
-    assert message in str(caught.value) + "".join(capsys.readouterr())
-
-
-@pytest.fixture
-def digits():
-    """Weights of a small network, and images with the labels that it gives them."""
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Files of a small network, and of images with the labels that it gives them."""
     model = nets.ConvNet(features=((4, 4),), hidden=(8, 6), num_classes=10)
     params, _ = nets.init(model, jax.random.key(0), (8, 8, 1))
-    params = jax.tree.map(np.asarray, params)
     inputs = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 1)).astype(np.uint8)
     logits = nets.logits_fn(model, {"params": params})(inputs.astype(np.float32) / 255)
-    return params, inputs, np.asarray(logits).argmax(1)
-
-
-def write(folder, params, inputs, labels):
     flat = {f"{layer}/{kind}": v for layer, kinds in params.items() for kind, v in kinds.items()}
+    folder = tmp_path_factory.mktemp("files")
     np.savez(folder / "network.npz", **flat)
-    np.savez(folder / "images.npz", inputs=inputs, labels=labels)
+    np.savez(folder / "images.npz", inputs=inputs, labels=np.asarray(logits).argmax(1))
+    return folder
 
 
-def test_files_hold_networks_and_images(tmp_path, digits):
-    params, inputs, labels = digits
-    write(tmp_path, *digits)
-    read = npz_network.read_params(tmp_path / "network.npz")
-    jax.tree.map(np.testing.assert_array_equal, read, dict(params))
-    model = npz_network.conv_net(read, (8, 8, 1))
+@pytest.fixture(scope="module")
+def small(files):
+    """Weights and images of these files."""
+    return subjects.read_params(files / "network.npz"), subjects.read_images(files / "images.npz")
+
+
+def test_files_hold_networks_and_images(small, files, tmp_path):
+    params, images = small
+    model = subjects.conv_net(params, (8, 8, 1))
     assert (model.features, model.hidden, model.num_classes) == (((4, 4),), (8, 6), 10)
-    images, read_labels = npz_network.read_images(tmp_path / "images.npz")
-    np.testing.assert_array_equal(np.rint(images * 255), inputs)
-    np.testing.assert_array_equal(read_labels, labels)
-
-
-def test_files_of_the_checkout_are_those_of_the_papers_network():
-    params = npz_network.read_params(bench._FILES / "plain.npz")
-    inputs, labels = npz_network.read_images(bench._FILES / "images.npz")
-    assert npz_network.conv_net(params, (28, 28, 1)) == nets.mnist_net()
-    assert inputs.shape[1:] == (28, 28, 1)
-    assert len(inputs) == len(labels) >= 150
-    assert inputs.max() == 1.0
-
-
-def test_files_that_hold_something_else(tmp_path, digits):
-    params, inputs, labels = digits
+    with np.load(files / "images.npz") as file:
+        stored = file["inputs"]
+    np.testing.assert_array_equal(np.rint(images.inputs * 255), stored)
     path = tmp_path / "file.npz"
-    with pytest.raises(FileNotFoundError, match=r"expected an \.npz file.*make_networks"):
-        npz_network.read_params(path)
+    with pytest.raises(FileNotFoundError, match=r"expected an \.npz file, got no such file"):
+        subjects.read_params(path)
     path.write_text("not an archive")
     with pytest.raises(ValueError, match=r"expected an \.npz file of arrays"):
-        npz_network.read_params(path)
-    np.savez(path, inputs=inputs / 255, labels=labels)
+        subjects.read_params(path)
+    np.savez(path, inputs=stored / 255, labels=images.labels)
     with pytest.raises(ValueError, match=r"\(uint8\).*inputs float64\[12, 8, 8, 1\]"):
-        npz_network.read_images(path)
-    np.savez(path, inputs=inputs, labels=labels[1:])
-    with pytest.raises(ValueError, match=r"labels int64\[11\]"):
-        npz_network.read_images(path)
+        subjects.read_images(path)
+    np.savez(path, inputs=stored, labels=images.labels[1:])
+    with pytest.raises(ValueError, match=r"labels int32\[11\]"):
+        subjects.read_images(path)
     for wrong in (
         {name: layer for name, layer in params.items() if name != "logits"},
         {name: layer for name, layer in params.items() if name != "dense_0"},
@@ -429,296 +368,161 @@ def test_files_that_hold_something_else(tmp_path, digits):
         {},
     ):
         with pytest.raises(ValueError, match=r"expected the weights of a nets\.ConvNet"):
-            npz_network.conv_net(wrong, (8, 8, 1))
+            subjects.conv_net(wrong, (8, 8, 1))
     with pytest.raises(ValueError, match="inputs of shape"):
-        npz_network.conv_net(params, (10, 10, 1))
+        subjects.conv_net(params, (10, 10, 1))
 
 
-def test_only_images_that_are_classified_correctly(digits, monkeypatch):
-    params, inputs, labels = digits
-    monkeypatch.setattr(torch_side, "torch_network", lambda params: "model")
-    monkeypatch.setattr(torch_side, "torch_batch", lambda *batch: batch)
+def test_only_images_that_are_classified_correctly(small):
+    params, (inputs, labels) = small
     labels = np.where(np.arange(12) % 3 == 0, (labels + 1) % 10, labels)
-    images = inputs.astype(np.float32) / 255
-    subject = bench_attacks.make_subject(params, images, labels, 4)
-    np.testing.assert_array_equal(subject.inputs, images[[1, 2, 4, 5]])
-    np.testing.assert_array_equal(subject.labels, labels[[1, 2, 4, 5]])
-    for ours, theirs in zip((subject.inputs, subject.labels), subject.tensors, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    logits_fn = subjects.logits_fn(params, (8, 8, 1))
+    right = subjects.correct_images(logits_fn, Images(inputs, labels), 4)
+    np.testing.assert_array_equal(right.inputs, inputs[[1, 2, 4, 5]])
+    np.testing.assert_array_equal(right.labels, labels[[1, 2, 4, 5]])
     with pytest.raises(ValueError, match=r"expected batch_size <= 8, .* got 9"):
-        bench_attacks.make_subject(params, images, labels, 9)
+        subjects.correct_images(logits_fn, Images(inputs, labels), 9)
 
 
-@pytest.fixture
-def stubbed(monkeypatch, tmp_path, digits, judged):
-    """`stubbed(comparisons)`: the options of a run that meets them instead of PyTorch."""
-    write(tmp_path, *digits)
-    monkeypatch.setattr(bench_attacks, "missing_toolkits", lambda: {"ART": "not installed"})
-    monkeypatch.setattr(bench_attacks, "versions", lambda: {"torch": "0.0"})
-    monkeypatch.setattr(torch_side, "set_threads", lambda count: count)
-    monkeypatch.setattr(bench_attacks, "make_subject", lambda *_: SUBJECT)
-
-    def options(comparisons, *arguments):
-        monkeypatch.setattr(bench, "COMPARISONS", comparisons)
-        files = ["--network", tmp_path / "network.npz", "--images", tmp_path / "images.npz"]
-        return bench.parse(["attacks", *map(str, files), *arguments])
-
-    return options
-
-
-def test_run_prints_and_writes_the_tables(stubbed, tmp_path, capsys):
-    log = []
-    comparisons = [
-        fake(log, foolbox=[1.0, 1.0, 1.0, 1.0], ART=[1.0] * 4),
-        fake(log, attack="jsma", norm="l0", torchattacks=[2.0] * 4),
-        fake(log, attack="ddn", foolbox=[]),
-    ]
-    output = tmp_path / "new" / "bench.md"
-    arguments = ("--attacks", "jsma", "pgd", "--repeats", "2", "--output", str(output))
-    rows_file = tmp_path / "other" / "rows.json"
-    bench.run(stubbed(comparisons, *arguments, "--json", str(rows_file)))
-    assert log == ["jdistill", "foolbox"] * 3 + ["jdistill", "torchattacks"] * 3
-    printed = capsys.readouterr()
-    assert output.read_text() == f"# Attacks beside other toolkits\n\n{printed.out}"
-    assert "torch 0.0" in printed.out
-    assert "network.npz" in printed.out
-    assert "| pgd    | linf |" in printed.out
-    assert "* ART has no pgd linf here: not installed" in printed.out
-    assert "jsma l0" in printed.err
-    content = json.loads(output.with_suffix(".json").read_text())
-    assert content["conditions"]["repeats"] == 2
-    assert [row["attack"] for row in content["attacks"]] == ["pgd", "jsma"]
-    assert len(content["attacks"][0]["peers"]["foolbox"]["seconds"]) == 2
-    pgd, jsma = check_rows(rows_file)
-    assert pgd["row"] == "pgd linf, 10 steps, 4 images"
-    assert (pgd["peer"], pgd["target"]) == ("foolbox", 1.0)
-    assert (jsma["peer"], jsma["target"]) == ("torchattacks", 0.7)
-    assert pgd["ours_s"] == content["attacks"][0]["jdistill"]["median_seconds"]
-    assert pgd["versions"]["torch"] == "0.0"
-
-
-def check_rows(path):
-    """The rows of a file that `--json` names, whose figures agree with each other."""
-    rows = json.loads(path.read_text())
-    for row in rows:
-        assert row["ours_s"] > 0
-        low, high = row["ours_range_s"]
-        assert low <= row["ours_s"] <= high
-        if row["theirs_s"] is None:
-            assert row["ratio"] is None
-            assert row["note"]
-        else:
-            assert row["ratio"] == pytest.approx(row["ours_s"] / row["theirs_s"])
-        assert row["target"] is None or row["target"] > 0
-        assert row["row"]
-        assert row["peer"]
-        assert "CPU" in row["device"]
-        assert row["versions"]["jax"] == jax.__version__
-        assert row["xla_flags"] == os.environ.get("XLA_FLAGS", "")
-    assert len({(row["row"], row["peer"]) for row in rows}) == len(rows)
-    return rows
-
-
-def test_stopped_run_prints_what_it_has(stubbed, tmp_path, capsys):
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    comparisons = [fake([], foolbox=[1.0] * 4), Comparison("ddn", "l2", "", stop, {})]
-    output = tmp_path / "bench.md"
-    with pytest.raises(KeyboardInterrupt, match="a new run starts from the beginning"):
-        bench.run(stubbed(comparisons, "--output", str(output)))
-    printed = capsys.readouterr().out
-    assert "| pgd " in printed
-    assert output.read_text().endswith(printed)
-
-
-# One call against single ones
-
-
-@pytest.mark.slow
-def test_the_three_ways_of_an_evaluation_are_timed():
-    def linear(weights, inputs):
-        return inputs @ weights
-
-    networks = [nets.callable_logits_fn(linear, jax.numpy.eye(3) + number) for number in range(2)]
-    inputs, labels = np.full((4, 3), 0.5, np.float32), np.arange(4) % 3
-    calls = []
-    timings = bench_evaluate.compare(
-        networks,
-        inputs,
-        labels,
-        num_steps=1,
-        batch_size=2,
-        repeats=2,
-        after_call=lambda done, total: calls.append((done, total)),
+def test_images_are_the_digits_enlarged():
+    digits = data.load("digits")
+    there = subjects.digits((16, 24, 3))
+    assert there.all.inputs.shape == (1797, 16, 24, 3)
+    assert (there.all.inputs.min(), there.all.inputs.max()) == (0, 1)
+    assert there.all.inputs.dtype == np.float32
+    np.testing.assert_array_equal(there.learned.labels, digits.train.labels)
+    np.testing.assert_array_equal(there.all.labels[:400], digits.test.labels)  # unseen ones first
+    np.testing.assert_allclose(
+        there.all.inputs[:400, ::15, ::23, 1:2], digits.test.inputs[:, ::7, ::7]
     )
-    assert list(timings) == ["single calls", "one call, looped", "one call, vmapped"]
-    assert all(len(found.warm) == 2 for found in timings.values())
-    assert calls[-1] == (9, 9)
 
 
-def test_one_call_is_compared_with_all_single_calls():
-    timings = {
-        "single calls": Timing(9.5, (4.0, 2.0, 3.0)),
-        "one call, looped": Timing(9.5, (3.0, 9.0, 1.5)),
-        "one call, vmapped": Timing(9.5, (1.5,)),
-    }
-    looped, vmapped = bench_evaluate.rows(timings, num_networks=9, platform="gpu")
-    assert (looped.ratio, vmapped.ratio) == (1.0, 0.5)
-    assert (looped.target, vmapped.target) == (None, 0.25)  # of the way that is the default there
-    assert looped.row == "9 networks in one call, looped"
-    assert looped.peer == "9 single calls"
-    for count, platform in ((8, "gpu"), (9, "cpu")):
-        rows = bench_evaluate.rows(timings, num_networks=count, platform=platform)
-        assert [row.target for row in rows] == [None, None]
-
-
-def test_networks_of_the_bench_differ_in_their_weights_alone():
-    model = nets.ConvNet(features=((2,),), hidden=(3,), num_classes=4)
-    params, _ = nets.init(model, jax.random.key(0), (8, 8, 1))
-    params = jax.tree.map(np.asarray, params)
-    one, other = bench_evaluate.make_networks(params, (8, 8, 1), 2)
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    leaves = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    assert any(np.abs(a - b).max() > 0 for a, b in leaves)
-
-
-def test_options_of_the_evaluation():
-    options = bench.parse(["evaluate", "--num-networks", "3", "--num-steps", "2"])
-    assert (options.num_networks, options.num_steps, options.repeats) == (3, 2, 3)
-    with pytest.raises(ValueError, match=r"num_examples .*got 0"):
-        bench_options.Evaluate(num_examples=0)
-
-
-# Rows
-
-
-def test_a_row_is_of_one_of_the_steps_of_a_call():
-    row = BenchRow("step", Timing(30.0, (8.0, 4.0, 6.0)), "peer", Timing(9.0, (12.0,)), each=2)
-    assert (row.ours_s, row.theirs_s, row.ratio) == (3.0, 6.0, 0.5)
-    record = json.loads(json.dumps(bench_rows.record(row, {"device": "a device"})))
-    assert record == {
-        "row": "step",
-        "ours_s": 3.0,
-        "theirs_s": 6.0,
-        "peer": "peer",
-        "ratio": 0.5,
-        "target": None,
-        "compile_s": 24.0,  # of the call, not of a step
-        "theirs_compile_s": None,
-        "ours_range_s": [2.0, 4.0],
-        "theirs_range_s": [6.0, 6.0],
-        "repeats": 3,
-        "note": "",
-        "device": "a device",
-    }
-    alone = bench_rows.record(row._replace(theirs=None, compiles=False, peer_compiles=True), {})
-    assert (alone["theirs_s"], alone["ratio"], alone["theirs_range_s"]) == (None, None, None)
-    assert (alone["compile_s"], alone["theirs_compile_s"]) == (None, None)
-
-
-def test_table_of_rows_and_their_notes():
-    ours, theirs = Timing(30.0, (8.0, 4.0, 6.0)), Timing(9.5, (3.0, 2.0, 4.0))
-    missing = BenchRow("a", ours, "torch", None, target=1.2, note="not installed")
-    rows = [missing, missing._replace(row="b"), BenchRow("c", ours, "x", theirs, note="so", each=2)]
-    text = bench_rows.text([*rows, rows[2]._replace(row="d", peer_compiles=True, note="")])
-    table, notes = text.split("\n\n")
-    _, _, *lines = cells(table)
-    assert lines[0] == ["a", "6 (4–8)", "–", "torch", "–", "1.2", "24.0"]
-    assert lines[2] == ["c", "3 (2–4)", "1.5 (1–2)", "x", "2.00", "–", "24.0"]
-    assert lines[3][-1] == "24.0 / 6.5"
-    assert notes == "* torch is missing: not installed\n* c: so\n"
-    assert bench_rows.text([rows[2]._replace(note="")]).count("\n") == 3
+def test_a_network_of_its_own_has_something_to_attack(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JDISTILL_CACHE", str(tmp_path))
+    model = nets.digits_net(width=0.25)
+    learn = functools.partial(subjects.trained, "small", model, (8, 8, 1), num_epochs=12)
+    variables = learn()
+    assert "training small on the digits, once" in capsys.readouterr().err
+    logits_fn = nets.logits_fn(model, variables)
+    inputs, labels = (column[:600] for column in subjects.digits((8, 8, 1)).all)
+    logits = train.predict(logits_fn, inputs)
+    assert (logits.argmax(1) == labels).mean() > 0.8
+    assert 1 < np.abs(logits).mean() < 30
+    settings = {"eps": 0.15, "num_steps": 5}
+    found = attacks.pgd(logits_fn, jax.random.key(0), inputs[:100], labels[:100], **settings)
+    assert 0.2 < np.mean(found.success) < 1
+    jax.tree.map(np.testing.assert_array_equal, learn(), variables)
+    assert capsys.readouterr().err == ""  # out of the cache
+    (path,) = (tmp_path / "bench").glob("small-*.npz")
+    path.write_text("damaged")
+    jax.tree.map(np.testing.assert_array_equal, learn(), variables)
 
 
 # Training steps and input gradients
 
 
 @pytest.mark.slow
-def test_training_steps_are_those_of_the_optimizer(digits):
-    params, inputs, labels = digits
-    images = inputs.astype(np.float32) / 255
-    batches = bench_train.full_batches(images, labels, 5, 5)
+def test_training_steps_are_those_of_the_optimizer(small):
+    params, images = small
+    batches = bench_train.full_batches(images, 5, 5)
     assert [batch.mask.sum() for batch in batches] == [5] * 5
-    np.testing.assert_array_equal(batches[1].inputs, images[5:10])
-    np.testing.assert_array_equal(batches[4].inputs, images[:5])  # around, without a padded one
+    np.testing.assert_array_equal(batches[1].inputs, images.inputs[5:10])
+    np.testing.assert_array_equal(batches[4].inputs, images.inputs[:5])  # around, none padded
     run = bench_train.our_training(params, (8, 8, 1), dropout_rate=0.0, learning_rate=0.1)
     first = run(batches[:1])
-    logits = nets.logits_fn(npz_network.conv_net(params, (8, 8, 1)), {"params": params})
-    expected = losses.cross_entropy(logits(images[:5]), labels[:5]).mean()
+    logits = subjects.logits_fn(params, (8, 8, 1))(images.inputs[:5])
+    expected = losses.cross_entropy(logits, images.labels[:5]).mean()
     np.testing.assert_allclose(first, [expected], rtol=1e-5)
     assert np.all(np.diff(run(batches[:1] * 4), prepend=first) < 0)  # goes on where it was
     dropped = bench_train.our_training(params, (8, 8, 1))(batches[:1])
     assert abs(dropped[0] - first[0]) > 1e-4
     with pytest.raises(ValueError, match=r"expected batch_size <= 12, .* got 13"):
-        bench_train.full_batches(images, labels, 13, 1)
+        bench_train.full_batches(images, 13, 1)
 
 
 def test_ascent_goes_on_after_success():
-    weights = jax.numpy.array([[2.0, -2.0], [1.0, -1.0]])
+    weights = jnp.array([[2.0, -2.0], [1.0, -1.0]])
     logits_fn = nets.callable_logits_fn(lambda w, x: x @ w - 0.3, weights)
     inputs = np.array([[0.5, 0.5], [0.05, 0.5]], np.float32)
     found = bench_train.ascend(logits_fn, inputs, np.array([0, 0]), 0.1, num_steps=5)
     np.testing.assert_allclose(found, [[0.4, 0.4], [0.0, 0.4]], atol=1e-6)  # ball, and box
 
 
-def test_train_without_torch(digits, tmp_path, monkeypatch, capsys):
-    write(tmp_path, *digits)
-    monkeypatch.setattr(torch_side, "missing", lambda: "torch is not installed; do something")
-    output = tmp_path / "rows.json"
-    files = ["--network", tmp_path / "network.npz", "--images", tmp_path / "images.npz"]
-    sizes = ["--num-steps", "2", "--batch-size", "4", "--repeats", "2", "--json", output]
-    bench.run(bench.parse(["train", *map(str, [*files, *sizes])]))
-    rows = check_rows(output)
+def test_a_step_of_pgd_that_fools_an_image_says_so():
+    settings = {"eps": 0.2, "num_steps": 2}
+    result = attacks.pgd(network, jax.random.key(0), POINTS, CLASSES, **settings)
+    assert bench_train.fooled(result) == "2 images were fooled, and stopped there"
+    resisted = bench_train.resisted_pgd(network, POINTS, CLASSES, num_steps=2)
+    assert bench_train.fooled(resisted) == ""
+
+
+def test_train_writes_rows(files, tmp_path, capsys):
+    own = ["--network", files / "network.npz", "--images", files / "images.npz"]
+    sizes = ["--num-steps", 2, "--batch-size", 4, "--repeats", 1, "--json", tmp_path / "rows.json"]
+    bench.run(bench.parse([*map(str, ["train", *own, *sizes])]))
+    rows = check_rows(tmp_path / "rows.json")
     assert [row["target"] for row in rows] == [1.2, 0.95, 0.95]
-    assert {row["note"] for row in rows} == {"torch is not installed; do something"}
-    printed = capsys.readouterr().out
-    assert printed.count("torch is not installed") == 1
-    assert "training step" in printed
+    assert {row["peer"] for row in rows} == {"PyTorch"}
+    without = [row["note"] for row in rows if row["theirs_s"] is None]
+    assert all("torch is not installed" in note for note in without)
+    assert "| training step, dropout on, batch 4 " in capsys.readouterr().out
 
 
-def test_rows_of_training_are_of_one_step():
-    timings = {
-        name: Timing(9.0, (seconds,))
-        for name, seconds in {
-            bench_train.STEP: 2.0,
-            bench_train.GRADIENT: 4.0,
-            bench_train.PGD: 6.0,
-            bench_train.STEP_PEER: 8.0,
-            bench_train.GRADIENT_PEER: 16.0,
-        }.items()
+# Networks
+
+
+def test_the_plain_network_is_the_papers():
+    model = nets.mnist_net(width=0.1)
+    params, _ = nets.init(model, jax.random.key(0), (28, 28, 1))
+    inputs = np.random.default_rng(0).uniform(0, 1, (3, 28, 28, 1)).astype(np.float32)
+    logits = [one.apply({"params": params}, inputs) for one in (model, networks.plain_net(model))]
+    np.testing.assert_allclose(*logits, atol=1e-5)
+
+
+def test_networks_are_what_they_are_called():
+    def kernels(model):
+        draw = functools.partial(nets.init, model, input_shape=(32, 32, 3))
+        params, _ = jax.eval_shape(lambda key: draw(key=key), jax.random.key(0))
+        leaves = jax.tree.leaves_with_path(params)
+        return [leaf.shape for path, leaf in leaves if "kernel" in str(path[-1])]
+
+    resnet = kernels(networks.ResNet20())
+    assert len([shape for shape in resnet if shape[:2] == (3, 3)]) == 19
+    assert [shape for shape in resnet if len(shape) == 2] == [(64, 10)]  # the twentieth layer
+    separable = kernels(networks.SeparableNet())
+    assert len([shape for shape in separable if shape[:3] == (3, 3, 1)]) == 4
+
+
+def test_pgd_with_and_without_the_rules_for_cpu(small):
+    """Needs the argument `fast_on_cpu` of `nets.logits_fn`."""
+    params, images = small
+    model = subjects.conv_net(params, (8, 8, 1))
+    separable = networks.SeparableNet(2)
+    drawn, _ = nets.init(separable, jax.random.key(0), (8, 8, 1))
+    there = {
+        networks.MNIST: networks.Subject(model, {"params": params}, images),
+        networks.PLAIN: networks.Subject(networks.plain_net(model), {"params": params}, images),
+        networks.SEPARABLE: networks.Subject(separable, {"params": drawn}, images),
     }
-    for fooled in (0, 2):
-        success = np.arange(5) < fooled
-        results = {bench_train.PGD: SimpleNamespace(success=success)}
-        rows = bench_train.rows(
-            Timed(timings, results, {}), num_steps=4, batch_size=5, missing=None
-        )
-        assert [row.ours_s for row in rows] == [0.5, 1.0, 1.5]
-        assert [row.ratio for row in rows] == [0.25, 0.25, 0.375]
-        notes = [row.note for row in rows]
-        assert notes == ["", "", "2 images were fooled, and stopped there" if fooled else ""]
+    options = networks.Networks(num_steps=2, batch_size=12, repeats=1)
+    calls = networks.calls(options, there)
+    rows = networks.rows(options, calls)
+    plain, separable = networks.PLAIN, networks.SEPARABLE
+    pairs = [(plain, networks.MNIST), (plain, plain + networks.OFF)]
+    pairs += [(separable, separable + networks.OFF)]
+    assert [(row.name.split(", ")[-1], row.peer) for row in rows] == pairs
+    for ours, theirs in pairs:  # one algorithm, to rounding
+        np.testing.assert_allclose(calls[ours]().inputs, calls[theirs]().inputs, atol=2.1e-4)
 
 
-# A sweep
+# A sweep, an evaluation, the input path, start-up
 
 
 @pytest.mark.slow
 def test_all_ways_of_a_sweep_train_the_same_networks():
-    model = nets.digits_net(width=0.1)
-    timed = bench_sweep.compare(
-        model,
-        (8, 8, 1),
-        num_temperatures=2,
-        num_seeds=2,
-        num_steps=2,
-        batch_size=3,
-        repeats=1,
-    )
-    looped, vmapped, singles = (
-        timed.results[name]
-        for name in (bench_sweep.LOOPED, bench_sweep.VMAPPED, bench_sweep.SINGLES)
-    )
+    options = bench_sweep.Sweep(num_temperatures=2, num_seeds=2, num_steps=2, batch_size=3)
+    calls = bench_sweep.calls(options, nets.digits_net(width=0.1), (8, 8, 1))
+    looped, vmapped, singles = (calls[name]() for name in calls)
     assert len(singles) == 4
     for stack in (looped, vmapped):
         for run, params in enumerate(singles):
@@ -729,97 +533,55 @@ def test_all_ways_of_a_sweep_train_the_same_networks():
         assert np.abs(kernels[one] - kernels[other]).max() > 1e-4
 
 
-def test_targets_of_a_sweep_are_those_of_its_default_way():
-    names = (bench_sweep.LOOPED, bench_sweep.VMAPPED, bench_sweep.SINGLES)
-    seconds = zip(names, (1.0, 2.0, 4.0), strict=True)
-    timed = Timed({name: Timing(9.0, (value,)) for name, value in seconds}, {}, {})
-
-    def targets(temperatures, seeds, platform):
-        rows = bench_sweep.rows(
-            timed,
-            num_temperatures=temperatures,
-            num_seeds=seeds,
-            num_steps=8,
-            platform=platform,
-        )
-        assert [row.ratio for row in rows] == [0.25, 0.5]
-        assert {row.peer for row in rows} == {"one run at a time"}
-        return [row.target for row in rows]
-
-    assert targets(9, 1, "cpu") == [1.0, None]
-    assert targets(9, 3, "gpu") == [None, 0.15]
-    assert targets(9, 3, "cpu") == targets(3, 1, "cpu") == targets(9, 1, "gpu") == [None, None]
+def test_rows_of_a_sweep_and_of_an_evaluation():
+    calls = dict.fromkeys((bench_sweep.LOOPED, bench_sweep.VMAPPED, bench_sweep.SINGLES), int)
+    for size, target in ((9, 1.0), (3, None)):
+        options = bench_sweep.Sweep(num_temperatures=size, repeats=1)
+        looped, vmapped = bench_sweep.rows(options, calls)
+        assert (looped.target, vmapped.target) == (target, None)  # of a CPU's default way
+        assert looped.name == f"{size} temperatures × 1 seed, 8 steps each, one program, looped"
+    ways = bench_evaluate.LOOPED, bench_evaluate.VMAPPED, bench_evaluate.SINGLES
+    rows = bench_evaluate.rows(bench_evaluate.Evaluate(repeats=1), dict.fromkeys(ways, int))
+    assert [(row.peer, row.target) for row in rows] == [("9 single calls", None)] * 2
 
 
-def test_sweep_command(tmp_path, capsys, monkeypatch):
-    def compare(model, input_shape, **sizes):
-        assert (model, input_shape) == (nets.mnist_net(width=0.5), (28, 28, 1))
-        del sizes["after_call"]
-        assert sizes == {
-            "num_temperatures": 2,
-            "num_seeds": 1,
-            "num_steps": 3,
-            "batch_size": 4,
-            "repeats": 1,
-        }
-        names = (bench_sweep.LOOPED, bench_sweep.VMAPPED, bench_sweep.SINGLES)
-        return Timed({name: Timing(9.0, (1.5,)) for name in names}, {}, {})
-
-    monkeypatch.setattr(bench_sweep, "compare", compare)
-    output = tmp_path / "rows.json"
-    sizes = {"num-temperatures": 2, "num-steps": 3, "batch-size": 4, "width": 0.5, "repeats": 1}
-    arguments = [str(word) for name, size in sizes.items() for word in (f"--{name}", size)]
-    bench.run(bench.parse(["sweep", *arguments, "--json", str(output)]))
-    assert [row["ratio"] for row in check_rows(output)] == [1.0, 1.0]
-    assert "2 temperatures × 1 seed, 3 steps each" in capsys.readouterr().out
+@pytest.mark.slow
+def test_all_ways_of_an_evaluation_find_the_same(small):
+    params, images = small
+    stack = bench_evaluate.make_networks(params, (8, 8, 1), 2)
+    leaves = zip(*map(jax.tree.leaves, stack), strict=True)
+    assert any(np.abs(a - b).max() > 0 for a, b in leaves)
+    options = bench_evaluate.Evaluate(num_networks=2, num_examples=6, batch_size=6, num_steps=1)
+    looped, vmapped, singles = (
+        call() for call in bench_evaluate.calls(options, stack, images).values()
+    )
+    for found in (looped, vmapped):
+        for number, single in enumerate(singles):
+            assert found.clean.accuracy[number] == single.clean.accuracy[0]
+            for name in ("fgsm", "pgd"):
+                ours, theirs = found.attacks[name].success, single.attacks[name].success
+                np.testing.assert_array_equal(ours[number], theirs[0])
 
 
-# The input path
+def test_an_epoch_has_every_batch():
+    options = bench_data.Data(num_examples=10, batch_size=4)
+    (ours,) = bench_data.calls(options, (4, 4, 1), beside_torch=False).values()
+    count, (inputs, labels) = ours()
+    assert count == data.num_batches(10, 4)
+    assert (inputs.shape, labels.shape) == ((4, 4, 4, 1), (4,))
+    np.testing.assert_allclose(np.rint(inputs * 255), inputs * 255, atol=1e-4)
 
 
-def test_every_way_gives_an_epochs_batches(tmp_path):
-    timed = bench_data.compare(10, shape=(4, 4, 1), batch_size=4, repeats=1, missing="no torch")
-    assert list(timed.results) == [bench_data.STORE, bench_data.HOST]
-    (count, (inputs, labels)), host = timed.results.values()
-    assert count == host[0] == data.num_batches(10, 4)
-    assert inputs.shape == (4, 4, 4, 1)
-    np.testing.assert_array_equal(inputs, host[1][0])  # the same order, exactly the same floats
-    np.testing.assert_array_equal(labels, host[1][1])
-    output = tmp_path / "rows.json"
-    arguments = ["--num-examples", "10", "--batch-size", "4", "--repeats", "1"]
-    bench.run(bench.parse(["data", *arguments, "--json", str(output)]))
-    assert [row["peer"] for row in check_rows(output)] == [bench_data.HOST, bench_data.LOADER]
-
-
-# Start-up
-
-
-def test_imports_take_turns_and_their_own_seconds_count():
-    log = []
-    seconds = {bench_startup.THEIRS: [9.0, 2.0, 1.0, 3.0], bench_startup.OURS: [8.0, 2.5, 4.0, 2.0]}
-
-    def import_seconds(statement):
-        log.append(statement)
-        return seconds[statement].pop(0)
-
-    timed = bench_startup.compare(repeats=3, import_seconds=import_seconds)
-    assert log == [bench_startup.THEIRS, bench_startup.OURS] * 4
-    (row,) = bench_startup.rows(timed)
-    assert (row.ours_s, row.theirs_s, row.ratio) == (2.5, 2.0, 1.25)
-    assert row.target == 1.15  # 0.3 s more than theirs
-    assert row.note.startswith("adds 0.500 s")
-    assert bench_rows.record(row, {})["compile_s"] is None
-
-
-def test_seconds_of_a_statement_in_a_fresh_process():
-    assert 0.05 <= bench_startup.seconds_in_a_fresh_process("time.sleep(0.05); print('x')") < 5
+def test_seconds_of_statements_in_fresh_processes():
+    assert 0.05 <= startup.seconds_in_a_fresh_process("time.sleep(0.05); print('x')") < 5
     with pytest.raises(subprocess.CalledProcessError):
-        bench_startup.seconds_in_a_fresh_process("import no_such_module_anywhere")
-
-
-def test_startup_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_startup, "seconds_in_a_fresh_process", lambda statement: 1.0)
-    output = tmp_path / "rows.json"
-    bench.run(bench.parse(["startup", "--json", str(output)]))
-    (row,) = check_rows(output)
-    assert row["ratio"] == 1.0
+        startup.seconds_in_a_fresh_process("import no_such_module_anywhere")
+    steps = []
+    row = startup.compare(
+        startup.Startup(repeats=1), "time.sleep(0.2)", "time.sleep(0.1)", lambda *s: steps.append(s)
+    )
+    assert row.facts["added_s"] == pytest.approx(row.ours_s - row.theirs_s)
+    assert row.target == pytest.approx(1 + 0.3 / row.theirs_s)
+    assert record(row, {})["compile_s"] is None
+    assert row.ours_s >= 0.2 > row.theirs_s >= 0.1
+    assert steps[-1] == (4, 4)

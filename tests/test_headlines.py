@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import npz_network
+from experiments.bench import subjects
 from jdistill import attacks, nets
 
 FOLDER = pathlib.Path(__file__).parent / "parity"
 NUM_IMAGES = 20
-IMAGES = tuple(column[:NUM_IMAGES] for column in npz_network.read_images(FOLDER / "images.npz"))
+IMAGES = tuple(column[:NUM_IMAGES] for column in subjects.read_images(FOLDER / "images.npz"))
 
 
 def network(name):
-    params = npz_network.read_params(FOLDER / f"{name}.npz")
-    return nets.logits_fn(npz_network.conv_net(params, (28, 28, 1)), {"params": params})
+    params = subjects.read_params(FOLDER / f"{name}.npz")
+    return nets.logits_fn(subjects.conv_net(params, (28, 28, 1)), {"params": params})
 
 
 def jsma_success_rate(name, **settings):

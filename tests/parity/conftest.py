@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.torch_side import torch_network
+from experiments.bench.torch_side import torch_network
 from jdistill import nets
 
 FULL = os.environ.get("JDISTILL_PARITY") == "full"

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import peers
+from experiments.bench import peers
 from jdistill import attacks, losses
 
 torch = pytest.importorskip(

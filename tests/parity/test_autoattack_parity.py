@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import peers, torch_side
+from experiments.bench import peers, torch_side
 from jdistill import attacks
 
 torch = pytest.importorskip(

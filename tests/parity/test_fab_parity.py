@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import peers, torch_side
+from experiments.bench import peers, torch_side
 from jdistill import attacks
 
 torch = pytest.importorskip(

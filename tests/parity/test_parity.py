@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import peers, torch_side
+from experiments.bench import peers, torch_side
 from jdistill import attacks, train
 
 torch = pytest.importorskip(
     "torch", reason="parity needs torch and the toolkits: make parity installs them"
 )
 for _toolkit in ("foolbox", "torchattacks", "art", "adv_lib"):
-    if _toolkit != "adv_lib":  # which is imported with care, see `experiments.peers`
+    if _toolkit != "adv_lib":  # which is imported with care, see `experiments.bench.peers`
         pytest.importorskip(_toolkit)
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]  # the peers' own warnings

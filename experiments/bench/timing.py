@@ -1,13 +1,16 @@
-"""Timing calls beside each other on a machine that is never quite at rest."""
+"""Timing of calls beside each other, on a machine that is never quite at rest."""
 
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
+Calls = Mapping[str, Callable[[], Any]]
+AfterCall = Callable[[int, int], None]  # told how many calls are done, of how many
+
 
 class Timing(NamedTuple):
-    """The seconds of one call, over and over.
+    """Seconds of one call, over and over.
 
     Attributes:
         first: of the first call, which also imports, traces and compiles.
@@ -19,17 +22,17 @@ class Timing(NamedTuple):
 
     @property
     def median(self) -> float:
-        """The middle of the calls that count."""
+        """Median of the calls that count."""
         return statistics.median(self.warm)
 
     @property
     def extra(self) -> float:
-        """What the first call took beyond the median: for JAX, tracing and compiling."""
+        """Seconds of the first call beyond the median: for JAX, tracing and compiling."""
         return max(self.first - self.median, 0.0)
 
 
 class Timed(NamedTuple):
-    """What `interleaved` measured.
+    """Result of `interleaved`.
 
     Attributes:
         timings: by name.
@@ -43,12 +46,12 @@ class Timed(NamedTuple):
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], Any]],
+    calls: Calls,
     *,
     repeats: int,
     optional: Collection[str] = (),
     slow_seconds: float = float("inf"),
-    after_call: Callable[[int, int], None] = lambda done, total: None,
+    after_call: AfterCall = lambda done, total: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timed:
     """Time calls in turn, so that what disturbs the machine disturbs all of them alike.
@@ -57,7 +60,7 @@ def interleaved(
 
     Args:
         calls: by name; each returns when its work is done.
-        repeats: how many calls of each count.
+        repeats: calls of each that count.
         optional: names of calls that do not compile and may fail: an exception of their first
             call is noted and not raised, and a first call of more than `slow_seconds` is the only.
         slow_seconds: see `optional`.
@@ -68,21 +71,15 @@ def interleaved(
     warm: dict[str, list[float]] = {}
     results: dict[str, Any] = {}
     failures: dict[str, str] = {}
-    repeated = list(calls)
-    total = len(calls) * (1 + repeats)
-    done = 0
+    again, done, total = list(calls), 0, len(calls) * (1 + repeats)
 
     def timed(name: str) -> tuple[float, Any]:
-        nonlocal done
         started = clock()
-        try:
-            result = calls[name]()
-            return clock() - started, result
-        finally:
-            done += 1
+        result = calls[name]()
+        return clock() - started, result
 
-    after_call(done, total)
     for name in calls:
+        after_call(done, total)
         try:
             first[name], results[name] = timed(name)
         except Exception as error:
@@ -92,12 +89,14 @@ def interleaved(
         once = name in optional and first.get(name, 0.0) > slow_seconds
         warm[name] = [first[name]] if once else []
         if once or name in failures:
-            repeated.remove(name)
+            again.remove(name)
             total -= repeats
-        after_call(done, total)
+        done += 1
     for _ in range(repeats):
-        for name in repeated:
-            warm[name].append(timed(name)[0])
+        for name in again:
             after_call(done, total)
+            warm[name].append(timed(name)[0])
+            done += 1
+    after_call(done, total)
     timings = {name: Timing(first[name], tuple(warm[name])) for name in first}
     return Timed(timings, results, failures)

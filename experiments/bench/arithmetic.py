@@ -16,7 +16,7 @@ _BYTES = 4  # of a float32
 
 
 class Layer(NamedTuple):
-    """A layer's forward pass over a batch.
+    """Forward pass of a layer over a batch.
 
     Attributes:
         name: as of its parameters, or `pool_…`.
@@ -34,19 +34,19 @@ class Layer(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of its three arrays: the traffic of any pass, forward or backward."""
+        """Bytes of its three arrays: the traffic of any pass, forward or backward."""
         return _BYTES * (self.inputs + self.weights + self.outputs)
 
 
 class Work(NamedTuple):
-    """What a step does: floating-point operations, and bytes from and to memory."""
+    """Work of a step: floating-point operations, and bytes from and to memory."""
 
     flops: int
     bytes: int
 
 
 def layers(model: nets.ConvNet, input_shape: tuple[int, int, int], batch_size: int) -> list[Layer]:
-    """The layers in order.
+    """Layers in order.
 
     Args:
         model: the network.
@@ -75,7 +75,7 @@ def layers(model: nets.ConvNet, input_shape: tuple[int, int, int], batch_size: i
 
 
 def training(model: nets.ConvNet, input_shape: tuple[int, int, int], batch_size: int) -> Work:
-    """A training step: forward, gradients of the weights and, but for the first, of the inputs.
+    """Training step: forward, gradients of the weights and, but for the first, of the inputs.
 
     The update reads weights, gradient and momentum and writes weights and momentum.
     """
@@ -86,7 +86,7 @@ def training(model: nets.ConvNet, input_shape: tuple[int, int, int], batch_size:
 
 
 def ascending(model: nets.ConvNet, input_shape: tuple[int, int, int], batch_size: int) -> Work:
-    """A step of PGD: forward, gradient of the inputs.
+    """Step of PGD: forward, gradient of the inputs.
 
     The step reads images, gradient and where they started, and writes images.
     """

@@ -1,0 +1,1 @@
+"""Seconds of the library beside what else there is: `python -m experiments.bench --help`."""

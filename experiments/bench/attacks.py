@@ -1,0 +1,278 @@
+"""Attacks beside those of the toolkits for PyTorch: same network, images and budget."""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.bench import peers, subjects, timing, torch_side
+from experiments.bench.options import NetworkOptions, command
+from experiments.bench.peers import Comparison
+from experiments.bench.rows import Row
+from experiments.bench.subjects import Images, Params
+from experiments.bench.timing import AfterCall, Timing
+from jdistill.typing import LogitsFn
+
+COMPARISONS = (
+    peers.fgsm(eps=0.1),
+    peers.bim(eps=0.1, steps=10),
+    peers.mim(eps=0.1, steps=10),
+    peers.pgd("linf", eps=0.1, steps=40),
+    peers.pgd("l2", eps=1.5, steps=40),
+    peers.deepfool("l2", steps=50),
+    peers.deepfool("linf", steps=50),
+    peers.ddn(steps=100),
+    peers.fmn("linf", steps=100),
+    peers.fmn("l2", steps=100),
+    peers.fmn("l1", steps=100),
+    peers.fmn("l0", steps=100),
+    peers.carlini_wagner_l2(searches=5, steps=100, rate=0.1, const=0.1),
+    peers.carlini_wagner_l2(searches=9, steps=1000, rate=0.01, const=0.001, num_images=20),
+    peers.ead(searches=5, steps=100, rate=0.02, const=0.1, beta=0.01),
+    peers.jsma(features=112),
+    peers.carlini_wagner_linf(steps=100, rate=0.05, const=0.1, factor=2.0),
+    peers.carlini_wagner_l0(searches=1, steps=50, rate=0.1, const=1.0),
+    peers.autoattack(eps=0.1, num_images=500),
+)
+_NAMES = tuple(dict.fromkeys(comparison.attack for comparison in COMPARISONS))
+
+# The largest ratios that are wanted, by attack and norm.
+TARGETS = {
+    ("pgd", "linf"): 1.0,
+    ("ddn", "l2"): 0.7,
+    **{("fmn", norm): 0.7 for norm in ("linf", "l2", "l1", "l0")},
+    ("carlini_wagner_l2", "l2"): 0.7,
+    ("jsma", "l0"): 0.7,
+    ("autoattack", "linf"): 0.6,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attacks(NetworkOptions):
+    """Attacks beside the toolkits for PyTorch that have them too: same network, images, budget.
+
+    A row for each toolkit, the fastest first, with success rates, and mean distances over the
+    images that both fool: an attack can be fast by finding less.
+    """
+
+    on_cpu: ClassVar[bool] = True
+    beside_torch: ClassVar[bool] = True
+
+    attacks: tuple[Literal[_NAMES], ...] = _NAMES  # type: ignore[valid-type]
+    """Attacks to time."""
+    batch_size: int = 100
+    """Images per call: the first so many that the network classifies correctly. AutoAttack and
+    the longest of Carlini & Wagner's have their own number, and are timed once."""
+    slow_seconds: float = 120.0
+    """Seconds; a toolkit whose first call takes longer is not called again."""
+
+
+class Subject(NamedTuple):
+    """Network and images to attack, the same for us and for the others.
+
+    Attributes:
+        logits_fn: the network for us.
+        inputs: `[B, H, W, C]` in [0, 1].
+        labels: `[B]`.
+        model: the network for the others.
+        tensors: the inputs and labels for the others.
+    """
+
+    logits_fn: LogitsFn
+    inputs: Any
+    labels: Any
+    model: Any
+    tensors: tuple[Any, Any]
+
+
+class Outcome(NamedTuple):
+    """Outcome of an attack.
+
+    Attributes:
+        timing: its seconds.
+        distances: `[B]`, of each image's change; `inf` where the network is not fooled.
+    """
+
+    timing: Timing
+    distances: np.ndarray
+
+    @property
+    def success(self) -> float:
+        """Share of images that fool the network."""
+        return float(np.isfinite(self.distances).mean())
+
+
+def run(options: Attacks, after_call: AfterCall) -> Iterator[list[Row]]:
+    """Rows of the command, attack by attack."""
+    missing = missing_toolkits()
+    params, images = subjects.load(options)
+    subject_of = functools.cache(functools.partial(make_subject, params, images))
+    chosen = [comparison for comparison in COMPARISONS if comparison.attack in options.attacks]
+    sizes = [comparison.num_images or options.batch_size for comparison in chosen]
+    for size in sizes:  # or too few images would be noticed after the first attacks
+        subject_of(size)
+    for comparison, size in zip(chosen, sizes, strict=True):
+        ours, theirs, skipped = compare(
+            comparison,
+            subject_of(size),
+            repeats=1 if comparison.num_images else options.repeats,
+            slow_seconds=options.slow_seconds,
+            missing=missing,
+            after_call=after_call,
+        )
+        yield rows(
+            comparison, ours, theirs, skipped, command(options, attacks=(comparison.attack,))
+        )
+
+
+def missing_toolkits(
+    find: Callable[[str], Any] = importlib.util.find_spec,
+) -> dict[str, str]:
+    """Toolkits that are not installed, and what to do about it.
+
+    Args:
+        find: gives None for a module that is not there.
+
+    Raises:
+        ModuleNotFoundError: PyTorch or all toolkits are missing: there is nothing to compare with.
+    """
+    missing = {
+        name: f"not installed; {torch_side.INSTALL}"
+        for name, (module, _) in peers.TOOLKITS.items()
+        if find(module) is None
+    }
+    if find("torch") is None or len(missing) == len(peers.TOOLKITS):
+        raise ModuleNotFoundError(
+            f"expected torch and at least one of {', '.join(peers.TOOLKITS)} to be installed, "
+            f"got no such packages; {torch_side.INSTALL}"
+        )
+    return missing
+
+
+def make_subject(params: Params, images: Images, batch_size: int) -> Subject:
+    """Network, and the first `batch_size` images that it classifies correctly.
+
+    Raises:
+        ValueError: the weights do not fit the images, or the images are too few.
+    """
+    logits_fn = subjects.logits_fn(params, images.inputs.shape[1:])
+    right = subjects.correct_images(logits_fn, images, batch_size)
+    inputs, labels = (jnp.asarray(column) for column in right)
+    model = torch_side.torch_network(params)
+    return Subject(logits_fn, inputs, labels, model, torch_side.torch_batch(*right))
+
+
+def compare(
+    comparison: Comparison,
+    subject: Subject,
+    *,
+    repeats: int,
+    slow_seconds: float = math.inf,
+    missing: Mapping[str, str] | None = None,
+    after_call: AfterCall = lambda done, total: None,
+) -> tuple[Outcome, dict[str, Outcome], dict[str, str]]:
+    """Time an attack beside those of the other toolkits, and measure what each found.
+
+    Args:
+        comparison: the attack.
+        subject: the network and the images.
+        repeats: timed calls of each, after one that warms up.
+        slow_seconds: a toolkit whose first call takes longer is not called again.
+        missing: toolkits to skip, and why.
+        after_call: told how many calls are done, of how many.
+
+    Returns:
+        Outcome of ours; of each toolkit; by toolkit, why there is nothing of it.
+    """
+    missing = missing or {}
+    skipped = {name: missing[name] for name in comparison.peers if name in missing}
+    present = {name: peer for name, peer in comparison.peers.items() if name not in missing}
+
+    def ours() -> Any:
+        inputs = subject.inputs, subject.labels
+        return jax.block_until_ready(comparison.ours(subject.logits_fn, jax.random.key(0), *inputs))
+
+    jax.clear_caches()  # or the first call would not compile what an earlier attack has in common
+    # The other toolkits warn, and print where the table belongs.
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+        warnings.simplefilter("ignore")
+        timed = timing.interleaved(
+            {"jdistill": ours}
+            | {
+                name: functools.partial(peer, subject.model, *subject.tensors)
+                for name, peer in present.items()
+            },
+            repeats=repeats,
+            optional=present.keys(),
+            slow_seconds=slow_seconds,
+            after_call=after_call,
+        )
+        result = timed.results.pop("jdistill")
+        targets = peers.next_class(subject.tensors[1]) if comparison.targeted else None
+        # Each is judged by the network that it attacked: a smallest change may lie so near to the
+        # boundary that the other framework's rounding decides.
+        theirs = {
+            name: Outcome(
+                timed.timings[name],
+                torch_side.distances(
+                    subject.model, found, *subject.tensors, comparison.norm, targets
+                ),
+            )
+            for name, found in timed.results.items()
+        }
+    distances = np.where(result.success, result.distance, np.inf)
+    return Outcome(timed.timings["jdistill"], distances), theirs, skipped | timed.failures
+
+
+def rows(
+    comparison: Comparison,
+    ours: Outcome,
+    theirs: Mapping[str, Outcome],
+    skipped: Mapping[str, str],
+    command: str,
+) -> list[Row]:
+    """Row of each toolkit, the fastest first with the target; then those of which there is nothing.
+
+    Args:
+        comparison: the attack.
+        ours: outcome of ours.
+        theirs: of each toolkit.
+        skipped: by toolkit, why there is nothing of it.
+        command: that makes these rows.
+    """
+    attack, norm = comparison.attack, comparison.norm
+    parts = [f"{attack} {norm}", *comparison.budget.split(", "), f"{len(ours.distances)} images"]
+    name = ", ".join(dict.fromkeys(parts))  # a budget may say how many images there are
+    target = TARGETS.get((attack, norm))
+    found = [
+        Row(
+            name,
+            ours.timing,
+            peer,
+            theirs[peer].timing,
+            command,
+            target=None if rank else target,
+            facts={
+                "success": [ours.success, theirs[peer].success],
+                "mean_distance": mean_distances(ours.distances, theirs[peer].distances),
+            },
+        )
+        for rank, peer in enumerate(sorted(theirs, key=lambda peer: theirs[peer].timing.median))
+    ]
+    alone = Row(name, ours.timing, "none", None, command, facts={"success": [ours.success, None]})
+    return [*found, *(alone._replace(peer=peer, note=why) for peer, why in skipped.items())]
+
+
+def mean_distances(ours: np.ndarray, theirs: np.ndarray) -> list[float | None]:
+    """Mean of our distances and of a toolkit's, over the images that both fool."""
+    shared = np.isfinite(ours) & np.isfinite(theirs)
+    return [float(side[shared].mean()) if shared.any() else None for side in (ours, theirs)]
