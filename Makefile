@@ -8,7 +8,7 @@
 #   make docs     measures the attacks' costs and writes the table of docs/attacks.md
 #   make parity   the attacks beside other toolkits at full size; writes docs/parity.md
 #                 (parity-small: a few images and steps, minutes)
-#   make bench    the attacks' speed beside other toolkits; writes runs/bench-attacks.md
+#   make bench    the attacks' speed beside other toolkits; writes runs/bench-attacks.json
 #   make device   checks and times an accelerator in at most 8 minutes, with the machine's own JAX;
 #                 writes runs/device/device.json (before, on a CPU: make device-reference; and
 #                 make device-wheels, if that machine lacks packages)
@@ -48,7 +48,7 @@ parity: .venv/peers
 	JDISTILL_PARITY=full .venv/bin/python -m pytest tests/parity
 
 bench: .venv/peers
-	.venv/bin/python -m experiments.bench attacks --output runs/bench-attacks.md
+	.venv/bin/python -m experiments.bench attacks --json runs/bench-attacks.json
 
 device:
 	$(DEVICE_PYTHON) -m experiments.device run $(DEVICE_OPTIONS)

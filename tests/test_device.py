@@ -350,7 +350,7 @@ def test_shares_of_a_stated_peak(monkeypatch):
     reference = Reference({}, {}, {}, {})
     subject = device.Run(lambda: reference, device_times.SIZES["small"], None, 0.0)
     row = {
-        **dict(row="product", ours_s=0.5, compile_s=None, unit="FLOP/s", rate=4e12, peak=8e12),
+        **dict(name="product", ours_s=0.5, compile_s=None, unit="FLOP/s", rate=4e12, peak=8e12),
         **dict(of_peak=0.5),
     }
     part = device.PARTS["roofline"]._replace(rows=lambda _: iter([row]))

@@ -148,9 +148,9 @@ def test_every_lowering_takes_the_same_step():
         step = lowerings.step("pgd", one, width=0.1, batch_size=2, num_runs=1)
         variables, images, _, _, eps = step.arguments
         draws = np.random.default_rng(0)
-        weights = jax.tree.map(
-            lambda leaf: draws.normal(0, 0.3, leaf.shape).astype(np.float32), variables
-        )
+        leaves, structure = jax.tree.flatten(variables)
+        values = [draws.normal(0, 0.3, leaf.shape).astype(np.float32) for leaf in leaves]
+        weights = jax.tree.unflatten(structure, values)
         inputs = draws.uniform(0, 1, images.shape).astype(np.float32)
         radii = np.full(eps.shape, 0.1, np.float32)
         found.append(jax.jit(step.call)(weights, inputs, inputs, np.array([3, 7]), radii))
