@@ -14,8 +14,7 @@ import numpy as np
 
 from experiments import device_attacks
 from experiments.bench import roofline as bench_roofline
-from experiments.bench import rows, subjects, timing
-from experiments.bench import sweep as bench_sweep
+from experiments.bench import rows, stacks, subjects, timing
 from experiments.bench import train as bench_train
 from experiments.bench.subjects import Images, Params
 from experiments.device_checks import Row
@@ -159,16 +158,16 @@ def autoattack(sizes: Sizes) -> Iterator[Row]:
 def sweep(sizes: Sizes) -> Iterator[Row]:
     """A sweep as one program against its runs one by one."""
     num_temperatures, num_seeds, num_steps, batch_size = sizes.sweep
-    options = bench_sweep.Sweep(
+    options = stacks.Sweep(
         num_temperatures=num_temperatures,
         num_seeds=num_seeds,
         num_steps=num_steps,
         batch_size=batch_size,
         repeats=min(sizes.repeats, 3),
+        width=sizes.sweep_width,
     )
-    model = nets.mnist_net(width=sizes.sweep_width)
-    for row in bench_sweep.rows(options, bench_sweep.calls(options, model, (28, 28, 1))):
-        yield _row(row._replace(command=""))
+    for group in stacks.run_sweep(options, lambda done, total: None):
+        yield from (_row(row._replace(command="")) for row in group)
 
 
 def roofline(sizes: Sizes, peak: Peak | None) -> Iterator[Row]:

@@ -21,10 +21,8 @@ import pytest
 import experiments.bench.__main__ as bench
 import experiments.bench.attacks as bench_attacks
 import experiments.bench.data as bench_data
-import experiments.bench.evaluate as bench_evaluate
-import experiments.bench.sweep as bench_sweep
 import experiments.bench.train as bench_train
-from experiments.bench import networks, peers, startup, subjects, timing
+from experiments.bench import networks, peers, stacks, startup, subjects, timing
 from experiments.bench.options import command
 from experiments.bench.peers import Comparison
 from experiments.bench.rows import Row, record, text
@@ -520,8 +518,8 @@ def test_pgd_with_and_without_the_rules_for_cpu(small):
 
 @pytest.mark.slow
 def test_all_ways_of_a_sweep_train_the_same_networks():
-    options = bench_sweep.Sweep(num_temperatures=2, num_seeds=2, num_steps=2, batch_size=3)
-    calls = bench_sweep.calls(options, nets.digits_net(width=0.1), (8, 8, 1))
+    options = stacks.Sweep(num_temperatures=2, num_seeds=2, num_steps=2, batch_size=3)
+    calls = stacks.sweep_calls(options, nets.digits_net(width=0.1), (8, 8, 1))
     looped, vmapped, singles = (calls[name]() for name in calls)
     assert len(singles) == 4
     for stack in (looped, vmapped):
@@ -533,27 +531,24 @@ def test_all_ways_of_a_sweep_train_the_same_networks():
         assert np.abs(kernels[one] - kernels[other]).max() > 1e-4
 
 
-def test_rows_of_a_sweep_and_of_an_evaluation():
-    calls = dict.fromkeys((bench_sweep.LOOPED, bench_sweep.VMAPPED, bench_sweep.SINGLES), int)
-    for size, target in ((9, 1.0), (3, None)):
-        options = bench_sweep.Sweep(num_temperatures=size, repeats=1)
-        looped, vmapped = bench_sweep.rows(options, calls)
-        assert (looped.target, vmapped.target) == (target, None)  # of a CPU's default way
-        assert looped.name == f"{size} temperatures × 1 seed, 8 steps each, one program, looped"
-    ways = bench_evaluate.LOOPED, bench_evaluate.VMAPPED, bench_evaluate.SINGLES
-    rows = bench_evaluate.rows(bench_evaluate.Evaluate(repeats=1), dict.fromkeys(ways, int))
-    assert [(row.peer, row.target) for row in rows] == [("9 single calls", None)] * 2
+def test_the_target_is_that_of_the_default_way():
+    calls = dict.fromkeys((stacks.LOOPED, stacks.VMAPPED, stacks.SINGLES), int)
+    rows = stacks.rows(stacks.Sweep(repeats=1), "runs", calls, {"cpu": 0.5, "gpu": 0.1})
+    assert [(row.name, row.peer, row.target) for row in rows] == [
+        ("runs, as one, looped", "one at a time", 0.5),
+        ("runs, as one, vmapped", "one at a time", None),
+    ]
 
 
 @pytest.mark.slow
 def test_all_ways_of_an_evaluation_find_the_same(small):
     params, images = small
-    stack = bench_evaluate.make_networks(params, (8, 8, 1), 2)
+    stack = stacks.disturbed(params, (8, 8, 1), 2)
     leaves = zip(*map(jax.tree.leaves, stack), strict=True)
     assert any(np.abs(a - b).max() > 0 for a, b in leaves)
-    options = bench_evaluate.Evaluate(num_networks=2, num_examples=6, batch_size=6, num_steps=1)
+    options = stacks.Evaluate(num_networks=2, num_examples=6, batch_size=6, num_steps=1)
     looped, vmapped, singles = (
-        call() for call in bench_evaluate.calls(options, stack, images).values()
+        call() for call in stacks.evaluate_calls(options, stack, images).values()
     )
     for found in (looped, vmapped):
         for number, single in enumerate(singles):

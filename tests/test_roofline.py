@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 import experiments.bench.roofline as bench_roofline
-from experiments import lowerings
-from experiments.bench import arithmetic, networks, subjects, timing
+from experiments.bench import arithmetic, lowerings, networks, subjects, timing
 from experiments.bench.arithmetic import Layer, Work
 from experiments.bench.roofline import COPY, FULL_PRODUCT, PGD, PRODUCT, TRAINING, Roofline
 from experiments.bench.timing import Timed, Timing

@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import lowerings, tpu_view
-from experiments.lowerings import LOWERINGS, PRECISIONS
-from experiments.tpu_view import Estimate, Options, Row
+from experiments import tpu_view
+from experiments.bench import lowerings
+from experiments.bench.lowerings import LOWERINGS, PRECISIONS
+from experiments.bench.rows import record, text
+from experiments.tpu_view import Estimate, Options
 from jdistill import runtime
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -67,59 +69,59 @@ ENTRY %main (a: f32[2]) -> f32[2] {
 
 def test_what_is_read_of_a_program():
     costs = {"flops": 5.0, "bytes accessed": 6.0, "optimal_seconds": -0.75}
-    found = tpu_view.read(PROGRAM, costs, 6, 9.0)
-    assert (found.flops, found.bytes, found.memory) == (5.0, 6.0, 6)
-    assert found.optimal_seconds == 0.25  # the operation without an estimate takes no time
-    assert found.cycles == 34  # and not what is inside the fusions
-    assert found.loops == 1
+    found = tpu_view.read(PROGRAM, costs, 6)
+    # The operation without an estimate takes no time; cycles are not what is inside the fusions.
+    assert found[:-1] == (5.0, 6.0, 0.25, 34, 6, 1)
     assert found.instructions["f32[2]{0} fusion"] == 2
     assert found.instructions["f32[2]{0} negate"] == 1
     assert found.instructions["(s32[], f32[2]{0}) while"] == 1
-    assert tpu_view.read("\nENTRY", costs, 0, 1.0).optimal_seconds is None
-    known = costs | {"optimal_seconds": 0.5}
-    assert tpu_view.read(PROGRAM, known, 0, 1.0).optimal_seconds == 0.5
+    assert tpu_view.read(PROGRAM, costs | {"optimal_seconds": 0.5}, 0).seconds == 0.5
+    with pytest.raises(RuntimeError, match=r"expected seconds of the compiler, got -0\.75"):
+        tpu_view.read("\nENTRY", costs, 0)
 
 
 def estimate(seconds, cycles=10, loops=0, **kinds):
-    return Estimate(4e9, 3e6, seconds, cycles, 3 * 10**6, loops, Counter(kinds), 1.0)
+    return Estimate(4e9, 3e6, seconds, cycles, 3 * 10**6, loops, Counter(kinds))
 
 
 def test_rows_are_compared_with_the_first():
-    first = estimate(0.002, fusion=2)
-    same = Row("a", "b", estimate(0.002, fusion=2), first)
-    assert not Row("a", "b", estimate(0.002, 11, fusion=2), first).same
-    slower = Row("a", "c", estimate(0.004, 30, fusion=3), first)
-    looped = Row("a", "d", estimate(0.001, loops=2, fusion=2, other=1), first)
-    assert (same.ratio, same.cycles_ratio) == (1.0, 1.0)
-    assert same.note == "the same program as the first"
-    assert (slower.ratio, slower.cycles_ratio, slower.note) == (2.0, 3.0, "")
-    assert (looped.ratio, looped.cycles_ratio) == (None, None)
-    assert "2 loops" in looped.note
-    assert Row("a", "e", estimate(None), first).ratio is None
-    assert Row("a", "b", first, first).note == ""
-    record = json.loads(json.dumps(tpu_view.record(slower, {"device": "a chip"})))
-    names = ("name", "peer", "device", "ours_s", "theirs_s", "ratio")
-    expected = ["a: c", LOWERINGS[0].name, "a chip", 0.004, 0.002, 2.0]
-    assert [record[name] for name in names] == expected
-    assert not record["facts"]["same_program"]
-    assert "not a measurement" in record["note"]
+    found = [
+        estimate(0.002, fusion=2),
+        estimate(0.002, fusion=2),
+        estimate(0.002, 11, fusion=2),
+        estimate(0.004, 30, fusion=3),
+        estimate(0.001, loops=2, fusion=2),
+    ]
+    rows = tpu_view.compared(Options(), "pgd", list(zip([LOWERINGS[0]] * 5, found, strict=True)))
+    assert [row.ratio for row in rows] == [1, 1, 1, 2, None]
+    assert [row.facts["cycles_ratio"] for row in rows] == [1, 1, 1.1, 3, None]
+    assert [row.facts["same_program"] for row in rows] == [True, True, False, False, False]
+    assert [row.note[:16] for row in rows] == ["", "the same program", "", "", "has 2 loops, who"]
+    made = record(rows[3], {"device": "a chip"})
+    assert (made["name"], made["ours_s"], made["theirs_s"]) == (
+        f"PGD step: {LOWERINGS[0].name}",
+        0.004,
+        0.002,
+    )
+    assert made["command"] == "python -m experiments.tpu_view --steps pgd"
+    assert "| 0.004 " in text(rows)  # no range of calls: none was made
 
 
-def test_the_table_has_all_lowerings():
+def test_every_lowering_is_asked_about():
     asked = []
 
     def compile_(step):
         asked.append(step)
         return estimate(0.001 * len(asked), fusion=len(asked))
 
-    rows = tpu_view.estimates(Options(num_runs=3, width=0.1, batch_size=4), compile_)
-    assert len(rows) == len(asked) == 3 * len(LOWERINGS) + len(PRECISIONS)
-    assert [row.lowering for row in rows[: len(LOWERINGS)]] == [one.name for one in LOWERINGS]
+    options = Options(num_runs=3, width=0.1, batch_size=4)
+    found = tpu_view.estimates(options, compile_)
+    assert len(asked) == 3 * len(LOWERINGS) + len(PRECISIONS)
+    assert [one.name for one, _ in found["training"]] == [one.name for one in LOWERINGS]
     assert asked[len(LOWERINGS)].arguments[1].inputs.shape == (3, 4, 28, 28, 1)
-    lines = tpu_view.text(rows).splitlines()
-    assert len(lines) == 2 + len(rows)
-    cells = [cell.strip() for cell in lines[2 + len(LOWERINGS)].strip("|").split("|")]
-    assert cells[:6] == ["sweep step, 3 runs", LOWERINGS[0].name, "4", "3", "4.000", "1.00"]
+    assert tpu_view.compared(options, "sweep", found["sweep"])[0].name.startswith(
+        f"sweep step, 3 runs: {LOWERINGS[0].name}"
+    )
 
 
 def operations(name, lowering, platform):
@@ -180,6 +182,6 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert "not a measurement" in capsys.readouterr().out
     rows = json.loads(path.read_text())
     assert [row["name"] for row in rows] == [f"training step: {one.name}" for one in LOWERINGS]
-    assert all(row["ours_s"] > 0 and row["facts"]["cycles"] > 0 for row in rows)
+    assert all(row["ours_s"] > 0 and row["facts"]["Mcycles"] > 0 for row in rows)
     # The library's rules for CPU are not in the program for TPU.
     assert [row["facts"]["same_program"] for row in rows] == [True, True, False]

@@ -143,7 +143,7 @@ def rows(options: Roofline, timed: Timed, works: dict[str, Work]) -> list[Row]:
             "achieved": limits[binding] / seconds,
         }
         what = f"{name}, batch {options.batch_size}"
-        allowed = Timing(limit, (limit,))
+        allowed = Timing(0.0, (limit,))
         found.append(
             Row(what, steps, "roofline", allowed, command(options), options.num_steps, facts=facts)
         )

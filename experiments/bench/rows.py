@@ -122,7 +122,9 @@ def text(rows: Sequence[Row]) -> str:
 
 
 def seconds(timing: Timing, each: int = 1) -> str:
-    """Median and range of the calls."""
+    """Median and range of the calls; seconds that were computed have none."""
+    if timing.first == 0:
+        return f"{timing.median / each:.3g}"
     low, high = min(timing.warm) / each, max(timing.warm) / each
     between = "1 call" if len(timing.warm) == 1 else f"{low:.3g}–{high:.3g}"
     return f"{timing.median / each:.3g} ({between})"

@@ -86,8 +86,9 @@ def trained(
         **recipe: of `RECIPE`, what differs.
     """
     chosen = RECIPE | recipe
-    drawn = jax.eval_shape(lambda key: nets.init(model, key, input_shape), jax.random.key(0))
-    shapes = {"/".join(k): v.shape for k, v in flatten_dict(_variables(*drawn)).items()}
+    one = jax.ShapeDtypeStruct((1, *input_shape), np.float32)
+    drawn = jax.eval_shape(model.init, jax.random.key(0), one)
+    shapes = {name: leaf.shape for name, leaf in flatten_dict(drawn, sep="/").items()}
     made_by = runtime.fingerprint({"shapes": shapes, "recipe": chosen})
     path = cache_folder() / f"{name}-{made_by}.npz"
     with contextlib.suppress(FileNotFoundError, ValueError):  # none, or a damaged one
@@ -203,7 +204,9 @@ def logits_fn(params: Params, input_shape: tuple[int, ...]) -> LogitsFn:
 def _learn(model: nn.Module, images: Images, recipe: Mapping[str, Any]) -> dict[str, Any]:
     key = jax.random.key(recipe["seed"])
     step = train.make_train_step(nets.apply_fn(model), optax.adam(recipe["learning_rate"]))
-    params, model_state = nets.init(model, key, images.inputs.shape[1:])
+    # Not `nets.init`, which compiles for minutes where there are as many layers as in a ResNet.
+    model_state = dict(jax.jit(model.init)(key, images.inputs[:1]))
+    params = model_state.pop("params")
     sizes = {name: recipe[name] for name in ("num_epochs", "batch_size")}
     state = train.fit(
         step,
@@ -213,11 +216,7 @@ def _learn(model: nn.Module, images: Images, recipe: Mapping[str, Any]) -> dict[
         devices=jax.devices()[:1],
         **sizes,
     )
-    return jax.device_get(_variables(state.params, state.model_state))
-
-
-def _variables(params: Any, model_state: Any) -> dict[str, Any]:
-    return {"params": params, **model_state}
+    return jax.device_get({"params": state.params, **state.model_state})
 
 
 def _arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:

@@ -13,7 +13,8 @@ class Timing(NamedTuple):
     """Seconds of one call, over and over.
 
     Attributes:
-        first: of the first call, which also imports, traces and compiles.
+        first: of the first call, which also imports, traces and compiles; 0 for seconds that were
+            computed and not timed.
         warm: of the calls that count.
     """
 

@@ -1,7 +1,6 @@
-"""Steps that everything here consists of, and the ways to write their network.
+"""Steps that everything here consists of, written one way and another, to look at and not to run.
 
-For programs that look at a step without running it, such as the TPU compiler's view. A step is a
-function and the shapes of its arguments.
+A step is a function to compile and the shapes of its arguments.
 """
 
 import functools
@@ -14,60 +13,24 @@ import jax.numpy as jnp
 
 from experiments.bench.networks import plain_net
 from jdistill import losses, nets, norms, sweep, train
-from jdistill.typing import ApplyFn, Array, Batch, LossFn, Metrics, PyTree
-
-_INPUT_SHAPE = (28, 28, 1)
+from jdistill.typing import ApplyFn, Array, Batch, PyTree
 
 StepName = Literal["training", "sweep", "pgd"]
 
 
 class Step(NamedTuple):
-    """Step to compile.
-
-    Attributes:
-        call: the step.
-        arguments: pytrees of `jax.ShapeDtypeStruct`.
-    """
+    """Function to compile, and pytrees of `jax.ShapeDtypeStruct`."""
 
     call: Callable[..., Any]
     arguments: tuple[Any, ...]
 
 
 class Written(NamedTuple):
-    """Network, and the ways into it.
-
-    Attributes:
-        model: the Flax module.
-        apply_fn: for training.
-        logits: `(variables, inputs) -> logits`, for attacks.
-    """
+    """Network as training takes it, and as `(variables, inputs) -> logits` for attacks."""
 
     model: nn.Module
     apply_fn: ApplyFn
-    logits: Callable[[PyTree, Array], Array]
-
-
-def by_library(model: nn.Module) -> Written:
-    """Network by the library's adapters, with whatever rules these bring."""
-    return Written(
-        model, nets.apply_fn(model), lambda variables, x: nets.logits_fn(model, variables)(x)
-    )
-
-
-def by_flax(model: nn.Module) -> Written:
-    """Network by Flax alone."""
-
-    def logits(variables: PyTree, inputs: Array) -> Array:
-        found: Any = model.apply(variables, inputs)
-        return found
-
-    def apply_fn(
-        params: PyTree, model_state: PyTree, inputs: Array, /, *, train: bool, key: Array | None
-    ) -> tuple[Array, PyTree]:
-        del train, key
-        return logits({"params": params}, inputs), model_state
-
-    return Written(model, apply_fn, logits)
+    logits: Callable[[PyTree, Array], Any]
 
 
 class Lowering(NamedTuple):
@@ -80,8 +43,22 @@ class Lowering(NamedTuple):
     """
 
     name: str
-    write: Callable[[nets.ConvNet], Written] = lambda model: by_flax(plain_net(model))
+    write: Callable[[nets.ConvNet], Written]
     precision: str = "highest"
+
+
+def by_library(model: nn.Module) -> Written:
+    """Network by the library's adapters, with whatever rules these bring."""
+    return Written(model, nets.apply_fn(model), lambda v, x: nets.logits_fn(model, v)(x))
+
+
+def by_flax(model: nn.Module) -> Written:
+    """Network by Flax alone."""
+
+    def apply_fn(params: PyTree, model_state: PyTree, inputs: Array, /, **mode: Any) -> Any:
+        return model.apply({"params": params}, inputs), model_state
+
+    return Written(model, apply_fn, model.apply)
 
 
 def patches_convolution(
@@ -93,17 +70,9 @@ def patches_convolution(
     precision: Any = None,
     **options: Any,
 ) -> Array:
-    """A 'valid' convolution as shifted inputs side by side times the weights, one product.
+    """A 'valid' convolution without strides as shifted inputs side by side times the weights.
 
     Under `vmap` over weights that is a batched product, where XLA's convolution is a grouped one.
-
-    Args:
-        lhs: inputs `[B, H, W, I]`.
-        rhs: kernel `[h, w, I, O]`.
-        window_strides: all 1.
-        padding: `"VALID"`, or pairs of 0.
-        precision: of the product.
-        **options: the rest of what `jax.lax.conv_general_dilated` takes; not looked at.
     """
     del window_strides, padding, options
     rows, columns, _, features = rhs.shape
@@ -117,40 +86,35 @@ def patches_convolution(
     return jnp.matmul(jnp.concatenate(patches, axis=-1), kernel, precision=precision)
 
 
+def _xla(model: nets.ConvNet) -> Written:
+    return by_flax(plain_net(model))
+
+
 def _patches(model: nets.ConvNet) -> Written:
     return by_flax(plain_net(model, conv_general_dilated=patches_convolution))
 
 
 # The first is what the others are compared with.
 LOWERINGS = (
-    Lowering("XLA's convolution and pooling"),
+    Lowering("XLA's convolution and pooling", _xla),
     Lowering("jdistill's, as it is", by_library),
     Lowering("patches × weights", _patches),
 )
 PRECISIONS = (
-    Lowering("XLA's, precision high (3 bfloat16 products)", precision="high"),
-    Lowering("XLA's, precision default (1 bfloat16 product)", precision="default"),
+    Lowering("XLA's, precision high (3 bfloat16 products)", _xla, "high"),
+    Lowering("XLA's, precision default (1 bfloat16 product)", _xla, "default"),
 )
 
 
 def step(
     name: StepName, lowering: Lowering, *, width: float, batch_size: int, num_runs: int
 ) -> Step:
-    """Step of the papers' MNIST network, without dropout, written that way.
-
-    Args:
-        name: which step.
-        lowering: how its network is written.
-        width: of the network.
-        batch_size: images per step, of each run.
-        num_runs: runs of a sweep's step.
-    """
+    """Step of the papers' MNIST network, without dropout, written that way."""
     network = lowering.write(nets.mnist_net(width=width, dropout_rate=0.0))
-    if name == "training":
-        return training(network, _INPUT_SHAPE, batch_size)
-    if name == "sweep":
-        return sweeping(network, _INPUT_SHAPE, batch_size, num_runs)
-    return ascending(network, _INPUT_SHAPE, batch_size, lowering.precision)
+    sizes = ((28, 28, 1), batch_size)
+    if name == "pgd":
+        return ascending(network, *sizes, lowering.precision)
+    return training(network, *sizes) if name == "training" else sweeping(network, *sizes, num_runs)
 
 
 def training(network: Written, input_shape: tuple[int, ...], batch_size: int) -> Step:
@@ -160,32 +124,27 @@ def training(network: Written, input_shape: tuple[int, ...], batch_size: int) ->
     def state(key: Array) -> train.TrainState:
         return train.create_state(step, nets.init(network.model, key, input_shape)[0], key)
 
-    def call(
-        state: train.TrainState, batch: Batch, loss_fn: LossFn
-    ) -> tuple[train.TrainState, Metrics]:
-        return step(state, batch, loss_fn)
-
-    shapes = jax.eval_shape(state, jax.random.key(0))
-    return Step(call, (shapes, _batch(input_shape, batch_size), jax.eval_shape(train.hard_loss)))
+    shapes = jax.eval_shape(state, jax.random.key(0)), _batch(input_shape, batch_size)
+    return Step(step, (*shapes, jax.eval_shape(train.hard_loss)))
 
 
 def sweeping(
     network: Written, input_shape: tuple[int, ...], batch_size: int, num_runs: int
 ) -> Step:
     """Training step of many runs under `vmap`, as in `sweep.fit`: each has its own batch and T."""
-    one = training(network, input_shape, batch_size)
     step = train.make_train_step(network.apply_fn, train.sgd(0.01))
+    _, *others = training(network, input_shape, batch_size).arguments
 
     def states(seeds: Array) -> train.TrainState:
         keys = jax.vmap(jax.random.key)(seeds)
-        draw = functools.partial(nets.init, network.model, input_shape=input_shape)
-        return sweep.create_state(step, jax.vmap(lambda key: draw(key=key)[0])(keys), keys)
+        params = jax.vmap(lambda key: nets.init(network.model, key, input_shape)[0])(keys)
+        return sweep.create_state(step, params, keys)
 
-    seeds = jax.ShapeDtypeStruct((num_runs,), jnp.uint32)
     stacked = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((num_runs, *leaf.shape), leaf.dtype), one.arguments[1:]
+        lambda leaf: jax.ShapeDtypeStruct((num_runs, *leaf.shape), leaf.dtype), others
     )
-    return Step(jax.vmap(one.call), (jax.eval_shape(states, seeds), *stacked))
+    seeds = jax.ShapeDtypeStruct((num_runs,), jnp.uint32)
+    return Step(jax.vmap(step), (jax.eval_shape(states, seeds), *stacked))
 
 
 def ascending(
@@ -213,14 +172,12 @@ def ascending(
     draw = functools.partial(nets.init, network.model, input_shape=input_shape)
     params, _ = jax.eval_shape(lambda key: draw(key=key), jax.random.key(0))
     batch = _batch(input_shape, batch_size)
-    eps = jax.ShapeDtypeStruct((batch_size,), jnp.float32)
-    return Step(call, ({"params": params}, batch.inputs, batch.inputs, batch.labels, eps))
+    return Step(call, ({"params": params}, batch.inputs, batch.inputs, batch.labels, batch.mask))
 
 
 def _batch(input_shape: tuple[int, ...], batch_size: int) -> Batch:
+    numbers = jax.ShapeDtypeStruct((batch_size,), jnp.float32)
+    labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     return Batch(
-        jax.ShapeDtypeStruct((batch_size, *input_shape), jnp.float32),
-        jax.ShapeDtypeStruct((batch_size,), jnp.int32),
-        None,
-        jax.ShapeDtypeStruct((batch_size,), jnp.float32),
+        jax.ShapeDtypeStruct((batch_size, *input_shape), jnp.float32), labels, None, numbers
     )
