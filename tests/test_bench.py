@@ -256,36 +256,49 @@ def broken(*_):
 def test_compare_calls_all_and_keeps_what_they_found(capsys):
     weak = functools.partial(sign_step, eps=0.05)
     toolkits = {"foolbox": sign_step, "weak": weak, "ART": broken, "torchattacks": broken}
-    ours = functools.partial(attacks.fgsm, eps=0.2)
-    missing = {"torchattacks": "not installed; do something", "adv-lib": "irrelevant"}
-    found, theirs, skipped = bench_attacks.compare(
-        Comparison("fgsm", "linf", "eps 0.2", ours, toolkits), SUBJECT, repeats=2, missing=missing
+    comparison = Comparison(
+        "fgsm", "linf", "eps 0.2", functools.partial(attacks.fgsm, eps=0.2), toolkits
     )
-    # |2 x + y - 1.5| / 3 is each point's distance from the boundary.
-    expected = np.where(np.abs(model(POINTS)[:, 0]) / 3 < 0.2, 0.2, np.inf)
-    np.testing.assert_allclose(found.distances, expected, atol=1e-6)
-    np.testing.assert_allclose(theirs["foolbox"].distances, expected, atol=1e-6)
-    assert (found.success, theirs["weak"].success) == (0.5, 0.25)
-    assert skipped == {"torchattacks": "not installed; do something", "ART": "ValueError: shape"}
-    assert {len(one.timing.warm) for one in (found, *theirs.values())} == {2}
+    missing = {"torchattacks": "not installed; do something", "adv-lib": "irrelevant"}
+    options = bench_attacks.Attacks(repeats=2)
+    rows = bench_attacks.compare(comparison, SUBJECT, options, missing)
+    assert {row.name for row in rows} == {"fgsm linf, eps 0.2, 4 images"}
+    assert {row.command for row in rows} == {command(options, attacks=("fgsm",))}
+    facts = {row.peer: (row.facts["success"], row.note) for row in rows}
+    # |2 x + y - 1.5| / 3 is each point's distance from the boundary: 0.02, 0.13, 0.27 and 0.4.
+    assert facts == {
+        "foolbox": ([0.5, 0.5], ""),
+        "weak": ([0.5, 0.25], ""),
+        "torchattacks": ([0.5, None], "not installed; do something"),
+        "ART": ([0.5, None], "ValueError: shape"),
+    }
+    (same,) = (row.facts["mean_distance"] for row in rows if row.peer == "foolbox")
+    assert same == pytest.approx([0.2, 0.2])
+    assert len(rows[0].ours.warm) == len(rows[0].theirs.warm) == 2
     assert capsys.readouterr().out == ""
+    ours = Comparison("fgsm", "linf", "", broken, {})
     with pytest.raises(ValueError, match="shape"):  # of ours it is no note
-        bench_attacks.compare(Comparison("fgsm", "linf", "", broken, {}), SUBJECT, repeats=1)
+        bench_attacks.compare(ours, SUBJECT, options, {})
 
 
 def test_rows_of_an_attack_begin_with_the_fastest_toolkit():
-    def outcome(*seconds, distances=(1.0, 2.0, 4.0, math.inf)):
-        return bench_attacks.Outcome(Timing(30, seconds), np.array(distances))
-
-    theirs = {  # adv-lib has the smallest single time, ART the smallest median
-        "foolbox": outcome(9, 8, 7, distances=[3.0, 3.0, math.inf, math.inf]),
-        "adv-lib": outcome(1, 9, 9, distances=[math.inf] * 4),
-        "ART": outcome(5, 4, 3),
+    seconds = {  # adv-lib has the smallest single time, ART the smallest median
+        **{"jdistill": (1, 2, 30), "foolbox": (9, 8, 7), "adv-lib": (1, 9, 9), "ART": (5, 4, 3)}
     }
-    ours = outcome(1, 2, 30)
-    rows = bench_attacks.rows(peers.ddn(9), ours, theirs, {"torchattacks": "no"}, "python")
-    assert {row.name for row in rows} == {"ddn l2, 9 steps, 4 images"}
-    assert {row.command for row in rows} == {"python"}
+    inf = math.inf
+    distances = {
+        "jdistill": [1, 2, 4, inf],
+        "foolbox": [3, 3, inf, inf],
+        "adv-lib": [inf] * 4,
+        "ART": [1, 2, 4, inf],
+    }
+    rows = bench_attacks.rows(
+        peers.ddn(9),
+        {name: Timing(30, warm) for name, warm in seconds.items()},
+        {name: np.array(found, float) for name, found in distances.items()},
+        {"torchattacks": "no"},
+        "python",
+    )
     assert [row.peer for row in rows] == ["ART", "foolbox", "adv-lib", "torchattacks"]
     assert [row.ratio for row in rows] == [0.5, 0.25, 2 / 9, None]
     assert [row.target for row in rows] == [0.7, None, None, None]

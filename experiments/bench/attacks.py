@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -43,6 +42,7 @@ COMPARISONS = (
     peers.carlini_wagner_l0(searches=1, steps=50, rate=0.1, const=1.0),
     peers.autoattack(eps=0.1, num_images=500),
 )
+OURS = "jdistill"
 _NAMES = tuple(dict.fromkeys(comparison.attack for comparison in COMPARISONS))
 
 # The largest ratios that are wanted, by attack and norm.
@@ -94,44 +94,17 @@ class Subject(NamedTuple):
     tensors: tuple[Any, Any]
 
 
-class Outcome(NamedTuple):
-    """Outcome of an attack.
-
-    Attributes:
-        timing: its seconds.
-        distances: `[B]`, of each image's change; `inf` where the network is not fooled.
-    """
-
-    timing: Timing
-    distances: np.ndarray
-
-    @property
-    def success(self) -> float:
-        """Share of images that fool the network."""
-        return float(np.isfinite(self.distances).mean())
-
-
 def run(options: Attacks, after_call: AfterCall) -> Iterator[list[Row]]:
     """Rows of the command, attack by attack."""
     missing = missing_toolkits()
     params, images = subjects.load(options)
     subject_of = functools.cache(functools.partial(make_subject, params, images))
     chosen = [comparison for comparison in COMPARISONS if comparison.attack in options.attacks]
-    sizes = [comparison.num_images or options.batch_size for comparison in chosen]
-    for size in sizes:  # or too few images would be noticed after the first attacks
-        subject_of(size)
-    for comparison, size in zip(chosen, sizes, strict=True):
-        ours, theirs, skipped = compare(
-            comparison,
-            subject_of(size),
-            repeats=1 if comparison.num_images else options.repeats,
-            slow_seconds=options.slow_seconds,
-            missing=missing,
-            after_call=after_call,
-        )
-        yield rows(
-            comparison, ours, theirs, skipped, command(options, attacks=(comparison.attack,))
-        )
+    for comparison in chosen:  # or too few images would be noticed after the first attacks
+        subject_of(comparison.num_images or options.batch_size)
+    for comparison in chosen:
+        subject = subject_of(comparison.num_images or options.batch_size)
+        yield compare(comparison, subject, options, missing, after_call)
 
 
 def missing_toolkits(
@@ -174,28 +147,25 @@ def make_subject(params: Params, images: Images, batch_size: int) -> Subject:
 def compare(
     comparison: Comparison,
     subject: Subject,
-    *,
-    repeats: int,
-    slow_seconds: float = math.inf,
-    missing: Mapping[str, str] | None = None,
+    options: Attacks,
+    missing: Mapping[str, str],
     after_call: AfterCall = lambda done, total: None,
-) -> tuple[Outcome, dict[str, Outcome], dict[str, str]]:
-    """Time an attack beside those of the other toolkits, and measure what each found.
+) -> list[Row]:
+    """Rows of an attack beside those of the other toolkits, with what each found.
 
     Args:
         comparison: the attack.
         subject: the network and the images.
-        repeats: timed calls of each, after one that warms up.
-        slow_seconds: a toolkit whose first call takes longer is not called again.
+        options: the repeats, and when a toolkit is too slow.
         missing: toolkits to skip, and why.
         after_call: told how many calls are done, of how many.
-
-    Returns:
-        Outcome of ours; of each toolkit; by toolkit, why there is nothing of it.
     """
-    missing = missing or {}
     skipped = {name: missing[name] for name in comparison.peers if name in missing}
-    present = {name: peer for name, peer in comparison.peers.items() if name not in missing}
+    present = {
+        name: functools.partial(peer, subject.model, *subject.tensors)
+        for name, peer in comparison.peers.items()
+        if name not in missing
+    }
 
     def ours() -> Any:
         inputs = subject.inputs, subject.labels
@@ -206,70 +176,67 @@ def compare(
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
         timed = timing.interleaved(
-            {"jdistill": ours}
-            | {
-                name: functools.partial(peer, subject.model, *subject.tensors)
-                for name, peer in present.items()
-            },
-            repeats=repeats,
+            {OURS: ours, **present},
+            repeats=1 if comparison.num_images else options.repeats,
             optional=present.keys(),
-            slow_seconds=slow_seconds,
+            slow_seconds=options.slow_seconds,
             after_call=after_call,
         )
-        result = timed.results.pop("jdistill")
+        result = timed.results.pop(OURS)
         targets = peers.next_class(subject.tensors[1]) if comparison.targeted else None
         # Each is judged by the network that it attacked: a smallest change may lie so near to the
         # boundary that the other framework's rounding decides.
-        theirs = {
-            name: Outcome(
-                timed.timings[name],
-                torch_side.distances(
-                    subject.model, found, *subject.tensors, comparison.norm, targets
-                ),
+        distances = {
+            name: torch_side.distances(
+                subject.model, found, *subject.tensors, comparison.norm, targets
             )
             for name, found in timed.results.items()
         }
-    distances = np.where(result.success, result.distance, np.inf)
-    return Outcome(timed.timings["jdistill"], distances), theirs, skipped | timed.failures
+    distances[OURS] = np.where(result.success, result.distance, np.inf)
+    line = command(options, attacks=(comparison.attack,))
+    return rows(comparison, timed.timings, distances, skipped | timed.failures, line)
 
 
 def rows(
     comparison: Comparison,
-    ours: Outcome,
-    theirs: Mapping[str, Outcome],
+    timings: Mapping[str, Timing],
+    distances: Mapping[str, np.ndarray],
     skipped: Mapping[str, str],
     command: str,
 ) -> list[Row]:
-    """Row of each toolkit, the fastest first with the target; then those of which there is nothing.
+    """Rows of the toolkits, the fastest first and with the target, those without a result last.
 
     Args:
         comparison: the attack.
-        ours: outcome of ours.
-        theirs: of each toolkit.
-        skipped: by toolkit, why there is nothing of it.
+        timings: of ours, and by toolkit.
+        distances: `[B]`, of each image's change; `inf` where the network is not fooled.
+        skipped: by toolkit, why there is no result.
         command: that makes these rows.
     """
-    attack, norm = comparison.attack, comparison.norm
-    parts = [f"{attack} {norm}", *comparison.budget.split(", "), f"{len(ours.distances)} images"]
+    attack, norm, ours = comparison.attack, comparison.norm, distances[OURS]
+    parts = [f"{attack} {norm}", *comparison.budget.split(", "), f"{len(ours)} images"]
     name = ", ".join(dict.fromkeys(parts))  # a budget may say how many images there are
     target = TARGETS.get((attack, norm))
-    found = [
+    ranked = sorted(timings.keys() - {OURS}, key=lambda peer: timings[peer].median)
+    success = {side: float(np.isfinite(found).mean()) for side, found in distances.items()}
+    return [
         Row(
             name,
-            ours.timing,
+            timings[OURS],
             peer,
-            theirs[peer].timing,
+            timings.get(peer),
             command,
-            target=None if rank else target,
+            target=target if [peer] == ranked[:1] else None,
+            note=skipped.get(peer, ""),
             facts={
-                "success": [ours.success, theirs[peer].success],
-                "mean_distance": mean_distances(ours.distances, theirs[peer].distances),
+                "success": [success[OURS], success.get(peer)],
+                "mean_distance": (
+                    mean_distances(ours, distances[peer]) if peer in distances else [None, None]
+                ),
             },
         )
-        for rank, peer in enumerate(sorted(theirs, key=lambda peer: theirs[peer].timing.median))
+        for peer in [*ranked, *skipped]
     ]
-    alone = Row(name, ours.timing, "none", None, command, facts={"success": [ours.success, None]})
-    return [*found, *(alone._replace(peer=peer, note=why) for peer, why in skipped.items())]
 
 
 def mean_distances(ours: np.ndarray, theirs: np.ndarray) -> list[float | None]:
