@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from experiments import steps
 from jdistill import nets
-from jdistill.nets import _convnet, _convolution, _pooling
+from jdistill.nets import _convnet, _convolution_rules, _pooling
 from jdistill.typing import Array
 
 _INPUT_SHAPE = (28, 28, 1)
@@ -78,7 +78,7 @@ def written(lowering: Lowering) -> Iterator[None]:
     """Within: what the network has no argument for is written that way, too."""
     with contextlib.ExitStack() as stack:
         if lowering.convolution == "cpu rules":
-            stack.enter_context(mock.patch.object(_convolution, "lax", _CpuRules()))
+            stack.enter_context(mock.patch.object(_convolution_rules, "lax", _CpuRules()))
         if lowering.pooling == "mask":
             stack.enter_context(mock.patch.object(_pooling, "lax", _CpuRules()))
         if lowering.pooling == "xla":

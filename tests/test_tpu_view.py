@@ -183,12 +183,12 @@ def test_patches_times_weights_are_the_convolution():
 
 
 def test_rules_are_put_back():
-    from jdistill.nets import _convnet, _convolution, _pooling
+    from jdistill.nets import _convnet, _convolution_rules, _pooling
 
     with lowerings.written(lowerings.Lowering("both", "cpu rules", "mask")):
         assert _pooling.lax is not jax.lax
-        assert _convolution.lax.platform_dependent(1, cpu=lambda x: x + 1, default=None) == 2
-    assert _pooling.lax is _convolution.lax is jax.lax
+        assert _convolution_rules.lax.platform_dependent(1, cpu=lambda x: x + 1, default=None) == 2
+    assert _pooling.lax is _convolution_rules.lax is jax.lax
     assert _convnet.max_pool is nets.max_pool
 
 
