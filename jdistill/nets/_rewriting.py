@@ -7,6 +7,7 @@ traced, and its trace is evaluated with this package's convolution and max-pool 
 import dataclasses
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -138,14 +139,17 @@ def _evaluate(closed: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
     def read(variable: Any) -> Any:
         return variable.val if isinstance(variable, Literal) else values[variable]
 
-    for equation in jaxpr.eqns:
-        operands = [read(variable) for variable in equation.invars]
-        outs = None
-        if _concerns_equation(equation):
-            outs = _RULES[equation.primitive.name](equation, operands)
-        if outs is None:
-            outs = _as_it_is(jaxpr, equation, operands)
-        values.update(zip(equation.outvars, outs, strict=True))
+    for concerned, group in itertools.groupby(jaxpr.eqns, _concerns_equation):
+        for equations in [[each] for each in group] if concerned else [list(group)]:
+            outs = None
+            if concerned:
+                (equation,) = equations
+                rule = _RULES[equation.primitive.name]
+                outs = rule(equation, [read(variable) for variable in equation.invars])
+            if outs is None:
+                outs = _as_they_are(jaxpr, equations, values)
+            variables = [variable for each in equations for variable in each.outvars]
+            values.update(zip(variables, outs, strict=True))
     return [read(variable) for variable in jaxpr.outvars]
 
 
@@ -176,21 +180,21 @@ def _inner(params: dict[str, Any]) -> list[ClosedJaxpr]:
     return found
 
 
-def _as_it_is(jaxpr: Jaxpr, equation: JaxprEqn, operands: list[Any]) -> list[Any]:
-    """The equation as JAX evaluates it, a trace of its own."""
-    given = {
-        variable: operand
-        for variable, operand in zip(equation.invars, operands, strict=True)
+def _as_they_are(jaxpr: Jaxpr, equations: list[JaxprEqn], values: dict[Any, Any]) -> list[Any]:
+    """All outputs of the equations, evaluated by JAX as a trace of their own."""
+    outputs = [variable for each in equations for variable in each.outvars]
+    used = dict.fromkeys(
+        variable
+        for each in equations
+        for variable in each.invars
         if not isinstance(variable, Literal)
-    }
-    alone = jaxpr.replace(
-        constvars=[],
-        invars=[*given],
-        outvars=equation.outvars,
-        eqns=[equation],
-        effects=equation.effects,
     )
-    return list(jaxpr_as_fun(ClosedJaxpr(alone, ()))(*given.values()))
+    inputs = [variable for variable in used if variable not in {*outputs}]
+    effects = frozenset().union(*(each.effects for each in equations))
+    alone = jaxpr.replace(
+        constvars=[], invars=inputs, outvars=outputs, eqns=equations, effects=effects
+    )
+    return list(jaxpr_as_fun(ClosedJaxpr(alone, ()))(*(values[variable] for variable in inputs)))
 
 
 def _convolve(equation: JaxprEqn, operands: list[Any]) -> list[Any] | None:
