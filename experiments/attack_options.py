@@ -6,6 +6,7 @@ is; what is written here are only the functions that its options may name.
 
 import dataclasses
 import functools
+import hashlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import tyro
 
 from experiments.training import temperature_name
-from jdistill import _validate, attacks, losses, runtime
+from jdistill import _validate, attacks, losses
 from jdistill.typing import ArrayLike, AttackFn
 
 Settings = dict[str, Any]  # by argument, as JSON can hold them
@@ -223,7 +224,8 @@ def folder_name(attack: str, settings: Settings, more: Mapping[str, tuple[Any, A
     changed += [(name, value) for name, (value, default) in more.items() if value != default]
     name = "_".join([attack, *(f"{name}={_word(value)}" for name, value in changed)])
     if len(name) > _LONGEST_NAME:  # file systems end at 255
-        name = f"{name[: _LONGEST_NAME - 17]}_{runtime.fingerprint(name)}"
+        digest = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
+        name = f"{name[: _LONGEST_NAME - 17]}_{digest}"
     return name
 
 

@@ -62,7 +62,15 @@ def describe_attack(attack: Any) -> Any:
 
 
 def fingerprint(value: Any) -> str:
-    """A hash of what `describe` says, 16 hexadecimal digits."""
+    """Hash of settings, networks, losses, or arrays, the same in every process and on any machine.
+
+    Functions count by their code, defaults, and captured values, not by their names; arrays by
+    their type, shape, and content. The order of keys makes no difference, nor does a tuple for a
+    list; 1 and 1.0 differ, so convert numbers to the type that the setting has.
+
+    Returns:
+        16 hexadecimal digits.
+    """
     text = json.dumps(describe(value), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 

@@ -37,7 +37,7 @@ LEVELS = {
     "runtime": 4,
     "report": 4,
 }
-CHAIN = {("sweep", "distill")}
+CHAIN = {("sweep", "distill"), ("metrics", "nets")}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 

@@ -505,7 +505,6 @@ def test_networks_are_what_they_are_called():
 
 
 def test_pgd_with_and_without_the_rules_for_cpu(small):
-    """Needs the argument `fast_on_cpu` of `nets.logits_fn`."""
     params, images = small
     model = subjects.conv_net(params, (8, 8, 1))
     separable = networks.SeparableNet(2)

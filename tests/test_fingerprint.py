@@ -129,3 +129,12 @@ def test_a_start_of_another_run_is_refused(driver, change):
     }[change]
     with pytest.raises(ValueError, match="got the state of another one"):
         run(**other, start=kept[-1])
+
+
+def test_settings_have_one_in_every_version_and_order():
+    content = {"temperature": 20.0, "seeds": [0, 1], "data": {"name": "digits"}}
+    of = _fingerprint.fingerprint
+    assert of(content) == "09d9c1b6e4a3d73b"
+    assert of(dict(reversed(content.items()))) == of({**content, "seeds": (0, 1)}) == of(content)
+    for changed in ({"seeds": [1, 0]}, {"temperature": 20.5}, {"data": {"name": "mnist"}}):
+        assert of({**content, **changed}) != of(content)

@@ -58,7 +58,7 @@ def by_flax(model: nn.Module) -> Written:
     def apply_fn(params: PyTree, model_state: PyTree, inputs: Array, /, **mode: Any) -> Any:
         return model.apply({"params": params}, inputs), model_state
 
-    return Written(model, apply_fn, model.apply)
+    return Written(model, nets.fast_on_cpu(apply_fn, enabled=False), model.apply)
 
 
 def patches_convolution(

@@ -19,7 +19,7 @@ from jdistill.typing import Array, PyTree
 
 MNIST, PLAIN = "nets.mnist_net", "mnist_net in plain Flax"
 RESNET, SEPARABLE = "ResNet-20", "depthwise-separable network"
-OFF = ", fast_on_cpu=False"
+OFF = " without nets.fast_on_cpu"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Networks(Options):
 
     The papers' MNIST network written out with `nn.Conv` and `nn.max_pool` beside `nets.mnist_net`
     of the same weights; and that one, a ResNet-20 for CIFAR and a depthwise-separable network
-    beside themselves with `fast_on_cpu=False`.
+    beside themselves without `nets.fast_on_cpu`.
     """
 
     on_cpu: ClassVar[bool] = True
@@ -165,7 +165,7 @@ def calls(options: Networks, networks: Mapping[str, Subject]) -> Calls:
     for name, (model, variables, images) in networks.items():
         ways = {name: nets.logits_fn(model, variables)}
         if name != MNIST:
-            ways[name + OFF] = nets.logits_fn(model, variables, fast_on_cpu=False)
+            ways[name + OFF] = nets.fast_on_cpu(ways[name], enabled=False)
         on_device = [jnp.asarray(column) for column in images]
         for way, logits_fn in ways.items():
             found[way] = functools.partial(

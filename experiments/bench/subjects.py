@@ -6,8 +6,10 @@ the cache (`JDISTILL_CACHE`, else `jdistill` in the user's), under a name that s
 """
 
 import contextlib
+import hashlib
 import io
 import itertools
+import json
 import os
 import pathlib
 import sys
@@ -89,8 +91,9 @@ def trained(
     one = jax.ShapeDtypeStruct((1, *input_shape), np.float32)
     drawn = jax.eval_shape(model.init, jax.random.key(0), one)
     shapes = {name: leaf.shape for name, leaf in flatten_dict(drawn, sep="/").items()}
-    made_by = runtime.fingerprint({"shapes": shapes, "recipe": chosen})
-    path = cache_folder() / f"{name}-{made_by}.npz"
+    made_by = json.dumps([shapes, chosen], sort_keys=True).encode()
+    digest = hashlib.blake2b(made_by, digest_size=8).hexdigest()
+    path = cache_folder() / f"{name}-{digest}.npz"
     with contextlib.suppress(FileNotFoundError, ValueError):  # none, or a damaged one
         flat = _arrays(path)
         if {key: value.shape for key, value in flat.items()} == shapes:

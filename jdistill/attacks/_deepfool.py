@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, norms
-from jdistill.attacks._core import hyperplane
+from jdistill.attacks._core import gradient, hyperplane
 from jdistill.attacks._core.engine import Method, Passes, Seen, register, run, static
 from jdistill.attacks._core.problem import (
     AttackResult,
@@ -172,9 +172,7 @@ class _DeepFool(Method):
         raised, lowered = _boundaries(problem, state.candidates, logits)
         gaps = jnp.take_along_axis(logits, lowered, 1) - jnp.take_along_axis(logits, raised, 1)
         one_hot = functools.partial(jax.nn.one_hot, num_classes=logits.shape[1], dtype=logits.dtype)
-        normals = jax.vmap(lambda row: pull_back(row)[0], in_axes=1, out_axes=1)(
-            one_hot(raised) - one_hot(lowered)
-        )
+        normals = gradient.of_each(pull_back, one_hot(raised) - one_hot(lowered))
         distance, direction = _nearest(gaps, normals, self.norm)
         moving = jnp.isfinite(distance)
         # A box without an end says nothing of what is little; the input's own size does.

@@ -10,7 +10,8 @@ import numpy as np
 import optax
 
 from jdistill import _validate
-from jdistill._jax import as_pytree, full_precision, jit, logits_shape
+from jdistill._jax import full_precision, jit, logits_shape
+from jdistill.nets import callable_logits_fn
 from jdistill.typing import Array, ArrayLike, LogitsFn
 
 # log10 of the edges of Papernot et al. 2016: 0, 1e-40, …, 1e-5, 1e-3, 1; and, so that
@@ -47,7 +48,7 @@ def sensitivity_logits(logits_fn: LogitsFn, inputs: Array) -> Array:
 def _checked(logits_fn: LogitsFn, inputs: Array) -> tuple[LogitsFn, Array]:
     """The arguments in the form that jit takes."""
     _validate.inputs_in_box(inputs, (-math.inf, math.inf))
-    return as_pytree(logits_fn, name="logits_fn"), jnp.asarray(inputs)
+    return callable_logits_fn(logits_fn), jnp.asarray(inputs)
 
 
 def _logits(logits_fn: LogitsFn, inputs: Array) -> Array:

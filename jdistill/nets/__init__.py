@@ -8,7 +8,8 @@
   that compare by what they hold, so new weights of an equal network compile nothing.
 * Stacks: `stack`, `unstack`, `index` and `stack_size` for pytrees that `jax.vmap` runs side by
   side.
-* Fast gradients on CPU: `conv_general_dilated` and `max_pool`, drop-in for Flax layers.
+* Fast gradients on CPU: `fast_on_cpu` of any network, which attacks, measures, and training steps
+  apply by themselves; `conv_general_dilated` and `max_pool`, drop-in for Flax layers.
 
 This is the only module of the library that imports `flax.linen` or `flax.nnx`.
 """
@@ -24,6 +25,7 @@ from jdistill.nets._adapters import (
 from jdistill.nets._convnet import ConvNet, cifar_net, digits_net, init, mnist_net
 from jdistill.nets._convolution import conv_general_dilated
 from jdistill.nets._pooling import max_pool
+from jdistill.nets._rewriting import fast_on_cpu
 from jdistill.nets._stacking import index, stack, stack_size, unstack
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "cifar_net",
     "conv_general_dilated",
     "digits_net",
+    "fast_on_cpu",
     "index",
     "init",
     "logits_fn",

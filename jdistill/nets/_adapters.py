@@ -18,6 +18,7 @@ from jax.tree_util import Partial
 
 from jdistill import _validate
 from jdistill._jax import static
+from jdistill.nets._rewriting import Fast, call_pytree, fast_on_cpu, is_fast
 from jdistill.typing import ApplyFn, Array, LogitsFn, PyTree
 
 # Imported where it is used: it takes as long as all of this library.
@@ -219,7 +220,7 @@ def logits_fn(model: nn.Module, variables: Mapping[str, PyTree]) -> Partial:
             f"expected variables with the key 'params', got {shown}; "
             'pass {"params": params, **model_state}'
         )
-    return Partial(_LinenLogits(model), dict(variables))
+    return Partial(Fast(_LinenLogits(model)), dict(variables))
 
 
 def nnx_logits_fn(module: "nnx.Module") -> Partial:
@@ -259,12 +260,7 @@ def nnx_logits_fn(module: "nnx.Module") -> Partial:
     # `eval()` writes into a module, so it is called on a copy too.
     copy = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))
     copy.eval()
-    return Partial(_NnxLogits(nnx.graphdef(copy)), nnx.state(copy))
-
-
-def _call_pytree(fun: Callable[..., Array], *args: Any) -> Array:
-    """`fun(*args)`, with `fun` itself a pytree."""
-    return fun(*args)
+    return Partial(Fast(_NnxLogits(nnx.graphdef(copy))), nnx.state(copy))
 
 
 def callable_logits_fn(fun: Callable[..., Array], *args: PyTree) -> Any:
@@ -281,8 +277,7 @@ def callable_logits_fn(fun: Callable[..., Array], *args: PyTree) -> Any:
         *args: Pytrees put in front of the inputs.
 
     Returns:
-        A pytree that maps inputs `[B, ...]` to logits `[B, K]`; `fun` itself where it is a
-        pytree already and there are no `args`.
+        A pytree that maps inputs `[B, ...]` to logits `[B, K]`, as `fast_on_cpu` makes it.
 
     Raises:
         ValueError: `fun` cannot be called or hashed, or is an object that holds arrays: compiled
@@ -301,7 +296,9 @@ def callable_logits_fn(fun: Callable[..., Array], *args: PyTree) -> Any:
             "pass a function from inputs [B, ...] to logits [B, K]"
         )
     if not jax.tree_util.all_leaves([fun]):
-        return Partial(_call_pytree, fun, *args) if args else fun
+        if not args:
+            return fun if is_fast(fun) else fast_on_cpu(fun)
+        return Partial(call_pytree if is_fast(fun) else Fast(call_pytree), fun, *args)
     try:
         hash(fun)
     except TypeError:
@@ -309,7 +306,9 @@ def callable_logits_fn(fun: Callable[..., Array], *args: PyTree) -> Any:
             f"expected a hashable callable, got {type(fun).__name__}; pass a function with its "
             "weights as further arguments: callable_logits_fn(function, weights)"
         ) from None
-    return Partial(static(fun), *args)
+    if isinstance(fun, Fast):
+        return Partial(Fast(static(fun.fun), fun.enabled), *args)
+    return Partial(Fast(static(fun)), *args)
 
 
 def _divided(fun: LogitsFn, temperature: Array, inputs: Array) -> Array:

@@ -16,7 +16,6 @@ from jdistill.runtime._records import (
     atomic_write,
     atomic_write_text,
     check_writable,
-    fingerprint,
     read_jsonl,
     write_json,
 )
@@ -31,7 +30,6 @@ __all__ = [
     "check_writable",
     "describe",
     "enable_compilation_cache",
-    "fingerprint",
     "is_main_process",
     "read_jsonl",
     "run_main",

@@ -1,7 +1,6 @@
 """A run's files: JSON that is whole at any moment, logs that survive a kill, hashes."""
 
 import contextlib
-import hashlib
 import json
 import os
 import uuid
@@ -185,23 +184,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (np.ndarray, np.generic, jax.Array)):
         return np.asarray(value).tolist()
     raise TypeError(f"{type(value).__name__} is not JSON-able")
-
-
-def fingerprint(content: Any) -> str:
-    """A short hash of JSON-able content, the same in every process and on every machine.
-
-    The order of keys, and whether a sequence is a list or a tuple, make no difference; 1 and 1.0
-    differ, so convert numbers to the type that the setting has.
-
-    Returns:
-        16 hexadecimal digits.
-
-    Raises:
-        ValueError: the content is not JSON-able.
-
-    Example:
-        >>> fingerprint({"temperature": 20.0, "seed": 0})
-        'b78c3befef22277f'
-    """
-    text = _dumps(content, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

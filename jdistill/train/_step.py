@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jdistill import _validate, losses, metrics, parallel
+from jdistill import _validate, losses, metrics, nets, parallel
 from jdistill.typing import (
     ApplyFn,
     Array,
@@ -125,7 +125,7 @@ def make_train_step(
         optimizer=optimizer,
     )
     _check_axis_name(axis_name)
-    return TrainStep(apply_fn, optimizer, axis_name)
+    return TrainStep(nets.fast_on_cpu(apply_fn), optimizer, axis_name)
 
 
 def _check_axis_name(axis_name: str | None) -> None:
@@ -294,7 +294,7 @@ def make_eval_step(apply_fn: ApplyFn, *, axis_name: str | None = None) -> EvalSt
     """
     _validate.function(apply_fn=apply_fn, remedy="pass jdistill.nets.apply_fn(model)")
     _check_axis_name(axis_name)
-    return EvalStep(apply_fn, axis_name)
+    return EvalStep(nets.fast_on_cpu(apply_fn), axis_name)
 
 
 def _sums(loss: Array, logits: Array, batch: Batch) -> Metrics:

@@ -61,3 +61,21 @@ def hardening_gradient(
     loss = functools.partial(losses.soft_margin, softness=softness)
     gradient, logits, _ = gain_gradient(problem, problem.goal, loss, inputs)
     return gradient, logits, problem.goal.excess(logits)
+
+
+def of_each(pull_back: Callable[[Array], tuple[Array]], cotangents: Array) -> Array:
+    """Gradients of `C` functions of the logits per example, `[B, C, ...]`.
+
+    Args:
+        pull_back: of `jax.vjp(logits_fn, inputs)`.
+        cotangents: `[B, C, K]`.
+    """
+
+    def one(cotangent: Array) -> Array:
+        return pull_back(cotangent)[0]
+
+    if jax.default_backend() == "cpu":
+        # One after the other: what a pass of C times the rows holds does not fit into the cache,
+        # and it takes twice as long.
+        return jnp.moveaxis(jax.lax.map(one, jnp.moveaxis(cotangents, 1, 0)), 0, 1)
+    return jax.vmap(one, in_axes=1, out_axes=1)(cotangents)
