@@ -120,7 +120,7 @@ def training_step(sizes: Sizes) -> Iterator[Row]:
     )
     calls = bench_train.calls(options, params, images, beside_torch=False)
     for row in bench_train.rows(options, calls):
-        yield _row(row._replace(peer="none", target=None, note="", command=""))
+        yield _row(row._replace(peer="none", target=None, command=""))
     # What is left of a training step without a call and an upload per step.
     what = f"training step in a scan, batch {sizes.batch_size}"
     call = bench_train.scanned_training(options, params, images)

@@ -197,16 +197,17 @@ def check_rows(path):
     return rows
 
 
-def test_a_program_of_its_own_sets_the_flag(tmp_path):
+@pytest.mark.parametrize("flags", [True, False])
+def test_a_program_of_its_own_sets_the_flag(flags, tmp_path):
     path = tmp_path / "new" / "rows.json"
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     program = [sys.executable, "-m", "experiments.bench", "data", "--json", str(path)]
-    sizes = ["--num-examples", "8", "--repeats", "1"]
-    printed = subprocess.check_output([*program, *sizes], cwd=ROOT, env=environment, text=True)
+    program += ["--num-examples", "8", "--repeats", "1", *([] if flags else ["--no-flags"])]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    printed = subprocess.check_output(program, cwd=ROOT, env=environment, text=True)
     (row,) = check_rows(path)
-    assert row["xla_flags"] in printed
+    assert (row["xla_flags"] or "no flags") in printed
     if jax.__version_info__ < (0, 11):  # that of JAX 0.12 has no such flag
-        assert "xla_cpu" in row["xla_flags"]
+        assert ("xla_cpu" in row["xla_flags"]) == flags
 
 
 def test_a_stopped_run_leaves_what_it_has(tmp_path, capsys):

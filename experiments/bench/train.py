@@ -47,8 +47,9 @@ class Train(NetworkOptions):
 def run(options: Train, after_call: AfterCall) -> Iterator[list[Row]]:
     """Rows of the command."""
     params, images = subjects.load(options)
-    beside_torch = torch_side.missing() is None
-    yield rows(options, calls(options, params, images, beside_torch=beside_torch), after_call)
+    missing = torch_side.missing() or ""
+    found = calls(options, params, images, beside_torch=not missing)
+    yield rows(options, found, missing, after_call)
 
 
 def calls(options: Train, params: Params, images: Images, *, beside_torch: bool) -> Calls:
@@ -87,11 +88,13 @@ def calls(options: Train, params: Params, images: Images, *, beside_torch: bool)
 
 
 def rows(
-    options: Train, calls: Calls, after_call: AfterCall = lambda done, total: None
+    options: Train,
+    calls: Calls,
+    missing: str = "",
+    after_call: AfterCall = lambda done, total: None,
 ) -> list[Row]:
-    """Rows of the calls, in seconds per step."""
+    """Rows of the calls, in seconds per step; the note says why PyTorch is missing."""
     timed = timing.interleaved(calls, repeats=options.repeats, after_call=after_call)
-    missing = "" if STEP_PEER in calls else torch_side.missing() or "not compared"
     return [
         Row(
             f"{name}, batch {options.batch_size}",
