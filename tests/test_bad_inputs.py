@@ -343,6 +343,11 @@ KINDS = {
     },
     "words": {**JUNK, "texts": ["a"], "negative": [-1], "fractions": [0.5], "matrix": [[1]]},
     "shape": {**JUNK, "negative": (-1, 4), "fractions": (1.5,), "texts": ("a",), "bools": (True,)},
+    "window": {**JUNK, "one": (2,), "three": (2, 2, 2), "zero": (0, 2), "fractions": (1.5, 2.0)},
+    "padding": {
+        **{**JUNK, "name": "FULL", "one": ((0, 0),), "flat": (0, 0), "fractions": ((0.5, 0),) * 2},
+        **{"negative": ((-1, 0), (0, 0)), "beyond": ((2, 0), (0, 0)), "bools": ((True, True),) * 2},
+    },
     "image": {**JUNK, "flat": (64,), "small": (2, 2, 1), "negative": (-8, 8, 1)},
     "blocks": {**JUNK, "flat": (4, 4), "negative": ((-1,),), "fractions": ((1.5,),)},
     "sequence": {**JUNK, "empty": [], "numbers": [1], "mappings": [{}], "texts": ["a"]},
@@ -428,7 +433,7 @@ count: num_steps num_restarts num_targets num_queries num_samples max_samples nu
 count from 2: num_candidates num_classes max_features
 count from 0: first_target num_epochs host epoch generation number successes num_rows data.start
     data.num_examples checkpoint.step
-flag: best_loss trace random_start abort_early minimum_norm temperature_squared vmapped
+flag: enabled best_loss trace random_start abort_early minimum_norm temperature_squared vmapped
 text: stage shard_name remedy report.write_picture_grid.attack report.write_picture_grid.norm
 path: directory workdir data_dir cache_dir
 choice: norm decision_rule version mode name kind
@@ -452,6 +457,8 @@ store: shards
 chosen: transfer
 counts: num_nonfinite
 shape: hidden
+window: window_shape strides
+padding: padding
 module: model
 image: input_shape
 plans: distances evaluate.attacks
@@ -522,6 +529,7 @@ FINE = {
     (r"data\.batches", "inputs", ".*"): "batches are of whatever array is given",
     (r"data\.batches", "labels", "beyond"): "the number of classes is not known",
     (r"data\.batches", "targets", ".*"): "train.fit checks what they say",
+    (r"nets\.max_pool", "strides", "none"): "as the windows",
     (r"nets\.stack", "trees", "nones"): "trees without arrays make one",
     (r"nets\.index", "tree", "none|empty"): "without arrays there is nothing to index",
     (r"evaluate\.summarize", "norm", "text|upper case|empty"): "a norm may have any name",

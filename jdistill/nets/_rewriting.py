@@ -34,8 +34,17 @@ class Fast:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function's result."""
-        rewrite = self.enabled and jax.default_backend() == "cpu" and under_trace(args, kwargs)
-        return (_rewritten(self.fun) if rewrite else self.fun)(*args, **kwargs)
+        if not (self.enabled and jax.default_backend() == "cpu" and under_trace(args, kwargs)):
+            return self.fun(*args, **kwargs)
+        try:
+            return _rewritten(self.fun)(*args, **kwargs)
+        except TypeError as error:
+            if "forward-mode autodiff" not in str(error):
+                raise
+            raise TypeError(
+                "expected reverse-mode differentiation of a network with fast convolutions, got "
+                "forward-mode; pass nets.fast_on_cpu(network, enabled=False)"
+            ) from error
 
 
 def fast_on_cpu(fun: Callable[..., Any], enabled: bool = True) -> Any:
@@ -60,6 +69,7 @@ def fast_on_cpu(fun: Callable[..., Any], enabled: bool = True) -> Any:
 
     Raises:
         ValueError: `fun` cannot be called, or `enabled` is neither True nor False.
+        TypeError: forward-mode differentiation of a convolution, when it is called.
 
     Example:
         >>> import jax, jax.numpy as jnp
