@@ -463,7 +463,7 @@ def test_ascent_goes_on_after_success():
 def test_a_step_of_pgd_that_fools_an_image_says_so():
     settings = {"eps": 0.2, "num_steps": 2}
     result = attacks.pgd(network, jax.random.key(0), POINTS, CLASSES, **settings)
-    assert bench_train.fooled(result) == "2 images were fooled, and stopped there"
+    assert bench_train.fooled(result) == "images that were fooled, and stopped there: 2"
     resisted = bench_train.resisted_pgd(network, POINTS, CLASSES, num_steps=2)
     assert bench_train.fooled(resisted) == ""
 

@@ -126,7 +126,7 @@ def resisted_pgd(
 def fooled(result: attacks.AttackResult) -> str:
     """Note on images that were fooled and did not take all steps."""
     count = int(np.sum(result.success))
-    return f"{count} images were fooled, and stopped there" if count else ""
+    return f"images that were fooled, and stopped there: {count}" if count else ""
 
 
 def full_batches(images: Images, batch_size: int, count: int) -> list[Batch]:
