@@ -560,7 +560,7 @@ def test_all_ways_of_an_evaluation_find_the_same(small):
     leaves = zip(*map(jax.tree.leaves, stack), strict=True)
     assert any(np.abs(a - b).max() > 0 for a, b in leaves)
     options = stacks.Evaluate(num_networks=2, num_examples=6, batch_size=6, num_steps=1)
-    looped, vmapped, singles = (
+    singles, looped, vmapped = (
         call() for call in stacks.evaluate_calls(options, stack, images).values()
     )
     for found in (looped, vmapped):

@@ -174,7 +174,7 @@ def evaluate_calls(options: Evaluate, networks: Sequence[LogitsFn], images: Imag
         )
 
     return {
+        SINGLES: lambda: [evaluated(single, False) for single in singles],
         LOOPED: functools.partial(evaluated, nets.stack(networks), False),
         VMAPPED: functools.partial(evaluated, nets.stack(networks), True),
-        SINGLES: lambda: [evaluated(single, False) for single in singles],
     }
