@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate
-from jdistill._jax import jit
 from jdistill.nets._adapters import check_module
 from jdistill.nets._convolution import conv_general_dilated
 from jdistill.nets._pooling import max_pool
@@ -260,6 +259,7 @@ def init(model: nn.Module, key: Array, input_shape: tuple[int, ...]) -> tuple[Py
 
 
 # Compiled, because the forward pass that `Module.init` runs to learn the shapes then costs nothing.
-@functools.partial(jit, static_argnums=(0, 1))
+# By JAX's own jit: without XLA's fusion emitters the draws of a ResNet-20 compile in 125 s, not 15.
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _draw(model: nn.Module, input_shape: tuple[int, ...], key: Array) -> PyTree:
     return model.init(key, jnp.zeros((1, *input_shape), jnp.float32))
