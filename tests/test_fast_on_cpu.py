@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.tree_util import Partial
 
 from jdistill import attacks, metrics, nets, train
@@ -80,6 +81,9 @@ def test_convolution_and_gradients_equal_xla(
 
 
 GENERAL = {
+    "a wide kernel": ((12, 13, 9), (7, 6, 9, 2), {}),
+    "depthwise, a wide kernel": ((12, 11, 3), (9, 8, 1, 3), {"feature_group_count": 3}),
+    "groups of one input": ((6, 6, 2), (3, 3, 1, 20), {"feature_group_count": 2}),
     "strides": ((9, 8, 12), (3, 3, 12, 5), {"strides": (2, 2), "padding": "SAME"}),
     "strides that leave some out": ((9, 8, 3), (2, 3, 3, 5), {"strides": (3, 2)}),
     "a 1x1 kernel with strides": ((8, 7, 9), (1, 1, 9, 4), {"strides": (2, 3)}),
@@ -343,6 +347,7 @@ def test_max_pool_has_a_forward_mode_derivative():
 
 
 WINDOWS = {
+    "many members": ((8, 9), (1, 1), "SAME"),
     "overlapping": ((3, 3), (2, 2), "VALID"),
     "as in a ResNet": ((3, 3), (2, 2), "SAME"),
     "every place": ((2, 3), (1, 1), "SAME"),
@@ -559,6 +564,88 @@ def test_equal_networks_share_a_trace_and_the_switch_is_kept(own):
         assert "conv_general_dilated" in primitives(again, inputs)
 
 
+def test_what_a_disabled_network_calls_is_disabled(own):
+    variables, inputs, _ = own
+    net = nets.logits_fn(Own(), variables)
+    for outer in (lambda x: 2 * net(x), Partial(lambda inner, x: 2 * inner(x), net)):
+        off = nets.fast_on_cpu(outer, enabled=False)
+        assert "conv_general_dilated" in primitives(off, inputs)
+        assert "conv_general_dilated" not in primitives(nets.fast_on_cpu(outer), inputs)
+
+
+def pooled(window, padding="VALID"):
+    return lambda x: jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, window, padding)
+
+
+ODD_POOLS = {
+    "negative padding": (pooled((1, 2, 2, 1), ((0, 0), (-1, 0), (0, 1), (0, 0))), (2, 6, 6, 2)),
+    "no examples": (pooled((1, 2, 1)), (0, 6, 2)),
+    "one axis": (pooled((1, 2, 1)), (3, 6, 2)),
+    "channels first": (pooled((1, 1, 2, 3)), (3, 2, 6, 7)),
+    "over examples": (pooled((2, 1, 2, 1)), (4, 3, 6, 2)),
+    "over channels": (pooled((1, 1, 2, 2)), (2, 3, 6, 4)),
+    "three axes": (pooled((1, 2, 2, 2, 1)), (2, 4, 4, 4, 2)),
+    "many members": (pooled((1, 9, 9, 1)), (2, 9, 9, 2)),
+}
+
+
+@pytest.mark.parametrize("name", ODD_POOLS)
+def test_pools_of_any_axes_equal_xlas(name):
+    fun, shape = ODD_POOLS[name]
+    (inputs,) = draw(shape)
+    np.testing.assert_array_equal(jax.jit(nets.fast_on_cpu(fun))(inputs), jax.jit(fun)(inputs))
+    if "negative" in name:  # of which XLA has no gradient
+        return
+    got, expected = (
+        jax.jit(jax.value_and_grad(lambda x, each=each: jnp.sum(jnp.sin(each(x)))))(inputs)
+        for each in (nets.fast_on_cpu(fun), fun)
+    )
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
+    np.testing.assert_allclose(got[1], expected[1], rtol=1e-6, atol=1e-7)
+
+
+def test_what_is_no_tracer_stays_as_it_is():
+    (inputs,) = draw((2, 6, 6, 9))
+
+    def fun(mask, number, x):
+        assert isinstance(mask, np.ndarray)
+        y = conv(x, KERNELS[0])[..., mask] * (2.0 if number > 0 else 1.0)
+        return y.sum(), {"function": jnp.sin, "three": 3, "mask": mask}
+
+    fast, mask = nets.fast_on_cpu(fun), np.arange(9) < 4
+    number = np.int32(1)
+    got = jax.grad(lambda x: fast(mask, number, x)[0])(inputs)
+    assert_close(got, jax.grad(lambda x: fun(mask, number, x)[0])(inputs))
+    kept = []
+    jax.jit(lambda x: kept.append(fast(mask, number, x)[1]) or x)(inputs)
+    assert kept[0]["function"] is jnp.sin
+    assert kept[0]["three"] == 3
+    assert kept[0]["mask"] is mask
+
+
+def test_a_module_that_would_lose_its_updates_is_refused():
+    with pytest.raises(ValueError, match=r"the NNX module Linear, whose updates would be lost"):
+        nets.fast_on_cpu(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.floor
+def test_inputs_whose_type_says_how_they_are_split():
+    if len(jax.devices()) < 2:
+        pytest.skip("needs two devices: JAX_NUM_CPU_DEVICES=2")
+    explicit = (jax.sharding.AxisType.Explicit,)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=explicit, devices=jax.devices()[:2])
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    inputs, kernel = draw((4, 6, 6, 2), (3, 3, 2, 2))
+
+    def fun(x, kernel):
+        return jnp.sum(jnp.sin(pooled((1, 2, 2, 1))(conv(x, kernel))), axis=(1, 2))
+
+    fast = nets.fast_on_cpu(fun)
+    got = jax.jit(fast)(jax.device_put(inputs, split), jax.device_put(kernel, whole))
+    assert_close(got, fun(inputs, kernel))
+
+
 def test_other_backends_have_the_function_as_it_is(own, monkeypatch):
     variables, inputs, _ = own
     net = nets.logits_fn(Own(), variables)
@@ -570,8 +657,9 @@ def test_other_backends_have_the_function_as_it_is(own, monkeypatch):
 def test_forward_mode_is_there_without_the_rules(own):
     variables, inputs, _ = own
     net = nets.logits_fn(Own(), variables)
-    with pytest.raises(TypeError, match=r"forward-mode; pass nets.fast_on_cpu\(network, enabled=F"):
+    with pytest.raises(TypeError, match="forward-mode") as caught:
         jax.jvp(net, (inputs,), (inputs,))
+    assert "pass nets.fast_on_cpu(network, enabled=False)" in caught.value.__notes__[0]
     _, tangent = jax.jvp(nets.fast_on_cpu(net, enabled=False), (inputs,), (inputs,))
     assert tangent.shape == (12, 5)
 
@@ -602,15 +690,17 @@ def test_attacks_measures_and_training_use_the_rules_by_themselves(own):
             metrics.sensitivity_logits(net, inputs), metrics.sensitivity_logits(off, inputs)
         )
     batch = Batch(inputs, labels, None, jnp.ones(12))
-    steps = [
-        train.make_train_step(apply, train.sgd(0.1))
-        for apply in (Apply(), nets.apply_fn(Own()), nets.fast_on_cpu(Apply(), enabled=False))
-    ]
+    off = nets.fast_on_cpu(Apply(), enabled=False)
+    optimizer = train.sgd(0.1)
     updated = []
-    for step, is_fast in zip(steps, (True, True, False), strict=True):
+    for apply in (Apply(), nets.apply_fn(Own()), Partial(Apply()), off):
+        step, is_fast = train.make_train_step(apply, optimizer), apply is not off
+        assert step == train.make_train_step(apply, optimizer)
         state = train.create_state(step, variables["params"], jax.random.key(0))
         names = primitives(step, state, batch, train.hard_loss())
         assert ("conv_general_dilated" in names) is not is_fast
         updated.append(jax.jit(step)(state, batch, train.hard_loss())[0].params)
-    assert_close(updated[0], updated[2])
-    assert_close(updated[1], updated[2])
+        evaluated, _ = train.make_eval_step(apply)(state, batch, train.hard_loss())
+        assert evaluated.step == 0
+    for params in updated[:-1]:
+        assert_close(params, updated[-1])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jdistill.nets._convolution_rules import Spec, convolution
+from jdistill.nets._convolution_rules import Spec, convolution, is_split
 from jdistill.typing import Array
 
 
@@ -29,9 +29,8 @@ def conv_general_dilated(
     """`jax.lax.conv_general_dilated` with fast gradients on CPU.
 
     The values and the gradients are those of `jax.lax.conv_general_dilated`, to float32 rounding.
-    Networks that attacks and training steps are given use it by themselves (`fast_on_cpu` of
-    `nets.logits_fn`); elsewhere, as in
-    `flax.linen.Conv(..., conv_general_dilated=nets.conv_general_dilated)`.
+    Networks passed to attacks and training steps use it automatically (see `nets.fast_on_cpu`).
+    Elsewhere, pass it to the layer: `flax.linen.Conv(..., conv_general_dilated=...)`.
 
     The rules apply on CPU to 1-D and 2-D convolutions in float32 and float64, of any
     layout, strides, dilations, and groups of features; everything else, and every other platform,
@@ -88,6 +87,7 @@ def conv_general_dilated(
         or not lhs.dtype == rhs.dtype == expected.dtype
         or min(lhs.size, rhs.size, expected.size) == 0
         or batch_group_count != 1
+        or is_split(lhs, rhs)
     ):
         return plain()
     lhs_axes, rhs_axes, out_axes = lax.conv_dimension_numbers(

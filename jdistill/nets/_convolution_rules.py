@@ -23,6 +23,7 @@ On every other platform the convolution and its gradients are XLA's own.
 """
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -42,6 +43,11 @@ _SMALL_WINDOW = 32
 # Examples a step of the loop that sums the kernel's gradient: few enough that their shifted
 # copies fit into the cache, many enough for an efficient matrix product.
 _CHUNK = 8
+
+
+# Places of a kernel that are looked at one by one, in products and in sums of shifted inputs; of
+# more a convolution compiles sooner. And the most outputs per input for which such a sum pays.
+_MOST_PRODUCTS, _MOST_SHIFTS, _MOST_OUTPUTS = 25, 49, 4
 
 
 class Spec(NamedTuple):
@@ -84,7 +90,7 @@ def _on_cpu(lhs: Array, rhs: Array, spec: Spec) -> Array:
     @jax.custom_batching.custom_vmap
     def convolve(lhs: Array, rhs: Array) -> Array:
         if spec.groups > 1:
-            if rhs.shape[2] == 1:
+            if _is_depthwise(rhs, spec):
                 return _depthwise(lhs, rhs, spec)
             return _by_group(functools.partial(_on_cpu, spec=_of_group(spec)), spec, lhs, rhs)
         if not spec.is_unit:
@@ -157,7 +163,7 @@ def _summed_as(operand: Array, value: Array, grad: Array) -> Array:
 
 def _lhs_gradient(lhs: Array, rhs: Array, grad: Array, spec: Spec) -> Array:
     """Gradient of the inputs: a full convolution with the flipped and transposed kernel."""
-    depthwise = spec.groups > 1 and rhs.shape[2] == 1
+    depthwise = _is_depthwise(rhs, spec)
     if spec.groups > 1 and not depthwise:
         part = functools.partial(_lhs_gradient, spec=_of_group(spec))
         return _by_group(part, spec, lhs, rhs, grad)
@@ -188,7 +194,7 @@ def _lhs_gradient(lhs: Array, rhs: Array, grad: Array, spec: Spec) -> Array:
 def _rhs_gradient(lhs: Array, rhs: Array, grad: Array, spec: Spec) -> Array:
     """Gradient of the kernel `[h, w, I, O]`: inputs and output's gradient, over all examples."""
     if spec.groups > 1:
-        if rhs.shape[2] == 1:
+        if _is_depthwise(rhs, spec):
             windows = _windows(_repeated(lhs, rhs), rhs, spec)
             return jnp.stack([(each * grad).sum(axis=(0, 1, 2)) for each in windows]).reshape(
                 rhs.shape
@@ -199,7 +205,7 @@ def _rhs_gradient(lhs: Array, rhs: Array, grad: Array, spec: Spec) -> Array:
         patches = _patches(lhs, rhs, spec).reshape(-1, rhs[..., 0].size)
         flat = grad.reshape(-1, grad.shape[-1])
         return jnp.matmul(patches.T, flat, precision=spec.precision).reshape(rhs.shape)
-    if lone_is_slow():
+    if lone_is_slow() and math.prod(rhs.shape[:2]) <= _MOST_PRODUCTS:
         return _sum_of_products(lhs, rhs, grad, spec)
     # The examples are what is summed over, the channels what is not: they change places.
     padding = tuple(
@@ -234,6 +240,19 @@ def _dilated(lhs: Array, rhs: Array, grad: Array, spec: Spec) -> list[tuple[int,
             strict=True,
         )
     )
+
+
+def is_split(*operands: Array) -> bool:
+    """Whether the type of an array says over which devices it is split: XLA's own follow that."""
+    shardings = [getattr(jax.typeof(each), "sharding", None) for each in operands]
+    return any(axis is not None for each in shardings for axis in getattr(each, "spec", ()))
+
+
+def _is_depthwise(rhs: Array, spec: Spec) -> bool:
+    """Whether each group has one input channel, and a sum of shifted inputs pays."""
+    rows, columns, inputs, outputs = rhs.shape
+    few = rows * columns <= _MOST_SHIFTS and outputs // spec.groups <= _MOST_OUTPUTS
+    return spec.groups > 1 and inputs == 1 and few
 
 
 def _of_group(spec: Spec) -> Spec:

@@ -15,8 +15,11 @@ import numpy as np
 from jax import lax
 
 from jdistill import _validate
-from jdistill.nets._convolution_rules import lone_is_slow
+from jdistill.nets._convolution_rules import is_split, lone_is_slow
 from jdistill.typing import Array
+
+# A window's members are looked at one by one; of more, XLA's own gradient is faster, and compiles.
+_MOST_MEMBERS = 64
 
 
 class _Spec(NamedTuple):
@@ -121,7 +124,7 @@ def max_pool(
 
     Differentiable in forward and reverse mode. In a tie the whole gradient goes to the first
     largest member of the window in row-major order, which is also what XLA does. Platforms other
-    than CPU get XLA's own gradient.
+    than CPU, and windows of more than 64 members, get XLA's own gradient.
 
     Args:
         inputs: `[..., H, W, C]` float.
@@ -134,7 +137,7 @@ def max_pool(
         `[..., H', W', C]`, by default `[..., H // 2, W // 2, C]`.
 
     Raises:
-        ValueError: Fewer than three axes, or a window, strides, or padding that is none.
+        ValueError: Fewer than three axes, or an invalid window, stride, or padding.
 
     Example:
         >>> import jax.numpy as jnp
@@ -150,10 +153,11 @@ def max_pool(
     window = _pair(window_shape=window_shape)
     steps = window if strides is None else _pair(strides=strides)
     spec = _Spec(window, steps, _pads(inputs.shape[-3:-1], window, steps, padding))
+    pool = _plain if math.prod(window) > _MOST_MEMBERS or is_split(inputs) else _pool
     lead = inputs.shape[:-3]
     if len(lead) == 1:
-        return _pool(inputs, spec)
-    pooled = _pool(jnp.reshape(inputs, (-1, *inputs.shape[-3:])), spec)
+        return pool(inputs, spec)
+    pooled = pool(jnp.reshape(inputs, (math.prod(lead), *inputs.shape[-3:])), spec)
     return jnp.reshape(pooled, (*lead, *pooled.shape[1:]))
 
 

@@ -4,6 +4,7 @@ A network of a user's own calls `jax.lax`, whose gradients are slow on CPU. Here
 traced, and its trace is evaluated with this package's convolution and max-pool in their place.
 """
 
+import contextvars
 import dataclasses
 import functools
 import inspect
@@ -24,51 +25,61 @@ from jdistill.nets._convolution import conv_general_dilated
 from jdistill.nets._pooling import max_pool
 from jdistill.typing import Array
 
+# Set while a function that is not to be rewritten runs: then what it calls is not, either.
+_switched_off: contextvars.ContextVar[bool] = contextvars.ContextVar("switched_off", default=False)
+
 
 @dataclasses.dataclass(frozen=True)
 class Fast:
-    """What `fast_on_cpu` makes of a function; equal where the functions are equal."""
+    """The callable that `fast_on_cpu` returns; two are equal if their functions are."""
 
     fun: Callable[..., Any]
     enabled: bool = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function's result."""
-        if not (self.enabled and jax.default_backend() == "cpu" and under_trace(args, kwargs)):
+        if not self.enabled:
+            token = _switched_off.set(True)
+            try:
+                return self.fun(*args, **kwargs)
+            finally:
+                _switched_off.reset(token)
+        if _switched_off.get() or jax.default_backend() != "cpu" or not under_trace(args, kwargs):
             return self.fun(*args, **kwargs)
         try:
             return _rewritten(self.fun)(*args, **kwargs)
         except TypeError as error:
-            if "forward-mode autodiff" not in str(error):
-                raise
-            raise TypeError(
-                "expected reverse-mode differentiation of a network with fast convolutions, got "
-                "forward-mode; pass nets.fast_on_cpu(network, enabled=False)"
-            ) from error
+            if "forward-mode autodiff" in str(error):
+                error.add_note(
+                    "Convolutions have reverse mode only where they are fast on CPU; pass "
+                    "nets.fast_on_cpu(network, enabled=False)."
+                )
+            raise
 
 
 def fast_on_cpu(fun: Callable[..., Any], enabled: bool = True) -> Any:
     """A network whose convolutions and max-pools have the library's fast gradients on CPU.
 
-    Attacks, evaluation, and training steps apply it to the network that they are given: call it
-    with `enabled=False` to have XLA's own there, or in training loops of your own.
+    Attacks, evaluation, and training steps apply it to the network they are given. Call it yourself
+    in your own training loops, or with `enabled=False` to keep XLA's operations everywhere.
 
     Where the network is traced (under `jit`, `grad`, or `vmap`) and the default backend is the
     CPU, its trace is evaluated with `nets.conv_general_dilated` and `nets.max_pool` in the place
     of JAX's, also inside `jit`, `scan`, and `remat`; functions with a derivative rule of their own
     stay as they are. The values and gradients are the same, to float32 rounding. Reverse mode
-    only: pass `enabled=False` for `jax.jvp`, `jax.jacfwd`, and `jax.hessian` of convolutions.
+    only: pass `enabled=False` for `jax.jvp`, `jax.linearize`, `jax.jacfwd`, and `jax.hessian` of
+    convolutions.
 
     Args:
-        fun: A `LogitsFn`, an `ApplyFn`, or any other function of and to pytrees of arrays.
-        enabled: False gives the network as it is, also to what would apply this by itself.
+        fun: A `LogitsFn`, an `ApplyFn`, or any other pure function of and to pytrees of arrays.
+        enabled: False keeps the network as it is, and what it calls; the outermost call decides.
 
     Returns:
-        A function of the same signature; a pytree with the same leaves where `fun` is one. A
-        network that was disabled stays so.
+        A function of the same signature; a pytree with the same leaves where `fun` is one.
 
     Raises:
-        ValueError: `fun` cannot be called, or `enabled` is neither True nor False.
+        ValueError: `fun` cannot be called, or is an NNX module, whose updates would be lost;
+            `enabled` is neither True nor False.
         TypeError: forward-mode differentiation of a convolution, when it is called.
 
     Example:
@@ -80,37 +91,33 @@ def fast_on_cpu(fun: Callable[..., Any], enabled: bool = True) -> Any:
     """
     _validate.function(fun=fun)
     _validate.flag(enabled=enabled)
+    if any(base.__module__.startswith("flax.nnx") for base in type(fun).__mro__):
+        raise ValueError(
+            f"expected a pure function, got the NNX module {type(fun).__name__}, whose updates "
+            "would be lost; pass nets.nnx_logits_fn(module), or a function of the state of "
+            "nnx.split(module) that returns the new one"
+        )
     if isinstance(fun, Fast):
         return fun if enabled else Fast(fun.fun, enabled=False)
-    if is_fast(fun):
-        return fun if enabled else _disabled(fun)
+    if isinstance(fun, Partial) and isinstance(fun.func, Fast):
+        func = fast_on_cpu(fun.func, enabled)
+        return fun if func is fun.func else Partial(func, *fun.args, **fun.keywords)
     if jax.tree_util.all_leaves([fun]):
         return Fast(fun, enabled)
-    return Partial(Fast(call_pytree, enabled), fun if enabled else _disabled(fun))
+    return Partial(Fast(call_pytree, enabled), fun)
 
 
 def is_fast(fun: Any) -> bool:
-    """True for what needs no `fast_on_cpu` any more: adapters, and this library's functions."""
+    """Whether `fast_on_cpu` has been applied, or is not needed: functions of this library."""
     if not isinstance(fun, Partial):
         return isinstance(fun, Fast)
     module = getattr(fun.func, "__module__", None) or ""
     return isinstance(fun.func, Fast) or module.startswith("jdistill.")
 
 
-def call_pytree(fun: Callable[..., Any], *args: Any) -> Any:
-    """`fun(*args)`, with `fun` itself a pytree."""
-    return fun(*args)
-
-
-def _disabled(tree: Any) -> Any:
-    """The pytree with every `Fast` function in it disabled."""
-    if not isinstance(tree, Partial):
-        return tree
-    fun = fast_on_cpu(tree.func, enabled=False) if isinstance(tree.func, Fast) else tree.func
-    args, keywords = jax.tree.map(
-        _disabled, (tree.args, tree.keywords), is_leaf=lambda each: isinstance(each, Partial)
-    )
-    return Partial(fun, *args, **keywords)
+def call_pytree(fun: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """`fun(*args, **kwargs)`, with `fun` itself a pytree."""
+    return fun(*args, **kwargs)
 
 
 def _rewritten(fun: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,25 +125,38 @@ def _rewritten(fun: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fun)
     def call(*args: Any, **kwargs: Any) -> Any:
-        leaves, structure = jax.tree.flatten((args, kwargs))
-        traced = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
-        fixed = [None if is_array else leaf for leaf, is_array in zip(leaves, traced, strict=True)]
+        # What is no tracer the function may look at, as it could without this.
+        traced, others, inside = _separated((args, kwargs))
+        outside: list[Any] = []
 
-        def of_arrays(arrays: list[Array]) -> Any:
-            rest = iter(arrays)
-            whole = [
-                next(rest) if is_array else leaf
-                for leaf, is_array in zip(fixed, traced, strict=True)
-            ]
-            inner_args, inner_kwargs = jax.tree.unflatten(structure, whole)
-            return fun(*inner_args, **inner_kwargs)
+        def of_traced(traced: list[Array]) -> list[Array]:
+            inner_args, inner_kwargs = _joined(traced, others, inside)
+            results, *rest = _separated(fun(*inner_args, **inner_kwargs))
+            outside.extend(rest)
+            return results
 
-        arrays = [leaf for leaf, is_array in zip(leaves, traced, strict=True) if is_array]
-        closed, shapes = jax.make_jaxpr(of_arrays, return_shape=True)(arrays)
-        outs = _evaluate(closed, arrays)
-        return jax.tree.unflatten(jax.tree.structure(shapes), outs)
+        closed = jax.make_jaxpr(of_traced)(traced)
+        return _joined(_evaluate(closed, traced), *outside)
 
     return call
+
+
+def _separated(tree: Any) -> tuple[list[Array], list[Any], Any]:
+    """The leaves that are tracers, all leaves with None in their places, and the structure."""
+    leaves, structure = jax.tree.flatten(tree)
+    is_traced = [isinstance(leaf, jax.core.Tracer) for leaf in leaves]
+    traced = [leaf for leaf, found in zip(leaves, is_traced, strict=True) if found]
+    others = [_TRACED if found else leaf for leaf, found in zip(leaves, is_traced, strict=True)]
+    return traced, others, structure
+
+
+def _joined(traced: Sequence[Array], others: list[Any], structure: Any) -> Any:
+    rest = iter(traced)
+    leaves = [next(rest) if leaf is _TRACED else leaf for leaf in others]
+    return jax.tree.unflatten(structure, leaves)
+
+
+_TRACED = object()
 
 
 def _evaluate(closed: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
@@ -223,9 +243,11 @@ def _max_pool(equation: JaxprEqn, operands: list[Any]) -> list[Any] | None:
     axes += [axis for axis in range(inputs.ndim) if axis not in axes][: max(0, 2 - len(axes))]
     dilations = {*params["base_dilation"], *params["window_dilation"]}
     padded = {axis for axis, pads in enumerate(params["padding"]) if any(pads)}
-    fits = all(max(params["padding"][axis]) < window[axis] for axis in padded)
+    fits = all(0 <= pad < window[axis] for axis in padded for pad in params["padding"][axis])
     supported = len(axes) == 2 and padded <= {*axes} and fits and dilations == {1}
     if not supported or inputs.dtype not in (jnp.float32, jnp.float64) or inputs.ndim < 3:
+        return None
+    if inputs.size == 0:
         return None
     axes.sort()
     *others, channels = (axis for axis in range(inputs.ndim) if axis not in axes)
@@ -240,8 +262,18 @@ def _max_pool(equation: JaxprEqn, operands: list[Any]) -> list[Any] | None:
     return [pooled.transpose(tuple(int(axis) for axis in np.argsort(order)))]
 
 
-def _called(equation: JaxprEqn, operands: list[Any]) -> list[Any]:
-    return _evaluate(equation.params["jaxpr"], operands)
+def _called(equation: JaxprEqn, operands: list[Any]) -> list[Any] | None:
+    params = equation.params
+    shardings = [*params.get("in_shardings", ()), *params.get("out_shardings", ())]
+    if any(type(each).__name__ != "UnspecifiedValue" for each in shardings):
+        return None
+    return _jitted(params["jaxpr"])(*operands)
+
+
+@functools.lru_cache(maxsize=64)
+def _jitted(closed: ClosedJaxpr) -> Callable[..., list[Any]]:
+    """The evaluation of a function that was under `jit`; JAX has one trace for all its calls."""
+    return jax.jit(lambda *args: _evaluate(closed, args))
 
 
 def _rematerialized(equation: JaxprEqn, operands: list[Any]) -> list[Any]:

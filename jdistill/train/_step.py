@@ -68,7 +68,7 @@ class TrainStep:
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key, positions)
 
         def total_loss(params: PyTree) -> tuple[Array, tuple[Array, PyTree]]:
-            logits, model_state = self.apply_fn(
+            logits, model_state = nets.fast_on_cpu(self.apply_fn)(
                 params, state.model_state, batch.inputs, train=True, key=keys
             )
             per_example = jnp.where(batch.mask > 0, loss_fn(logits, batch), 0.0)
@@ -125,7 +125,7 @@ def make_train_step(
         optimizer=optimizer,
     )
     _check_axis_name(axis_name)
-    return TrainStep(nets.fast_on_cpu(apply_fn), optimizer, axis_name)
+    return TrainStep(apply_fn, optimizer, axis_name)
 
 
 def _check_axis_name(axis_name: str | None) -> None:
@@ -214,7 +214,8 @@ class _Evaluation:
     apply_fn: ApplyFn
 
     def __call__(self, params: PyTree, model_state: PyTree, inputs: Array) -> Array:
-        logits, _ = self.apply_fn(params, model_state, inputs, train=False, key=None)
+        apply_fn = nets.fast_on_cpu(self.apply_fn)
+        logits, _ = apply_fn(params, model_state, inputs, train=False, key=None)
         return logits
 
 
@@ -259,7 +260,7 @@ class EvalStep:
         self, state: TrainState, batch: Batch, loss_fn: LossFn
     ) -> tuple[TrainState, Metrics]:
         """The sums of the batch; see `make_eval_step`."""
-        logits, _ = self.apply_fn(
+        logits, _ = nets.fast_on_cpu(self.apply_fn)(
             state.params, state.model_state, batch.inputs, train=False, key=None
         )
         per_example = jnp.where(batch.mask > 0, loss_fn(logits, batch), 0.0)
@@ -294,7 +295,7 @@ def make_eval_step(apply_fn: ApplyFn, *, axis_name: str | None = None) -> EvalSt
     """
     _validate.function(apply_fn=apply_fn, remedy="pass jdistill.nets.apply_fn(model)")
     _check_axis_name(axis_name)
-    return EvalStep(nets.fast_on_cpu(apply_fn), axis_name)
+    return EvalStep(apply_fn, axis_name)
 
 
 def _sums(loss: Array, logits: Array, batch: Batch) -> Metrics:
