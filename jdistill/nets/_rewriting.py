@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ class Fast:
         if _switched_off.get() or jax.default_backend() != "cpu" or not under_trace(args, kwargs):
             return self.fun(*args, **kwargs)
         try:
-            return _rewritten(self.fun)(*args, **kwargs)
+            return _rewritten(self.fun, args, kwargs)
         except TypeError as error:
             if "forward-mode autodiff" in str(error):
                 error.add_note(
@@ -120,25 +121,44 @@ def call_pytree(fun: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     return fun(*args, **kwargs)
 
 
-def _rewritten(fun: Callable[..., Any]) -> Callable[..., Any]:
-    """The function that evaluates the other's trace, equation by equation."""
+def _rewritten(fun: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The function's result, by evaluating its trace."""
+    # What is no tracer the function may look at, as it could without this.
+    traced, others, inside = _separated((args, kwargs))
+    plain = _known_plain(fun)
+    kind = inside, *(_kind(leaf) for leaf in (*others, *traced))
+    if kind in plain:
+        return fun(*args, **kwargs)
+    outside: list[Any] = []
 
-    @functools.wraps(fun)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        # What is no tracer the function may look at, as it could without this.
-        traced, others, inside = _separated((args, kwargs))
-        outside: list[Any] = []
+    def of_traced(traced: list[Array]) -> list[Array]:
+        inner_args, inner_kwargs = _joined(traced, others, inside)
+        results, *rest = _separated(fun(*inner_args, **inner_kwargs))
+        outside.extend(rest)
+        return results
 
-        def of_traced(traced: list[Array]) -> list[Array]:
-            inner_args, inner_kwargs = _joined(traced, others, inside)
-            results, *rest = _separated(fun(*inner_args, **inner_kwargs))
-            outside.extend(rest)
-            return results
+    closed = jax.make_jaxpr(of_traced)(traced)
+    if not _concerns(closed.jaxpr):
+        plain.add(kind)
+    return _joined(_evaluate(closed, traced), *outside)
 
-        closed = jax.make_jaxpr(of_traced)(traced)
-        return _joined(_evaluate(closed, traced), *outside)
 
-    return call
+# By the function: of which arguments there is nothing to replace, so that it need not be traced
+# beforehand. If that changes, nothing but the speed does.
+_plain: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
+
+
+def _known_plain(fun: Callable[..., Any]) -> set[Any]:
+    try:
+        return _plain.setdefault(fun, set())
+    except TypeError:  # no weak reference, or no hash
+        return set()
+
+
+def _kind(leaf: Any) -> Any:
+    if isinstance(leaf, bool | int | float | str):
+        return leaf
+    return getattr(leaf, "shape", None), str(getattr(leaf, "dtype", type(leaf)))
 
 
 def _separated(tree: Any) -> tuple[list[Array], list[Any], Any]:
