@@ -42,7 +42,7 @@ class Walk(Method):
     maximizes: bool = static(default=False)
     norm = "linf"
     passes_at_start = Passes(1, 1)
-    passes = Passes(2, 3)
+    passes = Passes(2, 1)
 
     def init(self, problem):
         return Place(problem.inputs, jnp.zeros(self.speed.shape)), problem.logits_fn(problem.inputs)
@@ -98,7 +98,7 @@ def test_an_example_ends_at_its_first_success():
     np.testing.assert_array_equal(result.info["steps"], [2, 3, 3, 10, 0])
     events = np.array([3, 4, 4, 10, 0])
     np.testing.assert_array_equal(result.queries, np.where(events > 0, 1 + 2 * events + 1, 1))
-    np.testing.assert_array_equal(result.info["gradients"], 1 + 3 * events)
+    np.testing.assert_array_equal(result.info["gradients"], 1 + events)
     trace = result.info["trace"]
     assert trace.shape == (5, 10)
     np.testing.assert_array_equal(np.isfinite(trace).sum(1), events)
@@ -208,6 +208,23 @@ def test_chunks_change_nothing(keeps_closest, narrowing, monkeypatch):
     active = [number for _, _, number in told]
     assert active == sorted(active, reverse=True)
     assert (active[-1] < 100) != keeps_closest
+
+
+def test_chunks_of_examples_in_turn_change_nothing(narrowing, monkeypatch):
+    method, problem = walk(np.random.default_rng(1).uniform(0.004, 0.3, 100), num_events=60)
+    whole = jax.tree.map(np.asarray, engine.run(method, problem, trace=True))
+    monkeypatch.setattr(type(method), "passes", Passes(2, 3))  # costly, so they take turns
+    jax.clear_caches()
+    told = []
+    part = in_chunks(method, problem, 1, monkeypatch, told=told)
+    jax.clear_caches()
+    events = whole.info["gradients"] - 1
+    np.testing.assert_array_equal(part.info.pop("gradients"), 1 + 3 * events)
+    whole.info.pop("gradients")
+    jax.tree.map(np.testing.assert_array_equal, part, whole)
+    done = [number for number, _, _ in told]
+    assert len(told) > 60
+    assert done == sorted(done)
 
 
 @pytest.mark.parametrize("stop_at", [0, 17])
@@ -394,7 +411,7 @@ def test_cost_counts_without_running():
     method, problem = walk([0.3])
     with engine.handled_by(counter):
         result = engine.run(method, problem._replace(logits_fn=unasked))
-    assert counter.total == Passes(1 + 20 + 1, 1 + 30)
+    assert counter.total == Passes(1 + 20 + 1, 1 + 10)
     assert not result.success[0]
 
 
@@ -462,6 +479,40 @@ def test_each_example_takes_its_own_number_of_steps_in_few_rows(narrowing):
     assert set(rows) == {BATCH, 35}
     assert len(rows) == needed.max()
     assert rows.count(BATCH) == np.sort(needed)[-36]  # until 35 are left
+
+
+def test_examples_in_turn_do_not_wait_for_each_other():
+    """Steps with work for all their rows, but for those near the end."""
+    rng = np.random.default_rng(0)
+    needed = np.where(rng.uniform(size=BATCH) < 0.1, 90, rng.integers(0, 10, size=BATCH))
+    worked = []
+
+    @jax.jit
+    def run(needed):
+        def step(fixed, carry):
+            turn, (taken, done) = carry
+            active = jnp.sum(~done), len(done)
+            jax.debug.callback(lambda *both: worked.append(both), *active, ordered=True)
+            taken = taken + ~done
+            return turn + 1, (taken, taken >= fixed[0])
+
+        start = (jnp.zeros(BATCH, jnp.int32), needed <= 0)
+        return row_loop.in_turn(
+            step,
+            (needed,),
+            (jnp.int32(0), start),
+            goes_on=lambda carry: carry[0] < 1000,
+            done=lambda carry: carry[1][1],
+        )
+
+    _, (taken, done) = run(jnp.asarray(needed))
+    jax.effects_barrier()
+    np.testing.assert_array_equal(taken, needed)
+    assert np.all(done)
+    assert {int(size) for _, size in worked} == {32, 8}
+    assert sum(int(active) for active, _ in worked) == needed.sum()
+    # Until eight are left, those are the rows that worked.
+    assert sum(int(size) for _, size in worked) < 1.5 * needed.sum()
 
 
 @pytest.fixture

@@ -32,9 +32,9 @@ class Chunks:
 
     Args:
         callback: called between chunks, every half second at most, with `done` and `total` events
-            of the method that runs (`total` is None where it has no fixed number), `active [B]`
-            bool, the examples that are not done, and `save`, a function that returns what `saved`
-            takes, `[P]` uint8.
+            of the method that runs (`done` is what every unfinished example has had; `total` is
+            None where it has no fixed number), `active [B]` bool, the examples that are not done,
+            and `save`, a function that returns what `saved` takes, `[P]` uint8.
         saved: what an interrupted call of the same attack on the same examples had saved; where
             it does not fit, the attack begins anew.
     """
@@ -80,7 +80,7 @@ class Chunks:
             if begun - told >= _SHORTEST:
                 self._callback(
                     {
-                        "done": int(np.max(np.asarray(carry[1].event))),
+                        "done": int(np.min(np.asarray(carry[1].event)[active])),
                         "total": method.num_events,
                         "active": active,
                         "save": functools.partial(self._pack, carry),

@@ -338,13 +338,15 @@ def advance(method: Method, problem: Problem, carry: Carry, at_most: Array | Non
     if method.narrows and steps >= rows.LEAST_STEPS and not problem.spread.over_devices:
         work = rows.multiplications(problem.logits_fn, problem.inputs)
         sizes = rows.row_counts(problem.inputs.shape[0], steps, work)
-    _, carry = rows.until_done(
+    loop: Callable[..., Any] = functools.partial(rows.until_done, sizes=sizes)
+    if len(sizes) > 1 and method.passes.backward > 1 and jax.default_backend() == "cpu":
+        loop = rows.in_turn
+    _, carry = loop(
         one,
         (method, problem),
         (turn, carry),
         goes_on=lambda carry: carry[0] < at_most,
         done=lambda carry: carry[1][1].done,
-        sizes=sizes,
     )
     return carry
 
