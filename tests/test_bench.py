@@ -302,7 +302,7 @@ def test_rows_of_an_attack_begin_with_the_fastest_toolkit():
     )
     assert [row.peer for row in rows] == ["ART", "foolbox", "adv-lib", "torchattacks"]
     assert [row.ratio for row in rows] == [0.5, 0.25, 2 / 9, None]
-    assert [row.target for row in rows] == [0.7, None, None, None]
+    assert [row.target for row in rows] == [0.95, None, None, None]
     assert [row.note for row in rows] == ["", "", "", "no"]
     assert rows[1].facts == {"success": [0.75, 0.5], "mean_distance": [1.5, 3.0]}
     assert rows[2].facts == {"success": [0.75, 0.0], "mean_distance": [None, None]}
