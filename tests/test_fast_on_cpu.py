@@ -124,24 +124,33 @@ def draw(*shapes):
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
+def assert_equal_to_xlas(measure):
+    assert_close(measure(nets.conv_general_dilated), measure(jax.lax.conv_general_dilated))
+
+
 @pytest.mark.floor
 @pytest.mark.parametrize(("size", "kernel", "kwargs"), GENERAL.values(), ids=GENERAL)
 def test_convolutions_of_any_kind_equal_xlas(flags, size, kernel, kwargs):
-    inputs, weights = draw((17, *size), kernel)
+    operands = draw((17, *size), kernel)
+    assert_equal_to_xlas(lambda convolution: convolve(convolution, *operands, **kwargs))
     seed = jnp.ones(())
+    assert_equal_to_xlas(lambda convolution: gradients(convolution, *operands, seed, **kwargs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "kernel", "kwargs"), GENERAL.values(), ids=GENERAL)
+def test_second_derivatives_of_any_kind_equal_xlas(flags, size, kernel, kwargs):
+    operands = draw((17, *size), kernel)
 
     def penalty(convolution, inputs, kernel):
-        first = gradients(convolution, inputs, kernel, seed, **kwargs)
+        first = gradients(convolution, inputs, kernel, jnp.ones(()), **kwargs)
         return sum(jnp.sum(jnp.square(leaf)) for leaf in first)
 
-    for measure in (
-        lambda convolution: convolve(convolution, inputs, weights, **kwargs),
-        lambda convolution: gradients(convolution, inputs, weights, seed, **kwargs),
+    assert_equal_to_xlas(
         lambda convolution: jax.jit(
             jax.grad(functools.partial(penalty, convolution), argnums=(0, 1))
-        )(inputs, weights),
-    ):
-        assert_close(measure(nets.conv_general_dilated), measure(jax.lax.conv_general_dilated))
+        )(*operands)
+    )
 
 
 LAYOUTS = {
