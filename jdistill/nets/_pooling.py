@@ -28,7 +28,6 @@ class _Spec(NamedTuple):
     window: tuple[int, ...]
     strides: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
-    lone: bool = False  # On CPU: what was pooled is kept, so nothing is fused with what is before.
 
     @property
     def is_partition(self) -> bool:
@@ -69,8 +68,8 @@ def _windows(inputs: Array, spec: _Spec) -> Array:
 
 
 def _on_cpu(inputs: Array, spec: _Spec) -> Array:
-    """The same values; XLA's own pooling can be one kernel with the convolution before."""
-    if not spec.lone or lone_is_slow():
+    """The same values; without XLA's flag its pooling is one kernel with the convolution before."""
+    if lone_is_slow():
         return _plain(inputs, spec)
     return functools.reduce(jnp.maximum, _members(inputs, spec, -math.inf))
 
@@ -92,7 +91,7 @@ def _pool_jvp(spec: _Spec, primals: tuple[Array], tangents: tuple[Array]) -> tup
     number = math.prod(spec.window)
 
     def on_cpu(inputs: Array, tangent: Array) -> tuple[Array, Array]:
-        out = _pool(inputs, spec._replace(lone=True))
+        out = _pool(inputs, spec)
         largest = jnp.full(out.shape, number - 1, jnp.int32)
         members = _members(inputs, spec, -math.inf)
         for place in reversed(range(number - 1)):
