@@ -302,8 +302,10 @@ def _rematerialized(equation: JaxprEqn, operands: list[Any]) -> list[Any]:
     return jax.checkpoint(lambda *args: _evaluate(closed, args), **options)(*operands)
 
 
-def _scanned(equation: JaxprEqn, operands: list[Any]) -> list[Any]:
+def _scanned(equation: JaxprEqn, operands: list[Any]) -> list[Any] | None:
     params = equation.params
+    if "num_carry" not in params:  # JAX 0.11 and later say it otherwise: the loop stays XLA's own
+        return None
     closed, num_carry = params["jaxpr"], params["num_carry"]
     end = params["num_consts"] + num_carry
     consts, carry, inputs = (
