@@ -36,7 +36,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def timed(seconds, **options):
-    """What `interleaved` gives of calls that take so many seconds each; who was called, and told.
+    """Result of `interleaved` for calls that take so many seconds each; who was called, and told.
 
     Args:
         seconds: by name, of each call in turn; None for one that fails.

@@ -233,7 +233,7 @@ def _parts(num_examples: int) -> list[slice]:
 
 
 def lone_is_slow() -> bool:
-    """Whether XLA's flags leave lone convolutions to the slow kernel; read while tracing."""
+    """True where XLA's flags leave lone convolutions to the slow kernel; read while tracing."""
     return CPU_FLAG_VALUE not in os.environ.get("XLA_FLAGS", "")
 
 
@@ -254,13 +254,13 @@ def _dilated(lhs: Array, rhs: Array, grad: Array, spec: Spec) -> list[tuple[int,
 
 
 def is_split(*operands: Array) -> bool:
-    """Whether the type of an array says over which devices it is split: XLA's own follow that."""
+    """True for arrays whose type says how they are split over devices, which XLA's own follow."""
     shardings = [getattr(jax.typeof(each), "sharding", None) for each in operands]
     return any(axis is not None for each in shardings for axis in getattr(each, "spec", ()))
 
 
 def _is_depthwise(rhs: Array, spec: Spec) -> bool:
-    """Whether each group has one input channel, and a sum of shifted inputs pays."""
+    """True for groups of one input channel for which a sum of shifted inputs pays."""
     rows, columns, inputs, outputs = rhs.shape
     few = rows * columns <= _MOST_SHIFTS and outputs // spec.groups <= _MOST_OUTPUTS
     return spec.groups > 1 and inputs == 1 and few

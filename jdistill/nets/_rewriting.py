@@ -109,7 +109,7 @@ def fast_on_cpu(fun: Callable[..., Any], enabled: bool = True) -> Any:
 
 
 def is_fast(fun: Any) -> bool:
-    """Whether `fast_on_cpu` has been applied, or is not needed: functions of this library."""
+    """True for what `fast_on_cpu` was applied to, and for functions of this library."""
     if not isinstance(fun, Partial):
         return isinstance(fun, Fast)
     module = getattr(fun.func, "__module__", None) or ""
@@ -149,6 +149,7 @@ _plain: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
 
 
 def _known_plain(fun: Callable[..., Any]) -> set[Any]:
+    """The set for a function, which may be added to."""
     try:
         return _plain.setdefault(fun, set())
     except TypeError:  # no weak reference, or no hash
@@ -162,7 +163,7 @@ def _kind(leaf: Any) -> Any:
 
 
 def _separated(tree: Any) -> tuple[list[Array], list[Any], Any]:
-    """The leaves that are tracers, all leaves with None in their places, and the structure."""
+    """Leaves that are tracers; all leaves, with a mark in the places of those; the structure."""
     leaves, structure = jax.tree.flatten(tree)
     is_traced = [isinstance(leaf, jax.core.Tracer) for leaf in leaves]
     traced = [leaf for leaf, found in zip(leaves, is_traced, strict=True) if found]
@@ -171,6 +172,7 @@ def _separated(tree: Any) -> tuple[list[Array], list[Any], Any]:
 
 
 def _joined(traced: Sequence[Array], others: list[Any], structure: Any) -> Any:
+    """The pytree that `_separated` took apart."""
     rest = iter(traced)
     leaves = [next(rest) if leaf is _TRACED else leaf for leaf in others]
     return jax.tree.unflatten(structure, leaves)
