@@ -10,15 +10,14 @@ weight and the factor `T²` give the teacher assistants of Mirzadeh et al. 2020 
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdistill import _validate, data, losses, train
-from jdistill.nets import callable_logits_fn
+from jdistill import _validate, data, losses, nets, train
 from jdistill.train import TrainState, TrainStep
 from jdistill.train._fit import check_examples
 from jdistill.train._step import check_state, check_step
@@ -106,7 +105,7 @@ def soft_loss(
             gradients comparable to the hard term's.
 
     Returns:
-        `(logits [B, K], batch) -> [B]`, a pytree: other numbers compile nothing.
+        `(outputs, batch) -> [B]`, a pytree: other numbers compile nothing.
 
     Raises:
         ValueError: numbers out of range.
@@ -126,8 +125,8 @@ def soft_loss(
 
 
 def online_loss(
-    teacher: LogitsFn,
     temperature: ArrayLike,
+    teacher: LogitsFn,
     *,
     hard_weight: ArrayLike = 0.0,
     temperature_squared: bool = False,
@@ -138,25 +137,25 @@ def online_loss(
     computed beforehand. No gradient flows into the teacher. Otherwise as `soft_loss`.
 
     Args:
-        teacher: inputs `[B, ...]` to logits `[B, K]`, in evaluation mode.
         temperature: above 0.
+        teacher: inputs `[B, ...]` to logits `[B, K]`, in evaluation mode.
         hard_weight: λ in `[0, 1]`.
         temperature_squared: whether the soft term is multiplied by `T²`.
 
     Returns:
-        `(logits [B, K], batch) -> [B]`, a pytree that carries the teacher's weights.
+        `(outputs, batch) -> [B]`, a pytree that carries the teacher's weights.
 
     Raises:
         ValueError: numbers out of range.
 
     Example:
         >>> batch = Batch(jnp.zeros((1, 2)), jnp.array([1]), None, jnp.ones(1))
-        >>> float(online_loss(lambda x: x, 20.0)(jnp.zeros((1, 2)), batch)[0])
+        >>> float(online_loss(20.0, lambda x: x)(jnp.zeros((1, 2)), batch)[0])
         0.693...
     """
     _validate.function(teacher=teacher)
     weights = _weights(temperature, hard_weight, temperature_squared)
-    return jax.tree_util.Partial(_online_loss, callable_logits_fn(teacher), *weights)
+    return jax.tree_util.Partial(_online_loss, nets.callable_logits_fn(teacher), *weights)
 
 
 def initial_weights(
@@ -169,7 +168,10 @@ def initial_weights(
     num_epochs: int = 1,
     hyperparams: Mapping[str, float] | None = None,
     start: TrainState | None = None,
-    **fit_options: Any,
+    batch_size: int = 128,
+    callback: Callback | None = None,
+    mode: str = "jit",
+    devices: Sequence[jax.Device] | None = None,
 ) -> TrainState:
     """The shared start of the released recipe: an epoch at `T = 1` on hard labels.
 
@@ -185,7 +187,10 @@ def initial_weights(
         num_epochs: at least 0.
         hyperparams: numbers for the optimizer.
         start: a state to go on from, from an earlier run of this function.
-        **fit_options: `batch_size`, `mode`, `devices`, `callback` of `train.fit`.
+        batch_size: examples a step, at least 1.
+        callback: see `train.fit`.
+        mode: likewise.
+        devices: likewise.
 
     Returns:
         The state; use its `params` and `model_state`.
@@ -208,9 +213,17 @@ def initial_weights(
     check_step(step)
     check_state(start, "start")
     targets = _one_hot(step, start, inputs, labels)
-    fit_options.setdefault("stage", "initial weights")
     return train.fit(
-        step, start, (inputs, labels, targets), soft_loss(1.0), num_epochs=num_epochs, **fit_options
+        step,
+        start,
+        (inputs, labels, targets),
+        soft_loss(1.0),
+        num_epochs=num_epochs,
+        batch_size=batch_size,
+        mode=mode,
+        devices=devices,
+        callback=callback,
+        stage="initial weights",
     )
 
 
@@ -220,13 +233,15 @@ def chain(
     key: Array,
     *,
     temperature: float,
-    teacher_temperature: float | None = None,
-    hard_weight: float = 0.0,
-    temperature_squared: bool = False,
+    teacher_loss: Callable[[float], LossFn] = soft_loss,
+    student_loss: Callable[..., LossFn] | None = None,
+    online: bool = False,
+    teacher: LogitsFn | None = None,
     start: Sequence[TrainState] = (),
     batch_size: int = 128,
     callback: Callback | None = None,
-    **fit_options: Any,
+    mode: str = "jit",
+    devices: Sequence[jax.Device] | None = None,
 ) -> list[TrainState]:
     """Train teacher, assistants and student, each on the soft labels of the one before.
 
@@ -239,21 +254,25 @@ def chain(
         examples: `(inputs [N, ...], labels [N])`, NumPy.
         key: the run's key.
         temperature: `T`, above 0, of the teacher's loss, of all soft labels and of all students.
-        teacher_temperature: of the teacher's loss alone, where it is another: 1 in TAKD. None is
-            `temperature`, as in defensive distillation.
-        hard_weight: weight of the hard labels in the later generations, in `[0, 1]`; 0 in
-            defensive distillation.
-        temperature_squared: whether their soft term is multiplied by `T²`; not in defensive
-            distillation.
-        start: states of generations 0, 1, … from an earlier run: finished ones are not trained
-            again, and the last may be anywhere on its way.
+        teacher_loss: `T -> loss_fn` of the first generation, whose `batch.targets` are the labels,
+            one-hot. In TAKD, `lambda T: soft_loss(1.0)`.
+        student_loss: `T -> loss_fn` of the later ones, whose `batch.targets` are the soft labels of
+            the generation before; None is `soft_loss`. In TAKD, `functools.partial(soft_loss,
+            hard_weight=0.3, temperature_squared=True)`. With `online`, `(T, teacher) -> loss_fn`,
+            with the generation before as `teacher`, and no targets; None is `online_loss`.
+        online: whether the generation before labels each batch as it comes, as augmentation needs.
+        teacher: a trained network in the place of generation 0; `generations` then begin with
+            generation 1.
+        start: states of `generations` from an earlier run: finished ones are not trained again,
+            and the last may be anywhere on its way.
         batch_size: examples a step, at least 1.
         callback: see `train.fit`; every event also has `generation`. An event
             `"generation"` with the final `state` ends each, finished ones included.
-        **fit_options: `mode`, `devices` of `train.fit`.
+        mode: see `train.fit`.
+        devices: likewise.
 
     Returns:
-        One state a generation, in order.
+        One state per generation, in order.
 
     Raises:
         ValueError: no generation, numbers out of range, or a `start` in which a generation that
@@ -262,7 +281,7 @@ def chain(
 
     References:
         Mandal & Gao 2023, "Improving Defensive Distillation using Teacher Assistant", released
-        code `train_models.py`, `train_models_multidistill.py`.
+        code `train_models.py`, `train_models_multidistill.py`; Mirzadeh et al. 2020.
     """
     _check_chain(generations, start)
     inputs, labels = _validate.examples(examples, 2)
@@ -270,54 +289,86 @@ def chain(
     _validate.class_indices(labels, batch_size=len(inputs))
     _validate.count(batch_size=batch_size)
     _validate.callback(callback)
-    _validate.scalar(temperature=temperature, hard_weight=hard_weight)
-    if teacher_temperature is not None:
-        _validate.scalar(teacher_temperature=teacher_temperature)
-        _validate.positive(teacher_temperature=teacher_temperature)
-    for number, state in enumerate(start[:-1]):
-        num_steps = _num_steps(generations[number], len(labels), batch_size)
+    _check_temperature(temperature)
+    student_loss = check_losses(teacher_loss, student_loss, online, teacher)
+    for place, state in enumerate(start[:-1]):
+        num_steps = _num_steps(generations[place], len(labels), batch_size)
         if int(state.step) < num_steps:
             # Those after it have learned from a teacher that this run would train on.
             raise ValueError(
                 f"expected all states in start but the last to be finished, got generation "
-                f"{number} at step {int(state.step)} of {num_steps}; pass start[:{number + 1}]"
+                f"{place} at step {int(state.step)} of {num_steps}; pass start[:{place + 1}]"
             )
-    # The same loss on one-hot labels, so that teacher and students share one compiled step.
-    teacher_loss = soft_loss(temperature if teacher_temperature is None else teacher_temperature)
-    student_loss = soft_loss(
-        temperature, hard_weight=hard_weight, temperature_squared=temperature_squared
-    )
     key = _one_key(key)
+    before = None if teacher is None else nets.callable_logits_fn(teacher)
+    first = 0 if teacher is None else 1
     states: list[TrainState] = []
-    for number, generation in enumerate(generations):
+    for number, generation in enumerate(generations, start=first):
         targets = None
-        state = _start(generation, jax.random.fold_in(key, number), start[number : number + 1])
+        state = _start(generation, jax.random.fold_in(key, number), start[len(states) :][:1])
         finished = int(state.step) >= _num_steps(generation, len(labels), batch_size)
-        if not finished and number == 0:
+        if before is None:
+            # The same loss on one-hot labels, so that teacher and students share one compiled step.
+            loss_fn = teacher_loss(temperature)
+        else:
+            loss_fn = student_loss(temperature, before) if online else student_loss(temperature)
+        if not finished and before is None:
             targets = _one_hot(generation.step, state, inputs, labels)
-        elif not finished:
-            teacher = train.logits_fn(generations[number - 1].step, states[-1])
-            targets = soft_labels(teacher, inputs, temperature=temperature)
+        elif not finished and before is not None and not online:
+            targets = soft_labels(before, inputs, temperature=temperature)
+        stage = stage_name(number, first + len(generations))
         state = train.fit(
             generation.step,
             state,
             (inputs, labels, targets),
-            teacher_loss if number == 0 else student_loss,
+            loss_fn,
             num_epochs=generation.num_epochs,
             batch_size=batch_size,
-            stage=stage_name(number, len(generations)),
+            stage=stage,
             callback=with_generation(callback, number),
-            **fit_options,
+            mode=mode,
+            devices=devices,
         )
         states.append(state)
+        before = train.logits_fn(generation.step, state)
         if callback is not None:
-            stage = stage_name(number, len(generations))
             callback({"event": "generation", "stage": stage, "generation": number, "state": state})
     return states
 
 
+def _check_temperature(temperature: Any) -> None:
+    if np.ndim(temperature):
+        raise ValueError(
+            f"expected one temperature, got {np.shape(temperature)[0]}; call chain for each, or "
+            "sweep.chain for all at once"
+        )
+    _validate.scalar(temperature=temperature)
+    _validate.positive(temperature=temperature)
+
+
+def check_losses(
+    teacher_loss: Any, student_loss: Any, online: bool, teacher: Any
+) -> Callable[..., LossFn]:
+    """The students' loss, after an error for what is no factory of losses."""
+    _validate.flag(online=online)
+    if teacher is not None:
+        _validate.function(teacher=teacher)
+    if student_loss is None:
+        student_loss = online_loss if online else soft_loss
+    remedy = "pass a function of the temperature, such as distill.soft_loss"
+    for name, value in (("teacher_loss", teacher_loss), ("student_loss", student_loss)):
+        _validate.function(remedy=remedy, **{name: value})
+    factory: Callable[..., LossFn] = student_loss
+    return factory
+
+
 def _check_chain(generations: Sequence[Generation], start: Sequence[TrainState]) -> None:
     """An error for what is no chain, or for more states than it has generations."""
+    if isinstance(generations, Generation):
+        raise ValueError(
+            "expected generations to be a sequence, got one Generation; pass [generation] * 3 for "
+            "a chain with one assistant"
+        )
     _validate.sequence(generations=generations, start=start)
     if not generations:
         raise ValueError(
@@ -370,24 +421,25 @@ def _mixed(
     temperature: Array,
     hard_weight: Array,
     factor: Array,
-    logits: Array,
+    outputs: Any,
     batch: Batch,
     targets: Array,
 ) -> Array:
+    logits = nets.logits_of(outputs)
     soft = losses.soft_cross_entropy(logits, targets, temperature=temperature)
     hard = losses.cross_entropy(logits, batch.labels)
     return (1 - hard_weight) * factor * soft + hard_weight * hard
 
 
 def _soft_loss(
-    temperature: Array, hard_weight: Array, factor: Array, logits: Array, batch: Batch
+    temperature: Array, hard_weight: Array, factor: Array, outputs: Any, batch: Batch
 ) -> Array:
     if batch.targets is None:
         raise ValueError(
             "expected soft labels in batch.targets, got None; pass them to train.fit as "
             "(inputs, labels, targets), or use distill.online_loss"
         )
-    return _mixed(temperature, hard_weight, factor, logits, batch, batch.targets)
+    return _mixed(temperature, hard_weight, factor, outputs, batch, batch.targets)
 
 
 def _online_loss(
@@ -395,11 +447,11 @@ def _online_loss(
     temperature: Array,
     hard_weight: Array,
     factor: Array,
-    logits: Array,
+    outputs: Any,
     batch: Batch,
 ) -> Array:
     targets = jax.nn.softmax(jax.lax.stop_gradient(teacher(batch.inputs)) / temperature, axis=-1)
-    return _mixed(temperature, hard_weight, factor, logits, batch, targets)
+    return _mixed(temperature, hard_weight, factor, outputs, batch, targets)
 
 
 def _start(generation: Generation, key: Array, given: Sequence[TrainState]) -> TrainState:

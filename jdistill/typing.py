@@ -53,8 +53,8 @@ class ApplyFn(Protocol):
 
     `key` is None or holds one PRNG key per example, `[B]`: noise such as dropout must be drawn
     from the example's own key, so that it does not depend on how a batch is split over devices.
-    Returns the logits `[B, K]` and the new model state (batch statistics and the like; `{}`
-    where there are none).
+    Returns the outputs, logits `[B, K]` or a pytree with `logits` among its keys or attributes,
+    and the new model state (batch statistics and the like; `{}` where there are none).
     """
 
     def __call__(
@@ -66,17 +66,20 @@ class ApplyFn(Protocol):
         *,
         train: bool,
         key: Array | None,
-    ) -> tuple[Array, PyTree]: ...
+    ) -> tuple[PyTree, PyTree]: ...
 
 
 class LossFn(Protocol):
-    """`(logits [B, K], batch) -> loss [B]`, one value per example, never a mean.
+    """`(outputs, batch) -> loss [B]`, one value per example, never a mean.
+
+    The outputs are logits `[B, K]`, or a pytree that holds them beside extras, such as features
+    (`jdistill.nets.logits_of` takes them out).
 
     A pytree (`jax.tree_util.Partial`) that carries what may change without a recompilation:
     the temperature, the weights of its terms, an online teacher.
     """
 
-    def __call__(self, logits: Array, batch: Batch, /) -> Array: ...
+    def __call__(self, outputs: PyTree, batch: Batch, /) -> Array: ...
 
 
 class StepFn(Protocol):

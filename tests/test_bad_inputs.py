@@ -415,7 +415,7 @@ KINDS = {
 # Each sort, and the arguments that are of it; then those that are called as their sort is.
 SORTS = """
 network: logits_fn source surrogate
-function: teacher loss preprocess substitute apply_fn loss_fn augment progress output fun attack
+function: teacher loss preprocess substitute apply_fn loss_fn augment objective make teacher_loss student_loss progress output fun attack
     random_logits_fn main conv_general_dilated callback attacks.bpda.logits_fn nets.logits_fn
     parallel.compile_step.step
 radius: eps step_size decay max_angle max_shift beta overshoot eta
@@ -424,7 +424,7 @@ radius: eps step_size decay max_angle max_shift beta overshoot eta
     norms.per_example.value
 share: rho gamma alpha_max p_init hard_weight threshold threshold_step final_gamma shrink
 above 0: learning_rate initial_const largest_const sigma delta orthogonal_step source_step
-    const_factor initial_norm temperature teacher_temperature theta softness
+    const_factor initial_norm temperature theta softness
     attacks.hop_skip_jump.gamma
 count: num_steps num_restarts num_targets num_queries num_samples max_samples num_starts
     num_searches num_angles num_shifts num_draws num_parallel batch_size num_examples
@@ -433,13 +433,13 @@ count: num_steps num_restarts num_targets num_queries num_samples max_samples nu
 count from 2: num_candidates num_classes max_features
 count from 0: first_target num_epochs host epoch generation number successes num_rows data.start
     data.num_examples checkpoint.step
-flag: enabled best_loss trace random_start abort_early minimum_norm temperature_squared vmapped
+flag: enabled best_loss trace random_start abort_early minimum_norm temperature_squared vmapped online
 text: stage shard_name remedy report.write_picture_grid.attack report.write_picture_grid.norm
 path: directory workdir data_dir cache_dir
 choice: norm decision_rule version mode name kind
 mapping: measures config run figures pictures eps_grids metadata
 one above 0: loss_cap width train_temperature attacks.softmax_at.temperature diagnose.eps
-    distill.soft_labels.temperature distill.chain.temperature distill.chain.teacher_temperature
+    distill.soft_labels.temperature distill.chain.temperature
     metrics.temperature metrics.log10_sensitivity_softmax.temperature train.sgd.learning_rate
 any: fill shift
 own: start step state params outcome distill.initial_weights.start
@@ -462,7 +462,7 @@ padding: padding
 module: model
 image: input_shape
 plans: distances evaluate.attacks
-one share: dropout_rate distill.chain.hard_weight train.sgd.momentum
+one share: dropout_rate train.sgd.momentum
 run keys: keys
 one from 0: attacks.autoattack.eps attacks.universal.eps attacks.universal.step_size
     evaluate.summarize.eps evaluate.worst_case.eps train.sgd.decay

@@ -1,11 +1,14 @@
 """The chain against the released recipe in NumPy, its laws, the losses' closed forms, bad input."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from jdistill import data, distill, nets, train
+from jdistill import data, distill, losses, nets, train
 from jdistill.typing import Batch
 
 ONE = jax.devices()[:1]
@@ -55,6 +58,11 @@ def chain(num_generations, *, key=KEY, temperature=5.0, generation=GENERATION, *
         **OPTIONS,
         **kwargs,
     )
+
+
+def assert_close(params, reference):
+    for leaf, other in zip(jax.tree.leaves(params), jax.tree.leaves(reference), strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-5)
 
 
 def assert_equal(state, reference):
@@ -156,7 +164,7 @@ def test_another_key_or_temperature_gives_another_chain(whole):
 
 @pytest.mark.floor
 def test_the_teachers_loss_may_have_a_temperature_of_its_own():
-    teacher, student = chain(2, temperature=5.0, teacher_temperature=1.0)
+    teacher, student = chain(2, temperature=5.0, teacher_loss=lambda _: distill.soft_loss(1.0))
     assert_equal(teacher, chain(1, temperature=1.0)[0])
     # The student learns at 5 from what that teacher says at 5.
     targets = distill.soft_labels(train.logits_fn(STEP, teacher), INPUTS, temperature=5.0)
@@ -234,7 +242,8 @@ def test_one_trace_serves_all_generations_temperatures_and_rates():
             step=step, params=LINEAR, num_epochs=1, hyperparams={"learning_rate": rate}
         )
         chain(3, temperature=temperature, generation=generation)
-        chain(3, temperature=temperature, generation=generation, hard_weight=0.3)
+        mixed = functools.partial(distill.soft_loss, hard_weight=0.3)
+        chain(3, temperature=temperature, generation=generation, student_loss=mixed)
     assert len(TRACES) == 1
 
 
@@ -251,8 +260,9 @@ def test_assistants_of_shrinking_width():
         (inputs, labels),
         KEY,
         temperature=4.0,
-        hard_weight=0.3,
-        temperature_squared=True,
+        student_loss=functools.partial(
+            distill.soft_loss, hard_weight=0.3, temperature_squared=True
+        ),
         **OPTIONS,
     )
     sizes = []
@@ -373,7 +383,7 @@ def test_online_loss_is_the_soft_loss_of_that_teachers_labels(options):
     teacher = nets.callable_logits_fn(_product, LINEAR["w"])
     labels = distill.soft_labels(teacher, INPUTS[:6], temperature=3.0)
     offline = distill.soft_loss(3.0, **options)
-    online = distill.online_loss(teacher, 3.0, **options)
+    online = distill.online_loss(3.0, teacher, **options)
     batch = BATCH6._replace(targets=labels)
     blind = BATCH6._replace(targets=None)
     np.testing.assert_allclose(online(LOGITS, blind), offline(LOGITS, batch), rtol=1e-5)
@@ -391,7 +401,7 @@ def test_no_gradient_flows_into_the_online_teacher():
     def loss(weights, own):
         teacher = nets.callable_logits_fn(_product, weights)
         logits = INPUTS[:6] @ (weights if own else LINEAR["w"])
-        return distill.online_loss(teacher, 2.0)(logits, BATCH6).sum()
+        return distill.online_loss(2.0, teacher)(logits, BATCH6).sum()
 
     weights = jnp.asarray(RNG.normal(size=(D, K)), jnp.float32)
     assert float(loss(weights, False)) != float(loss(2 * weights, False))  # it does listen to it
@@ -407,7 +417,7 @@ def test_training_with_an_online_teacher_is_training_on_its_labels(mode):
     state = train.create_state(LINEAR_STEP, LINEAR, KEY)
     options = {"num_epochs": 1, "batch_size": BATCH, "mode": mode}
     online = train.fit(
-        LINEAR_STEP, state, (INPUTS, LABELS), distill.online_loss(teacher, 3.0), **options
+        LINEAR_STEP, state, (INPUTS, LABELS), distill.online_loss(3.0, teacher), **options
     )
     offline = train.fit(
         LINEAR_STEP, state, (INPUTS, LABELS, labels), distill.soft_loss(3.0), **options
@@ -416,7 +426,100 @@ def test_training_with_an_online_teacher_is_training_on_its_labels(mode):
     assert np.abs(online.params["w"] - LINEAR["w"]).max() > 1e-3
 
 
+# The loss contract
+
+
+def test_an_online_chain_is_the_offline_one(whole):
+    """With no augmentation the labels of each batch are those made beforehand."""
+    for state, reference in zip(chain(3, online=True), whole[0], strict=True):
+        assert_close(state.params, reference.params)
+
+
+def test_a_frozen_teacher_is_generation_0(whole):
+    teacher = train.logits_fn(STEP, whole[0][0])
+    events = []
+    states = chain(2, teacher=teacher, callback=events.append)
+    for state, reference in zip(states, whole[0][1:], strict=True):
+        assert_close(state.params, reference.params)
+    ends = [(e["generation"], e["stage"]) for e in events if e["event"] == "generation"]
+    assert ends == [(1, "assistant 1"), (2, "student")]
+
+
+def featured(params, model_state, inputs, *, train, key):
+    del train, key
+    hidden = jnp.tanh(inputs @ params["w"])
+    return {"logits": hidden @ params["v"], "features": hidden}, model_state
+
+
+def feature_loss(weight, teacher, outputs, batch):
+    own, its = outputs["features"], teacher(batch.inputs)
+    soft = losses.cross_entropy(outputs["logits"], batch.labels)
+    return soft + weight * jnp.sum((own - jax.lax.stop_gradient(its)) ** 2, axis=1)
+
+
+def test_a_loss_on_features_beside_the_logits():
+    """One SGD step against NumPy."""
+    rng = np.random.default_rng(5)
+    params = {"w": rng.normal(size=(D, 7)), "v": rng.normal(size=(7, K))}
+    params = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
+    goal = rng.normal(size=(D, 7)).astype(np.float32)
+    teacher = nets.callable_logits_fn(lambda w, x: jnp.tanh(x @ w), goal)
+    loss = jax.tree_util.Partial(feature_loss, jnp.float32(0.5), teacher)
+    step = train.make_train_step(featured, optax.sgd(1.0))
+    state = train.create_state(step, params, KEY)
+    after = train.fit(step, state, (INPUTS, LABELS), loss, num_epochs=1, batch_size=len(LABELS))
+    hidden = np.tanh(INPUTS @ params["w"])
+    softmax = numpy_softmax(hidden @ params["v"])
+    by_logits = softmax - np.eye(K)[LABELS]
+    by_hidden = by_logits @ params["v"].T + (hidden - np.tanh(INPUTS @ goal))
+    gradients = {
+        "v": hidden.T @ by_logits / len(LABELS),
+        "w": INPUTS.T @ (by_hidden * (1 - hidden**2)) / len(LABELS),
+    }
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(
+            params[name] - after.params[name], gradient, rtol=1e-4, atol=1e-5
+        )
+    assert train.predict(train.logits_fn(step, after), INPUTS).shape == (len(INPUTS), K)
+
+
+def adversarial(apply_fn, params, model_state, batch, loss_fn, keys):
+    """An objective: the loss where one gradient sign step leads."""
+
+    def total(inputs):
+        outputs, _ = apply_fn(params, model_state, inputs, train=True, key=keys)
+        return loss_fn(outputs, batch).sum()
+
+    moved = batch.inputs + 0.1 * jnp.sign(jax.lax.stop_gradient(jax.grad(total)(batch.inputs)))
+    outputs, model_state = apply_fn(params, model_state, moved, train=True, key=keys)
+    return loss_fn(outputs, batch), (outputs, model_state)
+
+
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_an_objective_that_needs_the_network(mode):
+    """One step of a linear network against NumPy, on any number of devices."""
+    step = train.make_train_step(linear, optax.sgd(1.0), objective=adversarial)
+    state = train.create_state(step, LINEAR, KEY)
+    options = {"num_epochs": 1, "batch_size": len(LABELS), "mode": mode}
+    after = train.fit(step, state, (INPUTS, LABELS), train.hard_loss(), **options)
+    softmax = numpy_softmax(INPUTS @ LINEAR["w"] + LINEAR["b"])
+    moved = INPUTS + 0.1 * np.sign((softmax - np.eye(K)[LABELS]) @ np.asarray(LINEAR["w"]).T)
+    softmax = numpy_softmax(moved @ LINEAR["w"] + LINEAR["b"])
+    gradient = moved.T @ (softmax - np.eye(K)[LABELS]) / len(LABELS)
+    np.testing.assert_allclose(LINEAR["w"] - after.params["w"], gradient, rtol=1e-4, atol=1e-5)
+
+
 # Bad input
+
+
+def test_what_is_no_chain_is_named():
+    one = distill.Generation(step=STEP, params=HIDDEN, num_epochs=1)
+    with pytest.raises(ValueError, match=r"one Generation; pass \[generation\]"):
+        distill.chain(one, (INPUTS, LABELS), KEY, temperature=1.0)
+    with pytest.raises(ValueError, match=r"one temperature, got 2; .*sweep.chain"):
+        distill.chain([one], (INPUTS, LABELS), KEY, temperature=[1.0, 20.0])
+    with pytest.raises(ValueError, match="teacher_loss"):
+        distill.chain([one], (INPUTS, LABELS), KEY, temperature=1.0, teacher_loss=3.0)
 
 
 @pytest.mark.floor
@@ -426,7 +529,7 @@ def test_a_temperature_that_is_not_above_0_is_named(temperature):
     for call in (
         lambda: chain(2, temperature=temperature),
         lambda: distill.soft_loss(temperature),
-        lambda: distill.online_loss(network, temperature),
+        lambda: distill.online_loss(temperature, network),
         lambda: distill.soft_labels(network, INPUTS, temperature=temperature),
     ):
         with pytest.raises(ValueError, match=f"temperature > 0, got {temperature!r}"):
@@ -436,9 +539,8 @@ def test_a_temperature_that_is_not_above_0_is_named(temperature):
 @pytest.mark.parametrize("weight", [-0.1, 1.1, float("nan")])
 def test_a_hard_weight_outside_0_to_1_is_named(weight):
     for call in (
-        lambda: chain(2, hard_weight=weight),
         lambda: distill.soft_loss(1.0, hard_weight=weight),
-        lambda: distill.online_loss(lambda x: x, 1.0, hard_weight=weight),
+        lambda: distill.online_loss(1.0, lambda x: x, hard_weight=weight),
     ):
         with pytest.raises(ValueError, match=rf"hard_weight in \[0, 1\], got {weight!r}"):
             call()

@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 import functools
 import math
@@ -10,7 +11,7 @@ import pytest
 from flax import nnx
 from jax.tree_util import Partial
 
-from jdistill import attacks, nets
+from jdistill import attacks, data, nets, train
 
 
 def count_parameters(model, input_shape):
@@ -571,3 +572,78 @@ def test_objects_without_arrays_and_functions_over_arrays_are_taken():
     weights = np.eye(3, dtype=np.float32)
     for fun in (Scaled(2.0), lambda x: x @ weights, functools.partial(lambda w, x: x @ w, weights)):
         assert nets.callable_logits_fn(fun)(jnp.ones((2, 3))).shape == (2, 3)
+
+
+def test_logits_are_taken_out_of_outputs():
+    logits = jnp.zeros((2, 3))
+    Outputs = collections.namedtuple("Outputs", "features logits")
+    assert nets.logits_of(logits) is logits
+    assert nets.logits_of({"logits": logits, "features": 1}) is logits
+    assert nets.logits_of(Outputs(1, logits)) is logits
+    with pytest.raises(ValueError, match="key 'logits', got scores"):
+        nets.logits_of({"scores": logits})
+
+
+class NnxNetwork(nnx.Module):
+    """Batch normalization, dropout, and features beside the logits."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Linear(64, 16, rngs=rngs)
+        self.norm = nnx.BatchNorm(16, momentum=0.5, rngs=rngs)
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+        self.second = nnx.Linear(16, 10, rngs=rngs)
+
+    def __call__(self, inputs):
+        hidden = nnx.relu(self.norm(self.first(inputs.reshape(inputs.shape[0], -1))))
+        return {"logits": self.second(self.dropout(hidden)), "features": hidden}
+
+
+@pytest.mark.floor
+def test_an_nnx_model_trains_and_is_the_module():
+    digits = data.load("digits")
+    init, apply_fn = nets.nnx_model(NnxNetwork)
+    assert nets.nnx_model(NnxNetwork)[1] == apply_fn
+    params, model_state = init(jax.random.key(0), (8, 8, 1))
+    step = train.make_train_step(apply_fn, train.sgd(0.05))
+    state = train.create_state(step, params, jax.random.key(1), model_state=model_state)
+    examples = digits.train.inputs[:600], digits.train.labels[:600]
+    state = train.fit(step, state, examples, train.hard_loss(), num_epochs=4, batch_size=50)
+    network = train.logits_fn(step, state)
+    logits = train.predict(network, digits.test.inputs)
+    assert (logits.argmax(1) == digits.test.labels).mean() > 0.8
+    # The same weights in a module of NNX's own, in evaluation mode.
+    module = NnxNetwork(nnx.Rngs(0))
+    graphdef, weights, random, rest = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    nnx.replace_by_pure_dict(weights, state.params)
+    nnx.replace_by_pure_dict(rest, state.model_state)
+    module = nnx.merge(graphdef, weights, random, rest)
+    module.eval()
+    expected = module(digits.test.inputs)["logits"]
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    adapted = nets.nnx_logits_fn(module)(digits.test.inputs)
+    np.testing.assert_allclose(adapted, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_of_an_nnx_model_is_drawn_from_the_key():
+    init, apply_fn = nets.nnx_model(NnxNetwork)
+    params, model_state = init(jax.random.key(0), (8, 8, 1))
+    inputs = jax.random.uniform(jax.random.key(3), (2, 8, 8, 1))
+
+    def logits(seed):
+        keys = jax.random.split(jax.random.key(seed), 2)
+        return apply_fn(params, model_state, inputs, train=True, key=keys)[0]["logits"]
+
+    np.testing.assert_array_equal(logits(1), logits(1))
+    assert np.abs(logits(1) - logits(2)).max() > 0
+
+
+def test_a_missing_model_state_is_named():
+    class Normalized(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train=False):
+            return nn.BatchNorm(use_running_average=not train)(nn.Dense(3)(x))
+
+    model = Normalized()
+    params, _ = nets.init(model, jax.random.key(0), (4,))
+    with pytest.raises(ValueError, match=r"all variables .*model state"):
+        nets.apply_fn(model)(params, {}, jnp.ones((2, 4)), train=False, key=None)

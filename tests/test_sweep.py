@@ -363,16 +363,82 @@ def test_augmentation_is_keyed_by_example_and_step():
         jax.debug.callback(lambda x: seen.append(np.asarray(x)), noise)
         return inputs + noise
 
-    options = {"num_epochs": 1, "batch_size": 8, "devices": ONE, "augment": shift}
+    options = {"num_epochs": 1, "batch_size": 8, "devices": ONE}
+    step = train.make_train_step(dropping, train.sgd(0.3), augment=shift)
     state = sweep.create_state(STEP, jax.tree.map(lambda leaf: leaf[:2], ALL_WEIGHTS), KEYS[1:3])
     loss = train.hard_loss(np.ones(2, np.float32))
-    first, _ = sweep.fit(STEP, state, (INPUTS, LABELS), loss, **options)
+    first, _ = sweep.fit(step, state, (INPUTS, LABELS), loss, **options)
     jax.effects_barrier()
     noise = np.stack(seen)  # [runs x steps, B, D]
     assert len(noise) == 2 * data.num_batches(N, 8)
     assert len(np.unique(noise.reshape(-1, D), axis=0)) == noise.shape[0] * noise.shape[1]
-    again, _ = sweep.fit(STEP, state, (INPUTS, LABELS), loss, **options)
+    again, _ = sweep.fit(step, state, (INPUTS, LABELS), loss, **options)
     assert_close(first, again, rtol=0)
+
+
+def jitter(keys, inputs):
+    return inputs + 0.3 * jax.vmap(lambda key: jax.random.normal(key, (D,)))(keys)
+
+
+def mixed_loss(temperature):
+    return distill.soft_loss(temperature, hard_weight=0.3, temperature_squared=True)
+
+
+def gentle_teacher(_):
+    return distill.soft_loss(1.0)
+
+
+def one_by_one(run, generations, **options):
+    alone = [
+        distill.Generation(
+            step=each.step,
+            params=nets.index(each.params, run),
+            num_epochs=each.num_epochs,
+            hyperparams={name: value[run] for name, value in each.hyperparams.items()},
+        )
+        for each in generations
+    ]
+    examples, temperature = (INPUTS, LABELS), float(TEMPERATURES[run])
+    return distill.chain(
+        alone, examples, KEYS[run], temperature=temperature, batch_size=BATCH, **options
+    )
+
+
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"teacher_loss": gentle_teacher, "student_loss": mixed_loss},
+        {"online": True},
+        {"teacher": nets.callable_logits_fn(lambda w, x: x @ w, np.ones((D, K), np.float32))},
+    ],
+)
+def test_a_sweep_takes_the_losses_of_a_chain(options, mode):
+    """With augmentation, whose draws depend neither on the sweep nor on the devices."""
+    step = train.make_train_step(dropping, train.sgd(0.3), augment=jitter)
+    generations = [generation(step=step)] * 2
+    result = sweep.chain(
+        generations,
+        (INPUTS, LABELS),
+        KEYS,
+        temperature=TEMPERATURES,
+        batch_size=BATCH,
+        devices=ONE,
+        **options,
+    )
+    for run in (0, 4):
+        states = one_by_one(run, generations, mode=mode, **options)
+        for stack, state in zip(result.states, states, strict=True):
+            assert_close(nets.index(stack, run), state, rtol=2e-3)
+
+
+def test_a_loss_that_is_no_pytree_is_named():
+    with pytest.raises(ValueError, match="student_loss.*Partial"):
+        changed(
+            generations=[generation()] * 2,
+            temperature=TEMPERATURES,
+            student_loss=lambda T: lambda outputs, batch: outputs[:, 0] * T,
+        )
 
 
 @pytest.mark.slow
@@ -424,7 +490,7 @@ def test_all_runs_diverging_ends_the_sweep_at_once():
         ({"generations": []}, "at least one generation"),
         ({"temperature": TEMPERATURES[:2]}, r"temperature to be a scalar or of shape \[R\] = \(5,"),
         ({"temperature": -TEMPERATURES}, "temperature > 0"),
-        ({"hard_weight": 2.0}, "hard_weight"),
+        ({"student_loss": 2.0}, "student_loss"),
         ({"keys": KEYS[0]}, r"expected keys of shape \[R\]"),
         ({"keys": KEYS[:2], "temperature": 1.0}, "expected params of R = 2 runs"),
         ({"generations": [generation(RATES[:3])]}, "learning_rate to be a scalar or of shape"),

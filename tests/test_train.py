@@ -446,3 +446,18 @@ def test_fit_carries_batch_statistics_to_evaluation(normalized, mode):
     expected = x @ params["logits"]["kernel"] + params["logits"]["bias"]
     np.testing.assert_allclose(train.predict(network, INPUTS), expected, rtol=1e-3, atol=1e-4)
     assert np.abs(statistics["mean"]).max() > 0.01
+
+
+def test_what_is_no_apply_fn_is_named():
+    for wrong in (nets.digits_net(), lambda params, inputs: inputs):
+        with pytest.raises(ValueError, match=r"expected apply_fn\(params.*nets.apply_fn\(model\)"):
+            train.make_train_step(wrong, train.sgd(0.1))
+
+    def alone(params, model_state, inputs, *, train, key):
+        return inputs @ params
+
+    step = train.make_train_step(alone, optax.sgd(0.1))
+    state = train.create_state(step, np.ones((3, 2), np.float32), jax.random.key(0))
+    examples = np.ones((4, 3), np.float32), np.zeros(4, int)
+    with pytest.raises(ValueError, match=r"\(outputs, model_state\), got .*Tracer|ArrayImpl"):
+        train.fit(step, state, examples, train.hard_loss(), num_epochs=1)

@@ -2,9 +2,9 @@
 
 * Networks: `ConvNet`, the papers' sizes `mnist_net` and `cifar_net`, the small `digits_net`;
   `init` draws their variables.
-* Adapters: `apply_fn` (training) and `logits_fn` (attacks and measures) for Flax Linen modules,
+* Adapters: `apply_fn`, `nnx_model` (training) and `logits_fn` (attacks and measures) for Flax Linen modules,
   `nnx_logits_fn` for Flax NNX ones, `callable_logits_fn` for everything else; `binary` for a
-  network with a single logit; `with_temperature` divides the logits of any of them. All are values
+  network with a single logit; `logits_of` takes the logits out of outputs with extras; `with_temperature` divides the logits of any of them. All are values
   that compare by what they hold, so new weights of an equal network compile nothing.
 * Stacks: `stack`, `unstack`, `index` and `stack_size` for pytrees that `jax.vmap` runs side by
   side.
@@ -19,7 +19,9 @@ from jdistill.nets._adapters import (
     binary,
     callable_logits_fn,
     logits_fn,
+    logits_of,
     nnx_logits_fn,
+    nnx_model,
     with_temperature,
 )
 from jdistill.nets._convnet import ConvNet, cifar_net, digits_net, init, mnist_net
@@ -40,9 +42,11 @@ __all__ = [
     "index",
     "init",
     "logits_fn",
+    "logits_of",
     "max_pool",
     "mnist_net",
     "nnx_logits_fn",
+    "nnx_model",
     "stack",
     "stack_size",
     "unstack",

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -93,7 +94,13 @@ def _call(model: nn.Module, variables: PyTree, inputs: Array, **options: Any) ->
     for name in ("train", "dropout_keys"):
         if name not in names:
             options.pop(name, None)
-    return model.apply(variables, inputs, **options)
+    try:
+        return model.apply(variables, inputs, **options)
+    except flax.errors.ScopeCollectionNotFound as error:
+        raise ValueError(
+            f"expected all variables of {type(model).__name__}, got {', '.join(variables)} "
+            f"({error}); pass the model state too, the second of what nets.init returns"
+        ) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +139,7 @@ class _LinenLogits:
     model: nn.Module
 
     def __call__(self, variables: PyTree, inputs: Array, /) -> Array:
-        return _call(self.model, variables, inputs, train=False)
+        return logits_of(_call(self.model, variables, inputs, train=False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,10 +151,99 @@ class _NnxLogits:
     def __call__(self, state: PyTree, inputs: Array, /) -> Array:
         from flax import nnx
 
-        module = nnx.merge(self.graphdef, state)
-        names = _parameter_names(module)
-        # What a module passes on wins over what `eval()` has set in its parts.
-        return module(inputs, **{name: _SWITCHES[name] for name in _SWITCHES if name in names})
+        return logits_of(_called(nnx.merge(self.graphdef, state), inputs, train=False))
+
+
+def _called(module: Any, inputs: Array, *, train: bool) -> Any:
+    """The outputs of an NNX module, its mode passed on where it takes a switch for it."""
+    names = _parameter_names(module)
+    # What a module passes on wins over what `train()` or `eval()` has set in its parts.
+    switches = {name: value != train for name, value in _SWITCHES.items() if name in names}
+    return module(inputs, **switches)
+
+
+@dataclasses.dataclass(frozen=True)
+class _NnxApply:
+    """The `ApplyFn` of the NNX modules that a function makes; equal for the same function."""
+
+    make: Callable[..., Any]
+
+    def parts(self) -> tuple[Any, Any, Any, Any]:
+        """Graph, and the structure of weights, random state, and the rest."""
+        from flax import nnx
+
+        module = nnx.eval_shape(lambda: self.make(nnx.Rngs(0)))
+        return nnx.split(module, nnx.Param, nnx.RngState, ...)
+
+    def __call__(
+        self,
+        params: PyTree,
+        model_state: PyTree,
+        inputs: Array,
+        /,
+        *,
+        train: bool,
+        key: Array | None,
+    ) -> tuple[PyTree, PyTree]:
+        from flax import nnx
+
+        graphdef, weights, random, rest = self.parts()
+        draw = jax.random.key(0) if key is None else key[0]
+        leaves, structure = jax.tree.flatten(random)
+        drawn = [
+            jax.random.fold_in(draw, number)
+            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            else jnp.zeros(leaf.shape, leaf.dtype)
+            for number, leaf in enumerate(leaves)
+        ]
+        nnx.replace_by_pure_dict(weights, params)
+        nnx.replace_by_pure_dict(rest, model_state)
+        module = nnx.merge(graphdef, weights, jax.tree.unflatten(structure, drawn), rest)
+        if train:
+            module.train()
+        else:
+            module.eval()
+        outputs = _called(module, inputs, train=train)
+        *_, after = nnx.split(module, nnx.Param, nnx.RngState, ...)
+        return outputs, nnx.to_pure_dict(after) if train else model_state
+
+
+@dataclasses.dataclass(frozen=True)
+class _NnxInit:
+    """`(key, shape) -> (params, model_state)` of the NNX modules that a function makes."""
+
+    make: Callable[..., Any]
+
+    def __call__(self, key: Array, shape: Any = ()) -> tuple[PyTree, PyTree]:
+        del shape  # an NNX module knows its own
+        from flax import nnx
+
+        _, weights, _, rest = nnx.split(self.make(nnx.Rngs(key)), nnx.Param, nnx.RngState, ...)
+        return nnx.to_pure_dict(weights), nnx.to_pure_dict(rest)
+
+
+def nnx_model(make: Callable[..., Any]) -> tuple[Callable[..., Any], ApplyFn]:
+    """The weights and the `ApplyFn` of a Flax NNX network, for training.
+
+    Args:
+        make: `rngs -> module`, with `rngs` an `nnx.Rngs`: the module's class, or a function that
+            makes one. The module is called as `nnx_logits_fn` calls it. Its dropout draws one mask
+            for the batch from the first example's key, as `nn.Dropout` does in `apply_fn`.
+
+    Returns:
+        `(init, apply_fn)`: `init(key, shape)` gives `(params, model_state)`, nested dicts of
+        arrays. `apply_fn` is equal for the same `make`, so that a compiled step is shared.
+
+    Example:
+        >>> from flax import nnx
+        >>> init, apply_fn = nnx_model(lambda rngs: nnx.Linear(3, 10, rngs=rngs))
+        >>> params, model_state = init(jax.random.key(0), (3,))
+        >>> logits, _ = apply_fn(params, model_state, jnp.ones((2, 3)), train=False, key=None)
+        >>> logits.shape
+        (2, 10)
+    """
+    _validate.function(make=make, remedy="pass a function of nnx.Rngs that makes the module")
+    return _NnxInit(make), _NnxApply(make)
 
 
 def apply_fn(model: nn.Module) -> ApplyFn:
@@ -325,6 +421,33 @@ def _both(fun: LogitsFn, inputs: Array) -> Array:
         )
     logit = logit.reshape(-1, 1)
     return jnp.concatenate([jnp.zeros_like(logit), logit], axis=1)
+
+
+def logits_of(outputs: PyTree) -> Array:
+    """The logits among a network's outputs.
+
+    Args:
+        outputs: logits `[B, K]`, or a pytree that holds them beside extras: a mapping with the key
+            `"logits"`, or an object with that attribute.
+
+    Returns:
+        The logits.
+
+    Raises:
+        ValueError: a mapping without them.
+
+    Example:
+        >>> logits_of({"logits": jnp.zeros((2, 10)), "features": jnp.ones((2, 64))}).shape
+        (2, 10)
+    """
+    if isinstance(outputs, Mapping):
+        if "logits" not in outputs:
+            raise ValueError(
+                f"expected outputs with the key 'logits', got {', '.join(map(str, outputs))}; name "
+                "the logits so"
+            )
+        return outputs["logits"]
+    return getattr(outputs, "logits", outputs)
 
 
 def binary(logits_fn: LogitsFn) -> Partial:

@@ -1,9 +1,10 @@
 """Teacher, assistants and students of every run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate, distill, nets, train
@@ -14,7 +15,7 @@ from jdistill.sweep._program import Kind
 from jdistill.sweep._states import checked_keys, create_state, spread
 from jdistill.train import TrainState, TrainStep
 from jdistill.train._fit import check_examples
-from jdistill.typing import Array, ArrayLike, Callback
+from jdistill.typing import Array, ArrayLike, Callback, LogitsFn, LossFn
 
 
 class SweepResult(NamedTuple):
@@ -36,13 +37,17 @@ def chain(
     keys: Array,
     *,
     temperature: ArrayLike,
-    teacher_temperature: ArrayLike | None = None,
-    hard_weight: ArrayLike = 0.0,
-    temperature_squared: bool = False,
+    teacher_loss: Callable[[float], LossFn] = distill.soft_loss,
+    student_loss: Callable[..., LossFn] | None = None,
+    online: bool = False,
+    teacher: LogitsFn | None = None,
     start: Sequence[TrainState] = (),
     batch_size: int = 128,
     callback: Callback | None = None,
-    **fit_options: Any,
+    vmapped: bool | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    memory_limit: int | None = None,
+    steps_per_call: int | None = None,
 ) -> SweepResult:
     """Train the chains of all runs, generation by generation, each generation as one stack.
 
@@ -55,14 +60,19 @@ def chain(
         examples: `(inputs [N, ...], labels [N])`, NumPy.
         keys: `[R]` PRNG keys, `jax.vmap(jax.random.key)(seeds)` for one.
         temperature: a scalar or `[R]`, above 0.
-        teacher_temperature: of the teachers' loss alone; None is `temperature`.
-        hard_weight: a scalar or `[R]`, in `[0, 1]`.
-        temperature_squared: whether the soft term is multiplied by `T²`.
+        teacher_loss: as in `distill.chain`; made for each run, so it must give a pytree of one
+            structure (`jax.tree_util.Partial`) that carries what differs between the runs.
+        student_loss: likewise.
+        online: as in `distill.chain`.
+        teacher: a trained network in the place of generation 0, the same for all runs.
         start: stacks of generations 0, 1, … from an earlier call: all but the last finished.
         batch_size: examples a step of each run.
         callback: see `fit`; every event also has `generation`. An event `"generation"` with the
             final `state` and `diverged` `[R]` ends each.
-        **fit_options: `vmapped`, `devices`, `memory_limit`, `steps_per_call`, `augment` of `fit`.
+        vmapped: see `fit`; likewise
+        devices: of `fit`,
+        memory_limit: of `fit`,
+        steps_per_call: of `fit`.
 
     Returns:
         The stacks and what diverged.
@@ -96,21 +106,24 @@ def chain(
     distill._check_chain(generations, start)
     inputs, labels = _validate.examples(examples, 2)
     _validate.callback(callback)
-    options = Options(batch_size=batch_size, **fit_options)
+    options = Options(
+        batch_size=batch_size,
+        vmapped=vmapped,
+        devices=devices,
+        memory_limit=memory_limit,
+        steps_per_call=steps_per_call,
+    )
     keys = checked_keys(keys)
     num_runs = len(keys)
     temperature = spread(temperature, num_runs, "temperature")
-    if teacher_temperature is None:
-        teacher_temperature = temperature
-    teacher_temperature = spread(teacher_temperature, num_runs, "teacher_temperature")
-    _validate.positive(teacher_temperature=teacher_temperature)
-    teacher_loss = _stacked_loss(teacher_temperature, 0.0, False, num_runs)
-    student_loss = _stacked_loss(temperature, hard_weight, temperature_squared, num_runs)
-    first = start[0] if len(start) else _start(generations[0], keys, 0)
+    _validate.positive(temperature=temperature)
+    student_loss = distill.check_losses(teacher_loss, student_loss, online, teacher)
+    first_number = 0 if teacher is None else 1
+    first = start[0] if len(start) else _start(generations[0], keys, first_number)
     check_examples(generations[0].step, nets.index(first, 0), inputs, labels, None)
     inputs, labels = np.asarray(inputs), np.asarray(labels)
-    teacher = train.logits_fn(generations[0].step, nets.index(first, 0))
-    hard = np.eye(jax.eval_shape(teacher, inputs[:1]).shape[-1], dtype=np.float32)[labels]
+    network = train.logits_fn(generations[0].step, nets.index(first, 0))
+    hard = np.eye(jax.eval_shape(network, inputs[:1]).shape[-1], dtype=np.float32)[labels]
     store = _program.store(inputs, labels)
 
     def hard_labels(kind: Kind, runs: np.ndarray) -> Any:
@@ -120,7 +133,7 @@ def chain(
         """The soft labels of a stack of teachers."""
 
         def soft_labels(kind: Kind, runs: np.ndarray) -> Any:
-            kind = kind._replace(step=step, augment=None)
+            kind = kind._replace(step=step)
             shared = (_program.placed(kind, store, stacked=False),)
             program = _program.labels_program(kind, min(512, len(labels)))
             return program(shared, *_program.placed_stack(kind, (teachers, temperature), runs))
@@ -131,16 +144,31 @@ def chain(
     alive = np.ones(num_runs, bool)
     diverged = []
     labels_of: Labeler = hard_labels
-    for number, generation in enumerate(generations):
-        state = start[number] if number < len(start) else _start(generation, keys, number)
-        stage = distill.stage_name(number, len(generations))
+    before = None  # the stack of networks that the next generation learns from
+    if teacher is not None:
+        before = nets.stack([nets.callable_logits_fn(teacher)] * num_runs)
+        soft = [distill.soft_labels(teacher, inputs, temperature=float(T)) for T in temperature]
+        labels_of = _given(np.stack(soft))
+    for number, generation in enumerate(generations, start=first_number):
+        given = start[len(states) :][:1]
+        state = given[0] if given else _start(generation, keys, number)
+        stage = distill.stage_name(number, first_number + len(generations))
+        if before is None:
+            loss = _stacked([teacher_loss(float(T)) for T in temperature], "teacher_loss")
+        elif online:
+            teachers = [nets.index(before, run) for run in range(num_runs)]
+            pairs = zip(temperature, teachers, strict=True)
+            loss = _stacked([student_loss(float(T), each) for T, each in pairs], "student_loss")
+            labels_of = _no_labels
+        else:
+            loss = _stacked([student_loss(float(T)) for T in temperature], "student_loss")
         state, behind = train_stack(
             generation.step,
             state,
             store,
-            teacher_loss if number == 0 else student_loss,
+            loss,
             labels_of,
-            hard.shape[-1],
+            None if labels_of is _no_labels else hard.shape[-1],
             num_epochs=generation.num_epochs,
             options=options,
             callback=with_generation(callback, number),
@@ -150,6 +178,7 @@ def chain(
         # A chain whose teacher has diverged has no student.
         alive = alive & ~behind
         states.append(state)
+        before = train.logits_fn(generation.step, state)
         labels_of = labels_by(generation.step, state)
         diverged.append(~alive)
         if callback is not None:
@@ -165,15 +194,27 @@ def chain(
     return SweepResult(states, np.stack(diverged))
 
 
-def _stacked_loss(
-    temperature: ArrayLike, hard_weight: ArrayLike, squared: bool, num_runs: int
-) -> Any:
-    """The chain's loss with every number `[R]`."""
-    return distill.soft_loss(
-        spread(temperature, num_runs, "temperature"),
-        hard_weight=spread(hard_weight, num_runs, "hard_weight"),
-        temperature_squared=squared,
-    )
+def _stacked(losses: Sequence[Any], name: str) -> Any:
+    """The losses of all runs as one, every leaf `[R, ...]`."""
+    try:
+        hashable = jax.tree.structure(losses[0])
+        if any(jax.tree.structure(loss) != hashable for loss in losses) or hashable.num_leaves == 0:
+            raise ValueError("they differ in more than in arrays")
+        return nets.stack([jax.tree.map(jnp.asarray, loss) for loss in losses])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected {name}(T) to be a pytree that carries T as an array, got "
+            f"{type(losses[0]).__name__} ({error}); return jax.tree_util.Partial(fun, T, ...)"
+        ) from None
+
+
+def _given(labels: np.ndarray) -> Labeler:
+    """Soft labels `[R, N, K]` that are there."""
+    return lambda kind, runs: _program.placed(kind, labels[runs], stacked=True)
+
+
+def _no_labels(kind: Kind, runs: np.ndarray) -> None:
+    """None: an online teacher labels each batch."""
 
 
 def _start(generation: Generation, keys: Array, number: int) -> TrainState:

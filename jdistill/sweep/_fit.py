@@ -9,7 +9,7 @@ import numpy as np
 
 from jdistill import _validate, data, nets
 from jdistill.sweep import _memory, _program
-from jdistill.sweep._program import Augment, Kind, Store
+from jdistill.sweep._program import Kind, Store
 from jdistill.sweep._states import check_runs
 from jdistill.train import TrainState, TrainStep
 from jdistill.train._fit import check_examples
@@ -29,7 +29,6 @@ class Options:
     devices: Sequence[jax.Device] | None = None
     memory_limit: int | None = None
     steps_per_call: int | None = None
-    augment: Augment | None = None
 
     def __post_init__(self) -> None:
         _validate.count(batch_size=self.batch_size)
@@ -37,8 +36,6 @@ class Options:
             _validate.flag(vmapped=self.vmapped)
         if self.devices is not None:
             _validate.devices(self.devices)
-        if self.augment is not None:
-            _validate.function(augment=self.augment)
         for name in ("memory_limit", "steps_per_call"):
             if (value := getattr(self, name)) is not None:
                 _validate.count(**{name: value})
@@ -47,7 +44,7 @@ class Options:
         """What is compiled."""
         devices = tuple(jax.local_devices() if self.devices is None else self.devices)
         vmapped = devices[0].platform != "cpu" if self.vmapped is None else self.vmapped
-        return Kind(step, vmapped, devices, self.augment)
+        return Kind(step, vmapped, devices)
 
     def steps_at_once(self, kind: Kind, num_runs: int) -> int | None:
         """Steps of a compiled loop; None is a whole epoch."""
@@ -69,7 +66,6 @@ def fit(
     devices: Sequence[jax.Device] | None = None,
     memory_limit: int | None = None,
     steps_per_call: int | None = None,
-    augment: Augment | None = None,
     callback: Callback | None = None,
     stage: str = "train",
 ) -> tuple[TrainState, np.ndarray]:
@@ -98,8 +94,6 @@ def fit(
             all runs are taken at once. Runs that do not fit go in equal chunks.
         steps_per_call: steps of a compiled loop, after which the callback is called; None is an
             epoch, on CPU a few steps.
-        augment: `(keys [B], inputs [B, ...]) -> inputs`, compiled into the step; row i must depend
-            on key i alone.
         callback: called with `event="step"` after every call of the compiled loop and
             `event="epoch"` after every epoch, each with `stage`, `step`, `num_steps`, `epoch`
             (from 1), `num_epochs` and `runs` (a slice: the chunk that was trained); an epoch's
@@ -138,7 +132,6 @@ def fit(
         devices=devices,
         memory_limit=memory_limit,
         steps_per_call=steps_per_call,
-        augment=augment,
     )
     check_step(step)
     check_state(state)

@@ -15,8 +15,6 @@ from jdistill.train import TrainState, TrainStep, logits_fn
 from jdistill.typing import Array, Batch, LossFn, Metrics
 
 RUN_AXIS = "run"
-# Augmentation: `(keys [B], inputs [B, ...]) -> inputs [B, ...]`, row i from key i alone.
-Augment = Callable[[Array, Array], Array]
 
 
 class Store(NamedTuple):
@@ -40,7 +38,6 @@ class Kind(NamedTuple):
     step: TrainStep
     vmapped: bool
     devices: tuple[jax.Device, ...]
-    augment: Augment | None
 
 
 def store(inputs: np.ndarray, labels: np.ndarray) -> Store:
@@ -94,10 +91,6 @@ def _steps_of_one(
         state, alive, totals = carry
         chosen = rows[number]
         inputs = _read(stored, chosen)
-        if kind.augment is not None:
-            key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), _AUGMENTED)
-            keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(chosen)))
-            inputs = kind.augment(keys, inputs)
         batch = Batch(
             inputs,
             stored.labels[chosen],
@@ -119,10 +112,6 @@ def _steps_of_one(
 
     zeros = {name: jnp.float32(0) for name in ("loss", "correct", "count")}
     return jax.lax.fori_loop(first, last, body, (state, alive, zeros))
-
-
-# Folded into a step's key for the augmentation; no example of a batch has this number.
-_AUGMENTED = 2**31 - 2
 
 
 def _over_runs(kind: Kind, fun: Callable[..., Any]) -> Callable[..., Any]:

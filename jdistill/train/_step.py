@@ -1,8 +1,9 @@
 """The state that training changes, and the pure steps that change or measure it."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,14 @@ class TrainState(NamedTuple):
     key: Array
 
 
+# Augmentation: `(keys [B], inputs [B, ...]) -> inputs [B, ...]`, row i from key i alone.
+Augment = Callable[[Array, Array], Array]
+# `(apply_fn, params, model_state, batch, loss_fn, keys [B]) -> (loss [B], (outputs, model_state))`.
+Objective = Callable[..., tuple[Array, tuple[Any, PyTree]]]
+# Folded into a step's key for the augmentation; no example of a batch has this number.
+_AUGMENTED = 2**31 - 2
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
     """A training step `(state, batch, loss_fn) -> (state, metrics)`: a value that can be called.
@@ -49,11 +58,15 @@ class TrainStep:
         apply_fn: the network.
         optimizer: the optimizer.
         axis_name: the mapped axis to reduce over, or None.
+        augment: see `make_train_step`.
+        objective: likewise.
     """
 
     apply_fn: ApplyFn
     optimizer: optax.GradientTransformation
     axis_name: str | None = None
+    augment: Augment | None = None
+    objective: Objective | None = None
 
     def __call__(
         self, state: TrainState, batch: Batch, loss_fn: LossFn
@@ -65,14 +78,19 @@ class TrainStep:
         # same units, and the result would depend on their number.
         positions = parallel.example_indices(num_rows, self.axis_name)
         step_key = jax.random.fold_in(state.key, state.step)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key, positions)
+        keys = _keys_at(step_key, positions)
+        if self.augment is not None:
+            augment_keys = _keys_at(jax.random.fold_in(step_key, _AUGMENTED), positions)
+            batch = batch._replace(inputs=self.augment(augment_keys, batch.inputs))
+        objective = _plain_objective if self.objective is None else self.objective
+        apply_fn = nets.fast_on_cpu(_Pair(self.apply_fn))
 
         def total_loss(params: PyTree) -> tuple[Array, tuple[Array, PyTree]]:
-            logits, model_state = nets.fast_on_cpu(self.apply_fn)(
-                params, state.model_state, batch.inputs, train=True, key=keys
+            per_example, (outputs, model_state) = objective(
+                apply_fn, params, state.model_state, batch, loss_fn, keys
             )
-            per_example = jnp.where(batch.mask > 0, loss_fn(logits, batch), 0.0)
-            return jnp.sum(per_example * batch.mask), (logits, model_state)
+            per_example = jnp.where(batch.mask > 0, per_example, 0.0)
+            return jnp.sum(per_example * batch.mask), (nets.logits_of(outputs), model_state)
 
         (loss, (logits, model_state)), gradient = jax.value_and_grad(total_loss, has_aux=True)(
             state.params
@@ -88,8 +106,48 @@ class TrainStep:
         return TrainState(state.step + 1, params, model_state, opt_state, state.key), sums
 
 
+def _keys_at(key: Array, positions: Array) -> Array:
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, positions)
+
+
+def _plain_objective(
+    apply_fn: ApplyFn,
+    params: PyTree,
+    model_state: PyTree,
+    batch: Batch,
+    loss_fn: LossFn,
+    keys: Array,
+) -> tuple[Array, tuple[Any, PyTree]]:
+    """The loss of the network's outputs."""
+    outputs, model_state = apply_fn(params, model_state, batch.inputs, train=True, key=keys)
+    return loss_fn(outputs, batch), (outputs, model_state)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pair:
+    """An `ApplyFn` that is held to what it must return."""
+
+    apply_fn: ApplyFn
+
+    def __call__(
+        self, params: PyTree, model_state: PyTree, inputs: Array, *, train: bool, key: Array | None
+    ) -> tuple[Any, PyTree]:
+        found = self.apply_fn(params, model_state, inputs, train=train, key=key)
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise ValueError(
+                "expected apply_fn to return (outputs, model_state), got "
+                f"{type(found).__name__}; return the model state too, {{}} where there is none"
+            )
+        return found
+
+
 def make_train_step(
-    apply_fn: ApplyFn, optimizer: optax.GradientTransformation, *, axis_name: str | None = None
+    apply_fn: ApplyFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    axis_name: str | None = None,
+    augment: Augment | None = None,
+    objective: Objective | None = None,
 ) -> TrainStep:
     """A pure training step for a network and an optimizer.
 
@@ -101,6 +159,12 @@ def make_train_step(
         apply_fn: the network, `jdistill.nets.apply_fn(model)` for one.
         optimizer: any optax optimizer.
         axis_name: the mapped axis to reduce over; `parallel.compile_step` sets it itself.
+        augment: `(keys [B], inputs [B, ...]) -> inputs`, compiled into the step; row i must depend
+            on key and input i alone. Soft labels made beforehand are of the inputs as they are; an
+            online teacher sees them augmented.
+        objective: `(apply_fn, params, model_state, batch, loss_fn, keys [B])
+            -> (loss [B], (outputs, model_state))`, for losses that need the network itself, such
+            as adversarial training; None is `loss_fn` of the network's outputs.
 
     Returns:
         The step, `(state, batch, loss_fn) -> (state, metrics)`. Metrics are sums over the batch:
@@ -117,7 +181,7 @@ def make_train_step(
         >>> int(state.step), float(sums["count"])
         (1, 4.0)
     """
-    _validate.function(apply_fn=apply_fn, remedy="pass jdistill.nets.apply_fn(model)")
+    _check_apply_fn(apply_fn)
     _validate.instance(
         optax.GradientTransformation,
         "an optax optimizer",
@@ -125,7 +189,27 @@ def make_train_step(
         optimizer=optimizer,
     )
     _check_axis_name(axis_name)
-    return TrainStep(apply_fn, optimizer, axis_name)
+    for name, value in (("augment", augment), ("objective", objective)):
+        if value is not None:
+            _validate.function(**{name: value})
+    return TrainStep(apply_fn, optimizer, axis_name, augment, objective)
+
+
+def _check_apply_fn(apply_fn: Any) -> None:
+    """An error for what is no `ApplyFn`, such as a module."""
+    remedy = "pass jdistill.nets.apply_fn(model)"
+    _validate.function(apply_fn=apply_fn, remedy=remedy)
+    try:
+        parameters = inspect.signature(apply_fn).parameters
+    except (TypeError, ValueError):  # a callable that does not say
+        return
+    anything = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    missing = [name for name in ("train", "key") if name not in parameters]
+    if missing and not anything:
+        raise ValueError(
+            "expected apply_fn(params, model_state, inputs, *, train, key), got "
+            f"{type(apply_fn).__name__} without `{missing[0]}`; {remedy}"
+        )
 
 
 def _check_axis_name(axis_name: str | None) -> None:
@@ -214,9 +298,9 @@ class _Evaluation:
     apply_fn: ApplyFn
 
     def __call__(self, params: PyTree, model_state: PyTree, inputs: Array) -> Array:
-        apply_fn = nets.fast_on_cpu(self.apply_fn)
-        logits, _ = apply_fn(params, model_state, inputs, train=False, key=None)
-        return logits
+        apply_fn = nets.fast_on_cpu(_Pair(self.apply_fn))
+        outputs, _ = apply_fn(params, model_state, inputs, train=False, key=None)
+        return nets.logits_of(outputs)
 
 
 def logits_fn(step: TrainStep, state: TrainState) -> LogitsFn:
@@ -260,11 +344,11 @@ class EvalStep:
         self, state: TrainState, batch: Batch, loss_fn: LossFn
     ) -> tuple[TrainState, Metrics]:
         """The sums of the batch; see `make_eval_step`."""
-        logits, _ = nets.fast_on_cpu(self.apply_fn)(
+        outputs, _ = nets.fast_on_cpu(_Pair(self.apply_fn))(
             state.params, state.model_state, batch.inputs, train=False, key=None
         )
-        per_example = jnp.where(batch.mask > 0, loss_fn(logits, batch), 0.0)
-        sums = _sums(jnp.sum(per_example * batch.mask), logits, batch)
+        per_example = jnp.where(batch.mask > 0, loss_fn(outputs, batch), 0.0)
+        sums = _sums(jnp.sum(per_example * batch.mask), nets.logits_of(outputs), batch)
         return state, sums if self.axis_name is None else jax.lax.psum(sums, self.axis_name)
 
 
@@ -293,7 +377,7 @@ def make_eval_step(apply_fn: ApplyFn, *, axis_name: str | None = None) -> EvalSt
         >>> float(sums["count"])
         4.0
     """
-    _validate.function(apply_fn=apply_fn, remedy="pass jdistill.nets.apply_fn(model)")
+    _check_apply_fn(apply_fn)
     _check_axis_name(axis_name)
     return EvalStep(apply_fn, axis_name)
 
@@ -314,7 +398,7 @@ def hard_loss(temperature: ArrayLike = 1.0) -> LossFn:
         temperature: above 0; carried as an array, so another one compiles nothing.
 
     Returns:
-        `(logits [B, K], batch) -> [B]`, a pytree.
+        `(outputs, batch) -> [B]`, a pytree.
 
     Raises:
         ValueError: a temperature that is not above 0.
@@ -328,7 +412,8 @@ def hard_loss(temperature: ArrayLike = 1.0) -> LossFn:
     return jax.tree_util.Partial(_hard_loss, jnp.asarray(temperature, jnp.float32))
 
 
-def _hard_loss(temperature: Array, logits: Array, batch: Batch) -> Array:
+def _hard_loss(temperature: Array, outputs: Any, batch: Batch) -> Array:
+    logits = nets.logits_of(outputs)
     return losses.cross_entropy(logits, batch.labels, temperature=temperature)
 
 
