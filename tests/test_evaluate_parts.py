@@ -473,6 +473,7 @@ def test_a_second_call_reads_the_shards_of_the_first(results):
     first = evaluate.evaluate(STACK, INPUTS, LABELS, shards=shards, **options)
     kept = dict(shards)
     assert {name.split("/")[0] for name in kept} == {
+        "clean",
         *PLANS,
         *(f"distance {norm}" for norm in DISTANCES),
     }
@@ -508,7 +509,7 @@ def test_memory_does_not_grow_with_the_number_of_examples():
             transfer=["pgd"],
             batch_size=batch_size,
         )
-        return list(TRACES)
+        return [shape for shape in TRACES if shape[0] > 1]  # `eval_shape` looks at one example
 
     assert set(traced(many)) == {(batch_size, D)}
     assert traced(few) == []  # the same programs
@@ -589,3 +590,69 @@ def test_seeds_of_the_same_thing():
         evaluate.over_seeds([0.1, 0.2, 0.3], ["a", "a", "b"])
     with pytest.raises(ValueError, match="one group for each of the values, got 1 for 2"):
         evaluate.over_seeds([0.1, 0.2], ["a"])
+
+
+# One network, several, or a stack
+
+
+def test_one_network_a_list_and_a_stack_are_measured_alike():
+    plan = functools.partial(attacks.fgsm, eps=0.2)
+    options = {"attacks": {"fgsm": plan}}
+    whole = evaluate.evaluate(STACK, INPUTS, LABELS, **options)
+    listed = evaluate.evaluate(NETWORKS, INPUTS, LABELS, **options)
+    np.testing.assert_array_equal(whole.attacks["fgsm"].success, listed.attacks["fgsm"].success)
+    for run, network in enumerate(NETWORKS):
+        alone = evaluate.evaluate(network, INPUTS, LABELS, **options)
+        np.testing.assert_array_equal(
+            alone.attacks["fgsm"].success[0], whole.attacks["fgsm"].success[run]
+        )
+    assert alone.inputs is INPUTS
+    assert alone.labels is LABELS
+
+
+def test_a_function_without_weights_is_a_network():
+    weights = np.asarray(WEIGHTS[0])
+    result = evaluate.evaluate(
+        lambda x: x @ weights,
+        INPUTS,
+        LABELS,
+        attacks={"f": functools.partial(attacks.fgsm, eps=0.1)},
+    )
+    right = (INPUTS @ weights).argmax(1) == LABELS
+    np.testing.assert_array_equal(result.clean.correct[0], right)
+
+
+def test_networks_that_do_not_stack_are_named():
+    options = {"attacks": {"f": functools.partial(attacks.fgsm, eps=0.1)}}
+    other = nets.callable_logits_fn(lambda w, x: x @ w[0], (WEIGHTS[0],))
+    with pytest.raises(ValueError, match="networks of one structure"):
+        evaluate.evaluate([NETWORKS[0], other], INPUTS, LABELS, **options)
+    scaled = nets.callable_logits_fn(
+        lambda w, x: x * jnp.broadcast_to(w, x.shape), np.ones(D, np.float32)
+    )
+    with pytest.raises(ValueError, match=r"what can be either; pass \[network\]"):
+        evaluate.evaluate(scaled, INPUTS, np.arange(len(INPUTS)) % D, **options)
+    assert evaluate.evaluate([scaled], INPUTS, np.arange(len(INPUTS)) % D, **options)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flip", "edit", "foreign"])
+def test_a_damaged_clean_shard_is_measured_again(tmp_path, damage):
+    from jdistill import runtime
+
+    shards = runtime.ShardFolder(tmp_path)
+    options = {"attacks": {"f": functools.partial(attacks.fgsm, eps=0.1)}, "shards": shards}
+    first = evaluate.evaluate(NETWORKS[:1], INPUTS, LABELS, **options)
+    (path,) = (tmp_path / "clean").glob("*.npz")
+    content = path.read_bytes()
+    if damage == "edit":
+        arrays = dict(np.load(path))
+        np.savez(path, **{**arrays, "logits": -arrays["logits"]})
+    elif damage == "foreign":
+        np.savez(path, other=np.zeros(3))
+    else:
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+        path.write_bytes({"cut": content[:middle], "empty": b"", "flip": flipped}[damage])
+    second = evaluate.evaluate(NETWORKS[:1], INPUTS, LABELS, **options)
+    assert first.clean.accuracy == second.clean.accuracy
+    assert path.read_bytes() == content

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jdistill import _fingerprint, _validate, attacks, metrics, nets
+from jdistill._entries import Store
 from jdistill._jax import jit
 from jdistill.attacks import AttackResult
 from jdistill.attacks._core.chunks import run_in_chunks
@@ -23,9 +24,11 @@ from jdistill.evaluate._runs import (
     check_inputs,
     first,
     joined,
+    made_by,
     refuse_tracers,
+    shard_names,
 )
-from jdistill.evaluate._shards import Piece, Shards, Store
+from jdistill.evaluate._shards import Piece, Shards
 from jdistill.typing import Array, ArrayLike, AttackFn, Callback, LogitsFn
 
 # How often what an attack did inside a batch is kept.
@@ -279,19 +282,6 @@ def _check_words(stage: str, shard_name: str | None) -> None:
         _validate.text(shard_name=shard_name)
 
 
-def check_names(names: Sequence[str] | None, num_runs: int) -> None:
-    """An error for names that do not tell the networks apart."""
-    if names is None:
-        return
-    _validate.sequence(names=names)
-    _validate.text(**{f"each of names ({name!r})": name for name in names})
-    if len(names) != num_runs or len(set(names)) != num_runs:
-        raise ValueError(
-            f"expected names, a different name for each of the {num_runs} networks, got {names}; "
-            "name them in the stack's order"
-        )
-
-
 class _Job(NamedTuple):
     """The checked arguments of `under_attack`."""
 
@@ -318,11 +308,9 @@ class _Job(NamedTuple):
 
     def shards(self, store: Store, name: str, names: Sequence[str] | None) -> Shards:
         """The store's shards for this job: what they are called, and what they must say."""
-        from jdistill import __version__
-
         _validate.instance(MutableMapping, "a mapping", remedy="pass a dict", shards=store)
         num_runs = len(self.runs.temperatures)
-        names = [f"network-{run}" for run in range(num_runs)] if names is None else names
+        names = shard_names(names, num_runs)
         attack = _fingerprint.describe_attack(self.plan.attack)
         networks = [
             {
@@ -331,12 +319,7 @@ class _Job(NamedTuple):
             }
             for run in range(num_runs)
         ]
-        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-        shared = {
-            "attack": attack,
-            "jdistill": __version__,
-            "matmul_precision": precision or "highest",
-        }
+        shared = {"attack": attack, **made_by()}
         examples = {unit.batch: self._examples(unit) for unit in self.units}
         called, settings = {}, {}
         for run, batch in (place for unit in self.units for place in unit.places):
@@ -405,7 +388,7 @@ def _job(
     if targets is not None:
         _validate.class_indices(targets, name="targets", batch_size=len(inputs))
         targets = np.asarray(targets)[:size]
-    check_names(names, len(runs.temperatures))
+    shard_names(names, len(runs.temperatures))
     # Keys travel with their examples, so batches do not change the draws.
     keys = None if key is None else example_keys(key, len(inputs))[:size]
     columns = (inputs[:size], labels[:size], keys, targets)

@@ -1,11 +1,20 @@
 """What there is to measure without an attack."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jdistill import _validate, metrics
-from jdistill.evaluate._runs import Runs, check_inputs, first, refuse_tracers
+from jdistill import _entries, _fingerprint, _validate, metrics, nets
+from jdistill._entries import Store
+from jdistill.evaluate._runs import (
+    Runs,
+    check_inputs,
+    first,
+    made_by,
+    refuse_tracers,
+    shard_names,
+)
 from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
 
 
@@ -49,6 +58,8 @@ def clean(
     batch_size: int = 250,
     vmapped: bool | None = None,
     callback: Callback | None = None,
+    shards: Store | None = None,
+    names: Sequence[str] | None = None,
 ) -> CleanMeasures:
     """Accuracy, calibration, logit scale, both sensitivities and zero gradients of a stack.
 
@@ -62,6 +73,8 @@ def clean(
         batch_size: examples at a time, at least 1.
         vmapped: whether to run the stack under `vmap`; None does so except on CPU.
         callback: see `evaluate`.
+        shards: where to keep what was measured of each network; see `under_attack`.
+        names: `[R]`, the networks' names for the shards.
 
     Returns:
         The measures, on the host.
@@ -76,12 +89,38 @@ def clean(
     inputs, labels = np.asarray(inputs), np.asarray(labels)
     _validate.class_indices(labels, batch_size=len(inputs), num_classes=num_classes)
     size = first(len(inputs), "num_sensitivity", num_sensitivity)
-    divided = runs.map(_logits, "accuracy", batch_size, inputs)
+    settings = [
+        {
+            "network": _fingerprint.fingerprint(nets.index(stack, run)),
+            "temperature": float(runs.temperatures[run]),
+            "inputs": _fingerprint.describe(inputs),
+            "labels": _fingerprint.describe(labels),
+            "num_sensitivity": size,
+            **made_by(),
+        }
+        for run in range(len(runs.temperatures) if shards is not None else 0)
+    ]
+    called = [f"clean/{name}" for name in shard_names(names, len(runs.temperatures))]
+    found: list[Any] = [
+        _entries.read(shards, *entry) if shards is not None else None
+        for entry in zip(called, settings or called, strict=True)
+    ]
+    if any(measured is None for measured in found):
+        logits = runs.map(_logits, "accuracy", batch_size, inputs)
+        some = runs.map(_sensitivities, "sensitivity", batch_size, inputs[:size], labels[:size])
+        columns = dict(
+            zip(("logits", "by_logits", "by_softmax", "zero"), (logits, *some), strict=True)
+        )
+        for run, measured in enumerate(found):
+            if measured is None:
+                found[run] = {name: column[run] for name, column in columns.items()}
+                if shards is not None:
+                    _entries.write(shards, called[run], settings[run], found[run])
+    divided, by_logits, by_softmax, zero = (
+        np.stack([measured[name] for measured in found]) for name in _MEASURED
+    )
     logits = divided * runs.temperatures[:, None, None]
     correct = np.stack([np.asarray(metrics.correct(rows, labels)) for rows in logits])
-    by_logits, by_softmax, zero = runs.map(
-        _sensitivities, "sensitivity", batch_size, inputs[:size], labels[:size]
-    )
     return CleanMeasures(
         accuracy=[metrics.proportion(int(row.sum()), row.size) for row in correct],
         correct=correct,
@@ -93,6 +132,9 @@ def clean(
         num_nonfinite=(~metrics.predicts(logits)).sum(axis=1),
         calibration=[metrics.calibration(rows, labels) for rows in divided],
     )
+
+
+_MEASURED = ("logits", "by_logits", "by_softmax", "zero")
 
 
 def _logits(logits_fn: LogitsFn, inputs: Array) -> Array:

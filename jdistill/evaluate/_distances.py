@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from jdistill import _validate, attacks
+from jdistill._entries import Store
 from jdistill.evaluate._attack import AttackOutcome, AttackPlan, under_attack
-from jdistill.evaluate._shards import Store
 from jdistill.typing import Array, ArrayLike, Bounds, Callback, LogitsFn
 
 

@@ -1,5 +1,6 @@
 """All measures of a stack in one call."""
 
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -7,16 +8,16 @@ import jax
 import numpy as np
 
 from jdistill import _validate, metrics, nets
+from jdistill._entries import Store
 from jdistill.attacks import traits
 from jdistill.evaluate import _curves
-from jdistill.evaluate._attack import AttackOutcome, AttackPlan, check_names, under_attack
+from jdistill.evaluate._attack import AttackOutcome, AttackPlan, under_attack
 from jdistill.evaluate._clean import CleanMeasures, clean
 from jdistill.evaluate._curves import Curve
 from jdistill.evaluate._distances import check_distance_plans, check_plans, distances
-from jdistill.evaluate._runs import check_inputs, first, refuse_tracers
-from jdistill.evaluate._shards import Store
+from jdistill.evaluate._runs import check_inputs, first, refuse_tracers, shard_names, stacked
 from jdistill.evaluate._transfer import TransferMatrix, transfer_matrix
-from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
+from jdistill.typing import Array, ArrayLike, AttackFn, Callback, LogitsFn
 
 
 class Budget(NamedTuple):
@@ -41,6 +42,8 @@ class Evaluation(NamedTuple):
             needed one start only, `[R]`: robust accuracy after each step.
         query_curves: by name of each fixed-budget attack that counts its queries, `[R]`.
         transfer: by name of each attack asked for, one matrix for each chain.
+        inputs: `[N, ...]`, what was measured on.
+        labels: `[N]`.
     """
 
     clean: CleanMeasures
@@ -51,14 +54,16 @@ class Evaluation(NamedTuple):
     step_curves: dict[str, list[Curve]]
     query_curves: dict[str, list[Curve]]
     transfer: dict[str, list[TransferMatrix]]
+    inputs: np.ndarray
+    labels: np.ndarray
 
 
 def evaluate(
-    stack: LogitsFn,
+    networks: LogitsFn | Sequence[LogitsFn],
     inputs: np.ndarray,
     labels: np.ndarray,
     *,
-    attacks: Mapping[str, AttackPlan],
+    attacks: Mapping[str, AttackPlan | AttackFn],
     distances: Mapping[str, AttackPlan] | None = None,
     transfer: Iterable[str] = (),
     chains: Sequence[Sequence[int]] | None = None,
@@ -72,23 +77,26 @@ def evaluate(
     shards: Store | None = None,
     names: Sequence[str] | None = None,
 ) -> Evaluation:
-    """Measure every network of a stack on the same examples: all that one run of each attack says.
+    """Measure networks on the same examples: all that one run of each attack says.
 
     It is `clean`, `under_attack` for each attack, `distances` and `transfer_matrix` where asked
     for; worst cases and curves are read off what these found and cost nothing.
 
     Args:
-        stack: a `logits_fn` pytree whose leaves lead with `R`; `nets.stack([f, g])` makes one.
+        networks: one network; or several of one structure; or a stack of them, a `logits_fn` pytree
+            whose leaves lead with `R`.
         inputs: `[N, ...]` float, inside the attacks' bounds.
         labels: `[N]` int in `0..K-1`, of two classes at least.
-        attacks: by name.
+        attacks: by name, each a plan, or an attack with its settings bound.
         distances: by norm, minimum-norm attacks, such as `distance_plans()`; None runs none.
         transfer: names of attacks to judge on the other networks as well.
         chains: of which networks a matrix is made, by their places in the stack: the generations
             of each chain. None takes all networks as one chain.
         eps_grids: by norm, the radii of its curve; None, and other norms, take every radius at
             which an example falls.
-        key: for random attacks; example `n` uses `fold_in(key, n)`, whatever the batch size.
+        key: for random attacks; example `n` uses `fold_in(key, n)`, whatever the batch size. None
+            takes one that depends on the attack's name alone, so that networks are compared on the
+            same draws.
         temperature: at which the networks are tested, above 0; scalar or `[R]`. 1 in every paper.
             The attacks, the softmax sensitivity, the calibration and the zero gradients are those
             of the divided logits; `mean_abs_logit` and `sensitivity_logits` are of the logits as
@@ -99,8 +107,7 @@ def evaluate(
         callback: called after every chunk with `event="evaluate"`, `stage` (`"accuracy"`,
             `"sensitivity"`, the attack's name, `"distance l2"`), `done` and `total` (examples times
             networks).
-        shards: where to keep what attacks did, to go on from; see `under_attack`. What costs
-            little is computed again.
+        shards: where to keep what was measured, to go on from; see `under_attack`.
         names: `[R]`, the networks' names for the shards.
 
     Returns:
@@ -118,11 +125,10 @@ def evaluate(
         >>> import numpy as np
         >>> from jdistill import attacks, nets
         >>> linear = lambda weights, x: x @ weights
-        >>> stack = nets.stack(
-        ...     [nets.callable_logits_fn(linear, w) for w in (jnp.eye(2), -jnp.eye(2))])
+        >>> two = [nets.callable_logits_fn(linear, w) for w in (jnp.eye(2), -jnp.eye(2))]
         >>> x, y = np.eye(2, dtype=np.float32), np.arange(2)
-        >>> fgsm = AttackPlan(functools.partial(attacks.fgsm, eps=0.6))
-        >>> result = evaluate(stack, x, y, attacks={"fgsm": fgsm}, transfer=["fgsm"])
+        >>> fgsm = functools.partial(attacks.fgsm, eps=0.6)
+        >>> result = evaluate(two, x, y, attacks={"fgsm": fgsm}, transfer=["fgsm"])
         >>> [share.value for share in result.clean.accuracy]
         [1.0, 0.0]
         >>> [share.value for share in result.attacks["fgsm"].success_rate]
@@ -135,9 +141,12 @@ def evaluate(
         at each temperature); Carlini et al. 2019, "On Evaluating Adversarial Robustness" (worst
         case per example, curves against the budget, transfer).
     """
-    refuse_tracers(stack, inputs, labels, key)
-    _validate.function(stack=stack)
+    refuse_tracers(networks, inputs, labels, key)
+    _validate.inputs_in_box(inputs, (-np.inf, np.inf))
+    stack = stacked(networks, inputs)
     num_runs = nets.stack_size(stack)
+    _validate.mapping(attacks=attacks)
+    attacks = {name: AttackPlan(each) if callable(each) else each for name, each in attacks.items()}
     check_plans(attacks, "attacks")
     check_plans({} if distances is None else distances, "distances")
     by_norm = {} if distances is None else dict(distances)
@@ -148,7 +157,7 @@ def evaluate(
     _validate.mapping(eps_grids=grids)
     for norm, radii in grids.items():
         _validate.column(**{f"eps_grids[{norm!r}]": radii})
-    check_names(names, num_runs)
+    shard_names(names, num_runs)
     num_classes = check_inputs(stack, inputs)
     _validate.class_indices(labels, batch_size=len(inputs), num_classes=num_classes)
     _check_names(attacks, by_norm, transfer, chains, num_runs)
@@ -164,9 +173,10 @@ def evaluate(
         batch_size=batch_size,
         vmapped=vmapped,
         callback=callback,
+        shards=shards,
+        names=names,
     )
     shared: dict[str, Any] = {
-        "key": key,
         "temperature": temperature,
         "vmapped": vmapped,
         "callback": callback,
@@ -174,10 +184,25 @@ def evaluate(
         "names": names,
     }
     outcomes = {
-        name: under_attack(stack, inputs, labels, plan, stage=name, **shared)
+        name: under_attack(
+            stack,
+            inputs,
+            labels,
+            plan,
+            stage=name,
+            key=jax.random.key(zlib.crc32(name.encode())) if key is None else key,
+            **shared,
+        )
         for name, plan in attacks.items()
     }
-    found = _distances(stack, inputs, labels, by_norm, **shared)
+    found = _distances(
+        stack,
+        inputs,
+        labels,
+        by_norm,
+        key=jax.random.key(zlib.crc32(b"distances")) if key is None else key,
+        **shared,
+    )
     everything = {**outcomes, **{_of_norm(norm): outcome for norm, outcome in found.items()}}
     return Evaluation(
         clean=measures,
@@ -200,6 +225,8 @@ def evaluate(
             ]
             for name in transfer
         },
+        inputs=np.asarray(inputs),
+        labels=np.asarray(labels),
     )
 
 

@@ -1,14 +1,14 @@
 """Running a function over every network of a stack, in chunks of examples."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jdistill import _validate, data, nets
-from jdistill._jax import full_precision, jit, logits_shape
+from jdistill._jax import call, full_precision, jit, logits_shape
 from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
 
 Place = tuple[int, int]  # (network, batch)
@@ -176,6 +176,86 @@ def _over_runs(fun: Callable[..., Any]) -> Callable[..., Any]:
         return jax.vmap(lambda network: fun(network, *columns))(stack)
 
     return over_runs
+
+
+def made_by() -> dict[str, Any]:
+    """What a shard says of the library that made it."""
+    from jdistill import __version__
+
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    return {"jdistill": __version__, "matmul_precision": precision or "highest"}
+
+
+def shard_names(names: Sequence[str] | None, num_runs: int) -> list[str]:
+    """The names of the networks in their shards, checked."""
+    if names is None:
+        return [f"network-{run}" for run in range(num_runs)]
+    _validate.sequence(names=names)
+    _validate.text(**{f"each of names ({name!r})": name for name in names})
+    if len(names) != num_runs or len(set(names)) != num_runs:
+        raise ValueError(
+            f"expected names, a different name for each of the {num_runs} networks, got {names}; "
+            "name them in the stack's order"
+        )
+    return list(names)
+
+
+def stacked(networks: Any, inputs: Any) -> LogitsFn:
+    """One network, several, or a stack of them, as a stack.
+
+    Raises:
+        ValueError: it cannot be told which it is, or networks of different structures.
+    """
+    if isinstance(networks, (list, tuple)) and not hasattr(networks, "_fields"):
+        if not networks:
+            raise ValueError("expected at least one network, got none; pass [logits_fn]")
+        for network in networks:
+            _validate.function(networks=network)
+        leading = [_with_leaf(nets.callable_logits_fn(network)) for network in networks]
+        try:
+            return nets.stack(leading)
+        except ValueError as error:
+            raise ValueError(
+                f"expected networks of one structure, got others ({error}); measure each kind in "
+                "a call of its own"
+            ) from None
+    _validate.function(networks=networks)
+    if not jax.tree.leaves(nets.callable_logits_fn(networks)):
+        return stacked([networks], inputs)
+    leaves, structure = jax.tree.flatten(networks)
+    shapes = tuple((np.shape(leaf), jax.typeof(leaf).dtype) for leaf in leaves)
+    example = np.asarray(inputs[:1])
+    single, stack = _kinds(structure, shapes, example.shape, example.dtype)
+    if single and stack:
+        raise ValueError(
+            "expected one network or a stack, got what can be either; pass [network] for one, and "
+            "a list of the networks for several"
+        )
+    return stacked([networks], inputs) if single else networks
+
+
+@functools.lru_cache(maxsize=64)
+def _kinds(structure: Any, shapes: tuple[Any, ...], shape: Any, dtype: Any) -> tuple[bool, bool]:
+    """Whether what has these leaves gives logits as it is, and as the first of a stack."""
+    example = jax.ShapeDtypeStruct(shape, dtype)
+
+    def gives_logits(cut: int) -> bool:
+        if any(len(of_leaf) < cut for of_leaf, _ in shapes):
+            return False
+        leaves = [jax.ShapeDtypeStruct(of_leaf[cut:], kind) for of_leaf, kind in shapes]
+        try:
+            with full_precision():
+                logits = jax.eval_shape(call, jax.tree.unflatten(structure, leaves), example)
+        except Exception:  # whatever a network says to weights of other shapes
+            return False
+        return len(logits.shape) == 2 and logits.shape[0] == shape[0]
+
+    return gives_logits(0), gives_logits(1)
+
+
+def _with_leaf(network: LogitsFn) -> LogitsFn:
+    """The network with a leaf to stack, where it has none of its own."""
+    return network if jax.tree.leaves(network) else nets.with_temperature(network, 1.0)
 
 
 def check_inputs(stack: LogitsFn, inputs: Any) -> int | None:

@@ -1,20 +1,15 @@
 """What an attack did to one network on one batch, kept so that it is done only once."""
 
-import hashlib
-import json
-import logging
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jdistill import _fingerprint, _validate
+from jdistill import _entries, _validate
+from jdistill._entries import Store
 from jdistill.attacks import AttackResult
 from jdistill.evaluate._runs import Place, Unit
 
-Store = MutableMapping[str, Mapping[str, np.ndarray]]
-
-_log = logging.getLogger("jdistill")
 _INFO = "info."
 _PART = ".part"  # of a shard's name: how far the attack is that makes it
 
@@ -27,15 +22,11 @@ class Piece(NamedTuple):
 
 
 class Shards(NamedTuple):
-    """A store, and what each place's shard is called and must say of itself.
-
-    A shard holds the result's arrays; `settings`, JSON of all that they depend on; `checksum`, of
-    both.
-    """
+    """A store, and what each place's shard is called and must say of itself."""
 
     store: Store
     names: Mapping[Place, str]
-    settings: Mapping[Place, Mapping[str, object]]
+    settings: Mapping[Place, Mapping[str, Any]]
 
     def read(self, place: Place) -> Piece | None:
         """The place's shard; None where it is missing or damaged.
@@ -43,55 +34,31 @@ class Shards(NamedTuple):
         Raises:
             ValueError: it was made with other settings.
         """
-        name = self.names[place]
-        try:
-            shard = dict(self.store[name])
-        except KeyError:
+        shard = _entries.read(self.store, self.names[place], self.settings[place])
+        if shard is None:
             return None
-        text, checksum = (str(shard.pop(entry, "")) for entry in ("settings", "checksum"))
-        if not text or _checksum(text, shard) != checksum:
-            _log.warning("shard %r is damaged; it is computed again", name)
-            return None
-        if text != self._text(place):
-            found = _fingerprint.differences(json.loads(text), dict(self.settings[place]))
-            raise ValueError(
-                f"expected shard {name!r} to be of this run, got one with "
-                f"{'; '.join(found[:5])}; pass the settings that it was made "
-                "with, or delete the shard, and it is computed again"
-            )
         info = {key[len(_INFO) :]: shard.pop(key) for key in list(shard) if key.startswith(_INFO)}
         finite = shard.pop("finite")
         return Piece(AttackResult(**shard, info=info), finite)  # type: ignore[arg-type]
 
     def read_part(self, place: Place) -> np.ndarray | None:
         """State of a stopped run at the place; None where nothing that fits was kept."""
-        shard = self.store.get(self.names[place] + _PART)
-        if shard is None or str(shard["settings"]) != self._text(place):
-            return None
-        arrays = {"part": np.asarray(shard["part"])}
-        whole = str(shard["checksum"]) == _checksum(self._text(place), arrays)
-        return arrays["part"] if whole else None
+        name = self.names[place] + _PART
+        shard = _entries.read(self.store, name, self.settings[place], strict=False)
+        return None if shard is None else shard["part"]
 
     def write_part(self, place: Place, part: np.ndarray) -> None:
         """Keep how far the attack is with the place."""
-        self._put(self.names[place] + _PART, place, {"part": part})
+        name = self.names[place] + _PART
+        _entries.write(self.store, name, self.settings[place], {"part": part})
 
     def write(self, place: Place, piece: Piece) -> None:
         """Keep a place's result."""
         arrays = piece.result._asdict()
         info = arrays.pop("info")
         arrays |= {"finite": piece.finite, **{_INFO + name: info[name] for name in info}}
-        arrays = {name: np.asarray(values) for name, values in arrays.items()}
-        self._put(self.names[place], place, arrays)
+        _entries.write(self.store, self.names[place], self.settings[place], arrays)
         self.store.pop(self.names[place] + _PART, None)
-
-    def _put(self, name: str, place: Place, arrays: Mapping[str, np.ndarray]) -> None:
-        text = self._text(place)
-        marks = {"settings": np.array(text), "checksum": np.array(_checksum(text, arrays))}
-        self.store[name] = {**arrays, **marks}
-
-    def _text(self, place: Place) -> str:
-        return json.dumps(self.settings[place], sort_keys=True)
 
 
 class Progressed(NamedTuple):
@@ -135,12 +102,3 @@ def share(units: list[Unit], host: int, num_hosts: int) -> list[Unit]:
             "jax.process_index() does"
         )
     return units[host::num_hosts]
-
-
-def _checksum(text: str, arrays: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.blake2b(text.encode(), digest_size=16)
-    for name in sorted(arrays):
-        array = np.asarray(arrays[name])
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
