@@ -33,7 +33,7 @@ def read_digits() -> tuple[dict[str, Split], dict[str, str], str]:
     except ImportError as error:
         raise ImportError(
             f"expected scikit-learn for the embedded digits, got {error}; "
-            "do: pip install 'jdistill[demo]' (or pip install scikit-learn)"
+            "do: pip install 'jdistill[study]' (or pip install scikit-learn)"
         ) from error
     bunch = load_digits()
     images = bunch.images.astype(np.uint8)[..., None]

@@ -70,6 +70,7 @@ class AttackOutcome(NamedTuple):
         norm: of the distances; None where that is not known (see `attacks.Traits`).
         eps: the attack's radius; None for a minimum-norm attack.
         traits: the attack's facts; None of an outcome that was made by hand.
+        predictions: `[R, M]`, the classes of the returned inputs; likewise.
     """
 
     success: np.ndarray
@@ -84,6 +85,7 @@ class AttackOutcome(NamedTuple):
     norm: str | None = None
     eps: float | None = None
     traits: attacks.Traits | None = None
+    predictions: np.ndarray | None = None
 
 
 def under_attack(
@@ -162,7 +164,7 @@ def under_attack(
         norm=known.norm,
         eps=known.eps,
     )
-    return outcome._replace(traits=known)
+    return outcome._replace(traits=known, predictions=np.asarray(piece.predictions))
 
 
 def attack_shards(
@@ -411,8 +413,9 @@ def _of_all_hosts(units: list[Unit], kept: Shards) -> dict[Any, Piece]:
 
 
 @jit
-def _finite(logits_fn: LogitsFn, inputs: Array) -> Any:
-    return metrics.predicts(logits_fn(inputs))
+def _predicted(logits_fn: LogitsFn, inputs: Array) -> Any:
+    logits = logits_fn(inputs)
+    return metrics.predicts(logits), logits.argmax(axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -434,4 +437,4 @@ class _Attacked:
         else:
             result = self.attack(logits_fn, keys, inputs, labels, targets=targets)  # type: ignore[call-arg]
         result = verified(result, self.attack, logits_fn, labels, targets)
-        return Piece(result, _finite(logits_fn, result.inputs))
+        return Piece(result, *_predicted(logits_fn, result.inputs))

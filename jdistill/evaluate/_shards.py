@@ -19,6 +19,7 @@ class Piece(NamedTuple):
 
     result: AttackResult
     finite: np.ndarray  # whether the network's logits are, on what the attack returned
+    predictions: np.ndarray  # the class of the largest
 
 
 class Shards(NamedTuple):
@@ -38,8 +39,8 @@ class Shards(NamedTuple):
         if shard is None:
             return None
         info = {key[len(_INFO) :]: shard.pop(key) for key in list(shard) if key.startswith(_INFO)}
-        finite = shard.pop("finite")
-        return Piece(AttackResult(**shard, info=info), finite)  # type: ignore[arg-type]
+        finite, predictions = shard.pop("finite"), shard.pop("predictions")
+        return Piece(AttackResult(**shard, info=info), finite, predictions)  # type: ignore[arg-type]
 
     def read_part(self, place: Place) -> np.ndarray | None:
         """State of a stopped run at the place; None where nothing that fits was kept."""
@@ -56,7 +57,8 @@ class Shards(NamedTuple):
         """Keep a place's result."""
         arrays = piece.result._asdict()
         info = arrays.pop("info")
-        arrays |= {"finite": piece.finite, **{_INFO + name: info[name] for name in info}}
+        arrays |= {"finite": piece.finite, "predictions": piece.predictions}
+        arrays |= {_INFO + name: info[name] for name in info}
         _entries.write(self.store, self.names[place], self.settings[place], arrays)
         self.store.pop(self.names[place] + _PART, None)
 

@@ -2,10 +2,11 @@
 
 * Networks: `ConvNet`, the papers' sizes `mnist_net` and `cifar_net`, the small `digits_net`;
   `init` draws their variables.
-* Adapters: `apply_fn`, `nnx_model` (training) and `logits_fn` (attacks and measures) for Flax Linen modules,
-  `nnx_logits_fn` for Flax NNX ones, `callable_logits_fn` for everything else; `binary` for a
-  network with a single logit; `logits_of` takes the logits out of outputs with extras; `with_temperature` divides the logits of any of them. All are values
-  that compare by what they hold, so new weights of an equal network compile nothing.
+* Adapters: `apply_fn`, `nnx_model` (training) and `logits_fn` (attacks and measures) for Flax
+  modules, `nnx_logits_fn` for NNX ones, `callable_logits_fn` for everything else; `binary` for a
+  network with a single logit; `logits_of` takes the logits out of outputs with extras;
+  `with_temperature` divides the logits of any of them. All are values that compare by what they
+  hold, so new weights of an equal network compile nothing.
 * Stacks: `stack`, `unstack`, `index` and `stack_size` for pytrees that `jax.vmap` runs side by
   side.
 * Fast gradients on CPU: `fast_on_cpu` of any network, which attacks, measures, and training steps

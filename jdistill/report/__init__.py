@@ -1,5 +1,7 @@
 """Results as files: tables as CSV, PNG figures, and a report as one HTML page and as Markdown.
 
+    report.from_evaluation(result, verdicts=[verdict], names=["mine"])    # all of it in one call
+
     rows = [...]                        # one dict per network and attack, see COLUMNS and FACTS
     print(report.summary(rows))                   # a table for the terminal
     report.write_table("runs/mnist/curves.csv", "curves", curves)        # and what else there is
@@ -10,9 +12,10 @@
 (`curves.csv`, `transfer.csv`, `sensitivity.csv`, `calibration.csv`, `distances.csv`,
 `comparisons.csv`, `verdicts.json`) the report shows, and of the rest it says that it was not done.
 
-Figures and HTML need matplotlib and jinja2: `pip install 'jdistill[demo]'`. The rest does not.
+Figures and HTML need matplotlib and jinja2: `pip install 'jdistill[study]'`. The rest does not.
 """
 
+from jdistill.report._evaluation import NetworkName, from_evaluation, pictures, tables
 from jdistill.report._figures import write_figures
 from jdistill.report._html import write_html, write_report
 from jdistill.report._measures import read_measures
@@ -35,13 +38,17 @@ __all__ = [
     "COLUMNS",
     "FACTS",
     "TABLES",
+    "NetworkName",
     "answer",
     "check_packages",
+    "from_evaluation",
+    "pictures",
     "read_measures",
     "read_results",
     "read_table",
     "read_verdicts",
     "summary",
+    "tables",
     "write_figures",
     "write_html",
     "write_picture_grid",

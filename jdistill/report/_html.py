@@ -14,7 +14,7 @@ from jdistill.report import _content, _markdown, _text
 from jdistill.report._blocks import Page
 from jdistill.report._figures import write_figures
 from jdistill.report._measures import complete, read_measures
-from jdistill.report._networks import networks
+from jdistill.report._networks import networks, subjects
 from jdistill.report._optional import check_packages, optional
 from jdistill.report._pictures import load_pictures, write_picture_grid
 from jdistill.report._settings import read_json
@@ -56,14 +56,15 @@ def write_report(
     _mappings(config=config, run=run, pictures=pictures, measures=measures)
     # Before anything is written, so that a missing package or a bad picture leaves no half report.
     check_packages()
-    table = read_results(folder / "results.csv") if rows is None else checked("results", rows)
+    raw = read_results(folder / "results.csv") if rows is None else checked("results", rows)
+    table = subjects(raw)
     more = complete(read_measures(folder) if measures is None else measures, networks(table))
     arrays = {key: load_pictures(value) for key, value in _content.in_order(pictures or {})}
     config = read_json(folder / "config.json") if config is None else config
     run = read_json(folder / "run.json") if run is None else run
     written = {}
     if rows is not None:
-        written["results"] = write_results(folder / "results.csv", table)
+        written["results"] = write_results(folder / "results.csv", raw)
     figures = write_figures(table, folder / "figures", more)
     grids = {}
     for key, value in arrays.items():
@@ -125,7 +126,7 @@ def write_html(
     target = as_path(path)
     _mappings(config=config, run=run, figures=figures, pictures=pictures, measures=measures)
     content = _content.page(
-        rows,
+        subjects(checked("results", rows)),
         measures,
         config=config or {},
         run=run or {},

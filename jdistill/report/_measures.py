@@ -5,7 +5,7 @@ from typing import Any
 
 from jdistill import _validate
 from jdistill._files import PathLike, as_path
-from jdistill.report._networks import Network
+from jdistill.report._networks import Network, subjects
 from jdistill.report._table import TABLES, Row, checked, read_table
 from jdistill.report._verdicts import checked_verdicts, read_verdicts
 
@@ -62,7 +62,8 @@ def complete(
     rows = {}
     for kind in KINDS:
         given = measures.get(kind, ())
-        rows[kind] = checked_verdicts(given) if kind == "verdicts" else checked(kind, given)
+        found_rows = checked_verdicts(given) if kind == "verdicts" else checked(kind, given)
+        rows[kind] = subjects(found_rows)
         for row in rows[kind]:
             for name in _GENERATIONS:
                 if name not in row:

@@ -123,6 +123,22 @@ class Network:
         return "student" if self.is_last else f"assistant {self.generation}"
 
 
+def subjects(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """The rows with each chain of a data set as a subject of its own.
+
+    A comparison of networks of two chains has no place in either, and is left out.
+    """
+    found = []
+    for row in rows:
+        row = dict(row)
+        chain, baseline = row.pop("chain", None), row.pop("baseline_chain", None)
+        if not blank(chain):
+            row["dataset"] = f"{row['dataset']}: {chain}"
+        if blank(baseline) or baseline == chain:
+            found.append(row)
+    return found
+
+
 def networks(rows: Iterable[Row]) -> list[Network]:
     """The networks that the rows describe, sorted by dataset, temperature and generation.
 
@@ -137,7 +153,7 @@ def networks(rows: Iterable[Row]) -> list[Network]:
         ValueError: As `write_results`; or there is no row.
     """
     groups: dict[tuple[str, float, int], list[dict[str, Any]]] = {}
-    every = sorted(checked("results", rows), key=lambda row: sort_key("results", row))
+    every = sorted(subjects(checked("results", rows)), key=lambda row: sort_key("results", row))
     # Of rows on the same attack some may be without.
     known = {str(row["attack"]): facts(row) for row in every if facts(row) != Facts()}
     for row in every:

@@ -15,7 +15,7 @@ def optional(module: str) -> ModuleType:
             raise
         raise ModuleNotFoundError(
             f"expected {package} to be installed, got no such package; "
-            "pip install 'jdistill[demo]'",
+            "pip install 'jdistill[study]'",
             name=error.name,
         ) from None
 

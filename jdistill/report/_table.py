@@ -42,10 +42,13 @@ COLUMNS = (
     "median_distance",
     "mean_queries",
 )
+# Rows may also name the chain of their network (`chain`), where there are several of a data set.
 # What rows may say of their attack: fields of `jdistill.attacks.Traits`. A report of rows that lack
 # them, or of an attack that is not known, is neutral where it would need them.
 FACTS = ("title", "access", "follows", "minimum_norm", "handicap", "freedom")
-_TEXT = frozenset({"dataset", "attack", "norm", "curve", "quantity", "test", *FACTS})
+_TEXT = frozenset(
+    {"dataset", "chain", "baseline_chain", "attack", "norm", "curve", "quantity", "test", *FACTS}
+)
 _TEXT -= {"minimum_norm"}
 _SHARE = frozenset(
     {
@@ -99,7 +102,7 @@ _FORMATS = {
             "access": ("gradient", "scores", "decisions"),
             "follows": ("softmax", "logits"),
         },
-        optional=FACTS,
+        optional=("chain", *FACTS),
         more=True,
     ),
     "curves": _Format(
@@ -111,7 +114,7 @@ _FORMATS = {
         blank=_ENDS | {"eps"},
         shares=_ENDS,
         choices={"curve": ("eps", "steps", "queries")},
-        optional=("title",),
+        optional=("chain", "title"),
     ),
     "transfer": _Format(
         columns=(
@@ -124,21 +127,25 @@ _FORMATS = {
         ),
         blank=_ENDS | {"eps"},
         shares=_ENDS,
-        optional=("title",),
+        optional=("chain", "title"),
     ),
     "sensitivity": _Format(
-        columns=(*NETWORK, "low", "high", "count"), key=(*NETWORK, "low", "high"), blank=_ENDS
+        columns=(*NETWORK, "low", "high", "count"),
+        key=(*NETWORK, "low", "high"),
+        blank=_ENDS,
+        optional=("chain",),
     ),
     "calibration": _Format(
         columns=(*NETWORK, "ece", "nll", "brier", "mean_confidence", "num_examples"),
         key=NETWORK,
         blank=frozenset(),
+        optional=("chain",),
     ),
     "distances": _Format(
         columns=(*NETWORK, "norm", "attack", "success_rate", "mean", "median", "num_examples"),
         key=(*NETWORK, "norm", "attack"),
         blank=frozenset({"mean", "median"}),
-        optional=("title",),
+        optional=("chain", "title"),
     ),
     "comparisons": _Format(
         columns=(
@@ -151,7 +158,7 @@ _FORMATS = {
         ),
         blank=_ENDS | {"seed", "p_value", "num_examples", "test"},
         differences=frozenset({"difference"}),  # over few seeds its t interval goes beyond
-        optional=("title",),
+        optional=("chain", "baseline_chain", "title"),
     ),
 }
 TABLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -319,7 +326,7 @@ def blank(value: Any) -> bool:
 
 def sort_key(kind: str, row: Row) -> tuple[Any, ...]:
     """What tells a row from the others of its table, so that it can be sorted by."""
-    values: list[Any] = []
+    values: list[Any] = [str(row.get(name) or "") for name in ("chain", "baseline_chain")]
     for name in _FORMATS[kind].key:
         value = row[name]
         if name in _TEXT:

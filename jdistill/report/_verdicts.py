@@ -105,7 +105,13 @@ def checked_verdicts(verdicts: Iterable[Row], source: str = "") -> list[dict[str
 def _key(row: Row) -> tuple[Any, ...]:
     found = row["verdict"]
     numbers = [float(row[name]) for name in NETWORK[1:]]
-    return str(row["dataset"]), *numbers, str(found["norm"]), float(found["eps"])
+    return (
+        str(row["dataset"]),
+        str(row.get("chain") or ""),
+        *numbers,
+        str(found["norm"]),
+        float(found["eps"]),
+    )
 
 
 def _check_verdict(verdict: Any, place: str) -> None:

@@ -11,6 +11,7 @@ from jdistill.runtime._jax import (
     is_main_process,
 )
 from jdistill.runtime._program import run_main
+from jdistill.runtime._progress import progress
 from jdistill.runtime._records import (
     append_jsonl,
     atomic_write,
@@ -31,6 +32,7 @@ __all__ = [
     "describe",
     "enable_compilation_cache",
     "is_main_process",
+    "progress",
     "read_jsonl",
     "run_main",
     "write_json",

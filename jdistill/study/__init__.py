@@ -1,0 +1,16 @@
+"""Studies: own data, networks, and losses, from training to a report, in one resumable call.
+
+    study = Study(data=..., chains={"no assistant": [stage] * 2, "1 assistant": [stage] * 3}, ...)
+    tables = run(study, "runs/mine")
+
+A `Study` is a value: what is trained (chains of stages, at temperatures and seeds), and what is
+measured of it. `run` trains, measures, judges, and reports into a workdir, from which it goes on;
+`load` reads the tables again, `networks` the trained networks. `smoke` makes any study small.
+`RECIPES` are the studies of the data sets that `jdistill.data` knows.
+"""
+
+from jdistill.study._run import Tables, load, networks, run
+from jdistill.study._study import Stage, Study, smoke
+from jdistill.study._training import Trained
+
+__all__ = ["Stage", "Study", "Tables", "Trained", "load", "networks", "run", "smoke"]

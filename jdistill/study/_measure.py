@@ -1,0 +1,226 @@
+"""Measuring, attacking, and judging all networks of a study, into the tables of its workdir.
+
+What was done to a network lies in `shards`, one entry per network, attack, and batch: a stopped run
+goes on from there, and the tables are made of it.
+"""
+
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from jdistill import __version__, _entries, _fingerprint, diagnose, evaluate, report, runtime
+from jdistill.report import NetworkName
+from jdistill.study._study import Examples, Study, at
+from jdistill.study._training import Trained
+
+Row = dict[str, Any]
+Measured = tuple[evaluate.Evaluation, list[NetworkName]]
+_NUM_PICTURES = 8
+
+
+def measure(
+    folder: epath.Path,
+    study: Study,
+    networks: Sequence[Trained],
+    examples: Examples,
+    *,
+    progress: Any,
+) -> dict[Any, Any]:
+    """Evaluate, attack, and judge every network, as far as the workdir's shards do not say it.
+
+    The tables are written after every run, so that a stopped study leaves what it has.
+
+    Args:
+        folder: the workdir.
+        study: what to measure.
+        networks: all trained networks.
+        examples: of the study.
+        progress: a callback with `say` and `prefix`.
+
+    Returns:
+        Pictures for the report.
+    """
+    shards = runtime.ShardFolder(folder / "shards")
+    measured: list[Measured] = []
+    groups = list(_groups(networks))
+    for number, group in enumerate(groups, start=1):
+        progress.prefix = f"T={group[0].temperature:g}, seed {group[0].seed}, "
+
+        def follow(event: Any, number: int = number) -> None:
+            progress({**event, "stage_number": number, "num_stages": len(groups)})
+
+        result = evaluate.evaluate(
+            [network.logits_fn for network in group],
+            *examples.test,
+            attacks=study.attacks,
+            distances=study.distances,
+            transfer=study.transfer,
+            num_sensitivity=study.num_sensitivity,
+            callback=follow,
+            shards=shards,
+            names=[network.stem for network in group],
+        )
+        measured.append((_slim(result), [_name(examples, network) for network in group]))
+        last = number == len(groups) or groups[number][0][:3] != group[0][:3]
+        if last:
+            write_tables(folder, study, examples, measured, finished=number == len(groups))
+    progress.prefix = ""
+    if study.verdict is not None:
+        rows = list(_verdicts(study, networks, examples, shards, progress))
+        if runtime.is_main_process():
+            report.write_verdicts(folder / "verdicts.json", rows)
+    return pictures(measured, study)
+
+
+def _slim(result: evaluate.Evaluation) -> evaluate.Evaluation:
+    """The evaluation with no more adversarial inputs than are shown, which are most of its size."""
+    few = {
+        name: outcome._replace(inputs=outcome.inputs[:, :_NUM_PICTURES].copy())
+        for name, outcome in result.attacks.items()
+    }
+    none = {
+        norm: outcome._replace(inputs=outcome.inputs[:, :0])
+        for norm, outcome in result.distances.items()
+    }
+    return result._replace(attacks=few, distances=none)
+
+
+def write_tables(
+    folder: epath.Path,
+    study: Study,
+    examples: Examples,
+    measured: Sequence[Measured],
+    *,
+    finished: bool,
+) -> None:
+    """Write the tables of what was measured, on the main process."""
+    if not runtime.is_main_process():
+        return
+    tables = report.tables(measured, compared=_compared(study, examples, measured))
+    for kind, rows in tables.items():
+        path = folder / f"{kind}.csv"
+        if rows or kind == "results":
+            report.write_table(path, kind, rows)
+        elif finished:  # of an earlier start, about what is no longer measured
+            path.unlink(missing_ok=True)
+
+
+def _name(examples: Examples, network: Trained) -> NetworkName:
+    return NetworkName(
+        dataset=examples.name,
+        temperature=network.temperature,
+        seed=network.seed,
+        generation=network.generation,
+        chain=network.chain,
+    )
+
+
+def pictures(measured: Sequence[Measured], study: Study) -> dict[Any, Any]:
+    """Adversarial images of each temperature's last student, first seed, for the report."""
+    found: dict[Any, Any] = {}
+    for result, names in measured:
+        for place, name in enumerate(names):
+            if name.seed == study.seeds[0]:
+                label = f"{name.chain}, T={name.temperature:g}" if name.chain else name.temperature
+                arrays = report.pictures(result, place)
+                if arrays is not None:
+                    found[label] = arrays
+    return found
+
+
+def _groups(networks: Sequence[Trained]) -> Iterator[list[Trained]]:
+    """The networks of each run that have one architecture, to be measured as a stack."""
+    groups: dict[Any, list[Trained]] = {}
+    for network in networks:
+        leaves, structure = jax.tree.flatten(network.logits_fn)
+        shapes = tuple((np.shape(leaf), np.asarray(leaf).dtype) for leaf in leaves)
+        key = (network[:3], structure, shapes)
+        groups.setdefault(key, []).append(network)
+    yield from groups.values()
+
+
+def _compared(
+    study: Study, examples: Examples, measured: Sequence[Measured]
+) -> list[tuple[NetworkName, NetworkName]]:
+    """Each chain's student beside that of the first chain, seed by seed."""
+    there = {name for _, names in measured for name in names}
+    single = len(study.longest_chains()) == 1
+    homes = [("" if single else chain, generation) for chain, generation in study.places().values()]
+    baseline, *others = homes
+    pairs = [
+        tuple(
+            NetworkName(examples.name, temperature, seed, generation, chain)
+            for chain, generation in (other, baseline)
+        )
+        for temperature in study.temperatures
+        for seed in study.seeds
+        for other in dict.fromkeys(others)
+        if other != baseline
+    ]
+    return [(one, other) for one, other in pairs if one in there and other in there]
+
+
+def _verdicts(
+    study: Study,
+    networks: Sequence[Trained],
+    examples: Examples,
+    shards: runtime.ShardFolder,
+    progress: Any,
+) -> Iterator[Row]:
+    """The verdicts on the last network of each chain and on the teacher at T = 1, first seed.
+
+    That teacher, an ordinary network, is what transferred examples are crafted on.
+    """
+    first = [network for network in networks if network.seed == study.seeds[0]]
+    last = {network[:2]: network.generation for network in first}
+    plain = [network for network in first if network[1] == 1 and network.generation == 0]
+    judged = [n for n in first if n.generation == last[n[:2]] or n in plain]
+    for network in judged:
+        surrogate = next((other for other in plain if other.weights != network.weights), None)
+        progress.prefix = f"verdict on T={network.temperature:g}, "
+        verdict = judge(study, network, surrogate, examples, shards, callback=progress)
+        progress.prefix = ""
+        row = _name(examples, network)._asdict()
+        yield {**row, "verdict": verdict.as_dict()}
+
+
+def judge(
+    study: Study,
+    network: Trained,
+    surrogate: Trained | None,
+    examples: Examples,
+    shards: runtime.ShardFolder,
+    *,
+    callback: Any = None,
+) -> diagnose.Verdict:
+    """The study's verdict on a network, out of its shard or made."""
+    assert study.verdict is not None
+    inputs, labels = (column[: study.num_verdict] for column in examples.test)
+    name = f"verdict/{network.stem}"
+    settings = {
+        "verdict": _fingerprint.describe_attack(study.verdict),
+        "network": network.weights,
+        "temperature": at(network.temperature),
+        "surrogate": surrogate.weights if surrogate else None,
+        "examples": _fingerprint.fingerprint([inputs, labels]),
+        "jdistill": __version__,
+    }
+    kept = _entries.read(shards, name, settings)
+    if kept is None:
+        verdict = study.verdict(
+            network.logits_fn,
+            jax.random.key(zlib.crc32(b"verdict")),
+            inputs,
+            labels,
+            train_temperature=network.temperature,
+            surrogate=surrogate and surrogate.logits_fn,
+            callback=callback,
+        )
+        kept = {"verdict": np.array(json.dumps(verdict.as_dict()))}
+        _entries.write(shards, name, settings, kept)
+    return diagnose.Verdict.from_dict(json.loads(str(kept["verdict"])))

@@ -1,0 +1,213 @@
+"""Running a study into a workdir, and reading what is there."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from etils import epath
+
+from jdistill import _files, _validate, report, runtime
+from jdistill.study import _measure, _training, _workdir
+from jdistill.study._study import Examples, Study
+from jdistill.study._training import Trained
+
+Row = dict[str, Any]
+
+
+class Tables(NamedTuple):
+    """The results of a study.
+
+    Attributes:
+        workdir: where they lie.
+        rows: by kind of table (`report.TABLES`) and `"verdicts"`.
+        report: the page that shows them.
+    """
+
+    workdir: epath.Path
+    rows: dict[str, list[Row]]
+    report: epath.Path
+
+    def __str__(self) -> str:
+        return report.summary(self.rows["results"])
+
+
+def run(
+    study: Study,
+    workdir: _files.PathLike,
+    *,
+    parallel: Literal["jit", "pmap", "sweep"] = "jit",
+    recipe: Mapping[str, Any] | None = None,
+) -> Tables:
+    """Train what is not trained, measure what is not measured, and write the report.
+
+    Stopped anywhere and called again with the same study and workdir, it goes on where it was.
+    More temperatures, seeds, or chains extend a workdir; any other difference is refused by name.
+
+    Args:
+        study: what to do.
+        workdir: the folder, local or `gs://…`, for one job at a time.
+        parallel: how training is spread over the devices: `"jit"` and `"pmap"` by the examples of
+            a batch, run after run; `"sweep"` by runs, all of them as one program.
+        recipe: kept in the workdir, so that a command can make the study again from it.
+
+    Returns:
+        The tables and the page.
+
+    Raises:
+        ValueError: the workdir belongs to another study.
+        OSError: it cannot be written, or another job writes it.
+        FloatingPointError: a network has diverged.
+        ModuleNotFoundError: a package that the report needs is missing.
+    """
+    _validate.instance(Study, "a Study", remedy="pass study.Study(...)", study=study)
+    _validate.one_of(("jit", "pmap", "sweep"), parallel=parallel)
+    report.check_packages()
+    with _workdir.reserved(workdir) as folder, runtime.progress() as progress:
+        examples = study.examples()
+        with _workdir.held(folder):
+            study = _extended(folder, study, examples, recipe)
+            times = _workdir.Times(folder, parallel)
+            follower = _Follower(progress, times)
+            try:
+                networks = _training.train(
+                    folder, study, examples, parallel=parallel, progress=follower
+                )
+                shown = _measure.measure(folder, study, networks, examples, progress=follower)
+            finally:
+                times.write()
+            if runtime.is_main_process():
+                report.write_report(folder, pictures=shown)
+                _workdir.seal(folder, [*(f"{kind}.csv" for kind in report.TABLES), "verdicts.json"])
+    return load(folder)
+
+
+class _Follower:
+    """The progress of a study, which also keeps the time."""
+
+    def __init__(self, progress: Any, times: _workdir.Times) -> None:
+        self._progress, self._times = progress, times
+        self.say = progress.say
+        self.prefix = ""
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        self._progress({**event, "stage": self.prefix + event["stage"]})
+        self._times.tick()
+
+
+def _extended(
+    folder: epath.Path, study: Study, examples: Examples, recipe: Mapping[str, Any] | None
+) -> Study:
+    """The study with what the workdir holds beside it; the workdir is the study's from now on."""
+    config = _workdir.read_config(folder)
+    if config is not None:
+        held = config["study"]
+        study = dataclasses.replace(
+            study,
+            temperatures=sorted({*held["temperatures"], *study.temperatures}),
+            seeds=sorted({*held["seeds"], *study.seeds}),
+        )
+    wanted = study.describe(examples)
+    if config is not None:
+        _workdir.refuse_difference(folder, config, wanted)
+    if runtime.is_main_process():
+        note = {"note": examples.note} if examples.note else {}
+        _workdir.write_config(folder, wanted, {**note, "recipe": recipe and dict(recipe)})
+    return study
+
+
+def load(workdir: _files.PathLike) -> Tables:
+    """The tables of a study that has been run, checked.
+
+    Args:
+        workdir: of `run`.
+
+    Raises:
+        FileNotFoundError: there is no finished study.
+        ValueError: a table is not as the run wrote it.
+    """
+    folder = _files.as_path(workdir)
+    _workdir.check_seal(folder)
+    rows: dict[str, list[Row]] = report.read_measures(folder)
+    rows["results"] = report.read_results(folder / "results.csv")
+    return Tables(folder, rows, folder / "report.html")
+
+
+def networks(
+    study: Study,
+    workdir: _files.PathLike,
+    *,
+    chains: Sequence[str] = (),
+    temperatures: Sequence[float] = (),
+    seeds: Sequence[int] = (),
+    generations: Sequence[int] = (),
+    step: int | None = None,
+) -> list[Trained]:
+    """The trained networks of a study, from the checkpoints in its workdir.
+
+    Args:
+        study: that was run.
+        workdir: where.
+        chains: the networks of these chains; empty: of all. Likewise
+        temperatures: of these training temperatures,
+        seeds: of these seeds, and
+        generations: of these generations; 0 is the teacher.
+        step: as they were after this training step; None: when they were finished.
+
+    Returns:
+        The networks, by chain, seed, temperature, and generation.
+
+    Raises:
+        ValueError: the workdir belongs to another study; a chain, temperature, seed, or generation
+            that it does not have; a network that is not finished.
+        FileNotFoundError: no workdir, or no checkpoint of that step.
+    """
+    folder = _files.as_path(workdir)
+    config = _workdir.read_config(folder)
+    if config is None:
+        raise FileNotFoundError(
+            f"expected the workdir of a study, got {workdir}, which has no config.json; check the "
+            "path, or make one with `jdistill defend`"
+        )
+    examples = study.examples()
+    held = config["study"]
+    study = dataclasses.replace(
+        study,
+        temperatures=sorted({*held["temperatures"], *study.temperatures}),
+        seeds=sorted({*held["seeds"], *study.seeds}),
+    )
+    _workdir.refuse_difference(folder, config, study.describe(examples))
+    study = dataclasses.replace(study, temperatures=held["temperatures"], seeds=held["seeds"])
+    all_chains = _training.chains_of(study)
+    there = range(max(len(chain.stages) for chain in all_chains))
+    wanted = {
+        "chain": _chosen(folder, "chain", chains, [chain.name for chain in all_chains]),
+        "temperature": _chosen(folder, "temperature", temperatures, study.temperatures),
+        "seed": _chosen(folder, "seed", seeds, study.seeds),
+        "generation": _chosen(folder, "generation", generations, list(there)),
+    }
+    found, unfinished = [], []
+    for network, missing in _training.restored(folder, study, examples, wanted, step=step):
+        if missing:
+            unfinished.append(f"{network.title} {missing}")
+        else:
+            found.append(network)
+    if unfinished:
+        finished = "; ".join(network.title for network in found) or "none"
+        raise ValueError(
+            f"expected finished networks in {folder}, got {'; '.join(unfinished)} (finished: "
+            f"{finished}); run the study again to finish it, or choose other networks"
+        )
+    return found
+
+
+def _chosen(
+    folder: epath.Path, name: str, wanted: Sequence[Any], there: Sequence[Any]
+) -> list[Any]:
+    """The values asked for, in the order of those that are there."""
+    for value in wanted:
+        if value not in there:
+            raise ValueError(
+                f"expected {name} among {', '.join(map(str, there))}, which are in {folder}, got "
+                f"{value}; choose from these"
+            )
+    return [value for value in there if not wanted or value in wanted]

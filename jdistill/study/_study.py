@@ -1,0 +1,514 @@
+"""Studies and their stages as values: what is trained, on what, and what is measured."""
+
+import dataclasses
+import functools
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from jdistill import _fingerprint, _validate, attacks, data, distill, evaluate, nets, train
+from jdistill.train import TrainStep
+from jdistill.typing import Array, LogitsFn, LossFn, PyTree
+
+Hyperparams = Mapping[str, float | Callable[[float], float]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One network of a chain, and how it learns.
+
+    Attributes:
+        model: a Flax Linen module; or `(init, apply_fn)` for any other network, where
+            `init(key, shape)` gives `(params, model_state)` of a network for inputs of that shape,
+            and `apply_fn` is a `jdistill.typing.ApplyFn`; or `(init, apply)` of a plain function
+            `apply(params, inputs) -> logits`, for which `init(key, shape)` gives the params alone.
+        optimizer: any optax optimizer; its schedules count steps.
+        num_epochs: passes over the training set.
+        hyperparams: numbers for an optimizer made with `optax.inject_hyperparams`
+            (`jdistill.train.sgd` is), or functions of the temperature that give them.
+        frozen: instead of all of these, a trained network, inputs `[B, ...]` to logits `[B, K]`:
+            the first stage of its chain, a teacher that learns nothing.
+        augment: of the inputs, see `train.make_train_step`.
+        make_step: `(apply_fn, optimizer) -> TrainStep`, for training that is no plain loss;
+            `functools.partial(train.make_train_step, objective=...)` for one.
+
+    Example:
+        >>> from jdistill import nets, train
+        >>> stage = Stage(
+        ...     model=nets.digits_net(),
+        ...     optimizer=train.sgd(0.05),
+        ...     num_epochs=30,
+        ...     hyperparams={"learning_rate": lambda temperature: 0.05 * temperature**0.5},
+        ... )
+        >>> stage.hyperparams_at(4.0)
+        {'learning_rate': 0.1}
+    """
+
+    model: Any = None
+    optimizer: optax.GradientTransformation | None = None
+    num_epochs: int = 10
+    hyperparams: Hyperparams = dataclasses.field(default_factory=dict)
+    frozen: LogitsFn | None = None
+    augment: Callable[[Array, Array], Array] | None = None
+    make_step: Callable[..., TrainStep] | None = None
+
+    def __post_init__(self) -> None:
+        """Check what does not need the data."""
+        if self.frozen is not None:
+            _validate.function(frozen=self.frozen)
+            if self.model is not None or self.optimizer is not None:
+                raise ValueError(
+                    "expected either frozen or a model with its optimizer, got both; a frozen "
+                    "network does not learn: drop one"
+                )
+            return
+        if self.model is None or self.optimizer is None:
+            raise ValueError(
+                "expected model and optimizer, got "
+                f"model={self.model!r:.60}, optimizer={self.optimizer!r:.60}; pass both, such as "
+                "Stage(model=nets.digits_net(), optimizer=train.sgd(0.05))"
+            )
+        _validate.count(minimum=0, num_epochs=self.num_epochs)
+        _validate.mapping(hyperparams=self.hyperparams)
+        if self.make_step is not None:
+            _validate.function(make_step=self.make_step)
+            if self.augment is not None:
+                raise ValueError(
+                    "expected augment or make_step, got both; give augment to make_train_step there"
+                )
+        self.step()  # says what is wrong with the model or the optimizer
+
+    def hyperparams_at(self, temperature: float) -> dict[str, float]:
+        """The numbers for the optimizer at a temperature."""
+        return {
+            name: float(value(temperature) if callable(value) else value)
+            for name, value in self.hyperparams.items()
+        }
+
+    def step(self) -> TrainStep:
+        """The training step; equal ones share a compilation."""
+        if self.make_step is None:
+            return train.make_train_step(self.apply_fn(), self.optimizer, augment=self.augment)
+        return self.make_step(self.apply_fn(), self.optimizer)
+
+    def apply_fn(self) -> Any:
+        """The network as training sees it."""
+        if not isinstance(self.model, tuple):
+            return nets.apply_fn(self.model)
+        _, apply = _pair(self.model)
+        return apply if _is_apply_fn(apply) else _PlainApply(apply)
+
+    def init(self, key: Array, shape: Sequence[int]) -> tuple[PyTree, PyTree]:
+        """Freshly drawn weights, and the model state."""
+        if not isinstance(self.model, tuple):
+            return nets.init(self.model, key, tuple(shape))
+        init, apply = _pair(self.model)
+        found = init(key, tuple(shape))
+        if not _is_apply_fn(apply):
+            return found, {}
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise ValueError(
+                "expected init(key, shape) to give (params, model_state), got "
+                f"{type(found).__name__}; give {{}} as the model state where there is none"
+            )
+        return found
+
+    def describe(self, temperatures: Sequence[float]) -> dict[str, Any]:
+        """What the stage computes, as JSON-able content, not what it is called."""
+        if self.frozen is not None:
+            return {"frozen": _fingerprint.describe(nets.callable_logits_fn(self.frozen))}
+        return {
+            "network": _fingerprint.describe(self.model),
+            "optimizer": _fingerprint.describe(self.optimizer),
+            "num_epochs": self.num_epochs,
+            "hyperparams": {at(T): self.hyperparams_at(T) for T in temperatures},
+            "augment": _fingerprint.describe(self.augment),
+            "step": _fingerprint.describe(self.make_step),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _PlainApply:
+    """A function of weights and inputs as an `ApplyFn`; equal for the same function."""
+
+    fun: Callable[[PyTree, Array], Any]
+
+    def __call__(
+        self, params: PyTree, model_state: PyTree, inputs: Array, *, train: bool, key: Array | None
+    ) -> tuple[Any, PyTree]:
+        del train, key
+        return self.fun(params, inputs), model_state
+
+
+def _pair(model: tuple[Any, ...]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    if len(model) != 2:
+        raise ValueError(
+            f"expected model to be a Flax module or (init, apply), got {len(model)} entries; pass "
+            "two functions"
+        )
+    init, apply = model
+    _validate.function(init=init, apply=apply)
+    return init, apply
+
+
+def _is_apply_fn(apply: Callable[..., Any]) -> bool:
+    """Whether it takes the arguments of an `ApplyFn`, beside weights and inputs."""
+    parameters = inspect.signature(apply).parameters
+    return "train" in parameters and "key" in parameters
+
+
+class Examples(NamedTuple):
+    """The examples of a study.
+
+    Attributes:
+        name: of the data set.
+        train: `(inputs [N, ...], labels [N])` to learn from.
+        test: those that everything is measured on.
+        checksum: of all of them.
+        note: how they were made, for a report.
+    """
+
+    name: str
+    train: data.Split
+    test: data.Split
+    checksum: str
+    note: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """Chains of networks at several temperatures and seeds, and what is measured of them.
+
+    Attributes:
+        data: `((inputs, labels), (test_inputs, test_labels))` in NumPy, or a `data.Dataset`, or a
+            function without arguments that gives either.
+        chains: by name, stages from teacher to student. Chains that begin alike share these
+            stages: each is trained once. A chain that is the beginning of a longer one is reported
+            within it. A single sequence stands for one chain.
+        temperatures: T of training and soft labels, each above 0; every network is tested at 1.
+        seeds: whole numbers; each has its own initial weights, order of examples, and dropout.
+        name: of the data in tables; None takes the data set's.
+        teacher_loss: `T -> loss_fn` of the first network that learns from labels.
+        student_loss: `T -> loss_fn` on the soft labels of the network before, or with `online`
+            `(T, teacher) -> loss_fn`.
+        online: whether the teacher labels each batch as it comes, as augmentation needs.
+        batch_size: examples per training step.
+        initial_epochs: epochs at T = 1 on hard labels that all networks of an architecture start
+            from, as the released recipe has it.
+        attacks: by name, an `evaluate.AttackPlan` or an attack with its settings bound.
+        distances: by norm, minimum-norm attacks, `evaluate.distance_plans()` for some.
+        transfer: names of attacks whose inputs the other networks of a chain judge as well.
+        verdict: `diagnose.masking` with its settings bound, for the last network of each chain and
+            the teacher at T = 1; None judges nothing.
+        num_verdict: test examples for the verdict.
+        num_sensitivity: test examples for the sensitivities; None takes all.
+
+    Example:
+        >>> import functools
+        >>> from jdistill import attacks, data, nets, train
+        >>> stage = Stage(model=nets.digits_net(), optimizer=train.sgd(0.05), num_epochs=30)
+        >>> study = Study(
+        ...     data=functools.partial(data.load, "digits"),
+        ...     chains={"no assistant": [stage] * 2, "1 assistant": [stage] * 3},
+        ...     temperatures=(1.0, 20.0),
+        ...     attacks={"pgd": functools.partial(attacks.pgd, eps=0.2)},
+        ... )
+        >>> study.examples().test.inputs.shape
+        (400, 8, 8, 1)
+    """
+
+    data: Any
+    chains: Any
+    temperatures: Sequence[float] = (1.0,)
+    seeds: Sequence[int] = (0,)
+    name: str | None = None
+    teacher_loss: Callable[[float], LossFn] = distill.soft_loss
+    student_loss: Callable[..., LossFn] | None = None
+    online: bool = False
+    batch_size: int = 128
+    initial_epochs: int = 0
+    attacks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    distances: Mapping[str, evaluate.AttackPlan] = dataclasses.field(default_factory=dict)
+    transfer: Sequence[str] = ()
+    verdict: Callable[..., Any] | None = None
+    num_verdict: int = 200
+    num_sensitivity: int | None = 1000
+
+    def __post_init__(self) -> None:
+        """Check everything but the data, and name what is wrong."""
+        chains = self.chains
+        if not isinstance(chains, Mapping):
+            _validate.sequence(chains=chains)
+            chains = {"chain": chains}
+        if not chains:
+            raise ValueError("expected at least one chain, got none; pass chains={name: stages}")
+        object.__setattr__(self, "chains", {str(n): _chain(n, chains[n]) for n in chains})
+        for name in ("temperatures", "seeds"):
+            values = getattr(self, name)
+            values = tuple(values) if isinstance(values, (Sequence, np.ndarray)) else (values,)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(
+                    f"expected {name} without repetition and not empty, got {values}; "
+                    "name each value once"
+                )
+            object.__setattr__(self, name, values)
+        for temperature in self.temperatures:
+            _validate.scalar(temperatures=temperature)
+            _validate.positive(temperatures=temperature)
+        object.__setattr__(self, "temperatures", tuple(float(T) for T in self.temperatures))
+        for seed in self.seeds:
+            _validate.count(minimum=0, seeds=seed)
+            _validate.within(0, 2**32 - 1, seeds=seed)  # larger ones would repeat smaller ones
+        _validate.count(batch_size=self.batch_size, num_verdict=self.num_verdict)
+        _validate.count(minimum=0, initial_epochs=self.initial_epochs)
+        _validate.mapping(attacks=self.attacks, distances=self.distances)
+        _validate.flag(online=self.online)
+        if self.student_loss is None:
+            loss = distill.online_loss if self.online else distill.soft_loss
+            object.__setattr__(self, "student_loss", loss)
+        if not self.attacks and not self.distances:
+            raise ValueError(
+                "expected at least one attack, got none; an accuracy without an attack says "
+                "nothing about a defense"
+            )
+
+    def examples(self) -> Examples:
+        """The examples, loaded where they have to be, and checked.
+
+        Raises:
+            ValueError: what is given is no data set, or its arrays do not belong together.
+            MemoryError: the training set does not fit into this machine's memory.
+        """
+        found = self.data() if callable(self.data) else self.data
+        if isinstance(found, data.Dataset):
+            examples = Examples(found.name, found.train, found.test, found.checksum, found.note)
+        else:
+            examples = _from_arrays(found)
+        _check_memory(examples.train)
+        return examples if self.name is None else examples._replace(name=self.name)
+
+    def longest_chains(self) -> dict[str, tuple[Stage, ...]]:
+        """The chains that are not the beginning of a longer one."""
+        own = {name: _described(stages) for name, stages in self.chains.items()}
+        kept: dict[str, tuple[Stage, ...]] = {}
+        for name, stages in self.chains.items():
+            within = [other for other in own if own[other][: len(stages)] == own[name]]
+            # Of equal chains the first stands for all.
+            if all(own[other] == own[name] for other in within) and within[0] == name:
+                kept[name] = stages
+        return kept
+
+    def places(self) -> dict[str, tuple[str, int]]:
+        """Of each chain's student, the longest chain that has it, and its generation there."""
+        longest = self.longest_chains()
+        found = {}
+        for name, stages in self.chains.items():
+            own = _described(stages)
+            home = next(n for n, other in longest.items() if _described(other)[: len(own)] == own)
+            found[name] = home, len(stages) - 1
+        return found
+
+    def describe(self, examples: Examples) -> dict[str, Any]:
+        """What the study computes, as JSON-able content; grows along temperatures and chains."""
+        students: Any = _fingerprint.describe(self.student_loss)
+        if not self.online:
+            assert self.student_loss is not None
+            student_loss = self.student_loss
+            students = {at(T): _fingerprint.describe(student_loss(T)) for T in self.temperatures}
+        teacher = {at(T): _fingerprint.describe(self.teacher_loss(T)) for T in self.temperatures}
+        plans = {**self.attacks, **{f"distance {n}": plan for n, plan in self.distances.items()}}
+        return {
+            "dataset": examples.name,
+            "dataset_checksum": examples.checksum,
+            "temperatures": list(self.temperatures),
+            "seeds": list(self.seeds),
+            "chains": {
+                name: {
+                    f"stage {number}": stage.describe(self.temperatures)
+                    for number, stage in enumerate(stages)
+                }
+                for name, stages in self.chains.items()
+            },
+            "teacher_loss": teacher,
+            "student_loss": students,
+            "online": self.online,
+            "batch_size": self.batch_size,
+            "initial_epochs": self.initial_epochs,
+            "attacks": {name: _plan(attack) for name, attack in plans.items()},
+            "transfer": list(self.transfer),
+            "verdict": self.verdict and {**_plan(self.verdict), "num_examples": self.num_verdict},
+            "num_sensitivity": self.num_sensitivity,
+        }
+
+
+def at(temperature: float) -> str:
+    """A temperature as a key, the shortest that no other temperature has."""
+    return f"T={temperature_name(temperature)}"
+
+
+def temperature_name(temperature: float) -> str:
+    """A temperature in file names: the shortest that no other temperature has."""
+    return f"{temperature:g}" if float(f"{temperature:g}") == temperature else repr(temperature)
+
+
+def smoke(study: Study) -> Study:
+    """The study with every size at its least: seconds, and numbers that mean nothing.
+
+    Two temperatures, one seed, one epoch, 64 training and 32 test examples, 8 for each attack; of
+    the attacks' own settings `num_steps`, `num_searches`, `num_restarts` are small.
+
+    Example:
+        >>> from jdistill import nets, train
+        >>> stage = Stage(model=nets.digits_net(), optimizer=train.sgd(0.05), num_epochs=30)
+        >>> attack = functools.partial(attacks.pgd, eps=0.2, num_steps=40)
+        >>> load = functools.partial(data.load, "digits")
+        >>> small = smoke(Study(data=load, chains=[stage] * 2, attacks={"pgd": attack}))
+        >>> small.attacks["pgd"].num_examples, small.attacks["pgd"].attack.keywords["num_steps"]
+        (8, 3)
+    """
+    return dataclasses.replace(
+        study,
+        data=functools.partial(_few, study),
+        chains={
+            name: tuple(
+                dataclasses.replace(stage, num_epochs=min(1, stage.num_epochs))
+                if stage.frozen is None
+                else stage
+                for stage in stages
+            )
+            for name, stages in study.chains.items()
+        },
+        temperatures=study.temperatures[:2],
+        seeds=study.seeds[:1],
+        batch_size=min(32, study.batch_size),
+        initial_epochs=min(1, study.initial_epochs),
+        attacks={name: _few_steps(plan) for name, plan in study.attacks.items()},
+        distances={norm: _few_steps(plan) for norm, plan in study.distances.items()},
+        num_verdict=4,
+        num_sensitivity=16,
+    )
+
+
+def _few(study: Study) -> Any:
+    """The study's first examples."""
+    examples = study.examples()
+    few = [
+        tuple(column[:size] for column in split)
+        for split, size in ((examples.train, 64), (examples.test, 32))
+    ]
+    return NamedArrays(examples.name, *few)
+
+
+class NamedArrays(NamedTuple):
+    """Training and test arrays with the name of their data set."""
+
+    name: str
+    train: Any
+    test: Any
+
+
+def _few_steps(plan: Any) -> evaluate.AttackPlan:
+    plan = plan if isinstance(plan, evaluate.AttackPlan) else evaluate.AttackPlan(plan)
+    settings = attacks.traits(plan.attack).settings
+    least = {"num_steps": 3, "num_searches": 2, "num_restarts": 1}
+    small = {name: count for name, count in least.items() if (settings.get(name) or 0) > count}
+    attack = functools.partial(plan.attack, **small) if small else plan.attack
+    return plan._replace(attack=attack, num_examples=min(8, plan.num_examples or 8))
+
+
+def _plan(plan: Any) -> dict[str, Any]:
+    if not isinstance(plan, evaluate.AttackPlan):
+        return {"attack": _fingerprint.describe_attack(plan)}
+    return {**plan._asdict(), "attack": _fingerprint.describe_attack(plan.attack)}
+
+
+def _described(stages: Sequence[Stage]) -> list[str]:
+    """Fingerprints of what each stage does, whatever the temperatures."""
+    return [_fingerprint.fingerprint(_timeless(stage)) for stage in stages]
+
+
+def fingerprints(stages: Sequence[Stage]) -> list[str]:
+    """Of each stage, a fingerprint of the chain up to it."""
+    own = _described(stages)
+    return [_fingerprint.fingerprint(own[: number + 1])[:8] for number in range(len(own))]
+
+
+def _timeless(stage: Stage) -> dict[str, Any]:
+    """A stage's description with its hyperparameters as they were given."""
+    description = stage.describe(())
+    return {**description, "hyperparams": _fingerprint.describe(dict(stage.hyperparams))}
+
+
+def _chain(name: Any, stages: Any) -> tuple[Stage, ...]:
+    if isinstance(stages, Stage):
+        stages = (stages,)
+    _validate.sequence(**{f"chains[{name!r}]": stages})
+    for number, stage in enumerate(stages):
+        _validate.instance(Stage, "a Stage", remedy="pass study.Stage(...)", stage=stage)
+        if stage.frozen is not None and number:
+            raise ValueError(
+                f"expected a frozen network only as the first stage, got one as stage {number} of "
+                f"{name!r}; the chain can begin there"
+            )
+    if not stages or stages[-1].frozen is not None:
+        raise ValueError(
+            f"expected a chain that ends with a network that learns, got "
+            f"{'no stage' if not stages else 'a frozen one'} in {name!r}; add its student"
+        )
+    return tuple(stages)
+
+
+def _from_arrays(found: Any) -> Examples:
+    """Examples out of `((inputs, labels), (test_inputs, test_labels))`."""
+    name = "data"
+    if isinstance(found, NamedArrays):
+        name, *found = found
+    if not isinstance(found, Sequence) or len(found) != 2:
+        raise ValueError(
+            "expected data to be ((inputs, labels), (test_inputs, test_labels)) or a data.Dataset, "
+            f"got {type(found).__name__}; pass the training and the test arrays"
+        )
+    splits = []
+    for which, split in zip(("train", "test"), found, strict=True):
+        if not isinstance(split, Sequence) or len(split) != 2:
+            raise ValueError(
+                f"expected the {which} split to be (inputs, labels), got {type(split).__name__}; "
+                "pass two arrays"
+            )
+        inputs, labels = np.asarray(split[0]), np.asarray(split[1])
+        _validate.inputs_in_box(inputs, (-np.inf, np.inf))
+        _validate.class_indices(labels, batch_size=len(inputs))
+        splits.append(data.Split(inputs.astype(np.float32, copy=False), labels))
+    train_split, test_split = splits
+    if train_split.inputs.shape[1:] != test_split.inputs.shape[1:]:
+        raise ValueError(
+            "expected training and test inputs of one shape, got "
+            f"{train_split.inputs.shape[1:]} and {test_split.inputs.shape[1:]}; pass the same kind"
+        )
+    checksum = _fingerprint.fingerprint([*train_split, *test_split])
+    return Examples(name, train_split, test_split, checksum, "")
+
+
+def _check_memory(split: data.Split) -> None:
+    """An error before a training set that does not fit is copied: studies keep it in memory."""
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # a system that does not say
+        return
+    if split.inputs.nbytes > 0.8 * memory:
+        raise MemoryError(
+            f"expected training inputs of at most {0.8 * memory / 2**30:.1f} GiB, 80 % of this "
+            f"machine's memory, got {split.inputs.nbytes / 2**30:.1f} GiB; a study keeps them in "
+            "memory: pass fewer, or train in shares with train.fit"
+        )
+
+
+def keys_of(seed: int) -> tuple[Array, Array]:
+    """The key of a seed's initial weights, and the key of its chains."""
+    weights_key, key = jax.random.split(jax.random.key(seed))
+    return weights_key, key

@@ -1,0 +1,481 @@
+"""Studies of own data, networks, and losses: run, resumed, extended, refused, damaged."""
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jdistill import attacks, data, diagnose, distill, evaluate, nets, report, runtime, study, train
+from jdistill.study import Stage, Study, _training, _workdir
+
+PGD = evaluate.AttackPlan(functools.partial(attacks.pgd, eps=0.1, num_steps=2), 8)
+MARGIN = evaluate.AttackPlan(functools.partial(attacks.deepfool, norm="l2", num_steps=2), 8)
+
+
+def blobs(num_train=48, num_test=24, shape=(6,), seed=0):
+    """Three noisy classes in [0, 1]."""
+    rng = np.random.default_rng(seed)
+    centers = rng.uniform(0.2, 0.8, (3, *shape))
+    splits = []
+    for size in (num_train, num_test):
+        labels = np.arange(size) % 3
+        inputs = np.clip(centers[labels] + rng.normal(0, 0.1, (size, *shape)), 0, 1)
+        splits.append((inputs.astype(np.float32), labels))
+    return tuple(splits)
+
+
+def dense(params, inputs):
+    return jnp.tanh(inputs @ params["first"]) @ params["second"] + params["bias"][None]
+
+
+def init_dense(width, key, shape):
+    one, two = jax.random.split(key)
+    (size,) = shape
+    return {
+        "first": jax.random.normal(one, (size, width)),
+        "second": 0.3 * jax.random.normal(two, (width, 3)),
+        "bias": jnp.zeros(3),
+    }
+
+
+def stage(width=8, **options):
+    model = (functools.partial(init_dense, width), dense)
+    settings = {"optimizer": train.sgd(0.05), "num_epochs": 2, **options}
+    return Stage(model=model, **settings)
+
+
+STAGE = stage()
+SMALL = Study(
+    data=blobs(),
+    name="blobs",
+    chains={"no assistant": [STAGE] * 2, "1 assistant": [STAGE] * 3},
+    temperatures=(1.0, 5.0),
+    batch_size=16,
+    initial_epochs=1,
+    attacks={"pgd": PGD, "deepfool": MARGIN},
+    transfer=("pgd",),
+    num_sensitivity=8,
+)
+
+
+class BatchNormNet(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = nn.Dense(8)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.5)(x))
+        return nn.Dense(3)(x)
+
+
+def brighter(keys, inputs):
+    """Augmentation: some light more or less, per example."""
+    light = jax.vmap(lambda key: jax.random.uniform(key, (), minval=-0.05, maxval=0.05))(keys)
+    return jnp.clip(inputs + light.reshape((-1,) + (1,) * (inputs.ndim - 1)), 0, 1)
+
+
+def read(folder):
+    """The bytes of everything that is derived."""
+    names = [*(f"{kind}.csv" for kind in report.TABLES), "verdicts.json", "metrics.jsonl"]
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A study's workdir, never to be written."""
+    folder = tmp_path_factory.mktemp("study") / "run"
+    study.run(SMALL, folder)
+    return folder
+
+
+def test_tables_hold_every_network_and_attack(finished):
+    tables = study.load(finished)
+    rows = tables.rows["results"]
+    places = {(row["temperature"], row["generation"], row["attack"]) for row in rows}
+    assert places == {(T, g, a) for T in (1.0, 5.0) for g in range(3) for a in SMALL.attacks}
+    assert len(rows) == len(places)
+    found = tables.rows["comparisons"]
+    assert {(row["generation"], row["baseline_generation"]) for row in found} == {(2, 1)}
+    assert "blobs" in str(tables)
+    assert tables.report.read_text().startswith("<!DOCTYPE html>")
+    assert json.loads((finished / "run.json").read_text())["seconds"] >= 0
+
+
+def test_accuracies_are_those_of_the_checkpoints_and_distillation_is_the_librarys(finished):
+    """Against `distill.chain` by hand, and NumPy."""
+    (inputs, labels), (test_inputs, test_labels) = blobs()
+    rows = study.load(finished).rows["results"]
+    for network in study.networks(SMALL, finished):
+        right = (np.asarray(network.logits_fn(test_inputs)).argmax(1) == test_labels).mean()
+        own = [
+            row
+            for row in rows
+            if (row["temperature"], row["generation"]) == (network.temperature, network.generation)
+        ]
+        assert len(own) == 2
+        assert all(row["test_accuracy"] == pytest.approx(right, abs=1e-12) for row in own)
+    weights_key, key = jax.random.split(jax.random.key(0))
+    params, step = STAGE.init(weights_key, (6,))[0], STAGE.step()
+    start = distill.initial_weights(step, params, (inputs, labels), key, batch_size=16)
+    generation = distill.Generation(step=step, params=start.params, num_epochs=2)
+    states = distill.chain([generation] * 3, (inputs, labels), key, temperature=5.0, batch_size=16)
+    found = study.networks(SMALL, finished, temperatures=[5.0], generations=[2])
+    expected = train.logits_fn(step, states[2])(test_inputs)
+    np.testing.assert_allclose(found[0].logits_fn(test_inputs), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_running_again_changes_and_computes_nothing(finished, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    monkeypatch.setattr(train.TrainStep, "__call__", None)
+    monkeypatch.setattr(runtime.ShardFolder, "__setitem__", None)
+    study.run(SMALL, folder)
+    assert read(folder) == read(finished)
+
+
+class Stop(Exception):
+    pass
+
+
+def stopped_at(count, folder, monkeypatch, parallel="jit"):
+    """Run until the event of this number, and stop there."""
+    seen = 0
+    original = study._run._Follower.__call__
+
+    def follow(self, event):
+        nonlocal seen
+        original(self, event)
+        seen += 1
+        if seen == count:
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study._run._Follower, "__call__", follow)
+        with pytest.raises(Stop):
+            study.run(SMALL, folder, parallel=parallel)
+
+
+@pytest.mark.parametrize("count", [2, 9, 23, 41, 50, 60])
+def test_stopped_and_resumed_is_uninterrupted(finished, tmp_path, monkeypatch, count):
+    stopped_at(count, tmp_path / "run", monkeypatch)
+    study.run(SMALL, tmp_path / "run")
+    assert read(tmp_path / "run") == read(finished)
+
+
+def test_a_sweep_trains_the_same_networks(finished, tmp_path):
+    study.run(SMALL, tmp_path / "run", parallel="sweep")
+    one, other = (study.networks(SMALL, folder) for folder in (finished, tmp_path / "run"))
+    assert [network.title for network in one] == [network.title for network in other]
+    for network, twin in zip(one, other, strict=True):
+        for leaf, same in zip(
+            jax.tree.leaves(network.logits_fn), jax.tree.leaves(twin.logits_fn), strict=True
+        ):
+            np.testing.assert_allclose(leaf, same, rtol=1e-3, atol=1e-4)
+
+
+def test_a_workdir_grows_along_temperatures_seeds_and_chains(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    before = {network.stem for network in study.networks(SMALL, folder)}
+    more = {**SMALL.chains, "2 assistants": [STAGE] * 4}
+    grown = dataclasses.replace(SMALL, temperatures=(20.0,), chains=more)
+    tables = study.run(grown, folder)
+    places = {(row["temperature"], row["generation"]) for row in tables.rows["results"]}
+    assert places == {(T, g) for T in (1.0, 5.0, 20.0) for g in range(4)}
+    assert before < {network.stem for network in study.networks(grown, folder)}
+
+
+def edited(params, inputs):
+    return 2 * dense(params, inputs)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"batch_size": 8}, "batch_size 16, not 8"),
+        ({"data": blobs(seed=1)}, "dataset_checksum"),
+        ({"attacks": {"pgd": PGD._replace(num_examples=4), "deepfool": MARGIN}}, "num_examples"),
+        ({"attacks": {"pgd": PGD}}, "deepfool"),
+        ({"student_loss": functools.partial(distill.soft_loss, hard_weight=0.5)}, "student_loss"),
+        ({"num_sensitivity": 4}, "num_sensitivity"),
+        ({"initial_epochs": 0}, "initial_epochs"),
+        ({"chains": {"1 assistant": [STAGE] * 3}}, "'no assistant'"),
+        ({"chains": {n: [stage(16)] * len(c) for n, c in SMALL.chains.items()}}, "network"),
+        (
+            {
+                "chains": {
+                    n: [dataclasses.replace(STAGE, model=(STAGE.model[0], edited))] * len(c)
+                    for n, c in SMALL.chains.items()
+                }
+            },
+            "network",
+        ),
+        (
+            {
+                "chains": {
+                    n: [dataclasses.replace(STAGE, hyperparams={"learning_rate": 0.1})] * len(c)
+                    for n, c in SMALL.chains.items()
+                }
+            },
+            "learning_rate",
+        ),
+    ],
+)
+def test_another_study_is_refused_by_name(finished, tmp_path, changed, named):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    with pytest.raises(ValueError, match=named.replace("(", "\\(")):
+        study.run(dataclasses.replace(SMALL, **changed), folder)
+    assert read(folder) == read(finished)
+
+
+def test_one_job_at_a_time(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    code = (
+        "import sys, time\nfrom etils import epath\nfrom jdistill.study import _workdir\n"
+        "with _workdir.held(epath.Path(sys.argv[1])):\n    print('held', flush=True)\n"
+        "    time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(OSError, match=f"process {process.pid}"):
+            study.run(SMALL, folder)
+    finally:
+        process.kill()
+        process.communicate()
+    with _workdir.held(_workdir.epath.Path(folder)):  # a killed holder holds nothing
+        pass
+
+
+def test_a_lease_is_taken_over_when_it_has_run_out(tmp_path, monkeypatch):
+    place = _workdir.epath.Path(tmp_path)
+    with _workdir._leased(place), pytest.raises(OSError, match="no other job"):
+        with _workdir._leased(place):
+            pass
+    content = {"id": "1", "holder": "another", "time": 0.0}
+    (tmp_path / ".lease").write_text(json.dumps(content))
+    with _workdir._leased(place):
+        pass
+    assert not (tmp_path / ".lease").exists()
+
+
+# The six kinds of studies, each from data to a report.
+
+
+def run_smoke(own, folder, **options):
+    tables = study.run(own, folder, **options)
+    rows = tables.rows["results"]
+    assert rows
+    assert all(0 <= row["success_rate"] <= 1 for row in rows)
+    assert tables.report.exists()
+    return tables
+
+
+def test_linen_with_batch_normalization(tmp_path):
+    own = Stage(model=BatchNormNet(), optimizer=optax.adam(1e-2), num_epochs=2)
+    tables = run_smoke(
+        Study(data=blobs(), chains=[own] * 2, batch_size=16, attacks={"pgd": PGD}), tmp_path / "run"
+    )
+    assert {row["generation"] for row in tables.rows["results"]} == {0, 1}
+    (teacher, _) = study.networks(
+        Study(data=blobs(), chains=[own] * 2, batch_size=16, attacks={"pgd": PGD}), tmp_path / "run"
+    )
+    _, model_state = teacher.logits_fn.args
+    assert any(np.abs(leaf).sum() > 0 for leaf in jax.tree.leaves(model_state))
+
+
+def test_a_plain_function_on_a_table_with_bounds_per_feature(tmp_path):
+    scale = np.array([1, 10, 100, 1, 1, 1], np.float32)
+    (x, y), (x_test, y_test) = blobs()
+    bounds = (np.zeros(6, np.float32), scale)
+
+    def scaled(params, inputs):
+        return dense(params, inputs / scale[None])
+
+    own = Stage(
+        model=(functools.partial(init_dense, 8), scaled), optimizer=optax.sgd(0.1), num_epochs=2
+    )
+    attack = functools.partial(attacks.pgd, eps=0.5, num_steps=3, bounds=bounds)
+    verdict = functools.partial(diagnose.masking, eps=0.5, bounds=bounds)
+    tables = run_smoke(
+        Study(
+            data=((x * scale, y), (x_test * scale, y_test)),
+            chains=[own] * 2,
+            batch_size=16,
+            attacks={"pgd": attack},
+            verdict=verdict,
+            num_verdict=6,
+        ),
+        tmp_path / "run",
+    )
+    assert len(tables.rows["verdicts"]) == 2
+
+
+def test_a_ladder_of_three_sizes_against_none(tmp_path):
+    sizes = {width: stage(width) for width in (16, 8, 4)}
+    takd = functools.partial(distill.soft_loss, hard_weight=0.3, temperature_squared=True)
+    ladder = Study(
+        data=blobs(),
+        chains={
+            "none": [sizes[16], sizes[4]],
+            "ladder": [sizes[16], sizes[8], sizes[4]],
+        },
+        temperatures=(4.0,),
+        teacher_loss=lambda _: distill.soft_loss(1.0),
+        student_loss=takd,
+        batch_size=16,
+        attacks={"pgd": PGD},
+    )
+    tables = run_smoke(ladder, tmp_path / "run")
+    places = {(row["chain"], row["generation"]) for row in tables.rows["results"]}
+    assert places == {("none", 0), ("none", 1), ("ladder", 0), ("ladder", 1), ("ladder", 2)}
+    found = study.networks(ladder, tmp_path / "run")
+    teachers = [network.weights for network in found if network.generation == 0]
+    assert len(teachers) == 2  # one network, trained once
+    assert len(set(teachers)) == 1
+    folders = list((tmp_path / "run/checkpoints/seed0/T4").iterdir())
+    assert len(folders) == 4
+    (comparison, *_) = tables.rows["comparisons"]
+    assert (comparison["chain"], comparison["generation"]) == ("ladder", 2)
+    assert (comparison["baseline_chain"], comparison["baseline_generation"]) == ("none", 1)
+
+
+@pytest.mark.parametrize("parallel", ["jit", "sweep"])
+def test_an_online_teacher_with_augmentation(tmp_path, parallel):
+    own = Study(
+        data=blobs(),
+        chains=[stage(augment=brighter)] * 2,
+        temperatures=(1.0, 4.0),
+        online=True,
+        batch_size=16,
+        attacks={"pgd": PGD},
+    )
+    run_smoke(own, tmp_path / "run", parallel=parallel)
+
+
+def test_a_frozen_teacher(tmp_path):
+    (x, y), _ = blobs()
+    params = init_dense(8, jax.random.key(3), (6,))
+    teacher = nets.callable_logits_fn(dense, params)
+    own = Study(
+        data=blobs(),
+        chains=[Stage(frozen=teacher), STAGE],
+        temperatures=(2.0,),
+        batch_size=16,
+        attacks={"pgd": PGD},
+    )
+    run_smoke(own, tmp_path / "run")
+    first, student = study.networks(own, tmp_path / "run")
+    np.testing.assert_allclose(first.logits_fn(x), dense(params, x), rtol=1e-6)
+    assert (student.generation, student.step) == (1, 6)
+    del y
+    other = nets.callable_logits_fn(dense, init_dense(8, jax.random.key(4), (6,)))
+    with pytest.raises(ValueError, match="frozen"):
+        study.run(dataclasses.replace(own, chains=[Stage(frozen=other), STAGE]), tmp_path / "run")
+
+
+def test_a_users_own_attack(tmp_path):
+    def noise(logits_fn, key, inputs, labels):
+        del key
+        return attacks.fgsm(logits_fn, None, inputs, labels, eps=0.05)
+
+    own = Study(data=blobs(), chains=[STAGE] * 2, batch_size=16, attacks={"mine": noise})
+    tables = run_smoke(own, tmp_path / "run")
+    assert {row["attack"] for row in tables.rows["results"]} == {"mine"}
+
+
+# Values, and what is wrong with them.
+
+
+def test_chains_that_begin_alike_share_their_beginnings():
+    other = stage(4)
+    chains = {"a": [STAGE] * 2, "b": [STAGE] * 3, "c": [STAGE, other], "d": [STAGE, other]}
+    own = dataclasses.replace(SMALL, chains=chains)
+    assert list(own.longest_chains()) == ["b", "c"]
+    assert own.places() == {"a": ("b", 1), "b": ("b", 2), "c": ("c", 1), "d": ("c", 1)}
+    found = _training.chains_of(own)
+    assert found[0].prints[0] == found[1].prints[0]
+    assert found[0].prints[1] != found[1].prints[1]
+    assert found[1].owners == ("b", "c")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chains": {}}, "at least one chain"),
+        ({"chains": {"a": []}}, "no stage"),
+        ({"chains": {"a": [3]}}, "a Stage"),
+        ({"chains": {"a": [STAGE, Stage(frozen=jnp.asarray)]}}, "first stage"),
+        ({"chains": {"a": [Stage(frozen=jnp.asarray)]}}, "network that learns"),
+        ({"temperatures": (0.0,)}, "temperatures"),
+        ({"temperatures": (1.0, 1.0)}, "without repetition"),
+        ({"seeds": (-1,)}, "seeds"),
+        ({"seeds": (2**32,)}, "seeds"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"attacks": {}}, "at least one attack"),
+    ],
+)
+def test_bad_studies(options, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **options)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ((1, 2, 3), "test_inputs"),
+        ((1, 2), "train split"),
+        ((blobs()[0], blobs(shape=(5,))[1]), "one shape"),
+        (((np.full((2, 6), np.nan), np.arange(2)), blobs()[1]), "finite"),
+    ],
+)
+def test_bad_data(own, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, data=own).examples()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "model and optimizer"),
+        ({"model": BatchNormNet(), "optimizer": None}, "model and optimizer"),
+        ({"model": (1,), "optimizer": optax.sgd(1.0)}, "init, apply"),
+        ({"model": BatchNormNet(), "optimizer": 3}, "optax"),
+        ({"model": BatchNormNet(), "optimizer": optax.sgd(1.0), "num_epochs": -1}, "num_epochs"),
+        ({"model": BatchNormNet(), "frozen": jnp.asarray}, "either frozen"),
+    ],
+)
+def test_bad_stages(options, message):
+    with pytest.raises(ValueError, match=message):
+        Stage(**options)
+
+
+def test_smoke_is_small_and_keeps_the_kinds():
+    small = study.smoke(dataclasses.replace(SMALL, temperatures=(1.0, 5.0, 20.0), seeds=(0, 1)))
+    assert (small.temperatures, small.seeds) == ((1.0, 5.0), (0,))
+    assert small.attacks.keys() == SMALL.attacks.keys()
+    assert len(small.examples().test.labels) == 24
+    assert small.examples().name == "blobs"
+
+
+def test_data_that_does_not_fit_is_refused_before(monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda _: 20)
+    with pytest.raises(MemoryError, match="GiB"):
+        SMALL.examples()
+
+
+def test_data_may_be_a_function(tmp_path):
+    own = dataclasses.replace(SMALL, data=functools.partial(data.load, "digits"), name=None)
+    assert own.examples().name == "digits"
