@@ -1,6 +1,6 @@
 # Everything happens in .venv, made from the pinned versions of requirements.txt.
 #
-#   make demo     distill, attack and report on real 8x8 digits, a few minutes on 2 cores
+#   make demo     distill, attack and report on real 8x8 digits, about two minutes on 2 cores
 #   make test     the tests but for the slow ones; the first time about 8 minutes on 2 cores, as it
 #                 compiles, then fewer (test-slow: those that take more than about ten seconds each,
 #                 whole runs of the commands among them)
@@ -25,7 +25,7 @@ DEVICE_WHEELS := absl-py etils flax msgpack optax PyYAML rich typing_extensions
 	device-wheels floor install clean
 
 demo: .venv/installed
-	.venv/bin/python -m experiments.defend digits --workdir runs/demo
+	.venv/bin/python -m jdistill defend digits --workdir runs/demo
 
 test: .venv/installed
 	.venv/bin/python -m pytest -n 2 --dist loadgroup -m "not parity and not slow" $(TEST_OPTIONS)

@@ -28,7 +28,6 @@ from experiments.bench.lowerings import LOWERINGS, PRECISIONS, Lowering, Step, S
 from experiments.bench.options import check, command
 from experiments.bench.rows import Row, record, text
 from experiments.bench.timing import Timing
-from experiments.progress import Progress
 from jdistill import runtime
 
 _TOPOLOGY = "v5e:1x1"
@@ -146,7 +145,7 @@ def estimates(
     """
     found: dict[StepName, list[tuple[Lowering, Estimate]]] = {}
     sizes = {name: getattr(options, name) for name in ("width", "batch_size", "num_runs")}
-    with Progress() as progress:
+    with runtime.progress() as progress:
         for name in options.steps:
             ways = (*LOWERINGS, *(PRECISIONS if name == "pgd" else ()))
             event = {"event": "call", "stage": name, "total": len(ways), "unit": "program"}

@@ -21,13 +21,13 @@ import numpy as np
 import tyro
 from etils import epath
 
-from experiments import networks, workdir
-from experiments.progress import Progress
-from experiments.recipes import Recipe
 from jdistill import _validate, attacks, data, evaluate, metrics, nets, report, runtime, train
+from jdistill import study as studies
+from jdistill.commands import _studies
+from jdistill.study import Trained
 
 _COLUMNS = (
-    *("source", "confidence", "temperature", "seed", "generation", "num_examples"),
+    *("source", "confidence", "network", "temperature", "seed", "generation", "num_examples"),
     *("success_rate", "success_rate_low", "success_rate_high", "mean_distance"),
 )
 
@@ -39,7 +39,7 @@ class Options:
     """Which examples are crafted, and how far beyond the boundary."""
 
     workdir: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="WORKDIR")]]
-    """Folder of a run of experiments.defend."""
+    """Folder of a run of `jdistill defend`."""
     confidences: tuple[float, ...] = (0.0, 5.0, 10.0, 20.0, 40.0)
     """Confidences κ, in logits of the source, each at least 0."""
     num_examples: int = 100
@@ -48,6 +48,10 @@ class Options:
     """Values of the constant c that the attack tries."""
     num_steps: int = 100
     """Adam steps for each value of c."""
+    learning_rate: float = 0.1
+    """Adam's learning rate, in tanh space."""
+    initial_const: float = 0.1
+    """The first value of c."""
     batch_size: int = 50
     """Examples at a time; beyond rounding no result depends on it."""
     data_dir: str | None = None
@@ -81,17 +85,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(options: Options) -> None:
     """Craft, judge, write the table and the figure, and print the table."""
     report.check_packages()
-    folder, recipe, checksum = workdir.read_workdir(options.workdir)
+    folder = _studies.workdir_path(options.workdir)
+    study = _studies.of_workdir(folder, options.data_dir)
     rows: list[Row] = []
-    with Progress() as progress:
-        dataset = data.load(recipe.dataset, data_dir=options.data_dir, progress=progress)
-        workdir.check_dataset(dataset, checksum)
-        found = networks.load(folder, recipe, dataset)
+    with runtime.progress() as progress:
+        found = studies.networks(study, folder)
         source = min(found, key=lambda one: (one.generation > 0, one.temperature, one.seed))
         runtime.check_writable(folder)
-        examples = data.Split(*(column[: options.num_examples] for column in dataset.test))
+        examples = data.Split(*(column[: options.num_examples] for column in study.examples().test))
         for confidence in sorted(options.confidences):
-            crafted = _craft(source, examples, confidence, recipe, options, progress)
+            crafted = _craft(source, examples, confidence, options, progress)
             judged = (_judge(network, source, crafted, examples) for network in found)
             rows += [{"confidence": confidence, **row} for row in judged]
     written = _write(folder / "transfer", rows)
@@ -100,12 +103,11 @@ def run(options: Options) -> None:
 
 
 def _craft(
-    source: networks.Trained,
+    source: Trained,
     examples: data.Split,
     confidence: float,
-    recipe: Recipe,
     options: Options,
-    progress: Progress,
+    progress: Any,
 ) -> evaluate.AttackOutcome:
     """The source's adversarial inputs at one confidence."""
     attack = functools.partial(
@@ -113,8 +115,8 @@ def _craft(
         confidence=confidence,
         num_searches=options.num_searches,
         num_steps=options.num_steps,
-        learning_rate=recipe.cw_learning_rate,
-        initial_const=recipe.cw_initial_const,
+        learning_rate=options.learning_rate,
+        initial_const=options.initial_const,
     )
     return evaluate.under_attack(
         nets.stack([source.logits_fn]),
@@ -126,8 +128,8 @@ def _craft(
 
 
 def _judge(
-    network: networks.Trained,
-    source: networks.Trained,
+    network: Trained,
+    source: Trained,
     crafted: evaluate.AttackOutcome,
     examples: data.Split,
 ) -> Row:
@@ -143,14 +145,15 @@ def _judge(
     fooled = metrics.predicts(logits) & ~metrics.correct(logits, labels)
     if not counted.any():
         raise ValueError(
-            f"expected examples that {networks.title(*source[:3])} and "
-            f"{networks.title(*network[:3])} both get right, got none of {len(labels)}; pass a "
+            f"expected examples that {source.title} and "
+            f"{network.title} both get right, got none of {len(labels)}; pass a "
             "larger --num-examples"
         )
     share = metrics.proportion(int((fooled & counted).sum()), int(counted.sum()))
     reached = crafted.distance[0][counted & crafted.success[0]]
     return {
-        "source": networks.title(*source[:3]),
+        "source": source.title,
+        "network": network.title,
         "temperature": network.temperature,
         "seed": network.seed,
         "generation": network.generation,
@@ -184,8 +187,7 @@ def _by_network(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The rows of each network, by rising confidence."""
     found: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row["confidence"]):
-        name = networks.title(row["temperature"], row["seed"], row["generation"])
-        found.setdefault(name, []).append(row)
+        found.setdefault(row["network"], []).append(row)
     return found
 
 

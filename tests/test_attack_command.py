@@ -11,36 +11,41 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import attack, attack_options, attack_results, training, transfer, workdir
-from experiments.recipes import RECIPES, smoke
-from jdistill import attacks, data, losses, nets, runtime, train
-from jdistill.checkpoint import Checkpointer
+from experiments import transfer
+from jdistill import attacks, commands, data, losses, runtime
+from jdistill import study as studies
+from jdistill.commands import _attack as attack
+from jdistill.commands import _attack_options as attack_options
+from jdistill.study import _recipes, _run, _training, _workdir
 
 EPOCHS, STEPS = 3, 16  # an epoch
 PGD = ["--attack", "pgd", "--eps", "0.1", "--num-steps", "4", "--num-examples", "12"]
 NAME = "pgd_eps=0.1_num_steps=4_examples=12"
 
 
+RECIPE = dataclasses.replace(
+    _recipes.smallest(studies.RECIPES["digits"]),
+    temperatures=(1.0, 5.0),
+    num_assistants=0,
+    epochs=EPOCHS,
+    learning_rate=0.1,
+    learning_rate_power=0.5,
+    train_examples=32 * STEPS,
+    test_examples=None,
+)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A workdir of a teacher and a student at two temperatures, good enough to be worth attacking.
 
-    The steps of `experiments.defend` up to its own attacks.
+    The steps of `study.run` up to its measuring.
     """
-    recipe = dataclasses.replace(
-        smoke(RECIPES["digits"]),
-        temperatures=(1.0, 5.0),
-        num_assistants=0,
-        epochs=EPOCHS,
-        learning_rate=0.1,
-        learning_rate_power=0.5,
-        train_examples=32 * STEPS,
-    )
-    dataset = data.load("digits")
     path = tmp_path_factory.mktemp("trained")
-    folder, recipe = workdir.open_workdir(str(path), recipe, dataset)
-    examples = data.Split(*(column[: recipe.train_examples] for column in dataset.train))
-    training.train(folder, recipe, examples, mode="jit")
+    study, folder = RECIPE.study(), _workdir.epath.Path(path)
+    examples = study.examples()
+    _run._extended(folder, study, examples, dataclasses.asdict(RECIPE))
+    _training.train(folder, study, examples, parallel="jit", progress=runtime.progress())
     return path
 
 
@@ -54,8 +59,7 @@ def fresh(trained, tmp_path):
 
 def run(path, *arguments):
     """The command in this process; the folder of its results."""
-    options, settings = attack.parse([str(path), *arguments])
-    attack.run(options, settings)
+    attack.run([str(path), *arguments])
 
 
 def table(path):
@@ -68,15 +72,11 @@ def column(rows, name, convert=float):
 
 
 def network(path, temperature, generation):
-    """A network by no more than the checkpoint's own reader."""
-    model = nets.digits_net()
-    step = train.make_train_step(nets.apply_fn(model), train.sgd(0.1))
-    params, _ = nets.init(model, jax.random.key(3), (8, 8, 1))
-    like = train.create_state(step, params, jax.random.key(3))
-    place = path / "checkpoints" / "seed0" / f"T{temperature}" / f"generation{generation}"
-    with Checkpointer(place) as checkpointer:
-        state = checkpointer.restore_latest(like).state
-    return nets.logits_fn(model, {"params": state.params})
+    """A trained network of the workdir."""
+    (found,) = studies.networks(
+        RECIPE.study(), path, temperatures=[temperature], generations=[generation]
+    )
+    return found.logits_fn
 
 
 def examples(size):
@@ -112,7 +112,7 @@ def test_rows_are_those_of_a_direct_call(trained, capsys):
         direct = attacks.pgd(
             logits_fn, jax.random.key(7), inputs, labels, eps=0.1, num_steps=4, num_restarts=2
         )
-        stem = f"T{temperature}_seed0_g{generation}_step{EPOCHS * STEPS}"
+        stem = f"T{temperature}_seed0_g{generation}"
         rows = table(folder / f"{stem}.csv")
         points = np.load(folder / f"{stem}.npz")
         check_rows(rows, points, direct, logits_fn, inputs, labels)
@@ -141,9 +141,7 @@ def test_rows_are_those_of_a_direct_call(trained, capsys):
         "trace": False,
     }
     assert (held["num_examples"], held["key"], held["targets"]) == (12, 7, "none")
-    assert [entry["step"] for entry in held["networks"]] == [EPOCHS * STEPS] * 4
-    assert len({entry["weights"] for entry in held["networks"]}) == 4
-    assert held["runs"][0]["versions"]["jax"] == jax.__version__
+    assert held["versions"]["jax"] == jax.__version__
 
 
 @pytest.mark.slow
@@ -152,7 +150,7 @@ def test_the_batch_size_changes_nothing(trained):
     found = []
     for batch_size in ("12", "5"):
         run(trained, *PGD, "--temperature", "1", "--batch-size", batch_size, "--overwrite")
-        stem = path / f"T1_seed0_g1_step{EPOCHS * STEPS}"
+        stem = path / "T1_seed0_g1"
         found.append((table(f"{stem}.csv"), np.load(f"{stem}.npz")["inputs"]))
     (rows, points), (others, other_points) = found
     for name in ("success", "queries", "prediction", "info_restart", "info_first_success"):
@@ -181,7 +179,7 @@ def test_the_three_forms_of_jsma(given, name, output, trained):
     chosen = ["--temperature", str(temperature), "--generation", "1", "--num-examples", "6"]
     run(trained, "--attack", "jsma", *given, *chosen)
     folder = trained / "attacks" / f"jsma_{name}examples=6"
-    stem = folder / f"T{temperature}_seed0_g1_step{EPOCHS * STEPS}"
+    stem = folder / f"T{temperature}_seed0_g1"
     inputs, labels = examples(6)
     logits_fn = network(trained, temperature, 1)
     direct = attacks.jsma(logits_fn, None, inputs, labels, output=output)
@@ -193,7 +191,7 @@ def test_all_targets_and_arrays_of_info(trained):
     chosen = ["--temperature", "1", "--generation", "0", "--num-examples", "3"]
     run(trained, "--attack", "fmn", *settings, *chosen)
     name = "fmn_norm=l2_num_steps=5_trace=True_targets=all_examples=3"
-    stem = trained / "attacks" / name / f"T1_seed0_g0_step{EPOCHS * STEPS}"
+    stem = trained / "attacks" / name / "T1_seed0_g0"
     rows, points = table(f"{stem}.csv"), np.load(f"{stem}.npz")
     inputs, labels = examples(3)
     index, targets = column(rows, "index", int), column(rows, "target", int)
@@ -233,137 +231,73 @@ def test_aims():
 
 def test_what_is_there_is_not_computed_again(fresh, capsys, monkeypatch):
     run(fresh, *PGD, "--generation", "1")
-    before = {path: path.read_bytes() for path in (fresh / "attacks").glob("*/*.*")}
+    folder = fresh / "attacks" / NAME
+    before = {path: path.read_bytes() for path in folder.glob("T*")}
     first = capsys.readouterr().out
+    for path in before:  # derived: whatever happens to it, it is written again
+        path.write_bytes(path.read_bytes()[:20])
     with monkeypatch.context() as patched:
-        patched.setattr(attack.evaluate, "under_attack", None)  # would raise
+        patched.setattr(runtime.ShardFolder, "__setitem__", None)  # would raise
         run(fresh, *PGD, "--generation", "1")
-        printed = capsys.readouterr()
-        assert printed.out == first
-        assert "2 of 2 networks were attacked before" in printed.err
+        assert capsys.readouterr().out == first
         assert {path: path.read_bytes() for path in before} == before
         with pytest.raises(TypeError, match="not callable"):
             run(fresh, *PGD, "--generation", "1", "--overwrite")
-    # Other networks join the ones that are there.
-    calls = count_calls(monkeypatch)
-    run(fresh, *PGD)
-    assert calls == [
-        f"T={temperature}, seed 0, generation {generation}"
-        for temperature in (1, 5)
-        for generation in (0, 1)
-    ]  # those that --overwrite let go of, too
-
-
-def count_calls(monkeypatch):
-    calls = []
-    original = attack.evaluate.under_attack
-
-    def counting(*arguments, **options):
-        calls.append(options["stage"])
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(attack.evaluate, "under_attack", counting)
-    return calls
+    run(fresh, *PGD)  # other networks join
+    assert len(list(folder.glob("*.csv"))) == 4
 
 
 class Stop(KeyboardInterrupt):
     pass
 
 
-def test_stopped_between_networks_and_resumed(fresh, trained, monkeypatch):
-    run(trained, *PGD)
-    original = attack.evaluate.under_attack
-
-    def stopping(*arguments, **options):
-        if options["stage"] == "T=5, seed 0, generation 0":
-            raise Stop
-        return original(*arguments, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(attack.evaluate, "under_attack", stopping)
-        with pytest.raises(Stop):
-            run(fresh, *PGD)
-    calls = count_calls(monkeypatch)
-    run(fresh, *PGD)
-    assert len(calls) == 2
-    for path in (trained / "attacks" / NAME).glob("*.csv"):
-        assert (fresh / "attacks" / NAME / path.name).read_bytes() == path.read_bytes()
-
-
-def test_a_network_that_was_trained_again_is_attacked_again(fresh, monkeypatch):
-    run(fresh, *PGD)
-    calls = count_calls(monkeypatch)
-    checkpoints = fresh / "checkpoints" / "seed0"
-    shutil.rmtree(checkpoints / "T5" / "generation1")
-    shutil.copytree(checkpoints / "T1" / "generation1", checkpoints / "T5" / "generation1")
-    (fresh / "attacks" / NAME / f"T1_seed0_g0_step{EPOCHS * STEPS}.npz").unlink()
-    run(fresh, *PGD)
-    assert calls == ["T=1, seed 0, generation 0", "T=5, seed 0, generation 1"]
-    rows = [
-        table(fresh / "attacks" / NAME / f"T{temperature}_seed0_g1_step{EPOCHS * STEPS}.csv")
-        for temperature in (1, 5)
-    ]
-    assert [row["distance"] for row in rows[0]] == [row["distance"] for row in rows[1]]
-
-
-@pytest.mark.slow
-def test_autoattack_goes_on_where_it_was_stopped(trained, fresh, monkeypatch, capsys):
-    arguments = ["--attack", "autoattack", "--eps", "0.1", "--version", "rand"]
-    arguments += ["--num-examples", "40", "--batch-size", "16", "--temperature", "5"]
-    monkeypatch.setattr(attack, "_SECONDS_BETWEEN_SAVES", -1.0)
+@pytest.mark.parametrize(
+    "arguments",
+    [PGD, ["--attack", "autoattack", "--eps", "0.1", "--version", "rand", "--num-examples", "12"]],
+)
+def test_stopped_and_resumed_is_uninterrupted(fresh, trained, monkeypatch, arguments):
+    arguments = [*arguments, "--batch-size", "5", "--temperature", "5"]
     run(trained, *arguments)
-    original, saves = attack_results.Folder.save_state, []
+    original, written = runtime.ShardFolder.__setitem__, []
 
-    def stopping(self, network, state):
-        original(self, network, state)
-        saves.append(network)
-        if len(saves) == 2:
+    def stopping(self, name, arrays):
+        original(self, name, arrays)
+        written.append(name)
+        if len(written) == 4:
             raise Stop
 
     with monkeypatch.context() as patched:
-        patched.setattr(attack_results.Folder, "save_state", stopping)
+        patched.setattr(runtime.ShardFolder, "__setitem__", stopping)
         with pytest.raises(Stop):
             run(fresh, *arguments)
-    folder = next((fresh / "attacks").iterdir())
-    assert [path.suffixes for path in folder.iterdir()] == [[".partial", ".npz"]]
-    capsys.readouterr()
     run(fresh, *arguments)
-    assert "going on where it was stopped" in capsys.readouterr().err
-    assert not list(folder.glob("*.partial.npz"))
-    for path in (trained / "attacks" / folder.name).glob("*.csv"):
+    (folder,) = (fresh / "attacks").iterdir()
+    assert len(list(folder.glob("*.csv"))) == 2
+    for path in (trained / "attacks" / folder.name).glob("T5*.csv"):
         assert (folder / path.name).read_bytes() == path.read_bytes()
-    rows = table(next(folder.glob("*.csv")))
-    assert {row["info_broken_by"] for row in rows} > {"-1", "0"}
-    with pytest.raises(ValueError, match="expected version to be one of"):
-        run(fresh, *arguments[:4], "--version", "custom")
 
 
-def test_settings_of_another_version_are_refused(fresh):
-    run(fresh, *PGD)
-    path = fresh / "attacks" / NAME / "settings.json"
-    held = json.loads(path.read_text())
-    path.write_text(json.dumps({**held, "settings": {**held["settings"], "step_size": 0.5}}))
-    with pytest.raises(ValueError, match=r"expected settings=\{.*0\.5.*--overwrite, or move"):
-        run(fresh, *PGD)
-    run(fresh, *PGD, "--temperature", "1", "--overwrite")
-    assert json.loads(path.read_text())["settings"] == held["settings"]
-    assert {file.name[:2] for file in path.parent.glob("T*")} == {"T1"}  # nothing of the others
-    path.write_text("[]")
-    with pytest.raises(ValueError, match=r"settings of an attack in .*settings\.json"):
-        run(fresh, *PGD)
-    run(fresh, *PGD, "--overwrite")
-    mended = json.loads(path.read_text())
-    assert mended["settings"] == held["settings"]
-    assert len(mended["networks"]) == 4
+@pytest.mark.parametrize("damage", ["cut", "empty", "flip"])
+def test_damaged_shards_are_computed_again(fresh, damage):
+    run(fresh, *PGD, "--temperature", "1")
+    folder = fresh / "attacks" / NAME
+    before = {path: path.read_bytes() for path in folder.glob("*.csv")}
+    for path in folder.rglob("shards/**/*.npz"):
+        content = path.read_bytes()
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        path.write_bytes({"cut": content[:middle], "empty": b"", "flip": flipped}[damage])
+    run(fresh, *PGD, "--temperature", "1")
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_an_earlier_checkpoint(trained):
     step = (EPOCHS - 1) * STEPS
     run(trained, *PGD, "--step", str(step), "--generation", "1")
     run(trained, *PGD)
-    stem = trained / "attacks" / NAME / "T1_seed0_g1_step"
-    assert {row["step"] for row in table(f"{stem}{step}.csv")} == {str(step)}
-    early, last = (np.load(f"{stem}{s}.npz")["inputs"] for s in (step, EPOCHS * STEPS))
+    stem = trained / "attacks" / NAME / "T1_seed0_g1"
+    assert {row["step"] for row in table(f"{stem}_step{step}.csv")} == {str(step)}
+    early, last = (np.load(f"{stem}{s}.npz")["inputs"] for s in (f"_step{step}", ""))
     assert np.abs(early - last).max() > 0.01  # by networks that differ
     with pytest.raises(
         FileNotFoundError, match=rf"step 3 in .*those of \[{step}, {step + STEPS}\]"
@@ -373,8 +307,8 @@ def test_an_earlier_checkpoint(trained):
 
 def test_unfinished_networks_are_named(fresh):
     chain = fresh / "checkpoints" / "seed0" / "T5"
-    shutil.rmtree(chain / "generation1")
-    shutil.rmtree(chain / "generation0" / str(EPOCHS * STEPS))
+    shutil.rmtree(next(chain.glob("generation1-*")))
+    shutil.rmtree(next(chain.glob("generation0-*")) / str(EPOCHS * STEPS))
     with pytest.raises(ValueError, match="expected finished networks") as error:
         run(fresh, *PGD)
     step = (EPOCHS - 1) * STEPS
@@ -417,7 +351,7 @@ def test_unfinished_networks_are_named(fresh):
 )
 def test_a_bad_command_line_ends_in_one_line(arguments, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
-        runtime.run_main(attack.main, [str(tmp_path), *arguments])
+        commands.main(["attack", str(tmp_path), *arguments])
     assert error.value.code == 2
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err
@@ -433,9 +367,9 @@ def test_a_bad_command_line_ends_in_one_line(arguments, words, tmp_path, capsys)
         (["jsma", "--theta", "0"], "expected theta finite and not 0"),
         (["deepfool", "--num-steps", "0"], "num_steps to be a whole number >= 1, got 0"),
         (["deepfool", "--num-examples", "401"], "num_examples <= 400, the test set of digits"),
-        (["deepfool", "--temperature", "3"], "--temperature among 1, 5, .*, got 3"),
-        (["deepfool", "--seed", "1"], "--seed among 0, .*, got 1"),
-        (["deepfool", "--generation", "2"], "--generation among 0, 1, .*, got 2"),
+        (["deepfool", "--temperature", "3"], "temperature among 1.0, 5.0, .*, got 3"),
+        (["deepfool", "--seed", "1"], "seed among 0, .*, got 1"),
+        (["deepfool", "--generation", "2"], "generation among 0, 1, .*, got 2"),
     ],
 )
 def test_bad_settings_are_named_and_write_nothing(arguments, words, fresh):
@@ -449,14 +383,18 @@ def test_other_folders_and_other_data_are_refused(fresh, tmp_path):
         run(tmp_path / "nothing", *PGD)
     path = fresh / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "dataset_checksum": "0"}))
-    with pytest.raises(ValueError, match=r"expected the digits of the run \(checksum 0\)"):
+    study = {**config["study"], "dataset_checksum": "0"}
+    path.write_text(json.dumps({**config, "study": study}))
+    with pytest.raises(ValueError, match="dataset_checksum '0', not"):
         run(fresh, *PGD)
-    path.write_text(json.dumps({name: config[name] for name in config if name != "seeds"}))
-    with pytest.raises(ValueError, match=r"settings of a run in .*KeyError: 'seeds'"):
+    path.write_text(json.dumps({**config, "recipe": None}))
+    with pytest.raises(ValueError, match=r"made by `jdistill defend`.*study\.networks"):
+        run(fresh, *PGD)
+    path.write_text(json.dumps({**config, "recipe": {"speed": 3}}))
+    with pytest.raises(ValueError, match=r"recipe of a run in .*speed"):
         run(fresh, *PGD)
     with pytest.raises(ValueError, match="expected the workdir of a run, got none; pass it first"):
-        attack.parse(PGD)
+        run("", *PGD)
 
 
 # The options, out of the signatures
@@ -560,8 +498,8 @@ def test_transfer_is_judged_by_every_network(fresh, capsys):
         confidence=30.0,
         num_searches=3,
         num_steps=20,
-        learning_rate=RECIPES["digits"].cw_learning_rate,
-        initial_const=RECIPES["digits"].cw_initial_const,
+        learning_rate=0.1,
+        initial_const=0.1,
     )
     right = np.logical_and(
         *(np.asarray(one(inputs)).argmax(1) == labels for one in (source, judge))

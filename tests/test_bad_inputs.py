@@ -415,7 +415,8 @@ KINDS = {
 # Each sort, and the arguments that are of it; then those that are called as their sort is.
 SORTS = """
 network: logits_fn source surrogate
-function: teacher loss preprocess substitute apply_fn loss_fn augment objective make teacher_loss student_loss progress output fun attack
+function: teacher loss preprocess substitute apply_fn loss_fn augment objective progress output
+    fun attack make teacher_loss student_loss
     random_logits_fn main conv_general_dilated callback attacks.bpda.logits_fn nets.logits_fn
     parallel.compile_step.step
 radius: eps step_size decay max_angle max_shift beta overshoot eta
@@ -433,7 +434,8 @@ count: num_steps num_restarts num_targets num_queries num_samples max_samples nu
 count from 2: num_candidates num_classes max_features
 count from 0: first_target num_epochs host epoch generation number successes num_rows data.start
     data.num_examples checkpoint.step
-flag: enabled best_loss trace random_start abort_early minimum_norm temperature_squared vmapped online
+flag: enabled best_loss trace random_start abort_early minimum_norm temperature_squared vmapped
+    online
 text: stage shard_name remedy report.write_picture_grid.attack report.write_picture_grid.norm
 path: directory workdir data_dir cache_dir
 choice: norm decision_rule version mode name kind

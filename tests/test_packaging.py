@@ -30,6 +30,8 @@ def test_wheel_holds_jdistill_alone(wheel):
     assert modules <= set(names)
     assert "jdistill/py.typed" in names
     assert "jdistill/report/report.html.j2" in names
+    scripts = next(name for name in names if name.endswith("/entry_points.txt"))
+    assert "jdistill = jdistill.commands:main" in zipfile.ZipFile(wheel).read(scripts).decode()
     assert not [name for name in names if "__pycache__" in name]
 
 
@@ -39,7 +41,7 @@ def test_wheel_metadata(wheel):
     text = archive.read(metadata).decode()
     assert "Requires-Python: >=3.11" in text
     assert "License-Expression: Apache-2.0" in text
-    assert "Provides-Extra: demo" in text
+    assert "Provides-Extra: study" in text
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-floor.txt"])

@@ -261,9 +261,12 @@ def test_one_job_at_a_time(finished, tmp_path):
 
 def test_a_lease_is_taken_over_when_it_has_run_out(tmp_path, monkeypatch):
     place = _workdir.epath.Path(tmp_path)
-    with _workdir._leased(place), pytest.raises(OSError, match="no other job"):
-        with _workdir._leased(place):
-            pass
+    with (
+        _workdir._leased(place),
+        pytest.raises(OSError, match="no other job"),
+        _workdir._leased(place),
+    ):
+        pass
     content = {"id": "1", "holder": "another", "time": 0.0}
     (tmp_path / ".lease").write_text(json.dumps(content))
     with _workdir._leased(place):

@@ -433,7 +433,7 @@ def test_a_sweep_takes_the_losses_of_a_chain(options, mode):
 
 
 def test_a_loss_that_is_no_pytree_is_named():
-    with pytest.raises(ValueError, match="student_loss.*Partial"):
+    with pytest.raises(ValueError, match=r"student_loss.*Partial"):
         changed(
             generations=[generation()] * 2,
             temperature=TEMPERATURES,

@@ -43,7 +43,6 @@ from experiments.bench import (
 from experiments.bench.options import Options
 from experiments.bench.rows import Row
 from experiments.bench.timing import AfterCall
-from experiments.progress import Progress
 from jdistill import runtime
 
 COMMANDS: Mapping[str, tuple[type[Options], Callable[[Any, AfterCall], Iterator[list[Row]]]]] = {
@@ -88,7 +87,7 @@ def run(options: Options) -> None:
 def groups(options: Options) -> Iterator[list[Row]]:
     """Rows of a command, comparison by comparison, below a bar of the calls."""
     name = type(options).__name__.lower()
-    with Progress() as progress:
+    with runtime.progress() as progress:
 
         def after_call(done: int, total: int) -> None:
             event = {"event": "call", "stage": name, "unit": "call"}

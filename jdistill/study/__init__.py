@@ -9,8 +9,21 @@ measured of it. `run` trains, measures, judges, and reports into a workdir, from
 `RECIPES` are the studies of the data sets that `jdistill.data` knows.
 """
 
-from jdistill.study._run import Tables, load, networks, run
+from jdistill.study._recipes import RECIPES, Recipe
+from jdistill.study._run import Tables, load, networks, run, write_report
 from jdistill.study._study import Stage, Study, smoke
 from jdistill.study._training import Trained
 
-__all__ = ["Stage", "Study", "Tables", "Trained", "load", "networks", "run", "smoke"]
+__all__ = [
+    "RECIPES",
+    "Recipe",
+    "Stage",
+    "Study",
+    "Tables",
+    "Trained",
+    "load",
+    "networks",
+    "run",
+    "smoke",
+    "write_report",
+]

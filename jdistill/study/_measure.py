@@ -178,15 +178,26 @@ def _verdicts(
     """
     first = [network for network in networks if network.seed == study.seeds[0]]
     last = {network[:2]: network.generation for network in first}
-    plain = [network for network in first if network[1] == 1 and network.generation == 0]
-    judged = [n for n in first if n.generation == last[n[:2]] or n in plain]
+    plain = [network for network in networks if is_plain(network)]
+    judged = [n for n in first if n.generation == last[n[:2]] or is_plain(n)]
     for network in judged:
-        surrogate = next((other for other in plain if other.weights != network.weights), None)
+        surrogate = surrogate_of(network, plain)
         progress.prefix = f"verdict on T={network.temperature:g}, "
         verdict = judge(study, network, surrogate, examples, shards, callback=progress)
         progress.prefix = ""
         row = _name(examples, network)._asdict()
         yield {**row, "verdict": verdict.as_dict()}
+
+
+def is_plain(network: Trained) -> bool:
+    """Whether it is an ordinary network: a teacher at T = 1."""
+    return network.temperature == 1 and network.generation == 0
+
+
+def surrogate_of(network: Trained, plain: Sequence[Trained]) -> Trained | None:
+    """The ordinary network of the same seed that transferred examples are crafted on."""
+    own = [one for one in plain if one.seed == network.seed and one.weights != network.weights]
+    return own[0] if own else None
 
 
 def judge(

@@ -1,9 +1,11 @@
 """Running a study into a workdir, and reading what is there."""
 
 import dataclasses
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from etils import epath
 
 from jdistill import _files, _validate, report, runtime
@@ -76,9 +78,58 @@ def run(
             finally:
                 times.write()
             if runtime.is_main_process():
-                report.write_report(folder, pictures=shown)
-                _workdir.seal(folder, [*(f"{kind}.csv" for kind in report.TABLES), "verdicts.json"])
+                _save_pictures(folder, shown)
+                _workdir.seal(folder, _DERIVED)
+                write_report(folder)
     return load(folder)
+
+
+# What a report is made of.
+_PICTURES = "pictures.npz"
+_DERIVED = (*(f"{kind}.csv" for kind in report.TABLES), "verdicts.json", _PICTURES)
+
+
+def _save_pictures(folder: epath.Path, shown: Mapping[Any, Mapping[str, np.ndarray]]) -> None:
+    """Keep the pictures of a report, by `label/array`."""
+    content = io.BytesIO()
+    arrays = {
+        f"{label}/{name}": values for label, one in shown.items() for name, values in one.items()
+    }
+    np.savez(content, **arrays)  # type: ignore[arg-type]
+    runtime.atomic_write(folder / _PICTURES, content.getvalue())
+
+
+def _pictures(folder: epath.Path) -> dict[Any, dict[str, np.ndarray]]:
+    with np.load(io.BytesIO((folder / _PICTURES).read_bytes())) as file:
+        arrays = {name: file[name] for name in file.files}
+    found: dict[Any, dict[str, np.ndarray]] = {}
+    for name, values in arrays.items():
+        label, _, part = name.rpartition("/")
+        try:
+            key: Any = float(label)
+        except ValueError:
+            key = label
+        found.setdefault(key, {})[part] = values
+    return found
+
+
+def write_report(workdir: _files.PathLike) -> epath.Path:
+    """Writes the report of a study again, from its tables.
+
+    Args:
+        workdir: of `run`.
+
+    Returns:
+        The page.
+
+    Raises:
+        FileNotFoundError: there are no tables of a study.
+        ValueError: a table is not as the run wrote it.
+        ModuleNotFoundError: a package that the report needs is missing.
+    """
+    folder = _files.as_path(workdir)
+    _workdir.check_seal(folder)
+    return report.write_report(folder, pictures=_pictures(folder))["report"]
 
 
 class _Follower:

@@ -15,8 +15,8 @@ from typing import Annotated, Any, NamedTuple
 import jax.numpy as jnp
 import tyro
 
-from experiments.training import temperature_name
 from jdistill import _validate, attacks, losses
+from jdistill.study._study import temperature_name
 from jdistill.typing import ArrayLike, AttackFn
 
 Settings = dict[str, Any]  # by argument, as JSON can hold them

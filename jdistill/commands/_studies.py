@@ -1,0 +1,138 @@
+"""Studies from recipes, files, and workdirs; and the paths of workdirs."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from jdistill.study import Recipe, Study, _workdir
+
+Made = Callable[..., Any]
+
+
+class Source(NamedTuple):
+    """A study, and what makes it again.
+
+    Attributes:
+        study: itself.
+        recipe: JSON-able, kept in the workdir.
+    """
+
+    study: Study
+    recipe: dict[str, Any]
+
+
+def workdir_path(given: str) -> epath.Path:
+    """The path of a workdir.
+
+    Raises:
+        ValueError: it is empty, of a user that is not there, or an address that is no folder.
+    """
+    if not given.strip():
+        raise ValueError("expected --workdir to be a folder, got an empty text; name one")
+    if given.startswith("file://"):
+        raise ValueError(
+            f"expected --workdir to be a path or gs://…, got {given!r}; pass the path without "
+            "file://"
+        )
+    expanded = os.path.expanduser(given)
+    if expanded.startswith("~"):
+        raise ValueError(
+            f"expected --workdir in the folder of a user that is there, got {given!r}; pass "
+            "another path"
+        )
+    return epath.Path(expanded)
+
+
+def of_recipe(recipe: Recipe, data_dir: str | None) -> Source:
+    """The study of a recipe."""
+    return Source(recipe.study(data_dir=data_dir), dataclasses.asdict(recipe))
+
+
+def extended(recipe: Recipe, folder: epath.Path) -> Recipe:
+    """The recipe with the assistants that its workdir has already."""
+    held = (_held(folder) or {}).get("num_assistants")
+    more = held if isinstance(held, int) else 0
+    return dataclasses.replace(recipe, num_assistants=max(more, recipe.num_assistants))
+
+
+def in_file(path: str) -> Study | Made:
+    """What a file calls `study`: a study, or a function that returns one.
+
+    Raises:
+        ValueError: it has no such thing, or cannot be run.
+        FileNotFoundError: there is no file.
+    """
+    file = pathlib.Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"expected the name of a recipe or the path of a Python file, got {path!r}, which is "
+            "neither; check it"
+        )
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module  # where its functions say that they are from
+    spec.loader.exec_module(module)
+    found = getattr(module, "study", None)
+    if not isinstance(found, Study) and not callable(found):
+        raise ValueError(
+            f"expected {path} to define `study`, a jdistill.study.Study or a function that returns "
+            f"one, got {type(found).__name__}; name it so"
+        )
+    return found
+
+
+def made(found: Study | Made, path: str, options: Mapping[str, Any]) -> Source:
+    """The study of a file."""
+    study = found(**options) if callable(found) else found
+    if not isinstance(study, Study):
+        raise ValueError(
+            f"expected study() in {path} to return a jdistill.study.Study, got "
+            f"{type(study).__name__}; return one"
+        )
+    return Source(study, {"file": os.path.abspath(path), "options": dict(options)})
+
+
+def of_workdir(folder: epath.Path, data_dir: str | None) -> Study:
+    """The study that a workdir belongs to, made again from its recipe.
+
+    Raises:
+        FileNotFoundError: there is no workdir.
+        ValueError: its recipe is none of the command's.
+    """
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(
+            f"expected the workdir of a run, got {folder}, which has no config.json; check the "
+            "path, or make one with `jdistill defend`"
+        )
+    recipe = _held(folder)
+    if recipe is None:
+        raise ValueError(
+            f"expected a workdir made by `jdistill defend`, got {folder}, which was made by "
+            "study.run in Python; use study.networks there"
+        )
+    if "file" in recipe:
+        found = in_file(recipe["file"])
+        return made(found, recipe["file"], recipe.get("options", {})).study
+    try:
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in recipe.items()}
+        return Recipe(**values).study(data_dir=data_dir)
+    except TypeError as error:
+        raise ValueError(
+            f"expected the recipe of a run in {folder / 'config.json'}, got another ({error}); use "
+            "the version of jdistill that wrote it, or choose another workdir"
+        ) from None
+
+
+def _held(folder: epath.Path) -> dict[str, Any] | None:
+    config = _workdir.read_config(folder)
+    recipe = None if config is None else config.get("recipe")
+    return json.loads(json.dumps(recipe)) if isinstance(recipe, dict) else None
