@@ -9,7 +9,8 @@ The library in one screen:
 * `metrics`, `evaluate`: accuracy, two sensitivities, robustness, for whole stacks of networks;
 * `diagnose`: whether a robust accuracy is to be believed, and why;
 * `parallel`: the step on one device or many;
-* `checkpoint`, `runtime`, `report`: storage, start-up and files, loaded on first use.
+* `study`: studies of own data, networks, and losses, from training to a report;
+* `checkpoint`, `runtime`, `report`: storage, start-up and files. These four load on first use.
 
 Importing the library starts no device and imports no TensorFlow, TFDS, Orbax or matplotlib.
 """
@@ -35,11 +36,11 @@ from jdistill import (
 from jdistill.attacks import AttackResult
 
 if TYPE_CHECKING:
-    from jdistill import checkpoint, report, runtime
+    from jdistill import checkpoint, report, runtime, study
 
 __version__ = "0.1.0"
 
-_LAZY = ("checkpoint", "report", "runtime")
+_LAZY = ("checkpoint", "report", "runtime", "study")
 
 __all__ = [
     "AttackResult",
@@ -57,6 +58,7 @@ __all__ = [
     "parallel",
     "report",
     "runtime",
+    "study",
     "sweep",
     "train",
     "typing",

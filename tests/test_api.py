@@ -21,6 +21,7 @@ LEVELS = {
     "_order": 0,
     "_jax": 0,
     "_fingerprint": 1,
+    "_entries": 2,
     "losses": 1,
     "metrics": 1,
     "norms": 1,
@@ -36,6 +37,9 @@ LEVELS = {
     "checkpoint": 4,
     "runtime": 4,
     "report": 4,
+    "study": 5,
+    "commands": 6,
+    "__main__": 7,
 }
 CHAIN = {("sweep", "distill"), ("metrics", "nets")}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
@@ -167,8 +171,13 @@ def test_attacks_have_one_signature(function):
     assert inspect.signature(function).return_annotation is attacks.AttackResult
 
 
-# The names of the attacks to import from there, and what a version of AutoAttack calls its parts.
-MAY_NAME_ATTACKS = {ROOT / "attacks/__init__.py", ROOT / "attacks/_autoattack.py"}
+# The names of the attacks to import from there, what a version of AutoAttack calls its parts, and
+# the attacks of a recipe.
+MAY_NAME_ATTACKS = {
+    ROOT / "attacks/__init__.py",
+    ROOT / "attacks/_autoattack.py",
+    ROOT / "study/_recipes.py",
+}
 
 
 @pytest.mark.parametrize(

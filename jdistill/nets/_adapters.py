@@ -5,6 +5,7 @@ its weights are leaves of a pytree, so compiled code that takes the adapter as a
 reused for new weights, and `jax.vmap` maps over stacked ones.
 """
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Collection, Mapping
@@ -38,25 +39,36 @@ _SWITCHES = {
 }
 
 
-def check_module(model: Any) -> None:
-    """The module is one of Linen, and can be the static part of an adapter."""
+def check_module(model: Any) -> nn.Module:
+    """The module, which is one of Linen, in a form that can be the static part of an adapter."""
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"expected model to be a Flax Linen module, got {type(model).__name__}; use "
-            "nnx_logits_fn for an NNX module and callable_logits_fn for a function"
+            "nnx_logits_fn or nnx_model for an NNX module and callable_logits_fn for a function"
         )
     try:
         hash(model)
+        return model
     except TypeError as error:
+        names = [field.name for field in dataclasses.fields(model) if field.name != "parent"]
+        lists = {name: getattr(model, name, None) for name in names}
+        tuples = {name: tuple(held) for name, held in lists.items() if isinstance(held, list)}
+        if tuples and model.scope is None:
+            # `nn.Sequential([...])`, as everybody writes it.
+            with contextlib.suppress(TypeError):
+                model = model.clone(**tuples)
+                hash(model)
+                return model
+        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"expected model to be a hashable module, got {type(model).__name__} ({error}); "
+            f"expected model to be a hashable module, got {type(model).__name__} ({reason:.200}); "
             "make its fields tuples instead of lists or arrays"
         ) from None
 
 
-def _check_linen(model: Any) -> None:
-    """The module can be called as an adapter does."""
-    check_module(model)
+def _check_linen(model: Any) -> nn.Module:
+    """The module, which can be called as an adapter does."""
+    model = check_module(model)
     names = _parameter_names(model)
     switches = [name for name in _SWITCHES if name in names]
     if switches and "train" not in names:
@@ -65,6 +77,7 @@ def _check_linen(model: Any) -> None:
             "wrap it in a module whose `__call__(self, inputs, *, train=False)` sets that argument"
         )
     _check_needs(model, {"train", "dropout_keys"})
+    return model
 
 
 def _check_needs(model: Any, known: Collection[str]) -> None:
@@ -282,8 +295,7 @@ def apply_fn(model: nn.Module) -> ApplyFn:
         >>> logits.shape, apply == nets.apply_fn(nets.digits_net())
         ((2, 10), True)
     """
-    _check_linen(model)
-    return _LinenApply(model)
+    return _LinenApply(_check_linen(model))
 
 
 def logits_fn(model: nn.Module, variables: Mapping[str, PyTree]) -> Partial:
@@ -309,7 +321,7 @@ def logits_fn(model: nn.Module, variables: Mapping[str, PyTree]) -> Partial:
         >>> jax.jit(lambda net, inputs: net(inputs))(net, jnp.zeros((2, 8, 8, 1))).shape
         (2, 10)
     """
-    _check_linen(model)
+    model = _check_linen(model)
     if not isinstance(variables, Mapping) or "params" not in variables:
         shown = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
         raise ValueError(

@@ -250,7 +250,7 @@ def init(model: nn.Module, key: Array, input_shape: tuple[int, ...]) -> tuple[Py
         >>> params["logits"]["kernel"].shape, model_state
         ((64, 10), {})
     """
-    check_module(model)
+    model = check_module(model)
     key = _validate.prng_key(key)
     _validate.rank(0, key=key)
     variables = dict(_draw(model, _validate.shape(input_shape=input_shape), key))

@@ -17,8 +17,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from experiments.recipes import MNIST
-from jdistill import attacks, data, distill, metrics, nets, train
+from jdistill import attacks, data, distill, metrics, nets, study, train
 from jdistill.checkpoint import Checkpointer
 from jdistill.typing import Batch
 
@@ -39,7 +38,7 @@ def main(workdir: str) -> None:
         labels=labels.astype(np.uint8),
     )
     for name, place in {"plain": "T1/generation0", "distilled": "T100/generation2"}.items():
-        step, state = start(MNIST.model())
+        step, state = start(study.RECIPES["mnist"].model())
         with Checkpointer(f"{workdir}/checkpoints/seed0/{place}") as checkpointer:
             found = checkpointer.restore_latest(state)
         assert found is not None, place
