@@ -1,8 +1,9 @@
 """Fingerprints of networks, losses, settings, examples, and keys, the same in every process.
 
-A network or a loss is its weights, its settings, and the code of its functions, so an edited
-function under the same name is another one, and so is one whose globals hold other arrays or
-numbers; the code of what it calls by name is not followed.
+A network or a loss is its weights, its settings, and the code of its functions and classes, those
+of its own module that it calls by name included: an edited function under the same name is another
+one, and so is one whose globals hold other arrays or numbers. The code of other modules is not
+followed, nor are lists and objects among globals, which may count calls.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import hashlib
 import inspect
 import json
 import re
+import threading
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +21,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from jdistill._jax import captured, unbound
+from jdistill._jax import LIBRARIES, captured, unbound
+
+
+class _Open(threading.local):
+    """What is being described, outermost first; what refers to itself comes here again."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+
+
+_open = _Open()
 
 
 def describe(value: Any) -> Any:
@@ -28,6 +40,16 @@ def describe(value: Any) -> Any:
         return value
     if isinstance(value, (np.ndarray, np.generic, jax.Array)):
         return _array(value)
+    if id(value) in _open.ids:
+        return f"cycle {len(_open.ids) - _open.ids.index(id(value))}"
+    _open.ids.append(id(value))
+    try:
+        return _describe(value)
+    finally:
+        _open.ids.pop()
+
+
+def _describe(value: Any) -> Any:
     if isinstance(value, functools.partial):  # JAX's Partial is one, too
         return {
             "function": describe(value.func),
@@ -40,19 +62,26 @@ def describe(value: Any) -> Any:
         return [describe(entry) for entry in value]
     if isinstance(value, (set, frozenset)):  # whose order is another one in every process
         return sorted(json.dumps(describe(entry), sort_keys=True) for entry in value)
+    if isinstance(value, type):
+        return _class(value)
     if inspect.ismethod(value):
         return {"method": describe(value.__func__), "of": describe(value.__self__)}
-    function = inspect.unwrap(value) if callable(value) else value
+    inner = getattr(value, "fun", None)
+    if _is_library(type(value)) and inspect.isfunction(inner) and not _is_library(inner):
+        rules = [describe(getattr(value, name, None)) for name in ("jvp", "fwd", "bwd")]
+        return {"function": describe(inner), "rules": rules}
+    function = _unwrapped(value) if callable(value) else value
     if inspect.isfunction(function):
         return _function(function)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if dataclasses.is_dataclass(value):
         fields = (each.name for each in dataclasses.fields(value) if each.name != "parent")
         held = {name: describe(getattr(value, name, None)) for name in fields}
-        return {"class": _plain(type(value)), "holds": held}
+        return {"class": _class(type(value)), "holds": held}
     leaves, structure = jax.tree.flatten(value)
     if len(leaves) == 1 and leaves[0] is value:
         return _object(value)
-    return {"structure": _plain(structure), "leaves": describe(leaves)}
+    parts = {"structure": _plain(structure), "leaves": describe(leaves)}
+    return parts if _is_library(type(value)) else {"class": _class(type(value)), **parts}
 
 
 def describe_attack(attack: Any) -> Any:
@@ -96,25 +125,82 @@ def _array(value: Any) -> Any:
     return f"{array.dtype}{list(array.shape)} {digest}"
 
 
-def _function(function: Any) -> str:
-    """A function's name; of one from elsewhere also a hash of what it does and closes over.
+def _is_library(value: Any) -> bool:
+    """Whether a function or a class is of a library, whose name says what it does."""
+    if inspect.isfunction(value):  # whose `__module__` a wrapper copies
+        module = str(value.__globals__.get("__name__"))
+    else:
+        module = str(getattr(value, "__module__", None))
+    return module.startswith(LIBRARIES)
 
-    The code of what it calls by name is not followed.
-    """
+
+def _unwrapped(value: Any) -> Any:
+    """What libraries have wrapped, such as `jax.jit`; a wrapper of the user's does something."""
+    while hasattr(value, "__wrapped__") and (not inspect.isfunction(value) or _is_library(value)):
+        value = value.__wrapped__
+    return value
+
+
+def _function(function: Any) -> str:
+    """A function's name; of one from elsewhere also a hash of what it does and closes over."""
     name = f"{function.__module__}.{function.__qualname__}"
     if name.startswith("jdistill.") and "<" not in name:
         return name
     defaults = (function.__defaults__, function.__kwdefaults__)
     inside = [_code(function.__code__), describe(defaults)]
-    for variable, cell in zip(
-        function.__code__.co_freevars, function.__closure__ or (), strict=True
-    ):
-        # A function that calls itself closes over itself, by its own name.
-        if variable != function.__name__:
-            with contextlib.suppress(ValueError):  # a variable that has no value yet
-                inside.append(describe(cell.cell_contents))
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # a variable that has no value yet
+            inside.append(describe(cell.cell_contents))
     inside.append([[variable, describe(held)] for variable, held in captured(function)])
+    if not _is_library(function):
+        inside.append([describe(each) for each in _called(function)])
     return f"{name} {fingerprint(inside)}"
+
+
+def _called(function: Any) -> list[Any]:
+    """The functions and classes of its own module that a function names."""
+    found = []
+    for name in sorted(_names(function.__code__)):
+        value = _unwrapped(function.__globals__.get(name))
+        own = inspect.isfunction(value) or isinstance(value, type)
+        if own and value.__module__ == function.__module__:
+            found.append(value)
+    return found
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """The names in a piece of code and in those within it."""
+    inner = [_names(each) for each in code.co_consts if isinstance(each, types.CodeType)]
+    return set(code.co_names).union(*inner)
+
+
+# Those that `dataclasses` writes into a class.
+_GENERATED = frozenset({"__init__", "__repr__", "__eq__", "__hash__", "__replace__"})
+
+
+def _class(kind: type) -> Any:
+    """A class of a library by its name, another one with its code and its numbers."""
+    if _is_library(kind):
+        return _plain(kind)
+    generated = _GENERATED if dataclasses.is_dataclass(kind) else frozenset()
+    parts = {}
+    for name, value in vars(kind).items():
+        if isinstance(value, (staticmethod, classmethod)):
+            value = value.__func__
+        if isinstance(value, property):
+            value = [value.fget, value.fset]
+        elif callable(value) and not isinstance(value, type):
+            value = _unwrapped(value)
+            if name in generated or not inspect.isfunction(value) or _is_library(value):
+                continue
+        elif name.startswith("_") or not isinstance(value, (bool, int, float, str, np.ndarray)):
+            continue
+        parts[name] = describe(value)
+    return {
+        "class": _plain(kind),
+        "code": parts,
+        "bases": [describe(base) for base in kind.__bases__],
+    }
 
 
 def _code(code: types.CodeType) -> list[Any]:
@@ -129,10 +215,10 @@ def _code(code: types.CodeType) -> list[Any]:
 def _object(value: Any) -> Any:
     """An object by its class and what it holds; of one that holds nothing, its `repr`."""
     held = getattr(value, "__dict__", None)
-    if not held or isinstance(value, type):
-        return _plain(value)
-    methods = {name: each for name, each in vars(type(value)).items() if inspect.isfunction(each)}
-    return {"class": _plain(type(value)), "methods": describe(methods), "holds": describe(held)}
+    kind = _class(type(value))
+    return (
+        {"class": kind, "holds": describe(held)} if held else {"class": kind, "is": _plain(value)}
+    )
 
 
 def _plain(value: Any) -> str:

@@ -139,12 +139,12 @@ def captured(fun: Any) -> list[tuple[str, Any]]:
     """
     found: list[tuple[str, Any]] = []
     module = str(getattr(fun, "__module__", None))
-    if not module.startswith(_LIBRARIES):
+    if not module.startswith(LIBRARIES):
         _capture("", fun, found, set(), module=module, numbers=True, depth=5)
     return found
 
 
-_LIBRARIES = ("jax", "jdistill.", "flax.", "optax.", "numpy", "builtins")
+LIBRARIES = ("jax", "jdistill.", "flax.", "optax.", "numpy", "builtins")
 
 
 def _capture(

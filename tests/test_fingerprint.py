@@ -1,5 +1,6 @@
 """Fingerprints: what computes the same has the same one, in every process, and nothing else has."""
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen
+from flax import linen, nnx
 
 from jdistill import _fingerprint, attacks, losses, nets
 
@@ -138,3 +139,147 @@ def test_settings_have_one_in_every_version_and_order():
     assert of(dict(reversed(content.items()))) == of({**content, "seeds": (0, 1)}) == of(content)
     for changed in ({"seeds": [1, 0]}, {"temperature": 20.5}, {"data": {"name": "mnist"}}):
         assert of({**content, **changed}) != of(content)
+
+
+# Pairs that differ in nothing but code, made by one factory each.
+
+
+def linen_class(act):
+    class Network(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.Dense(3)(act(x))
+
+    return Network
+
+
+def of_linen(act):
+    return linen_class(act)()
+
+
+def of_nnx_class(act):
+    class Network(nnx.Module):
+        def __init__(self, rngs):
+            self.layer = nnx.Linear(3, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return act(self.layer(x))
+
+    return nets.nnx_model(Network)
+
+
+def of_dataclass(act):
+    @dataclasses.dataclass(frozen=True)
+    class Network:
+        width: int = 3
+
+        def __call__(self, x):
+            return act(x)
+
+    return Network()
+
+
+def of_pytree(act):
+    @jax.tree_util.register_pytree_node_class
+    class Network:
+        def __call__(self, x):
+            return act(x)
+
+        def tree_flatten(self):
+            return (np.zeros(3), np.ones(2)), None
+
+        @classmethod
+        def tree_unflatten(cls, _, leaves):
+            return cls()
+
+    return Network()
+
+
+def of_stateless_object(act):
+    class Network:
+        def __call__(self, x):
+            return act(x)
+
+    return Network()
+
+
+def of_base_class(act):
+    class Base:
+        def __call__(self, x):
+            return act(x)
+
+    class Network(Base):
+        pass
+
+    return Network()
+
+
+def of_wrapper(act):
+    def inner(x):
+        return x
+
+    @functools.wraps(inner)
+    def network(x):
+        return act(inner(x))
+
+    return network
+
+
+def of_custom_rule(act):
+    @jax.custom_jvp
+    def network(x):
+        return x
+
+    network.defjvp(lambda primals, tangents: (primals[0], act(tangents[0])))
+    return network
+
+
+def of_global_function(act):
+    space = {"act": act, "__name__": "mine"}
+    act.__module__ = "mine"
+    exec("def network(x):\n    return act(x)", space)
+    return space["network"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        of_linen,
+        of_nnx_class,
+        of_dataclass,
+        of_pytree,
+        of_stateless_object,
+        of_base_class,
+        of_wrapper,
+        of_custom_rule,
+        of_global_function,
+    ],
+)
+def test_edited_code_is_another_network(make):
+    def same(x):
+        return jnp.tanh(x)
+
+    def again(x):
+        return jnp.tanh(x)
+
+    again.__qualname__ = same.__qualname__
+    one, twin, other = make(same), make(again), make(lambda x: 2 * jnp.tanh(x))
+    of = _fingerprint.fingerprint
+    assert of(one) == of(twin)
+    assert of(one) != of(other)
+
+
+def test_what_refers_to_itself_has_a_fingerprint():
+    class Node:
+        def __init__(self, number):
+            self.number, self.me = number, self
+
+    def even(n):
+        return n == 0 or odd(n - 1)
+
+    def odd(n):
+        return n != 0 and even(n - 1)
+
+    of = _fingerprint.fingerprint
+    assert of(Node(1)) == of(Node(1)) != of(Node(2))
+    assert of(even) != of(odd)
