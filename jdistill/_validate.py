@@ -191,7 +191,10 @@ def function(*, remedy: str = "pass a function", **named: Any) -> None:
     """Each value can be called."""
     for name, value in named.items():
         if not callable(value):
-            raise ValueError(f"expected a callable, got {type(value).__name__} as {name}; {remedy}")
+            got = f"the text {value!r}" if isinstance(value, str) else type(value).__name__
+            if name == "loss":
+                remedy = "pass a function, such as jdistill.losses.margin"
+            raise ValueError(f"expected a callable, got {got} as {name}; {remedy}")
 
 
 def callback(value: Any, *, name: str = "callback") -> None:
@@ -212,13 +215,19 @@ def instance(kind: Any, wanted: str, /, *, remedy: str = "pass one", **named: An
 def examples(value: Any, most: int) -> tuple[Any, ...]:
     """Columns of examples: inputs, labels, and targets where there may be three, else None."""
     if not isinstance(value, (tuple, list)) or not 2 <= len(value) <= most:
+        if hasattr(value, "train") and hasattr(value, "test"):
+            raise ValueError(
+                f"expected examples to be (inputs, labels), got a {type(value).__name__}; pass its "
+                "split, such as dataset.train"
+            )
         third = ", or with targets as a third" if most > 2 else ""
         number = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
         raise ValueError(
             f"expected examples to be (inputs, labels){third}, got a {type(value).__name__}{number}"
             "; pass the columns as a tuple"
         )
-    return (*value, None)[:most]
+    columns = (np.asarray(each) if isinstance(each, list) else each for each in value)
+    return (*columns, None)[:most]
 
 
 def text(**named: Any) -> None:

@@ -204,7 +204,7 @@ def edited(params, inputs):
         ({"data": blobs(seed=1)}, "dataset_checksum"),
         ({"attacks": {"pgd": PGD._replace(num_examples=4), "deepfool": MARGIN}}, "num_examples"),
         ({"attacks": {"pgd": PGD}}, "deepfool"),
-        ({"student_loss": functools.partial(distill.soft_loss, hard_weight=0.5)}, "student_loss"),
+        ({"student_loss": functools.partial(distill.soft_loss, hard_weight=0.5)}, "student"),
         ({"num_sensitivity": 4}, "num_sensitivity"),
         ({"initial_epochs": 0}, "initial_epochs"),
         ({"chains": {"1 assistant": [STAGE] * 3}}, "'no assistant'"),
@@ -405,12 +405,13 @@ def test_a_users_own_attack(tmp_path):
 def test_chains_that_begin_alike_share_their_beginnings():
     other = stage(4)
     chains = {"a": [STAGE] * 2, "b": [STAGE] * 3, "c": [STAGE, other], "d": [STAGE, other]}
-    own = dataclasses.replace(SMALL, chains=chains)
+    own = dataclasses.replace(SMALL, chains=chains, transfer=())
     assert list(own.longest_chains()) == ["b", "c"]
     assert own.places() == {"a": ("b", 1), "b": ("b", 2), "c": ("c", 1), "d": ("c", 1)}
     found = _training.chains_of(own)
-    assert found[0].prints[0] == found[1].prints[0]
-    assert found[0].prints[1] != found[1].prints[1]
+    one, other = (chain.prints[5.0] for chain in found)
+    assert one[0] == other[0]
+    assert one[1] != other[1]
     assert found[1].owners == ("b", "c")
 
 
@@ -428,6 +429,17 @@ def test_chains_that_begin_alike_share_their_beginnings():
         ({"seeds": (2**32,)}, "seeds"),
         ({"batch_size": 0}, "batch_size"),
         ({"attacks": {}}, "at least one attack"),
+        ({"attacks": {"pgd": attacks.pgd}}, "missing a required argument: 'eps'"),
+        ({"attacks": {"pgd": 3}}, "function"),
+        ({"attacks": {".pgd": PGD}}, "beginning with a dot"),
+        ({"chains": {"a/b": [STAGE] * 2}}, "slashes"),
+        ({"chains": {1: [STAGE] * 2, "1": [STAGE] * 3}}, "differ as texts"),
+        ({"verdict": diagnose.masking}, "verdict with all its settings"),
+        ({"transfer": ("nope",)}, "transfer to name some of the attacks"),
+        ({"chains": {"a": [STAGE, stage(4)]}}, "chains of one architecture"),
+        ({"distances": {"l7": PGD}}, "l7"),
+        ({"num_sensitivity": 0}, "num_sensitivity"),
+        ({"student_loss": 3}, "student_loss"),
     ],
 )
 def test_bad_studies(options, message):
@@ -463,6 +475,118 @@ def test_bad_data(own, message):
 def test_bad_stages(options, message):
     with pytest.raises(ValueError, match=message):
         Stage(**options)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ((blobs()[0], (255 * blobs()[1][0], blobs()[1][1])), "test inputs, for pgd"),
+        ((blobs()[0], (blobs()[1][0], np.full(24, 3))), "test labels"),
+        ((blobs()[0], (blobs()[1][0], np.full(24, 1))), "class"),
+    ],
+)
+def test_data_that_attacks_cannot_take_is_refused_before_training(tmp_path, own, message):
+    with pytest.raises(ValueError, match=message):
+        study.run(dataclasses.replace(SMALL, data=own), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_examples_of_a_data_set_are_another_study(tmp_path):
+    (x, y), (x_test, y_test) = blobs(96)
+
+    def dataset(part):
+        splits = data.Split(x[part], y[part]), data.Split(x_test, y_test)
+        return data.Dataset("same", splits[0], splits[1], splits[1], 3, "1", "f", "checksum", "")
+
+    one = dataclasses.replace(SMALL, data=dataset(slice(0, 48)))
+    study.run(one, tmp_path / "run")
+    with pytest.raises(ValueError, match="dataset_checksum"):
+        study.run(dataclasses.replace(one, data=dataset(slice(48, 96))), tmp_path / "run")
+
+
+def test_checkpoints_know_their_losses_without_a_config(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run/config.json").unlink()
+    with pytest.raises(ValueError, match=r"config.json beside the checkpoints"):
+        study.run(SMALL, tmp_path / "run")
+    other = functools.partial(distill.soft_loss, hard_weight=0.5)
+    fresh = tmp_path / "other"
+    study.run(dataclasses.replace(SMALL, student_loss=other), fresh)
+    for place in (fresh / "checkpoints/seed0/T5").iterdir():
+        shutil.rmtree(place)
+        shutil.copytree(tmp_path / "run/checkpoints/seed0/T5" / place.name, place)
+    with pytest.raises(ValueError, match="losses"):
+        study.run(dataclasses.replace(SMALL, student_loss=other), fresh)
+
+
+@pytest.mark.parametrize("parallel", ["jit", "sweep"])
+def test_losses_see_the_temperatures_as_they_are_given(tmp_path, parallel):
+    losses = {0.7: distill.soft_loss(0.7), 5.0: distill.soft_loss(5.0)}
+    own = dataclasses.replace(
+        SMALL, temperatures=(0.7, 5.0), teacher_loss=losses.get, student_loss=losses.__getitem__
+    )
+    run_smoke(own, tmp_path / "run", parallel=parallel)
+
+
+def test_a_stage_of_no_epochs_is_kept(tmp_path):
+    chain = [stage(num_epochs=0), STAGE, STAGE]
+    own = dataclasses.replace(SMALL, chains=chain)
+    run_smoke(own, tmp_path / "run")
+    before = read(tmp_path / "run")
+    run_smoke(own, tmp_path / "run")
+    assert read(tmp_path / "run") == before
+    assert [network.step for network in study.networks(own, tmp_path / "run", temperatures=[1.0])]
+
+
+def test_numbers_and_weights_of_other_types(tmp_path):
+    init = functools.partial(init_dense, 8)
+    model = (
+        lambda key, shape: jax.tree.map(lambda w: w.astype("bfloat16"), init(key, shape)),
+        dense,
+    )
+    own = dataclasses.replace(
+        SMALL,
+        chains=[Stage(model=model, optimizer=optax.sgd(0.1), num_epochs=np.int64(1))] * 2,
+        seeds=np.arange(2),
+        batch_size=np.int64(16),
+        temperatures=np.float32([1, 5]),
+    )
+    run_smoke(own, tmp_path / "run")
+
+
+def test_the_default_loss_follows_online(tmp_path):
+    online = dataclasses.replace(SMALL, online=True)
+    run_smoke(online, tmp_path / "online")
+    run_smoke(dataclasses.replace(online, online=False), tmp_path / "offline")
+
+
+def test_networks_are_found_by_the_names_of_their_chains_and_each_student_is_judged(tmp_path):
+    own = dataclasses.replace(
+        SMALL,
+        temperatures=(1.0,),
+        verdict=functools.partial(diagnose.masking, eps=0.1),
+        num_verdict=6,
+    )
+    tables = study.run(own, tmp_path / "run")
+    assert [row["generation"] for row in tables.rows["verdicts"]] == [0, 1, 2]
+    found = {
+        name: [each.generation for each in study.networks(own, tmp_path / "run", chains=[name])]
+        for name in own.chains
+    }
+    assert found == {"no assistant": [0, 1], "1 assistant": [0, 1, 2]}
+
+
+def test_a_rate_written_otherwise_is_the_same_study(tmp_path):
+    def of(rate):
+        return dataclasses.replace(SMALL, chains=[stage(hyperparams={"learning_rate": rate})] * 2)
+
+    study.run(of(lambda T: 0.05 * T), tmp_path / "run")
+    before = read(tmp_path / "run")
+    study.run(of(lambda T: T * 0.05), tmp_path / "run", recipe={"kept": 1})
+    assert read(tmp_path / "run") == before
+    study.run(of(0.05), tmp_path / "one")
+    study.run(of(lambda T: T * 0.05), tmp_path / "run")
+    assert json.loads((tmp_path / "run/config.json").read_text())["recipe"] == {"kept": 1}
 
 
 def test_smoke_is_small_and_keeps_the_kinds():

@@ -106,7 +106,7 @@ def _parse_file(arguments: Sequence[str]) -> tuple[_studies.Source, Options]:
     """The study of a file and the options."""
     path, *rest = arguments
     found = _studies.in_file(path)
-    program = {"prog": f"jdistill defend {path}", "args": rest}
+    program: dict[str, Any] = {"prog": f"jdistill defend {path}", "args": rest}
     if not callable(found):
         options = tyro.cli(Options, description=__doc__, **program)
         return _studies.made(found, path, {}), options

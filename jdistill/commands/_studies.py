@@ -123,7 +123,9 @@ def of_workdir(folder: epath.Path, data_dir: str | None) -> Study:
         found = in_file(recipe["file"])
         return made(found, recipe["file"], recipe.get("options", {})).study
     try:
-        values = {name: tuple(v) if isinstance(v, list) else v for name, v in recipe.items()}
+        values: dict[str, Any] = {
+            name: tuple(v) if isinstance(v, list) else v for name, v in recipe.items()
+        }
         return Recipe(**values).study(data_dir=data_dir)
     except TypeError as error:
         raise ValueError(

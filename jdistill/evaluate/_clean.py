@@ -101,10 +101,9 @@ def clean(
         for run in range(len(runs.temperatures) if shards is not None else 0)
     ]
     called = [f"clean/{name}" for name in shard_names(names, len(runs.temperatures))]
-    found: list[Any] = [
-        _entries.read(shards, *entry) if shards is not None else None
-        for entry in zip(called, settings or called, strict=True)
-    ]
+    found: list[Any] = [None] * len(called)
+    if shards is not None:
+        found = [_entries.read(shards, *entry) for entry in zip(called, settings, strict=True)]
     if any(measured is None for measured in found):
         logits = runs.map(_logits, "accuracy", batch_size, inputs)
         some = runs.map(_sensitivities, "sensitivity", batch_size, inputs[:size], labels[:size])

@@ -146,8 +146,10 @@ def evaluate(
     stack = stacked(networks, inputs)
     num_runs = nets.stack_size(stack)
     _validate.mapping(attacks=attacks)
-    attacks = {name: AttackPlan(each) if callable(each) else each for name, each in attacks.items()}
-    check_plans(attacks, "attacks")
+    plans: dict[str, AttackPlan] = {
+        name: AttackPlan(each) if callable(each) else each for name, each in attacks.items()
+    }
+    check_plans(plans, "attacks")
     check_plans({} if distances is None else distances, "distances")
     by_norm = {} if distances is None else dict(distances)
     if isinstance(transfer, str) or not isinstance(transfer, Iterable):
@@ -160,10 +162,10 @@ def evaluate(
     shard_names(names, num_runs)
     num_classes = check_inputs(stack, inputs)
     _validate.class_indices(labels, batch_size=len(inputs), num_classes=num_classes)
-    _check_names(attacks, by_norm, transfer, chains, num_runs)
+    _check_names(plans, by_norm, transfer, chains, num_runs)
     check_distance_plans(by_norm)
-    named = {**attacks, **{_of_norm(norm): plan for norm, plan in by_norm.items()}}
-    _check_classes(inputs, labels, named)
+    named = {**plans, **{_of_norm(norm): plan for norm, plan in by_norm.items()}}
+    check_classes(inputs, labels, named)
     measures = clean(
         stack,
         inputs,
@@ -193,7 +195,7 @@ def evaluate(
             key=jax.random.key(zlib.crc32(name.encode())) if key is None else key,
             **shared,
         )
-        for name, plan in attacks.items()
+        for name, plan in plans.items()
     }
     found = _distances(
         stack,
@@ -210,16 +212,16 @@ def evaluate(
         distances=found,
         worst_case=_worst_cases(everything),
         eps_curves=_eps_curves(everything, named, grids),
-        step_curves=_step_curves(outcomes, attacks),
+        step_curves=_step_curves(outcomes, plans),
         query_curves={
             name: _curves.accuracy_against_queries(outcome)
             for name, outcome in outcomes.items()
-            if outcome.eps is not None and "num_queries" in traits(attacks[name].attack).settings
+            if outcome.eps is not None and "num_queries" in traits(plans[name].attack).settings
         },
         transfer={
             name: [
                 _transferred(
-                    np.array(chain), stack, inputs, labels, attacks[name], outcomes[name], vmapped
+                    np.array(chain), stack, inputs, labels, plans[name], outcomes[name], vmapped
                 )
                 for chain in (chains or [range(num_runs)])
             ]
@@ -335,7 +337,7 @@ def _check_names(
         )
 
 
-def _check_classes(inputs: np.ndarray, labels: np.ndarray, named: Mapping[str, AttackPlan]) -> None:
+def check_classes(inputs: np.ndarray, labels: np.ndarray, named: Mapping[str, AttackPlan]) -> None:
     """An error for a set of one class, which a network that knows nothing may get all right."""
     sizes = {"the test set": first(len(inputs), "num_examples", None)}
     sizes |= {

@@ -231,6 +231,8 @@ def stacked(networks: Any, inputs: Any) -> LogitsFn:
             "expected one network or a stack, got what can be either; pass [network] for one, and "
             "a list of the networks for several"
         )
+    if not single and not stack:
+        logits_shape(networks, example, name="networks")  # says why it is no network
     return stacked([networks], inputs) if single else networks
 
 

@@ -52,7 +52,9 @@ def check_module(model: Any) -> nn.Module:
     except TypeError as error:
         names = [field.name for field in dataclasses.fields(model) if field.name != "parent"]
         lists = {name: getattr(model, name, None) for name in names}
-        tuples = {name: tuple(held) for name, held in lists.items() if isinstance(held, list)}
+        tuples: dict[str, Any] = {
+            name: tuple(held) for name, held in lists.items() if isinstance(held, list)
+        }
         if tuples and model.scope is None:
             # `nn.Sequential([...])`, as everybody writes it.
             with contextlib.suppress(TypeError):
@@ -186,7 +188,8 @@ class _NnxApply:
         from flax import nnx
 
         module = nnx.eval_shape(lambda: self.make(nnx.Rngs(0)))
-        return nnx.split(module, nnx.Param, nnx.RngState, ...)
+        parts: Any = nnx.split(module, nnx.Param, nnx.RngState, ...)
+        return parts
 
     def __call__(
         self,
@@ -217,7 +220,8 @@ class _NnxApply:
         else:
             module.eval()
         outputs = _called(module, inputs, train=train)
-        *_, after = nnx.split(module, nnx.Param, nnx.RngState, ...)
+        parts: Any = nnx.split(module, nnx.Param, nnx.RngState, ...)
+        after = parts[-1]
         return outputs, nnx.to_pure_dict(after) if train else model_state
 
 
@@ -231,7 +235,8 @@ class _NnxInit:
         del shape  # an NNX module knows its own
         from flax import nnx
 
-        _, weights, _, rest = nnx.split(self.make(nnx.Rngs(key)), nnx.Param, nnx.RngState, ...)
+        parts: Any = nnx.split(self.make(nnx.Rngs(key)), nnx.Param, nnx.RngState, ...)
+        _, weights, _, rest = parts
         return nnx.to_pure_dict(weights), nnx.to_pure_dict(rest)
 
 
@@ -459,7 +464,8 @@ def logits_of(outputs: PyTree) -> Array:
                 "the logits so"
             )
         return outputs["logits"]
-    return getattr(outputs, "logits", outputs)
+    logits: Any = getattr(outputs, "logits", outputs)
+    return logits
 
 
 def binary(logits_fn: LogitsFn) -> Partial:

@@ -152,7 +152,17 @@ def from_evaluation(
     if names is None:
         names = [f"network {place}" for place in range(num_networks)]
     _validate.sequence(names=names)
-    labels = [name.chain if isinstance(name, NetworkName) else str(name) for name in names]
+    labels = [name if isinstance(name, NetworkName) else str(name) for name in names]
+    if len(set(labels)) < len(labels) or len(labels) != num_networks:
+        raise ValueError(
+            f"expected names, a different one for each of {num_networks} networks, got {names}; "
+            "name them in the order of the evaluation"
+        )
+    if result.transfer and not all(isinstance(name, NetworkName) for name in names):
+        raise ValueError(
+            "expected NetworkNames, with generations, for the table of what transfers, got texts; "
+            "pass report.NetworkName(dataset, generation=...)"
+        )
     full = [
         name if isinstance(name, NetworkName) else NetworkName(dataset, chain=str(name))
         for name in names
@@ -174,7 +184,7 @@ def from_evaluation(
         )
     else:
         path.unlink(missing_ok=True)
-    shown = {label or "network": pictures(result, place) for place, label in enumerate(labels)}
+    shown = {_title(label): pictures(result, place) for place, label in enumerate(labels)}
     return write_report(
         where,
         config=config,
@@ -208,7 +218,14 @@ def pictures(result: evaluate.Evaluation, place: int) -> dict[str, np.ndarray] |
     }
 
 
-def _judged(verdicts: Any, labels: Sequence[str]) -> dict[int, Verdict]:
+def _title(label: str | NetworkName) -> str:
+    if isinstance(label, str):
+        return label
+    chain = f"{label.chain}, " if label.chain else ""
+    return f"{chain}T={label.temperature:g}, seed {label.seed}, generation {label.generation}"
+
+
+def _judged(verdicts: Any, labels: Sequence[str | NetworkName]) -> dict[int, Verdict]:
     """The verdicts by the places of their networks."""
     if verdicts is None:
         return {}
@@ -218,8 +235,8 @@ def _judged(verdicts: Any, labels: Sequence[str]) -> dict[int, Verdict]:
         unknown = [name for name in verdicts if name not in labels]
         if unknown:
             raise ValueError(
-                f"expected verdicts on {', '.join(labels)}, got one on {unknown[0]!r}; use the "
-                "networks' names"
+                f"expected verdicts on {', '.join(map(str, labels))}, got one on {unknown[0]}; use "
+                "the networks' names"
             )
         verdicts = [verdicts.get(label) for label in labels]
     _validate.sequence(verdicts=verdicts)
@@ -411,19 +428,25 @@ def _comparisons(
     known = {network.name: network for network in networks}
     missing = [name for pair in compared for name in pair if name not in known]
     if missing:
-        raise ValueError(f"expected pairs of networks that were measured, got {missing[0]}")
+        raise ValueError(
+            f"expected pairs of networks that were measured, got {missing[0]}; measure it too"
+        )
     rows: list[Row] = []
     by_pair: dict[Any, list[dict[_Quantity, tuple[np.ndarray, np.ndarray]]]] = {}
     for one, other in compared:
         flags, baseline = _quantities(known[one]), _quantities(known[other])
-        shared = {key: (flags[key], baseline[key]) for key in flags if key in baseline}
+        shared = {
+            key: (flags[key], baseline[key])
+            for key in flags
+            if key in baseline and len(flags[key]) == len(baseline[key])
+        }
         for quantity, pair in shared.items():
             rows.append(_compared(one, other, quantity, metrics.paired(*pair)))
         by_pair.setdefault((one._replace(seed=0), other._replace(seed=0)), []).append(shared)
     for (one, other), seeds in by_pair.items():
         if len(seeds) < 2:
             continue
-        for quantity in seeds[0]:
+        for quantity in [each for each in seeds[0] if all(each in other for other in seeds)]:
             means = np.array([[flags.mean() for flags in shared[quantity]] for shared in seeds])
             found = metrics.paired_over_seeds(means[:, 0], means[:, 1])
             row = _compared(one, other, quantity, found)

@@ -149,9 +149,7 @@ def _compared(
 ) -> list[tuple[NetworkName, NetworkName]]:
     """Each chain's student beside that of the first chain, seed by seed."""
     there = {name for _, names in measured for name in names}
-    single = len(study.longest_chains()) == 1
-    homes = [("" if single else chain, generation) for chain, generation in study.places().values()]
-    baseline, *others = homes
+    baseline, *others = students(study)
     pairs = [
         tuple(
             NetworkName(examples.name, temperature, seed, generation, chain)
@@ -172,21 +170,27 @@ def _verdicts(
     shards: runtime.ShardFolder,
     progress: Any,
 ) -> Iterator[Row]:
-    """The verdicts on the last network of each chain and on the teacher at T = 1, first seed.
+    """The verdicts on the student of each chain and on the teacher at T = 1, first seed.
 
     That teacher, an ordinary network, is what transferred examples are crafted on.
     """
     first = [network for network in networks if network.seed == study.seeds[0]]
-    last = {network[:2]: network.generation for network in first}
+    places = students(study)
     plain = [network for network in networks if is_plain(network)]
-    judged = [n for n in first if n.generation == last[n[:2]] or is_plain(n)]
+    judged = [n for n in first if (n.chain, n.generation) in places or n in plain[:1]]
     for network in judged:
         surrogate = surrogate_of(network, plain)
         progress.prefix = f"verdict on T={network.temperature:g}, "
         verdict = judge(study, network, surrogate, examples, shards, callback=progress)
         progress.prefix = ""
-        row = _name(examples, network)._asdict()
+        row = _name(examples, network).columns()
         yield {**row, "verdict": verdict.as_dict()}
+
+
+def students(study: Study) -> list[tuple[str, int]]:
+    """Of each chain's student, the chain and generation that name it in the tables."""
+    single = len(study.longest_chains()) == 1
+    return [("" if single else chain, number) for chain, number in study.places().values()]
 
 
 def is_plain(network: Trained) -> bool:

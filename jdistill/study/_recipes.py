@@ -173,8 +173,7 @@ class Recipe:
             data.Split(*(column[:size] for column in split))
             for split, size in zip((dataset.train, dataset.test), sizes, strict=True)
         )
-        checksum = f"{dataset.checksum} {len(train_split.labels)} {len(test_split.labels)}"
-        return dataset._replace(train=train_split, test=test_split, checksum=checksum)
+        return dataset._replace(train=train_split, test=test_split)
 
     def attack_plans(self) -> dict[str, AttackPlan]:
         """The attacks by name."""

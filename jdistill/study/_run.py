@@ -5,10 +5,13 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jdistill import _files, _validate, report, runtime
+from jdistill import _files, _validate, attacks, nets, report, runtime
+from jdistill.evaluate._evaluate import check_classes
 from jdistill.study import _measure, _training, _workdir
 from jdistill.study._study import Examples, Study
 from jdistill.study._training import Trained
@@ -66,6 +69,7 @@ def run(
     report.check_packages()
     with _workdir.reserved(workdir) as folder, runtime.progress() as progress:
         examples = study.examples()
+        _check_examples(study, examples)
         with _workdir.held(folder):
             study = _extended(folder, study, examples, recipe)
             times = _workdir.Times(folder, parallel)
@@ -151,19 +155,56 @@ def _extended(
     """The study with what the workdir holds beside it; the workdir is the study's from now on."""
     config = _workdir.read_config(folder)
     if config is not None:
-        held = config["study"]
-        study = dataclasses.replace(
-            study,
-            temperatures=sorted({*held["temperatures"], *study.temperatures}),
-            seeds=sorted({*held["seeds"], *study.seeds}),
+        study = _with_held(study, config)
+    elif (folder / "checkpoints").exists():
+        raise ValueError(
+            f"expected config.json beside the checkpoints in {folder}, got none, so that nobody "
+            "knows what they are of; put it back, or choose another workdir"
         )
     wanted = study.describe(examples)
     if config is not None:
         _workdir.refuse_difference(folder, config, wanted)
     if runtime.is_main_process():
         note = {"note": examples.note} if examples.note else {}
-        _workdir.write_config(folder, wanted, {**note, "recipe": recipe and dict(recipe)})
+        kept = recipe or (config or {}).get("recipe")
+        _workdir.write_config(folder, wanted, {**note, "recipe": kept and dict(kept)})
     return study
+
+
+def _with_held(study: Study, config: Mapping[str, Any]) -> Study:
+    """The study with the temperatures and seeds that its workdir has."""
+    held = config["study"]
+    return dataclasses.replace(
+        study,
+        temperatures=sorted({*held["temperatures"], *study.temperatures}),
+        # In the order in which they came: pictures and verdicts are of the first.
+        seeds=list(dict.fromkeys([*held["seeds"], *study.seeds])),
+    )
+
+
+def _check_examples(study: Study, examples: Examples) -> None:
+    """Say now what would fail after hours of training."""
+    (inputs, labels), shape = examples.test, examples.train.inputs.shape[1:]
+    stage = next(stage for stages in study.chains.values() for stage in reversed(stages))
+    example = jax.ShapeDtypeStruct((1, *shape), np.float32)
+
+    def logits(key: jax.Array) -> Any:
+        outputs, _ = stage.apply_fn()(
+            *stage.init(key, shape), jnp.zeros(example.shape), train=False, key=None
+        )
+        return nets.logits_of(outputs)
+
+    num_classes = jax.eval_shape(logits, jax.random.key(0)).shape[-1]
+    for name, split in (("train", examples.train), ("test", examples.test)):
+        size = len(split.labels)
+        checked = {"batch_size": size, "num_classes": num_classes}
+        _validate.class_indices(split.labels, name=f"{name} labels", **checked)
+    plans = {**study.attacks, **{f"distance {norm}": p for norm, p in study.distances.items()}}
+    check_classes(inputs, labels, plans)
+    for name, plan in plans.items():
+        bounds = attacks.traits(plan.attack).settings.get("bounds")
+        if bounds is not None:
+            _validate.inputs_in_box(inputs, bounds, name=f"test inputs, for {name},")
 
 
 def load(workdir: _files.PathLike) -> Tables:
@@ -198,7 +239,7 @@ def networks(
     Args:
         study: that was run.
         workdir: where.
-        chains: the networks of these chains; empty: of all. Likewise
+        chains: the networks of these chains, up to their students; empty: of all. Likewise
         temperatures: of these training temperatures,
         seeds: of these seeds, and
         generations: of these generations; 0 is the teacher.
@@ -221,20 +262,22 @@ def networks(
         )
     examples = study.examples()
     held = config["study"]
-    study = dataclasses.replace(
-        study,
-        temperatures=sorted({*held["temperatures"], *study.temperatures}),
-        seeds=sorted({*held["seeds"], *study.seeds}),
-    )
+    study = _with_held(study, config)
     _workdir.refuse_difference(folder, config, study.describe(examples))
     study = dataclasses.replace(study, temperatures=held["temperatures"], seeds=held["seeds"])
+    named = dict(zip(study.chains, _measure.students(study), strict=True))
     all_chains = _training.chains_of(study)
     there = range(max(len(chain.stages) for chain in all_chains))
+    homes = [named[name] for name in _chosen(folder, "chain", chains, list(named))]
     wanted = {
-        "chain": _chosen(folder, "chain", chains, [chain.name for chain in all_chains]),
+        "chain": [chain for chain, _ in homes],
         "temperature": _chosen(folder, "temperature", temperatures, study.temperatures),
         "seed": _chosen(folder, "seed", seeds, study.seeds),
-        "generation": _chosen(folder, "generation", generations, list(there)),
+        "generation": [
+            number
+            for number in _chosen(folder, "generation", generations, list(there))
+            if number <= max(last for _, last in homes)
+        ],
     }
     found, unfinished = [], []
     for network, missing in _training.restored(folder, study, examples, wanted, step=step):

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from jdistill import _fingerprint, _validate, attacks, data, distill, evaluate, nets, train
+from jdistill.evaluate._distances import check_distance_plans
 from jdistill.train import TrainStep
 from jdistill.typing import Array, LogitsFn, LossFn, PyTree
 
@@ -28,7 +29,7 @@ class Stage:
             and `apply_fn` is a `jdistill.typing.ApplyFn`; or `(init, apply)` of a plain function
             `apply(params, inputs) -> logits`, for which `init(key, shape)` gives the params alone.
         optimizer: any optax optimizer; its schedules count steps.
-        num_epochs: passes over the training set.
+        num_epochs: passes over the training set; 0 leaves the network as it is drawn.
         hyperparams: numbers for an optimizer made with `optax.inject_hyperparams`
             (`jdistill.train.sgd` is), or functions of the temperature that give them.
         frozen: instead of all of these, a trained network, inputs `[B, ...]` to logits `[B, K]`:
@@ -74,6 +75,7 @@ class Stage:
                 "Stage(model=nets.digits_net(), optimizer=train.sgd(0.05))"
             )
         _validate.count(minimum=0, num_epochs=self.num_epochs)
+        object.__setattr__(self, "num_epochs", int(self.num_epochs))
         _validate.mapping(hyperparams=self.hyperparams)
         if self.make_step is not None:
             _validate.function(make_step=self.make_step)
@@ -180,7 +182,7 @@ class Examples(NamedTuple):
     note: str
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Study:
     """Chains of networks at several temperatures and seeds, and what is measured of them.
 
@@ -247,7 +249,17 @@ class Study:
             chains = {"chain": chains}
         if not chains:
             raise ValueError("expected at least one chain, got none; pass chains={name: stages}")
-        object.__setattr__(self, "chains", {str(n): _chain(n, chains[n]) for n in chains})
+        named = {str(name): _chain(name, stages) for name, stages in chains.items()}
+        if len(named) < len(chains):
+            raise ValueError(f"expected names that differ as texts, got {list(chains)}; rename one")
+        for name in [*named, *self.attacks, *self.distances]:
+            # Names are those of files.
+            if not str(name) or str(name).startswith(".") or "/" in str(name):
+                raise ValueError(
+                    f"expected names of chains and attacks without slashes, not empty, and not "
+                    f"beginning with a dot, got {name!r}; rename it"
+                )
+        object.__setattr__(self, "chains", named)
         for name in ("temperatures", "seeds"):
             values = getattr(self, name)
             values = tuple(values) if isinstance(values, (Sequence, np.ndarray)) else (values,)
@@ -264,18 +276,63 @@ class Study:
         for seed in self.seeds:
             _validate.count(minimum=0, seeds=seed)
             _validate.within(0, 2**32 - 1, seeds=seed)  # larger ones would repeat smaller ones
+        object.__setattr__(self, "seeds", tuple(int(seed) for seed in self.seeds))
         _validate.count(batch_size=self.batch_size, num_verdict=self.num_verdict)
         _validate.count(minimum=0, initial_epochs=self.initial_epochs)
-        _validate.mapping(attacks=self.attacks, distances=self.distances)
+        if self.num_sensitivity is not None:
+            _validate.count(num_sensitivity=self.num_sensitivity)
+        for name in ("batch_size", "num_verdict", "initial_epochs", "num_sensitivity"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else int(value))
         _validate.flag(online=self.online)
-        if self.student_loss is None:
-            loss = distill.online_loss if self.online else distill.soft_loss
-            object.__setattr__(self, "student_loss", loss)
-        if not self.attacks and not self.distances:
+        distill.check_losses(self.teacher_loss, self.student_loss, self.online, None)
+        self._check_measures()
+
+    def _check_measures(self) -> None:
+        """Say now what would fail after hours of training."""
+        _validate.mapping(attacks=self.attacks, distances=self.distances)
+        plans = {
+            name: each if isinstance(each, evaluate.AttackPlan) else evaluate.AttackPlan(each)
+            for name, each in self.attacks.items()
+        }
+        object.__setattr__(self, "attacks", plans)
+        if not plans and not self.distances:
             raise ValueError(
                 "expected at least one attack, got none; an accuracy without an attack says "
                 "nothing about a defense"
             )
+        check_distance_plans(self.distances)
+        for name, plan in {**plans, **self.distances}.items():
+            _check_bound(f"the attack {name!r}", plan.attack)
+        if self.verdict is not None:
+            _check_bound("verdict", self.verdict)
+        _validate.sequence(transfer=self.transfer)
+        for name in self.transfer:
+            if name not in plans:
+                raise ValueError(
+                    f"expected transfer to name some of the attacks {', '.join(plans)}, got "
+                    f"{name!r}; add it to attacks"
+                )
+        for name, stages in self.chains.items():
+            kinds = {_fingerprint.fingerprint(_fingerprint.describe(each.model)) for each in stages}
+            if self.transfer and len(kinds) > 1:
+                raise ValueError(
+                    f"expected transfer only in chains of one architecture, got {len(kinds)} in "
+                    f"{name!r}; leave it out, and use evaluate.transfer_matrix on the networks"
+                )
+
+    def student_losses(self) -> Callable[..., LossFn]:
+        """The students' loss, the default where none is given."""
+        return distill.check_losses(self.teacher_loss, self.student_loss, self.online, None)
+
+    def loss_at(self, temperature: float) -> Any:
+        """What the losses at a temperature compute, as JSON-able content."""
+        student = self.student_losses()
+        return {
+            "teacher": _fingerprint.describe(self.teacher_loss(temperature)),
+            "student": _fingerprint.describe(student if self.online else student(temperature)),
+            "online": self.online,
+        }
 
     def examples(self) -> Examples:
         """The examples, loaded where they have to be, and checked.
@@ -286,7 +343,7 @@ class Study:
         """
         found = self.data() if callable(self.data) else self.data
         if isinstance(found, data.Dataset):
-            examples = Examples(found.name, found.train, found.test, found.checksum, found.note)
+            examples = _from_arrays(NamedArrays(found.name, found.train, found.test, found.note))
         else:
             examples = _from_arrays(found)
         _check_memory(examples.train)
@@ -294,7 +351,7 @@ class Study:
 
     def longest_chains(self) -> dict[str, tuple[Stage, ...]]:
         """The chains that are not the beginning of a longer one."""
-        own = {name: _described(stages) for name, stages in self.chains.items()}
+        own = {name: self._described(stages) for name, stages in self.chains.items()}
         kept: dict[str, tuple[Stage, ...]] = {}
         for name, stages in self.chains.items():
             within = [other for other in own if own[other][: len(stages)] == own[name]]
@@ -303,24 +360,24 @@ class Study:
                 kept[name] = stages
         return kept
 
+    def _described(self, stages: Sequence[Stage]) -> list[str]:
+        """Of each stage, the fingerprint of what it does at all temperatures."""
+        return [_fingerprint.fingerprint(stage.describe(self.temperatures)) for stage in stages]
+
     def places(self) -> dict[str, tuple[str, int]]:
         """Of each chain's student, the longest chain that has it, and its generation there."""
         longest = self.longest_chains()
         found = {}
         for name, stages in self.chains.items():
-            own = _described(stages)
-            home = next(n for n, other in longest.items() if _described(other)[: len(own)] == own)
+            own = self._described(stages)
+            home = next(
+                n for n, other in longest.items() if self._described(other)[: len(own)] == own
+            )
             found[name] = home, len(stages) - 1
         return found
 
     def describe(self, examples: Examples) -> dict[str, Any]:
         """What the study computes, as JSON-able content; grows along temperatures and chains."""
-        students: Any = _fingerprint.describe(self.student_loss)
-        if not self.online:
-            assert self.student_loss is not None
-            student_loss = self.student_loss
-            students = {at(T): _fingerprint.describe(student_loss(T)) for T in self.temperatures}
-        teacher = {at(T): _fingerprint.describe(self.teacher_loss(T)) for T in self.temperatures}
         plans = {**self.attacks, **{f"distance {n}": plan for n, plan in self.distances.items()}}
         return {
             "dataset": examples.name,
@@ -334,9 +391,7 @@ class Study:
                 }
                 for name, stages in self.chains.items()
             },
-            "teacher_loss": teacher,
-            "student_loss": students,
-            "online": self.online,
+            "losses": {at(T): self.loss_at(T) for T in self.temperatures},
             "batch_size": self.batch_size,
             "initial_epochs": self.initial_epochs,
             "attacks": {name: _plan(attack) for name, attack in plans.items()},
@@ -397,11 +452,11 @@ def smoke(study: Study) -> Study:
 def _few(study: Study) -> Any:
     """The study's first examples."""
     examples = study.examples()
-    few = [
-        tuple(column[:size] for column in split)
+    train_split, test_split = (
+        data.Split(*(column[:size] for column in split))
         for split, size in ((examples.train, 64), (examples.test, 32))
-    ]
-    return NamedArrays(examples.name, *few)
+    )
+    return NamedArrays(examples.name, train_split, test_split)
 
 
 class NamedArrays(NamedTuple):
@@ -410,6 +465,7 @@ class NamedArrays(NamedTuple):
     name: str
     train: Any
     test: Any
+    note: str = ""
 
 
 def _few_steps(plan: Any) -> evaluate.AttackPlan:
@@ -427,21 +483,24 @@ def _plan(plan: Any) -> dict[str, Any]:
     return {**plan._asdict(), "attack": _fingerprint.describe_attack(plan.attack)}
 
 
-def _described(stages: Sequence[Stage]) -> list[str]:
-    """Fingerprints of what each stage does, whatever the temperatures."""
-    return [_fingerprint.fingerprint(_timeless(stage)) for stage in stages]
-
-
-def fingerprints(stages: Sequence[Stage]) -> list[str]:
-    """Of each stage, a fingerprint of the chain up to it."""
-    own = _described(stages)
+def fingerprints(stages: Sequence[Stage], temperature: float) -> list[str]:
+    """Of each stage, a fingerprint of the chain up to it at a temperature."""
+    own = [_fingerprint.fingerprint(stage.describe((temperature,))) for stage in stages]
     return [_fingerprint.fingerprint(own[: number + 1])[:8] for number in range(len(own))]
 
 
-def _timeless(stage: Stage) -> dict[str, Any]:
-    """A stage's description with its hyperparameters as they were given."""
-    description = stage.describe(())
-    return {**description, "hyperparams": _fingerprint.describe(dict(stage.hyperparams))}
+def _check_bound(name: str, function: Any) -> None:
+    """An error for a function that needs more than the arguments that it will get."""
+    _validate.function(**{name: function})
+    try:
+        inspect.signature(function).bind(None, None, None, None)
+    except TypeError as error:
+        raise ValueError(
+            f"expected {name} with all its settings bound, got one of {error}; pass "
+            "functools.partial(function, ...)"
+        ) from None
+    except ValueError:  # a callable that does not say
+        return
 
 
 def _chain(name: Any, stages: Any) -> tuple[Stage, ...]:
@@ -465,9 +524,9 @@ def _chain(name: Any, stages: Any) -> tuple[Stage, ...]:
 
 def _from_arrays(found: Any) -> Examples:
     """Examples out of `((inputs, labels), (test_inputs, test_labels))`."""
-    name = "data"
+    name, note = "data", ""
     if isinstance(found, NamedArrays):
-        name, *found = found
+        name, *found, note = found
     if not isinstance(found, Sequence) or len(found) != 2:
         raise ValueError(
             "expected data to be ((inputs, labels), (test_inputs, test_labels)) or a data.Dataset, "
@@ -491,7 +550,7 @@ def _from_arrays(found: Any) -> Examples:
             f"{train_split.inputs.shape[1:]} and {test_split.inputs.shape[1:]}; pass the same kind"
         )
     checksum = _fingerprint.fingerprint([*train_split, *test_split])
-    return Examples(name, train_split, test_split, checksum, "")
+    return Examples(name, train_split, test_split, checksum, note)
 
 
 def _check_memory(split: data.Split) -> None:

@@ -1,7 +1,6 @@
 """Training all chains of a study, from checkpoints where there are any."""
 
 import contextlib
-import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -61,13 +60,13 @@ class Chain(NamedTuple):
     Attributes:
         name: empty where the study has one.
         stages: teacher to student.
-        prints: of each generation, the fingerprint of the chain up to it.
+        prints: by temperature, of each generation the fingerprint of the chain up to it.
         owners: of each generation, the name of the first chain that has it.
     """
 
     name: str
     stages: tuple[Stage, ...]
-    prints: tuple[str, ...]
+    prints: Mapping[float, tuple[str, ...]]
     owners: tuple[str, ...]
 
     @property
@@ -79,7 +78,7 @@ class Chain(NamedTuple):
         """Where the checkpoints of a generation are."""
         place = run.folder / "checkpoints" / f"seed{run.seed}"
         place /= f"T{temperature_name(run.temperature)}"
-        return place / f"generation{number}-{self.prints[number]}"
+        return place / f"generation{number}-{self.prints[run.temperature][number]}"
 
 
 class Run(NamedTuple):
@@ -104,30 +103,30 @@ class Run(NamedTuple):
     def losses(self) -> dict[str, Any]:
         """The losses and the ways of labeling, as `distill.chain` takes them."""
         study = self.study
-        losses = {"teacher_loss": study.teacher_loss, "student_loss": study.student_loss}
+        losses = {"teacher_loss": study.teacher_loss, "student_loss": study.student_losses()}
         return {**losses, "online": study.online}
 
 
 def chains_of(study: Study) -> list[Chain]:
     """The longest chains of a study."""
     longest = study.longest_chains()
-    owners: dict[str, str] = {}
+    owners: dict[Any, str] = {}
     chains = []
     for name, stages in longest.items():
         name = name if len(longest) > 1 else ""
-        prints = tuple(fingerprints(stages))
-        for each in prints:
+        prints = {T: tuple(fingerprints(stages, T)) for T in study.temperatures}
+        beginnings = [
+            tuple(own[number] for own in prints.values()) for number in range(len(stages))
+        ]
+        for each in beginnings:
             owners.setdefault(each, name)
-        chains.append(Chain(name, stages, prints, tuple(owners[each] for each in prints)))
+        chains.append(Chain(name, stages, prints, tuple(owners[each] for each in beginnings)))
     return chains
 
 
 def weights_hash(tree: Any) -> str:
     """A short hash of the leaves of a pytree, such as a network's weights."""
-    digest = hashlib.blake2b(digest_size=8)
-    for leaf in jax.tree.leaves(tree):
-        digest.update(np.ascontiguousarray(leaf).data)
-    return digest.hexdigest()
+    return _fingerprint.fingerprint(jax.tree.leaves(tree))
 
 
 def train(
@@ -175,7 +174,7 @@ def train(
             with Keeper(chain, run, progress) as keeper:
                 states = distill.chain(
                     [_generation(stage, start, run) for stage in chain.stages[chain.first :]],
-                    tuple(examples.train),
+                    examples.train,
                     start.key,
                     temperature=run.temperature,
                     teacher=chain.stages[0].frozen,
@@ -258,12 +257,13 @@ class _Starts:
         like = training.create_state(step, params, self.key, model_state=model_state)
         place = run.folder / "checkpoints" / f"seed{run.seed}" / f"initial-{name}"
         labels = {"seed": run.seed, "stage": "initial weights", "network": name}
-        with _Log(run.folder, place, labels, run_identity(run), self._progress) as log:
+        identity = {**run_identity(run), "network": name}
+        with _Log(run.folder, place, labels, identity, self._progress) as log:
             found = log.restore(like)
             state = distill.initial_weights(
                 step,
                 params,
-                tuple(examples),
+                examples,
                 self.key,
                 model_state=model_state,
                 num_epochs=num_epochs,
@@ -278,7 +278,12 @@ class _Starts:
 
 def run_identity(run: Run) -> dict[str, Any]:
     """What a checkpoint of a run says of itself, beside its network."""
-    return {"dataset_checksum": run.examples.checksum, "seed": run.seed}
+    return {
+        "dataset_checksum": run.examples.checksum,
+        "seed": run.seed,
+        "batch_size": run.study.batch_size,
+        "initial_epochs": run.study.initial_epochs,
+    }
 
 
 class _Log:
@@ -335,8 +340,13 @@ class _Log:
         record = {name: event[name] for name in ("epoch", "step", "loss", "accuracy")}
         if runtime.is_main_process():
             runtime.append_jsonl(self._log, {**self._labels, **record})
-        metadata = {**self._identity, **metadata, "epoch": event["epoch"]}
-        self._checkpointer.save(event["step"], event["state"], metadata)
+        self.keep(event["state"], epoch=event["epoch"], **metadata)
+
+    def keep(self, state: TrainState, *, epoch: int = 0, **metadata: Any) -> None:
+        """Save a state, unless it is there."""
+        step = int(state.step)
+        if step not in self._checkpointer.steps():
+            self._checkpointer.save(step, state, {**self._identity, **metadata, "epoch": epoch})
 
 
 class Keeper:
@@ -392,6 +402,8 @@ class Keeper:
 
     def end(self, number: int, state: TrainState) -> None:
         """A generation has ended in a state."""
+        if int(state.step) == 0:  # as it was drawn, which no epoch has kept
+            self._log(number).keep(state, teacher=self._teacher_of(number))
         self._learned(number, state)
         if number in self._open:
             self._open.pop(number).__exit__(None, None, None)
@@ -425,7 +437,11 @@ class Keeper:
     def _log(self, number: int) -> _Log:
         if number not in self._open:
             run = self.run
-            identity = {**run_identity(run), "network": self.chain.prints[number]}
+            identity = {
+                **run_identity(run),
+                "network": self.chain.prints[run.temperature][number],
+                "losses": _fingerprint.fingerprint(run.study.loss_at(run.temperature)),
+            }
             place = self.chain.folder(run, number)
             self._open[number] = _Log(
                 run.folder, place, self._labels(number), identity, self._progress
@@ -525,9 +541,9 @@ def _sweep(
     study = runs[0].study
     result = sweep.chain(
         [_stacked(stage, own) for (_, stage), own in zip(learning, generations, strict=True)],
-        tuple(runs[0].examples.train),
+        runs[0].examples.train,
         jnp.stack([starts[run.seed].key for run in runs]),
-        temperature=np.asarray([run.temperature for run in runs], np.float32),
+        temperature=np.asarray([run.temperature for run in runs]),
         teacher=chain.stages[0].frozen,
         start=start,
         batch_size=study.batch_size,

@@ -115,7 +115,10 @@ def chain(
     )
     keys = checked_keys(keys)
     num_runs = len(keys)
+    # As they were given for the losses, which may tell 0.7 from the float32 next to it.
+    given = temperature
     temperature = spread(temperature, num_runs, "temperature")
+    exact = np.broadcast_to(np.asarray(given), (num_runs,)).tolist()
     _validate.positive(temperature=temperature)
     student_loss = distill.check_losses(teacher_loss, student_loss, online, teacher)
     first_number = 0 if teacher is None else 1
@@ -147,21 +150,21 @@ def chain(
     before = None  # the stack of networks that the next generation learns from
     if teacher is not None:
         before = nets.stack([nets.callable_logits_fn(teacher)] * num_runs)
-        soft = [distill.soft_labels(teacher, inputs, temperature=float(T)) for T in temperature]
+        soft = [distill.soft_labels(teacher, inputs, temperature=T) for T in exact]
         labels_of = _given(np.stack(soft))
     for number, generation in enumerate(generations, start=first_number):
-        given = start[len(states) :][:1]
-        state = given[0] if given else _start(generation, keys, number)
+        place = len(states)
+        state = start[place] if place < len(start) else _start(generation, keys, number)
         stage = distill.stage_name(number, first_number + len(generations))
         if before is None:
-            loss = _stacked([teacher_loss(float(T)) for T in temperature], "teacher_loss")
+            loss = _stacked([teacher_loss(T) for T in exact], "teacher_loss")
         elif online:
             teachers = [nets.index(before, run) for run in range(num_runs)]
-            pairs = zip(temperature, teachers, strict=True)
-            loss = _stacked([student_loss(float(T), each) for T, each in pairs], "student_loss")
+            pairs = zip(exact, teachers, strict=True)
+            loss = _stacked([student_loss(T, each) for T, each in pairs], "student_loss")
             labels_of = _no_labels
         else:
-            loss = _stacked([student_loss(float(T)) for T in temperature], "student_loss")
+            loss = _stacked([student_loss(T) for T in exact], "student_loss")
         state, behind = train_stack(
             generation.step,
             state,
@@ -197,8 +200,8 @@ def chain(
 def _stacked(losses: Sequence[Any], name: str) -> Any:
     """The losses of all runs as one, every leaf `[R, ...]`."""
     try:
-        hashable = jax.tree.structure(losses[0])
-        if any(jax.tree.structure(loss) != hashable for loss in losses) or hashable.num_leaves == 0:
+        structures: list[Any] = [jax.tree.structure(loss) for loss in losses]
+        if len(set(structures)) > 1 or not jax.tree.leaves(losses[0]):
             raise ValueError("they differ in more than in arrays")
         return nets.stack([jax.tree.map(jnp.asarray, loss) for loss in losses])
     except (TypeError, ValueError) as error:

@@ -189,9 +189,10 @@ def make_train_step(
         optimizer=optimizer,
     )
     _check_axis_name(axis_name)
-    for name, value in (("augment", augment), ("objective", objective)):
-        if value is not None:
-            _validate.function(**{name: value})
+    if augment is not None:
+        _validate.function(augment=augment)
+    if objective is not None:
+        _validate.function(objective=objective)
     return TrainStep(apply_fn, optimizer, axis_name, augment, objective)
 
 
