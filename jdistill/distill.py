@@ -290,7 +290,7 @@ def chain(
     _validate.count(batch_size=batch_size)
     _validate.callback(callback)
     _check_temperature(temperature)
-    student_loss = check_losses(teacher_loss, student_loss, online, teacher)
+    student_loss = _check_losses(teacher_loss, student_loss, online, teacher)
     for place, state in enumerate(start[:-1]):
         num_steps = _num_steps(generations[place], len(labels), batch_size)
         if int(state.step) < num_steps:
@@ -337,7 +337,9 @@ def chain(
 
 
 def _check_temperature(temperature: Any) -> None:
-    if np.ndim(temperature):
+    if isinstance(temperature, (list, tuple, np.ndarray)) and np.shape(
+        _validate.numbers(temperature=temperature)
+    ):
         raise ValueError(
             f"expected one temperature, got {np.shape(temperature)[0]}; call chain for each, or "
             "sweep.chain for all at once"
@@ -346,7 +348,7 @@ def _check_temperature(temperature: Any) -> None:
     _validate.positive(temperature=temperature)
 
 
-def check_losses(
+def _check_losses(
     teacher_loss: Any, student_loss: Any, online: bool, teacher: Any
 ) -> Callable[..., LossFn]:
     """The students' loss, after an error for what is no factory of losses."""

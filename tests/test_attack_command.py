@@ -385,12 +385,15 @@ def test_other_folders_and_other_data_are_refused(fresh, tmp_path):
     config = json.loads(path.read_text())
     study = {**config["study"], "dataset_checksum": "0"}
     path.write_text(json.dumps({**config, "study": study}))
+    with pytest.raises(ValueError, match="its checksum is another"):
+        run(fresh, *PGD)
+    path.write_text(json.dumps(_workdir.sealed({**config, "study": study})))
     with pytest.raises(ValueError, match="dataset_checksum '0', not"):
         run(fresh, *PGD)
-    path.write_text(json.dumps({**config, "recipe": None}))
+    path.write_text(json.dumps(_workdir.sealed({**config, "recipe": None})))
     with pytest.raises(ValueError, match=r"made by `jdistill defend`.*study\.networks"):
         run(fresh, *PGD)
-    path.write_text(json.dumps({**config, "recipe": {"speed": 3}}))
+    path.write_text(json.dumps(_workdir.sealed({**config, "recipe": {"speed": 3}})))
     with pytest.raises(ValueError, match=r"recipe of a run in .*speed"):
         run(fresh, *PGD)
     with pytest.raises(ValueError, match="expected the workdir of a run, got none; pass it first"):

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from jdistill import attacks, checkpoint, distill, evaluate, nets, parallel, report, sweep, train
 from tests.report_rows import make_rows
@@ -76,6 +77,12 @@ RESULT = attacks.AttackResult(
     *(INPUTS[None], np.array([[True, True, False]]), np.array([[1.0, 2.0, np.inf]])),
     *(np.array([[3, 4, 9]]), {"first_success": np.array([[1, 2, -1]])}),
 )
+EVALUATION = evaluate.evaluate(
+    [nets.callable_logits_fn(linear, WEIGHTS)],
+    INPUTS,
+    LABELS,
+    attacks={"fgsm": functools.partial(attacks.fgsm, eps=0.1)},
+)
 OUTCOME = evaluate.summarize(RESULT, norm="l2")
 ROWS = make_rows(temperatures=(1.0,), seeds=(0,))
 NET = {"dataset": "digits", "temperature": 1.0, "seed": 0, "generation": 0}
@@ -119,6 +126,9 @@ GOOD = {
     **{"stack": STACK, "teacher": NETWORK, "step": STEP, "params": WEIGHTS, "state": STATE},
     **{"examples": (INPUTS, LABELS), "generation": 0, "num_generations": 2, "callback": print},
     **{"number": 0, "generations": [GENERATION], "num_epochs": 1, "loss_fn": train.hard_loss()},
+    **{"report.result": EVALUATION, "place": 0, "report.from_evaluation.folder": FOLDER / "page"},
+    "make": lambda rngs: nnx.Linear(2, 2, rngs=rngs),
+    "measured": [(EVALUATION, [report.NetworkName("d")])],
     **{"outcome": OUTCOME, "outcomes": {"a": OUTCOME}, "plan": PLAN, "result": RESULT},
     **{"shards": {}, "host": 0, "num_hosts": 2, "values": [0.1, 0.2], "groups": ["a", "a"]},
     **{"networks": [NETWORK, NETWORK], "log10_values": [-1.0, -2.0], "first": FLAGS},
@@ -318,6 +328,7 @@ KINDS = {
     **{"share": {**NO_ROW, **LESS, **MORE}, "one from 0": {**NO_SCALAR, **LESS}},
     **{"one above 0": {**NO_SCALAR, "below": 0.0}, "one share": {**NO_SCALAR, **LESS, **MORE}},
     "confidence": {**NO_SCALAR, "below": 0.0, "above": 1.0, "percent": 95},
+    "judged": {"text": "no", "number": 3, "list": [1], "mapping": {"x": 1}, "object": object()},
     "flag": {"text": "no", "none": None, "one": 1, "float": 0.0, "array": FLAGS},
     "function": {**JUNK, "list": [print], "mapping": {}},
     "text": {"none": None, "number": 3, "list": ["a"], "bytes": b"a", "bool": True},
@@ -433,18 +444,21 @@ count: num_steps num_restarts num_targets num_queries num_samples max_samples nu
     steps_per_call num_generations total nets.num_classes report.summary.width
 count from 2: num_candidates num_classes max_features
 count from 0: first_target num_epochs host epoch generation number successes num_rows data.start
-    data.num_examples checkpoint.step
+    data.num_examples place checkpoint.step
 flag: enabled best_loss trace random_start abort_early minimum_norm temperature_squared vmapped
     online
 text: stage shard_name remedy report.write_picture_grid.attack report.write_picture_grid.norm
-path: directory workdir data_dir cache_dir
+    report.from_evaluation.dataset
+path: directory folder workdir data_dir cache_dir
 choice: norm decision_rule version mode name kind
 mapping: measures config run figures pictures eps_grids metadata
 one above 0: loss_cap width train_temperature attacks.softmax_at.temperature diagnose.eps
     distill.soft_labels.temperature distill.chain.temperature
     metrics.temperature metrics.log10_sensitivity_softmax.temperature train.sgd.learning_rate
 any: fill shift
-own: start step state params outcome distill.initial_weights.start
+own: start step state params outcome distill.initial_weights.start report.result
+    report.pictures.result report.from_evaluation.result
+judged: report.from_evaluation.verdicts
 numbers: log10_values values distance metrics.paired_over_seeds.first
     metrics.paired_over_seeds.second
 flags: success first second evaluate.correct
@@ -454,7 +468,7 @@ box: inputs
 json: content
 place: i
 words: seed_words
-sequence: generations networks
+sequence: generations networks measured compared
 store: shards
 chosen: transfer
 counts: num_nonfinite
@@ -502,7 +516,7 @@ SORT = {arg: arg for arg in ALIKE.split()} | {
 # Other words that name an argument in a message.
 ALIASES = {
     **dict.fromkeys(("logits_fn", "source", "fun"), "logits|callable"),
-    **dict.fromkeys(("data_dir", "cache_dir", "directory", "workdir"), "path"),
+    **dict.fromkeys(("data_dir", "cache_dir", "directory", "folder", "workdir"), "path"),
     **{"stack": "logits", "networks": "stack", "logits": "labels", "input_shape": "inputs"},
     **{"keys": "key", "generations": "params", "record": "content", "like": "state"},
     **{"groups": "group", "verdicts": "verdict", "rows": "row", "path": "/", "pictures": "path"},
@@ -534,12 +548,16 @@ FINE = {
     (r"nets\.max_pool", "strides", "none"): "as the windows",
     (r"nets\.stack", "trees", "nones"): "trees without arrays make one",
     (r"nets\.index", "tree", "none|empty"): "without arrays there is nothing to index",
+    (r"evaluate\.evaluate", "attacks", "attack"): "an attack without a plan",
+    (r"report\.tables", "measured|compared", "empty"): "nothing was measured or compared",
+    (r"report\.from_evaluation", "names", "too few"): "one name for one network",
     (r"evaluate\.summarize", "norm", "text|upper case|empty"): "a norm may have any name",
     (r"distill\.with_generation", "callback", "none"): "no callback",
     (r"report\.write_(results|table)", "rows", "empty"): "a table without rows",
 }
 WITHOUT_CHECKS = {
-    "nets.conv_general_dilated": "its errors are those of jax.lax, whose place it takes"
+    "nets.logits_of": "it takes whatever a network gives",
+    "nets.conv_general_dilated": "its errors are those of jax.lax, whose place it takes",
 }
 
 

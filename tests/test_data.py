@@ -194,7 +194,7 @@ def test_changed_digits_are_said_to_be_changed(monkeypatch, caplog):
 
 def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(ImportError, match=r"pip install 'jdistill\[demo\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'jdistill\[study\]'"):
         data.load("digits")
 
 

@@ -705,7 +705,7 @@ def test_a_missing_package_is_named_with_its_remedy(tmp_path, monkeypatch, packa
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ModuleNotFoundError, match=rf"expected {package} .*'jdistill\[demo\]'"):
+    with pytest.raises(ModuleNotFoundError, match=rf"expected {package} .*'jdistill\[study\]'"):
         report.write_report(tmp_path, [make_row()])
     assert not list(tmp_path.iterdir())
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from jdistill.evaluate._runs import (
     Runs,
     Unit,
     check_inputs,
+    check_store,
     first,
     joined,
     made_by,
@@ -310,7 +311,7 @@ class _Job(NamedTuple):
 
     def shards(self, store: Store, name: str, names: Sequence[str] | None) -> Shards:
         """The store's shards for this job: what they are called, and what they must say."""
-        _validate.instance(MutableMapping, "a mapping", remedy="pass a dict", shards=store)
+        check_store(store)
         num_runs = len(self.runs.temperatures)
         names = shard_names(names, num_runs)
         attack = _fingerprint.describe_attack(self.plan.attack)

@@ -10,6 +10,7 @@ from jdistill._entries import Store
 from jdistill.evaluate._runs import (
     Runs,
     check_inputs,
+    check_store,
     first,
     made_by,
     refuse_tracers,
@@ -85,6 +86,8 @@ def clean(
     refuse_tracers(stack, inputs, labels)
     runs = Runs.of(stack, temperature, vmapped, callback)
     _validate.count(batch_size=batch_size)
+    if shards is not None:
+        check_store(shards)
     num_classes = check_inputs(stack, inputs)
     inputs, labels = np.asarray(inputs), np.asarray(labels)
     _validate.class_indices(labels, batch_size=len(inputs), num_classes=num_classes)

@@ -1,7 +1,7 @@
 """Running a function over every network of a stack, in chunks of examples."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -186,6 +186,11 @@ def made_by() -> dict[str, Any]:
     return {"jdistill": __version__, "matmul_precision": precision or "highest"}
 
 
+def check_store(shards: Any) -> None:
+    """An error for what is no store of shards."""
+    _validate.instance(MutableMapping, "a mapping", remedy="pass a dict", shards=shards)
+
+
 def shard_names(names: Sequence[str] | None, num_runs: int) -> list[str]:
     """The names of the networks in their shards, checked."""
     if names is None:
@@ -208,7 +213,7 @@ def stacked(networks: Any, inputs: Any) -> LogitsFn:
     """
     if isinstance(networks, (list, tuple)) and not hasattr(networks, "_fields"):
         if not networks:
-            raise ValueError("expected at least one network, got none; pass [logits_fn]")
+            raise ValueError("expected networks, at least one, got none; pass [logits_fn]")
         for network in networks:
             _validate.function(networks=network)
         leading = [_with_leaf(nets.callable_logits_fn(network)) for network in networks]
@@ -224,7 +229,8 @@ def stacked(networks: Any, inputs: Any) -> LogitsFn:
         return stacked([networks], inputs)
     leaves, structure = jax.tree.flatten(networks)
     shapes = tuple((np.shape(leaf), jax.typeof(leaf).dtype) for leaf in leaves)
-    example = np.asarray(inputs[:1])
+    inputs = np.asarray(inputs)
+    example = np.zeros((1, *inputs.shape[1:]), inputs.dtype)
     single, stack = _kinds(structure, shapes, example.shape, example.dtype)
     if single and stack:
         raise ValueError(

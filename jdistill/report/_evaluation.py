@@ -90,6 +90,10 @@ def tables(
         ('fgsm', 1.0)
     """
     networks = []
+    _validate.sequence(measured=measured, compared=compared)
+    for each in measured:
+        _validate.instance((tuple, list), "pairs (evaluation, names)", measured=each)
+        _validate.instance(evaluate.Evaluation, "pairs (evaluation, names)", measured=each[0])
     for result, names in measured:
         if len(names) != len(result.clean.accuracy):
             raise ValueError(
@@ -147,6 +151,7 @@ def from_evaluation(
         >>> written["report"].name
         'report.html'
     """
+    _check_evaluation(result)
     num_networks = len(result.clean.accuracy)
     _validate.text(dataset=dataset)
     if names is None:
@@ -203,6 +208,13 @@ def pictures(result: evaluate.Evaluation, place: int) -> dict[str, np.ndarray] |
         What `write_picture_grid` takes; None where the inputs are no images `[H, W, C]` of 1 or 3
         channels, or no attack was in l2.
     """
+    _check_evaluation(result)
+    _validate.count(minimum=0, place=place)
+    if place >= len(result.clean.accuracy):
+        raise ValueError(
+            f"expected place in 0..{len(result.clean.accuracy) - 1}, the networks measured, got "
+            f"{place}; count from 0"
+        )
     if result.inputs.ndim != 4 or result.inputs.shape[-1] not in (1, 3):
         return None
     outcome = next((found for found in result.attacks.values() if found.norm == "l2"), None)
@@ -216,6 +228,11 @@ def pictures(result: evaluate.Evaluation, place: int) -> dict[str, np.ndarray] |
         "predictions": outcome.predictions[place, :size],
         "distance": outcome.distance[place, :size],
     }
+
+
+def _check_evaluation(result: Any) -> None:
+    remedy = "pass what evaluate.evaluate returned"
+    _validate.instance(evaluate.Evaluation, "an Evaluation", remedy=remedy, result=result)
 
 
 def _title(label: str | NetworkName) -> str:
@@ -425,6 +442,12 @@ def _comparisons(
     networks: Sequence[_Network], compared: Sequence[tuple[NetworkName, NetworkName]]
 ) -> list[Row]:
     """Each pair on the same examples; and over the seeds, where there are several."""
+    for pair in compared:
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise ValueError(
+                f"expected compared to be pairs of NetworkNames, got {pair!r:.60}; pass (name, "
+                "baseline)"
+            )
     known = {network.name: network for network in networks}
     missing = [name for pair in compared for name in pair if name not in known]
     if missing:

@@ -285,7 +285,7 @@ class Study:
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else int(value))
         _validate.flag(online=self.online)
-        distill.check_losses(self.teacher_loss, self.student_loss, self.online, None)
+        distill._check_losses(self.teacher_loss, self.student_loss, self.online, None)
         self._check_measures()
 
     def _check_measures(self) -> None:
@@ -323,7 +323,7 @@ class Study:
 
     def student_losses(self) -> Callable[..., LossFn]:
         """The students' loss, the default where none is given."""
-        return distill.check_losses(self.teacher_loss, self.student_loss, self.online, None)
+        return distill._check_losses(self.teacher_loss, self.student_loss, self.online, None)
 
     def loss_at(self, temperature: float) -> Any:
         """What the losses at a temperature compute, as JSON-able content."""

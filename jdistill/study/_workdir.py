@@ -155,6 +155,8 @@ def read_config(folder: epath.Path) -> dict[str, Any] | None:
         study = held["study"]
         if held["format"] != _FORMAT:
             raise ValueError(f"format {held['format']!r}, not {_FORMAT}")
+        if held != sealed(held):
+            raise ValueError("its checksum is another")
         temperatures = [float(T) for T in _listed(study["temperatures"])]
         seeds = [_whole(seed) for seed in _listed(study["seeds"])]
         for stages in study["chains"].values():
@@ -167,6 +169,12 @@ def read_config(folder: epath.Path) -> dict[str, Any] | None:
             f"({type(error).__name__}: {error}); use the version of jdistill that wrote it, or "
             "choose another workdir"
         ) from None
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a file with its checksum."""
+    content = {name: value for name, value in content.items() if name != "checksum"}
+    return {**content, "checksum": _fingerprint.fingerprint(json.loads(json.dumps(content)))}
 
 
 def _listed(values: Any) -> list[Any]:
@@ -188,7 +196,7 @@ def write_config(
     from jdistill import __version__
 
     content = {"format": _FORMAT, "jdistill": __version__, **more, "study": description}
-    runtime.write_json(folder / "config.json", content)
+    runtime.write_json(folder / "config.json", sealed(content))
 
 
 def refuse_difference(

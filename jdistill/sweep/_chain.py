@@ -120,7 +120,7 @@ def chain(
     temperature = spread(temperature, num_runs, "temperature")
     exact = np.broadcast_to(np.asarray(given), (num_runs,)).tolist()
     _validate.positive(temperature=temperature)
-    student_loss = distill.check_losses(teacher_loss, student_loss, online, teacher)
+    student_loss = distill._check_losses(teacher_loss, student_loss, online, teacher)
     first_number = 0 if teacher is None else 1
     first = start[0] if len(start) else _start(generations[0], keys, first_number)
     check_examples(generations[0].step, nets.index(first, 0), inputs, labels, None)

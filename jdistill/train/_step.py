@@ -83,7 +83,7 @@ class TrainStep:
             augment_keys = _keys_at(jax.random.fold_in(step_key, _AUGMENTED), positions)
             batch = batch._replace(inputs=self.augment(augment_keys, batch.inputs))
         objective = _plain_objective if self.objective is None else self.objective
-        apply_fn = nets.fast_on_cpu(_Pair(self.apply_fn))
+        apply_fn = _Pair(nets.fast_on_cpu(self.apply_fn))
 
         def total_loss(params: PyTree) -> tuple[Array, tuple[Array, PyTree]]:
             per_example, (outputs, model_state) = objective(
@@ -299,7 +299,7 @@ class _Evaluation:
     apply_fn: ApplyFn
 
     def __call__(self, params: PyTree, model_state: PyTree, inputs: Array) -> Array:
-        apply_fn = nets.fast_on_cpu(_Pair(self.apply_fn))
+        apply_fn = _Pair(nets.fast_on_cpu(self.apply_fn))
         outputs, _ = apply_fn(params, model_state, inputs, train=False, key=None)
         return nets.logits_of(outputs)
 
@@ -345,7 +345,7 @@ class EvalStep:
         self, state: TrainState, batch: Batch, loss_fn: LossFn
     ) -> tuple[TrainState, Metrics]:
         """The sums of the batch; see `make_eval_step`."""
-        outputs, _ = nets.fast_on_cpu(_Pair(self.apply_fn))(
+        outputs, _ = _Pair(nets.fast_on_cpu(self.apply_fn))(
             state.params, state.model_state, batch.inputs, train=False, key=None
         )
         per_example = jnp.where(batch.mask > 0, loss_fn(outputs, batch), 0.0)
