@@ -5,8 +5,9 @@
 
 A small study is run once. Then each file of a copy is damaged, and the study is run again there.
 The outcome is *remade* (every table, verdict, and weight as before), *refused* (an error of one
-line that names the file), or wrong: other numbers, or a traceback. The kills are of `jdistill defend
-digits --smoke` by SIGKILL; what a killed run goes on to must be the bytes of a run that was not.
+line that names the file), or wrong: other numbers, or a traceback. The kills are of `jdistill
+defend digits --smoke` by SIGKILL; what a killed run goes on to must be the bytes of a run that was
+not.
 """
 
 import collections

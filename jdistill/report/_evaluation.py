@@ -463,8 +463,8 @@ def _comparisons(
             for key in flags
             if key in baseline and len(flags[key]) == len(baseline[key])
         }
-        for quantity, pair in shared.items():
-            rows.append(_compared(one, other, quantity, metrics.paired(*pair)))
+        for quantity, columns in shared.items():
+            rows.append(_compared(one, other, quantity, metrics.paired(*columns)))
         by_pair.setdefault((one._replace(seed=0), other._replace(seed=0)), []).append(shared)
     for (one, other), seeds in by_pair.items():
         if len(seeds) < 2:

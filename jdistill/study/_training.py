@@ -342,11 +342,15 @@ class _Log:
             runtime.append_jsonl(self._log, {**self._labels, **record})
         self.keep(event["state"], epoch=event["epoch"], **metadata)
 
-    def keep(self, state: TrainState, *, epoch: int = 0, **metadata: Any) -> None:
-        """Save a state, unless it is there."""
-        step = int(state.step)
-        if step not in self._checkpointer.steps():
-            self._checkpointer.save(step, state, {**self._identity, **metadata, "epoch": epoch})
+    def keep(self, state: TrainState, *, epoch: int, **metadata: Any) -> None:
+        """Save a state."""
+        metadata = {**self._identity, **metadata, "epoch": epoch}
+        self._checkpointer.save(int(state.step), state, metadata)
+
+    def keep_first(self, state: TrainState, **metadata: Any) -> None:
+        """Save the state of a network that stays as it was drawn, unless it is there."""
+        if not self._checkpointer.steps():
+            self.keep(state, epoch=0, **metadata)
 
 
 class Keeper:
@@ -403,7 +407,7 @@ class Keeper:
     def end(self, number: int, state: TrainState) -> None:
         """A generation has ended in a state."""
         if int(state.step) == 0:  # as it was drawn, which no epoch has kept
-            self._log(number).keep(state, teacher=self._teacher_of(number))
+            self._log(number).keep_first(state, teacher=self._teacher_of(number))
         self._learned(number, state)
         if number in self._open:
             self._open.pop(number).__exit__(None, None, None)
