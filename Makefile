@@ -12,6 +12,8 @@
 #   make device   checks and times an accelerator in at most 8 minutes, with the machine's own JAX;
 #                 writes runs/device/device.json (before, on a CPU: make device-reference; and
 #                 make device-wheels, if that machine lacks packages)
+#   make reliability  damages every kind of file of a workdir, and kills runs; an hour; writes
+#                 docs/reliability.md
 #   make floor    the marked tests on the oldest supported versions, in .venv-floor
 
 PYTHON ?= python3
@@ -22,7 +24,7 @@ DEVICE_OPTIONS ?=
 DEVICE_WHEELS := absl-py etils flax msgpack optax PyYAML rich typing_extensions
 
 .PHONY: demo test test-slow lint docs parity parity-small bench device device-reference \
-	device-wheels floor install clean
+	device-wheels floor install clean reliability
 
 demo: .venv/installed
 	.venv/bin/python -m jdistill defend digits --workdir runs/demo
@@ -60,6 +62,10 @@ device-wheels:
 	$(PYTHON) -m pip download $(PIP_OPTIONS) --no-deps --only-binary=:all: -c requirements.txt \
 		--python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
 		--platform manylinux2014_x86_64 -d runs/device/wheels $(DEVICE_WHEELS)
+
+reliability: .venv/installed
+	.venv/bin/python -m experiments.reliability --num-random 2000 --num-kills 20 \
+		--output docs/reliability.md
 
 floor: .venv-floor/installed
 	.venv-floor/bin/python -m pytest -n 2 --dist loadgroup -m floor $(TEST_OPTIONS)

@@ -165,7 +165,10 @@ def train(
         for temperature in study.temperatures
     ]
     networks = []
-    for chain in chains_of(study):
+    chains = chains_of(study)
+    per_run = sum(len(chain.stages) - chain.first for chain in chains)
+    progress = _Counted(progress, per_run, len(runs))
+    for chain in chains:
         if parallel == "sweep":
             networks += _train_as_stack(chain, runs, starts, progress)
             continue
@@ -186,6 +189,21 @@ def train(
                 )
             networks += _networks(chain, run, states)
     return networks
+
+
+class _Counted:
+    """Progress that says which of all networks is being trained."""
+
+    def __init__(self, progress: Any, per_run: int, num_runs: int) -> None:
+        self._progress, self._num_stages = progress, per_run * num_runs
+        self._seen: dict[Any, int] = {}
+        self.say = progress.say
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        if "generation" in event:
+            number = self._seen.setdefault(event["stage"], len(self._seen) + 1)
+            event = {**event, "stage_number": number, "num_stages": self._num_stages}
+        self._progress(event)
 
 
 def _networks(chain: Chain, run: Run, states: Sequence[TrainState]) -> list[Trained]:
@@ -400,7 +418,9 @@ class Keeper:
         if event["event"] == "generation":
             self.end(number, event["state"])
             return
-        self._progress(event)
+        run, chain = self.run, f"{self.chain.name}, " if self.chain.name else ""
+        where = f"{chain}T={run.temperature:g}, seed {run.seed}"
+        self._progress({**event, "stage": f"{where}, {event['stage']}"})
         if event["event"] == "epoch":
             self.record(event)
 
