@@ -1,5 +1,6 @@
 """Shares of examples with their intervals: accuracy, robustness, the worst case over attacks."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -39,8 +40,6 @@ def proportion(successes: int, total: int, *, confidence: float = 0.95) -> Inter
     References:
         Wilson 1927; Brown, Cai & DasGupta 2001, who recommend it over the Wald interval.
     """
-    from scipy import stats  # half a second that an import of the library should not pay
-
     _validate.scalar(successes=successes, total=total)
     whole = all(float(number).is_integer() for number in (successes, total))
     if not whole or not 0 <= successes <= total or total < 1:
@@ -49,7 +48,14 @@ def proportion(successes: int, total: int, *, confidence: float = 0.95) -> Inter
             "pass counts, not shares"
         )
     check_confidence(confidence)
-    test = stats.binomtest(int(successes), int(total))
+    return _wilson(int(successes), int(total), float(confidence))
+
+
+@functools.lru_cache(maxsize=8192)  # curves ask for the same counts again and again
+def _wilson(successes: int, total: int, confidence: float) -> Interval:
+    from scipy import stats  # half a second that an import of the library should not pay
+
+    test = stats.binomtest(successes, total)
     interval = test.proportion_ci(confidence_level=confidence, method="wilson")
     return Interval(successes / total, float(interval.low), float(interval.high))
 

@@ -5,6 +5,7 @@ goes on from there, and the tables are made of it.
 """
 
 import json
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from jdistill.study._training import Trained
 Row = dict[str, Any]
 Measured = tuple[evaluate.Evaluation, list[NetworkName]]
 _NUM_PICTURES = 8
+_SECONDS_BETWEEN_TABLES = 60.0
 
 
 def measure(
@@ -33,7 +35,7 @@ def measure(
 ) -> dict[Any, Any]:
     """Evaluate, attack, and judge every network, as far as the workdir's shards do not say it.
 
-    The tables are written after every run, so that a stopped study leaves what it has.
+    The tables are written every minute, so that a stopped study leaves what it has.
 
     Args:
         folder: the workdir.
@@ -48,6 +50,7 @@ def measure(
     shards = runtime.ShardFolder(folder / "shards")
     measured: list[Measured] = []
     groups = list(_groups(networks))
+    written = time.monotonic()
     for number, group in enumerate(groups, start=1):
         progress.prefix = f"T={group[0].temperature:g}, seed {group[0].seed}, "
 
@@ -66,9 +69,12 @@ def measure(
             names=[network.stem for network in group],
         )
         measured.append((_slim(result), [_name(examples, network) for network in group]))
-        last = number == len(groups) or groups[number][0][:3] != group[0][:3]
-        if last:
-            write_tables(folder, study, examples, measured, finished=number == len(groups))
+        finished = number == len(groups)
+        last = finished or groups[number][0][:3] != group[0][:3]
+        # They are of everything so far, so that each is larger than the one before.
+        if finished or (last and time.monotonic() - written > _SECONDS_BETWEEN_TABLES):
+            write_tables(folder, study, examples, measured, finished=finished)
+            written = time.monotonic()
     progress.prefix = ""
     if study.verdict is not None:
         rows = list(_verdicts(study, networks, examples, shards, progress))
