@@ -1,7 +1,7 @@
 # Everything happens in .venv, made from the pinned versions of requirements.txt.
 #
 #   make demo     distill, attack and report on real 8x8 digits, about two minutes on 2 cores
-#   make test     the tests but for the slow ones; the first time about 8 minutes on 2 cores, as it
+#   make test     the tests but for the slow ones; the first time about 11 minutes on 2 cores, as it
 #                 compiles, then fewer (test-slow: those that take more than about ten seconds each,
 #                 whole runs of the commands among them)
 #   make lint     lint, format check and type check

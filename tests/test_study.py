@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from jdistill import attacks, data, diagnose, distill, evaluate, nets, report, runtime, study, train
 from jdistill.study import Stage, Study, _training, _workdir
@@ -297,6 +298,29 @@ def test_linen_with_batch_normalization(tmp_path):
     )
     _, model_state = teacher.logits_fn.args
     assert any(np.abs(leaf).sum() > 0 for leaf in jax.tree.leaves(model_state))
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, rngs):
+        self.convolution = nnx.Conv(1, 4, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.dense = nnx.Linear(4 * 36, 3, rngs=rngs)
+
+    def __call__(self, inputs):
+        hidden = nnx.relu(self.norm(self.convolution(inputs)))
+        return self.dense(hidden.reshape(hidden.shape[0], -1))
+
+
+def test_an_nnx_convolutional_network(tmp_path):
+    own = Stage(model=nets.nnx_model(NnxNet), optimizer=optax.adam(1e-2), num_epochs=2)
+    images = Study(
+        data=blobs(shape=(6, 6, 1)),
+        chains=[own] * 2,
+        batch_size=16,
+        attacks={"pgd": PGD, "deepfool": MARGIN},
+    )
+    run_smoke(images, tmp_path / "run")
+    assert (tmp_path / "run/figures/pictures_T1.png").exists()
 
 
 def test_a_plain_function_on_a_table_with_bounds_per_feature(tmp_path):
