@@ -77,7 +77,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes] | None] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """How much is tried."""
+    """Numbers of damages and of kills."""
 
     num_random: int = 0
     """Further random damages: a bit, a cut, or a byte of any file."""
@@ -117,7 +117,7 @@ def _apply(weights: jax.Array, inputs: jax.Array) -> jax.Array:
 
 
 def outcome(own: Study, reference: pathlib.Path, name: str, content: bytes | None) -> str:
-    """What comes of running the study where one file has another content, or None.
+    """Outcome of running the study where one file has another content, or is gone.
 
     Returns:
         `"remade"`, `"refused"`, or what went wrong.
@@ -187,7 +187,7 @@ def at_random(
 
 
 def kills(count: int, draw: random.Random) -> str:
-    """What a command that is killed again and again comes to: `"same bytes"`, or what differs."""
+    """Outcome of a command that is killed again and again: `"same bytes"`, or what differs."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         command = [sys.executable, "-m", "jdistill", "defend", "digits", "--smoke", "--workdir"]

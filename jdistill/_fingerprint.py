@@ -25,7 +25,7 @@ from jdistill._jax import LIBRARIES, captured, unbound
 
 
 class _Open(threading.local):
-    """What is being described, outermost first; what refers to itself comes here again."""
+    """Values that are being described, outermost first, which one may refer to again."""
 
     def __init__(self) -> None:
         self.ids: list[int] = []
@@ -126,7 +126,7 @@ def _array(value: Any) -> Any:
 
 
 def _is_library(value: Any) -> bool:
-    """Whether a function or a class is of a library, whose name says what it does."""
+    """True for a function or a class of a library, whose name says what it does."""
     if inspect.isfunction(value):  # whose `__module__` a wrapper copies
         module = str(value.__globals__.get("__name__"))
     else:
@@ -135,7 +135,7 @@ def _is_library(value: Any) -> bool:
 
 
 def _unwrapped(value: Any) -> Any:
-    """What libraries have wrapped, such as `jax.jit`; a wrapper of the user's does something."""
+    """Function inside the wrappers of libraries, such as `jax.jit`; the user's own stay."""
     while hasattr(value, "__wrapped__") and (not inspect.isfunction(value) or _is_library(value)):
         value = value.__wrapped__
     return value
