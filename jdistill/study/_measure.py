@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -144,7 +145,8 @@ def _groups(networks: Sequence[Trained]) -> Iterator[list[Trained]]:
     groups: dict[Any, list[Trained]] = {}
     for network in networks:
         leaves, structure = jax.tree.flatten(network.logits_fn)
-        shapes = tuple(jax.typeof(leaf) for leaf in leaves)  # which copies nothing to the host
+        # Not jax.typeof, which has the mesh of a trained array and none of a restored one.
+        shapes = tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
         key = (network[:3], structure, shapes)
         groups.setdefault(key, []).append(network)
     yield from groups.values()
