@@ -21,14 +21,14 @@ import numpy as np
 
 from experiments.bench import subjects
 from jdistill import attacks, losses, nets, train
-from jdistill.typing import Array, LogitsFn, PyTree
+from jdistill.typing import Array, LogitsFn, Norm, PyTree
 
 FILES = pathlib.Path(__file__).parents[1] / "tests" / "parity"
 # Both have the same shapes, so that each attack is compiled once for the two of them.
 NETWORKS = ("plain_small", "distilled_small")
 
 # Radii at which some examples are fooled and some are not.
-_EPS = {"linf": 0.1, "l2": 1.5, "l1": 15.0}
+_EPS: dict[Norm, float] = {"linf": 0.1, "l2": 1.5, "l1": 15.0}
 # Settings for whichever attack has an argument of the name, so that the check is short: counts
 # bound what the default would be, and a coarse search needs fewer of them.
 _COUNTS = {
@@ -120,7 +120,7 @@ def cases(names: Sequence[str] = ()) -> list[Case]:
 def _cases_of(attack: Callable[..., attacks.AttackResult]) -> list[Case]:
     traits = attacks.traits(attack)
     parameters = inspect.signature(attack).parameters
-    chosen: list[str | None] = [*traits.norms] if "norm" in parameters else [None]
+    chosen: list[Norm | None] = [*traits.norms] if "norm" in parameters else [None]
     found = []
     for norm in chosen:
         settings: dict[str, Any] = {} if norm is None else {"norm": norm}

@@ -19,9 +19,9 @@ from experiments.bench import train as bench_train
 from experiments.bench.subjects import Images, Params
 from experiments.device_checks import Row
 from jdistill import attacks, nets
-from jdistill.typing import Array, LogitsFn
+from jdistill.typing import Array, LogitsFn, Norm
 
-_EPS = {"linf": 0.1, "l2": 1.5}  # as in experiments/README.md
+_EPS: dict[Norm, float] = {"linf": 0.1, "l2": 1.5}  # as in experiments/README.md
 
 
 class Sizes(NamedTuple):

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate
-from jdistill.typing import Array, ArrayLike
+from jdistill.typing import AnyArray, Array, ArrayLike
 
 
-def cross_entropy(logits: Array, labels: ArrayLike, *, temperature: ArrayLike = 1.0) -> Array:
+def cross_entropy(logits: AnyArray, labels: ArrayLike, *, temperature: ArrayLike = 1.0) -> Array:
     """Cross-entropy of hard labels at a temperature, `-log softmax(z / T)_y`.
 
     Args:
@@ -35,7 +35,9 @@ def cross_entropy(logits: Array, labels: ArrayLike, *, temperature: ArrayLike = 
     return -_pick(log_probs, labels)
 
 
-def soft_cross_entropy(logits: Array, targets: Array, *, temperature: ArrayLike = 1.0) -> Array:
+def soft_cross_entropy(
+    logits: AnyArray, targets: AnyArray, *, temperature: ArrayLike = 1.0
+) -> Array:
     """Cross-entropy of soft labels, `-sum_k q_k log softmax(z / T)_k`: a sum over classes.
 
     Equal to `kl_divergence` plus the entropy of the targets, so the gradients are the same.
@@ -66,7 +68,7 @@ def soft_cross_entropy(logits: Array, targets: Array, *, temperature: ArrayLike 
     return -jnp.sum(jnp.where(targets == 0, 0.0, targets * log_probs), axis=-1)
 
 
-def kl_divergence(logits: Array, targets: Array, *, temperature: ArrayLike = 1.0) -> Array:
+def kl_divergence(logits: AnyArray, targets: AnyArray, *, temperature: ArrayLike = 1.0) -> Array:
     """Divergence of the prediction from soft labels, `KL(q || softmax(z / T))`, over classes.
 
     A loss averaged over classes as well (the default reduction of some frameworks) is this one
@@ -94,7 +96,7 @@ def kl_divergence(logits: Array, targets: Array, *, temperature: ArrayLike = 1.0
     return negative_entropy + soft_cross_entropy(logits, targets, temperature=temperature)
 
 
-def margin(logits: Array, labels: ArrayLike) -> Array:
+def margin(logits: AnyArray, labels: ArrayLike) -> Array:
     """How far the best other class is above the given one, `max_{i≠y} z_i - z_y`.
 
     Positive where the example is misclassified. It grows with the scale of the logits but its
@@ -120,7 +122,7 @@ def margin(logits: Array, labels: ArrayLike) -> Array:
     return largest_other(logits, labels) - _pick(logits, labels)
 
 
-def soft_margin(logits: Array, labels: ArrayLike, softness: ArrayLike = 1.0) -> Array:
+def soft_margin(logits: AnyArray, labels: ArrayLike, softness: ArrayLike = 1.0) -> Array:
     """The margin with a soft maximum, `τ · log sum_{i≠y} exp(z_i / τ) - z_y`.
 
     The temperature is the example's own, set by the spread of its logits, and no gradient passes
@@ -168,7 +170,7 @@ def soft_margin(logits: Array, labels: ArrayLike, softness: ArrayLike = 1.0) -> 
     return soft - _pick(logits, labels)
 
 
-def dlr(logits: Array, labels: ArrayLike) -> Array:
+def dlr(logits: AnyArray, labels: ArrayLike) -> Array:
     """Difference of logits ratio: the margin over the gap from the first logit to the third.
 
         (max_{i≠y} z_i - z_y) / (z_(1) - z_(3)),     z_(1) >= z_(2) >= z_(3) the sorted logits
@@ -200,7 +202,7 @@ def dlr(logits: Array, labels: ArrayLike) -> Array:
     return margin(logits, labels) / _or_one(first - third)
 
 
-def targeted_dlr(logits: Array, labels: ArrayLike, targets: ArrayLike) -> Array:
+def targeted_dlr(logits: AnyArray, labels: ArrayLike, targets: ArrayLike) -> Array:
     """Difference of logits ratio towards a target, with another denominator than `dlr`.
 
         (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2)
@@ -231,7 +233,7 @@ def targeted_dlr(logits: Array, labels: ArrayLike, targets: ArrayLike) -> Array:
     return gap / _or_one(first - 0.5 * (third + fourth))
 
 
-def largest_other(logits: Array, labels: ArrayLike) -> Array:
+def largest_other(logits: AnyArray, labels: ArrayLike) -> Array:
     """The largest logit of the classes other than the given one.
 
     Args:
@@ -252,7 +254,7 @@ def largest_other(logits: Array, labels: ArrayLike) -> Array:
     return jnp.max(jnp.where(_own(logits, labels), -jnp.inf, logits), axis=-1)
 
 
-def tempered_log_softmax(logits: Array, temperature: ArrayLike = 1.0) -> Array:
+def tempered_log_softmax(logits: AnyArray, temperature: ArrayLike = 1.0) -> Array:
     """`log softmax(z / T)`, exact in log space for any temperature above 0.
 
     Args:
@@ -280,14 +282,14 @@ def tempered_log_softmax(logits: Array, temperature: ArrayLike = 1.0) -> Array:
     return jax.nn.log_softmax(logits / jnp.asarray(temperature, logits.dtype), axis=-1)
 
 
-def _pick(values: Array, labels: ArrayLike, name: str = "labels") -> Array:
+def _pick(values: AnyArray, labels: ArrayLike, name: str = "labels") -> Array:
     """`values[b, labels[b]]`, `[B]`."""
     _check_labels(labels, values, name)
     index = jnp.asarray(labels).astype(jnp.int32)[:, None]
     return jnp.take_along_axis(values, index, axis=-1)[:, 0]
 
 
-def _largest(logits: Array, count: int, name: str) -> tuple[Array, ...]:
+def _largest(logits: AnyArray, count: int, name: str) -> tuple[Array, ...]:
     """The largest logits in order, each `[B]`."""
     _validate.floats(2, logits=logits)
     if logits.shape[-1] < count:
@@ -299,18 +301,18 @@ def _largest(logits: Array, count: int, name: str) -> tuple[Array, ...]:
     return tuple(values[..., rank] for rank in range(count))
 
 
-def _or_one(value: Array) -> Array:
+def _or_one(value: AnyArray) -> Array:
     """The value, or 1 where it is 0 or infinite: a quotient then has a finite gradient."""
     return jnp.where((value == 0) | jnp.isinf(value), 1.0, value)
 
 
-def _own(logits: Array, labels: ArrayLike) -> Array:
+def _own(logits: AnyArray, labels: ArrayLike) -> Array:
     """Where the labels' own entries are, `[B, K]` bool."""
     _check_labels(labels, logits)
     return jax.nn.one_hot(jnp.asarray(labels), logits.shape[-1], dtype=bool)
 
 
-def _check_labels(labels: ArrayLike, logits: Array, name: str = "labels") -> None:
+def _check_labels(labels: ArrayLike, logits: AnyArray, name: str = "labels") -> None:
     # Without it -1 would be the last class, as an index, and K a NaN.
     _validate.floats(2, logits=logits)
     batch_size, num_classes = np.shape(logits)

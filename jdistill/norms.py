@@ -16,10 +16,10 @@ import numpy as np
 
 from jdistill import _order, _validate
 from jdistill._jax import jit
-from jdistill.typing import Array, ArrayLike, Bounds
+from jdistill.typing import AnyArray, Array, ArrayLike, Bounds, Norm
 
 
-def per_example(value: ArrayLike, like: Array) -> Array:
+def per_example(value: ArrayLike, like: AnyArray) -> Array:
     """A scalar or `[B]` value shaped `[B, 1, …]`, to broadcast against `like [B, ...]`.
 
     Args:
@@ -40,7 +40,7 @@ def per_example(value: ArrayLike, like: Array) -> Array:
     return value.reshape(like.shape[:1] + (1,) * (like.ndim - 1))
 
 
-def flatten(value: Array) -> Array:
+def flatten(value: AnyArray) -> Array:
     """One row per example, `[B, ...]` to `[B, D]`; an empty batch too, where -1 would not do.
 
     Args:
@@ -54,10 +54,10 @@ def flatten(value: Array) -> Array:
         (0, 784)
     """
     _batches(value=value)
-    return value.reshape(value.shape[0], math.prod(value.shape[1:]))
+    return jnp.reshape(value, (value.shape[0], math.prod(value.shape[1:])))
 
 
-def distance(delta: Array, norm: str) -> Array:
+def distance(delta: AnyArray, norm: Norm) -> Array:
     """The norm of each example's difference.
 
     Args:
@@ -85,7 +85,7 @@ def distance(delta: Array, norm: str) -> Array:
     return _pick(_NORMS, norm).distance(delta)
 
 
-def normalize(value: Array, norm: str) -> Array:
+def normalize(value: AnyArray, norm: Norm) -> Array:
     """Each example divided by its norm, at every scale of float32; 0 stays 0.
 
     Args:
@@ -109,7 +109,7 @@ def normalize(value: Array, norm: str) -> Array:
     return value / jnp.where(length > 0, length, 1.0)
 
 
-def project(delta: Array, eps: ArrayLike, norm: str) -> Array:
+def project(delta: AnyArray, eps: ArrayLike, norm: Norm) -> Array:
     """The closest point of the ball of radius `eps` around 0, per example.
 
     Args:
@@ -140,7 +140,7 @@ def project(delta: Array, eps: ArrayLike, norm: str) -> Array:
     return _pick(_NORMS, norm).project(delta, per_example(eps, delta))
 
 
-def steepest(gradient: Array, norm: str) -> Array:
+def steepest(gradient: AnyArray, norm: Norm) -> Array:
     """The direction of unit norm along which a linear function with this gradient grows most.
 
     The gradient is first divided by its largest entry, so that gradients of any size give a full
@@ -166,10 +166,10 @@ def steepest(gradient: Array, norm: str) -> Array:
 
 
 def ascend(
-    inputs: Array,
-    gradient: Array,
+    inputs: AnyArray,
+    gradient: AnyArray,
     length: ArrayLike,
-    norm: str,
+    norm: Norm,
     bounds: Bounds,
 ) -> Array:
     """One step of the given length along the steepest direction.
@@ -211,7 +211,7 @@ def ascend(
     _validate.non_negative(length=length)
     _one_per_example(inputs, length=length)
     _box(bounds, inputs)
-    length = per_example(length, inputs)
+    length, inputs = per_example(length, inputs), jnp.asarray(inputs)
     if norm != "l1":
         return inputs + length * steepest(gradient, norm)
     low, high = bounds
@@ -221,7 +221,7 @@ def ascend(
     return inputs + jnp.sign(gradient) * moves.reshape(room.shape)
 
 
-def random_start(keys: Array, like: Array, eps: ArrayLike, norm: str) -> Array:
+def random_start(keys: Array, like: AnyArray, eps: ArrayLike, norm: Norm) -> Array:
     """A point drawn uniformly from the ball of radius `eps`, one per example.
 
     Args:
@@ -256,13 +256,13 @@ def random_start(keys: Array, like: Array, eps: ArrayLike, norm: str) -> Array:
 
 
 @functools.partial(jit, static_argnames="norm")
-def _random_units(keys: Array, like: Array, *, norm: str) -> Array:
+def _random_units(keys: Array, like: AnyArray, *, norm: Norm) -> Array:
     draw = functools.partial(_DIRECTIONS[norm].random_unit, shape=like.shape[1:], dtype=like.dtype)
     return jax.vmap(draw)(keys)
 
 
 def into_ball_and_box(
-    inputs: Array, center: Array, eps: ArrayLike, norm: str, bounds: Bounds
+    inputs: AnyArray, center: AnyArray, eps: ArrayLike, norm: Norm, bounds: Bounds
 ) -> Array:
     """The inputs projected into the ball around `center`, then clipped into the box.
 
@@ -293,7 +293,7 @@ def into_ball_and_box(
     return jnp.clip(center + project(inputs - center, eps, norm), low, high)
 
 
-def _batches(**named: Array) -> None:
+def _batches(**named: AnyArray) -> None:
     """An error where one is no batch of floats."""
     for name, value in named.items():
         if not isinstance(value, jax.Array | np.ndarray):
@@ -304,7 +304,7 @@ def _batches(**named: Array) -> None:
     _validate.floats(-1, **named)
 
 
-def _one_per_example(like: Array, **named: ArrayLike) -> None:
+def _one_per_example(like: AnyArray, **named: ArrayLike) -> None:
     """An error where a number is none, and none per example."""
     for name, value in named.items():
         if not isinstance(value, jax.Array):
@@ -312,42 +312,42 @@ def _one_per_example(like: Array, **named: ArrayLike) -> None:
         _validate.per_example(like.shape[:1], **{name: value})
 
 
-def _box(bounds: Bounds, like: Array) -> None:
+def _box(bounds: Bounds, like: AnyArray) -> None:
     """An error where known bounds are none of these inputs."""
     if not _validate.is_traced(bounds):
         _validate.bounds(bounds, like.shape, open_box=True)
 
 
 class _Norm(NamedTuple):
-    distance: Callable[[Array], Array]
-    project: Callable[[Array, Array], Array]  # (delta, eps [B, 1, …])
+    distance: Callable[[AnyArray], Array]
+    project: Callable[[AnyArray, AnyArray], Array]  # (delta, eps [B, 1, …])
 
 
 class _Direction(NamedTuple):
-    steepest: Callable[[Array], Array]  # of a gradient whose largest entry is 1
+    steepest: Callable[[AnyArray], Array]  # of a gradient whose largest entry is 1
     random_unit: Callable[..., Array]  # (key, shape, dtype), in the unit ball
 
 
 _Row = TypeVar("_Row")
 
 
-def _pick(table: dict[str, _Row], norm: str) -> _Row:
+def _pick(table: dict[str, _Row], norm: Norm) -> _Row:
     _validate.one_of(table, norm=norm)
     return table[norm]
 
 
-def _feature_axes(value: Array) -> tuple[int, ...]:
+def _feature_axes(value: AnyArray) -> tuple[int, ...]:
     return tuple(range(1, value.ndim))
 
 
-def _to_unit_scale(value: Array) -> Array:
+def _to_unit_scale(value: AnyArray) -> Array:
     """Each example divided by its largest entry; entries that are not finite become 0."""
     value = jnp.where(jnp.isfinite(value), value, 0.0)
     scale = _order.largest(value)
     return value / jnp.where(scale > 0, scale, 1.0)
 
 
-def _l2(delta: Array) -> Array:
+def _l2(delta: AnyArray) -> Array:
     """The Euclidean norm with kept axes, `[B, 1, …]`, scaled against under- and overflow."""
     flat = flatten(delta)  # one long axis: XLA's CPU loops over short ones are slow
     scale = _order.largest(delta).reshape(-1, 1)
@@ -356,7 +356,7 @@ def _l2(delta: Array) -> Array:
     return length.reshape(delta.shape[0], *(1,) * (delta.ndim - 1))
 
 
-def _l2_project(delta: Array, eps: Array) -> Array:
+def _l2_project(delta: AnyArray, eps: AnyArray) -> Array:
     length = _l2(delta)
     # The unit vector first: eps / length would round to 0 for a huge delta.
     unit = delta / jnp.where(length > 0, length, 1.0)
@@ -371,12 +371,12 @@ def _l2_random_unit(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Arr
     return radius * direction / jnp.linalg.norm(direction.ravel())
 
 
-def _l1_project(delta: Array, eps: Array) -> Array:
+def _l1_project(delta: AnyArray, eps: AnyArray) -> Array:
     # Every entry loses the same amount and stops at 0. What the largest one keeps is `kept`, and
     # an entry smaller by `gap` keeps `kept - gap`. Counting from the largest entry down instead of
     # up from 0 cancels no digits where the ball is tiny beside delta; and since no entry keeps
     # more than eps, gaps can be cut there, so that no sum overflows.
-    flat, eps = flatten(delta), eps.reshape(-1, 1)
+    flat, eps = flatten(delta), jnp.reshape(eps, (-1, 1))
     size = jnp.abs(flat)
     gap = _order.largest(delta).reshape(-1, 1) - size
     cut = jnp.minimum(gap, eps)
@@ -401,7 +401,7 @@ def _l1_project(delta: Array, eps: Array) -> Array:
     return jnp.where(inside, flat, shrunk).reshape(delta.shape)
 
 
-def _l1_steepest(gradient: Array) -> Array:
+def _l1_steepest(gradient: AnyArray) -> Array:
     flat = flatten(gradient)
     largest = jnp.argmax(jnp.abs(flat), axis=1, keepdims=True)
     chosen = jnp.arange(flat.shape[1])[None] == largest
@@ -416,7 +416,7 @@ def _l1_random_unit(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Arr
     return direction / (jnp.sum(jnp.abs(direction)) + jax.random.exponential(rest_key, (), dtype))
 
 
-def _l0_project(delta: Array, eps: Array) -> Array:
+def _l0_project(delta: AnyArray, eps: AnyArray) -> Array:
     size = flatten(jnp.abs(delta))
     size = jnp.where(jnp.isnan(size), 0.0, size)
     # In float32, since float16 counts no further than 2,048.

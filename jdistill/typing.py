@@ -9,11 +9,15 @@ Axis letters, used in every docstring of the library:
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
+import numpy as np
 
 Array = jax.Array
+# What the functions take that return an `Array`.
+AnyArray = jax.Array | np.ndarray
+Norm = Literal["linf", "l2", "l1", "l0"]
 ArrayLike = jax.typing.ArrayLike
 PyTree = Any
 # Of one input: `(low, high)`, each a number or an array that broadcasts against the input.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import attacks
-from jdistill.typing import Array
+from jdistill.typing import Array, Norm
 
 # (model, inputs [B, C, H, W] in [0, 1], labels [B]) -> what it found, of the inputs' shape
 Peer = Callable[[Any, Any, Any], Any]
@@ -45,7 +45,7 @@ class Comparison(NamedTuple):
     """
 
     attack: str
-    norm: str
+    norm: Norm
     budget: str
     ours: Callable[..., attacks.AttackResult]
     peers: Mapping[str, Peer]
@@ -91,7 +91,7 @@ def mim(eps: float, steps: int) -> Comparison:
     return _iterated(attacks.mim, "linf", eps, steps, "MIFGSM", foolbox)
 
 
-def pgd(norm: str, eps: float, steps: int) -> Comparison:
+def pgd(norm: Norm, eps: float, steps: int) -> Comparison:
     """Projected gradient descent from the image itself, so that all make the same steps."""
     names = {"linf": ("PGD", "LinfPGD"), "l2": ("PGDL2", "L2PGD")}[norm]
     ours = functools.partial(attacks.pgd, norm=norm, random_start=False)
@@ -99,7 +99,7 @@ def pgd(norm: str, eps: float, steps: int) -> Comparison:
 
 
 def _iterated(
-    ours: Any, norm: str, eps: float, steps: int, torchattacks: str, foolbox: str, **settings: Any
+    ours: Any, norm: Norm, eps: float, steps: int, torchattacks: str, foolbox: str, **settings: Any
 ) -> Comparison:
     rate = eps / 10
     attack = functools.partial(ours, eps=eps, num_steps=steps, step_size=rate)
@@ -194,7 +194,7 @@ def ddn(steps: int) -> Comparison:
     return Comparison("ddn", "l2", f"{steps} steps", ours, toolkits)
 
 
-def fmn(norm: str, steps: int) -> Comparison:
+def fmn(norm: Norm, steps: int) -> Comparison:
     """Fast minimum norm."""
     name = {"l0": "L0", "l1": "L1", "l2": "L2", "linf": "LInf"}[norm]
     order = {"l0": 0, "l1": 1, "l2": 2, "linf": float("inf")}[norm]
@@ -206,7 +206,7 @@ def fmn(norm: str, steps: int) -> Comparison:
     return Comparison("fmn", norm, f"{steps} steps", ours, toolkits)
 
 
-def deepfool(norm: str, steps: int) -> Comparison:
+def deepfool(norm: Norm, steps: int) -> Comparison:
     """DeepFool over all ten classes."""
     name, order = {"l2": ("L2", 2), "linf": ("Linf", float("inf"))}[norm]
     # torchattacks's takes minutes for 100 images, one after another, and gives up on half.

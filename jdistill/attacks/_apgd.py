@@ -24,7 +24,7 @@ from jdistill.attacks._core.problem import (
 )
 from jdistill.attacks._core.targets import Starts, direction
 from jdistill.attacks._core.traits import Settings, by_loss, facts, with_loss
-from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn, Norm
 
 _MOMENTUM = 0.25  # the share of the step before
 _TITLES = {"APGD": "APGD-CE", "APGD dlr": "APGD-DLR"}
@@ -43,7 +43,7 @@ def apgd(
     labels: ArrayLike,
     *,
     eps: ArrayLike,
-    norm: str = "linf",
+    norm: Norm = "linf",
     num_steps: int = 100,
     num_restarts: int = 1,
     rho: ArrayLike = 0.75,
@@ -136,7 +136,7 @@ def apgd_targeted(
     labels: ArrayLike,
     *,
     eps: ArrayLike,
-    norm: str = "linf",
+    norm: Norm = "linf",
     num_targets: int = 9,
     first_target: ArrayLike = 0,
     num_steps: int = 100,
@@ -214,7 +214,7 @@ def _method(
     eps: ArrayLike,
     rho: ArrayLike,
     init: ArrayLike | None,
-    norm: str,
+    norm: Norm,
     num_steps: int,
     maximizes: bool = False,
 ) -> APGD:

@@ -9,7 +9,7 @@ from jdistill.attacks._core.engine import Method, Progress, Seen, register, sele
 from jdistill.attacks._core.gradient import gain_gradient
 from jdistill.attacks._core.problem import AttackResult, Goal, Problem
 from jdistill.attacks._core.targets import Starts
-from jdistill.typing import Array
+from jdistill.typing import Array, Norm
 
 
 class Visited(NamedTuple):
@@ -36,7 +36,7 @@ class APGD(Method):
     eps: Array  # [B]
     first: Array | None  # [B, ...], the first start towards each target; None draws it
     starts: Starts
-    norm: str = static()
+    norm: Norm = static()
     num_steps: int = static()
     maximizes: bool = static()
 

@@ -23,9 +23,9 @@ from jdistill.attacks._core.problem import (
 from jdistill.attacks._core.traits import facts
 from jdistill.attacks._fab import fab, fab_targeted
 from jdistill.attacks._square import square
-from jdistill.typing import Array, ArrayLike, Bounds, Callback, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, Callback, LogitsFn, Norm
 
-_NORMS = ("linf", "l2", "l1")
+_NORMS: tuple[Norm, ...] = ("linf", "l2", "l1")
 _VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
@@ -47,7 +47,7 @@ def autoattack(
     labels: ArrayLike,
     *,
     eps: ArrayLike,
-    norm: str = "linf",
+    norm: Norm = "linf",
     version: str = "standard",
     batch_size: int = 250,
     bounds: Bounds = (0.0, 1.0),
@@ -153,7 +153,7 @@ def autoattack(
     return driver.result(state, minimum_norm=False, info=info)
 
 
-def autoattack_names(version: str = "standard", norm: str = "linf") -> tuple[str, ...]:
+def autoattack_names(version: str = "standard", norm: Norm = "linf") -> tuple[str, ...]:
     """The attacks of a version, in their order.
 
     Args:
@@ -176,7 +176,7 @@ def autoattack_names(version: str = "standard", norm: str = "linf") -> tuple[str
 
 
 def _steps(
-    norm: str, version: str, eps: float, num_classes: int, targeted: bool
+    norm: Norm, version: str, eps: float, num_classes: int, targeted: bool
 ) -> tuple[dict[str, Attack], np.ndarray]:
     """The steps by name, and of each the place of its attack in the version."""
     names = autoattack_names(version, norm)

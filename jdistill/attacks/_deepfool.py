@@ -18,9 +18,9 @@ from jdistill.attacks._core.problem import (
     start_point,
 )
 from jdistill.attacks._core.traits import facts
-from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn, Norm
 
-_NORMS = ("l2", "linf")
+_NORMS: tuple[Norm, ...] = ("l2", "linf")
 # Of the box's width: the least length of a step. Exactly on a boundary the distance to it is 0.
 _LEAST_STEP = 1e-5
 # By how much an iterate must pass the goal to end the attack, in units in the last place of the
@@ -35,7 +35,7 @@ def deepfool(
     inputs: ArrayLike,
     labels: ArrayLike,
     *,
-    norm: str = "l2",
+    norm: Norm = "l2",
     num_steps: int = 50,
     overshoot: ArrayLike = 0.02,
     num_candidates: int = 10,
@@ -141,7 +141,7 @@ class _State(NamedTuple):
 class _DeepFool(Method):
     overshoot: Array  # [B]
     start: Array  # [B, ...], what the sum of the steps starts at
-    norm: str = static()
+    norm: Norm = static()
     num_events: int = static()
     num_boundaries: int = static()
     minimum_norm = True
@@ -200,7 +200,7 @@ def _boundaries(problem: Problem, candidates: Array | None, logits: Array) -> tu
     return goal.targets[:, None], other[:, None]
 
 
-def _nearest(gaps: Array, normals: Array, norm: str) -> tuple[Array, Array]:
+def _nearest(gaps: Array, normals: Array, norm: Norm) -> tuple[Array, Array]:
     """The distance `[B]` to the nearest boundary and the direction `[B, ...]` of unit norm to it.
 
     `gaps [B, C]` are logits, `normals [B, C, ...]` gradients. The distance is `inf` where no

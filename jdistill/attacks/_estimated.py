@@ -20,9 +20,9 @@ from jdistill.attacks._core.problem import (
     start_point,
 )
 from jdistill.attacks._core.traits import facts
-from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn, Norm
 
-_NORMS = ("linf", "l2")
+_NORMS: tuple[Norm, ...] = ("linf", "l2")
 _Sums = tuple[Array, Array, Array]
 
 
@@ -34,7 +34,7 @@ def spsa(
     labels: ArrayLike,
     *,
     eps: ArrayLike,
-    norm: str = "linf",
+    norm: Norm = "linf",
     num_steps: int = 100,
     num_samples: int = 64,
     delta: ArrayLike | None = None,
@@ -126,7 +126,7 @@ def nes(
     labels: ArrayLike,
     *,
     eps: ArrayLike,
-    norm: str = "linf",
+    norm: Norm = "linf",
     num_steps: int = 200,
     num_samples: int = 25,
     sigma: ArrayLike | None = None,
@@ -209,7 +209,7 @@ def nes(
 def _ascent(
     problem: Problem,
     eps: ArrayLike,
-    norm: str,
+    norm: Norm,
     num_steps: int,
     num_samples: int,
     reach: Array,
@@ -258,7 +258,7 @@ class _Ascent(Method):
     step_size: Array  # [B]
     decay: Array | None  # [B]; None is SPSA, with random signs and Adam
     start: Array  # [B, ...]
-    norm: str = static()
+    norm: Norm = static()
     num_events: int = static()
     num_samples: int = static()
     num_parallel: int = static()

@@ -30,7 +30,7 @@ from jdistill.attacks._core.problem import (
 )
 from jdistill.attacks._core.targets import Starts, direction
 from jdistill.attacks._core.traits import Settings, facts
-from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn, Norm
 
 
 def _without_radius(settings: Settings) -> bool:
@@ -45,7 +45,7 @@ def fab(
     labels: ArrayLike,
     *,
     eps: ArrayLike | None = None,
-    norm: str = "linf",
+    norm: Norm = "linf",
     num_steps: int = 100,
     num_restarts: int = 1,
     alpha_max: ArrayLike = 0.1,
@@ -132,7 +132,7 @@ def fab_targeted(
     labels: ArrayLike,
     *,
     eps: ArrayLike | None = None,
-    norm: str = "linf",
+    norm: Norm = "linf",
     num_targets: int = 9,
     first_target: ArrayLike = 0,
     num_steps: int = 100,
@@ -210,7 +210,7 @@ def _method(
     alpha_max: ArrayLike,
     eta: ArrayLike,
     beta: ArrayLike,
-    norm: str,
+    norm: Norm,
     num_steps: int,
 ) -> "_FAB":
     """The checked settings."""
@@ -247,7 +247,7 @@ class _FAB(Method):
     eta: Array  # [B]
     beta: Array  # [B]
     starts: Starts
-    norm: str = static()
+    norm: Norm = static()
     num_steps: int = static()
     passes: Passes = static()
     minimum_norm = True

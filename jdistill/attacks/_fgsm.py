@@ -9,7 +9,7 @@ from jdistill.attacks._core.engine import Method, Passes, register, run, static
 from jdistill.attacks._core.gradient import NORMS, gain_gradient
 from jdistill.attacks._core.problem import AttackResult, Problem, prepare, radius
 from jdistill.attacks._core.traits import by_loss, facts, with_loss
-from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn, Norm
 
 
 @facts(
@@ -25,7 +25,7 @@ def fgsm(
     labels: ArrayLike,
     *,
     eps: ArrayLike,
-    norm: str = "linf",
+    norm: Norm = "linf",
     bounds: Bounds = (0.0, 1.0),
     targets: ArrayLike | None = None,
     loss: Callable[..., Array] = losses.cross_entropy,
@@ -86,7 +86,7 @@ def fgsm(
 class _FGSM(Method):
     loss: Any
     eps: Array  # [B]
-    norm: str = static()
+    norm: Norm = static()
     num_events = 0
     passes_at_start = Passes(1, 1)
     passes = Passes(0, 0)

@@ -12,9 +12,9 @@ from jdistill.attacks._core.engine import Method, Passes, Seen, register, run, s
 from jdistill.attacks._core.gradient import hardening_gradient
 from jdistill.attacks._core.problem import AttackResult, Problem, one_per_example, prepare
 from jdistill.attacks._core.traits import by_loss, facts
-from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn, Norm
 
-_NORMS = ("linf", "l2", "l1", "l0")
+_NORMS: tuple[Norm, ...] = ("linf", "l2", "l1", "l0")
 # The step size ends at this share of where it begins.
 _LAST_STEP = 0.01
 # For l0 a step should bring a feature to its bound: half-way it would look worth half as much.
@@ -28,7 +28,7 @@ def fmn(
     inputs: ArrayLike,
     labels: ArrayLike,
     *,
-    norm: str = "linf",
+    norm: Norm = "linf",
     num_steps: int = 1000,
     step_size: ArrayLike | None = None,
     gamma: ArrayLike = 0.05,
@@ -146,7 +146,7 @@ class _FMN(Method):
     step_size: Array  # [B], of the first step
     gamma: Array  # [B], of the first step
     final_gamma: Array  # [B]
-    norm: str = static()
+    norm: Norm = static()
     num_events: int = static()
     minimum_norm = True
     keeps_closest = True
@@ -204,7 +204,7 @@ class _FMN(Method):
         return new, Seen(adversarial, gain, point=point, distance=distance)
 
 
-def _into_ball(delta: Array, direction: Array, radius: Array, norm: str) -> Array:
+def _into_ball(delta: Array, direction: Array, radius: Array, norm: Norm) -> Array:
     """The perturbation inside the ball; for l0 that of the features that are worth most."""
     if norm != "l0":
         return norms.project(delta, radius, norm)

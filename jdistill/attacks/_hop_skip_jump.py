@@ -19,10 +19,10 @@ from jdistill.attacks._core.problem import (
     start_point,
 )
 from jdistill.attacks._core.traits import facts
-from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn, Norm
 
 # The norms, and the power of the number of features in θ.
-_TOLERANCE = {"linf": 2.0, "l2": 1.5}
+_TOLERANCE: dict[Norm, float] = {"linf": 2.0, "l2": 1.5}
 # What an example's next query is for.
 _START, _SEARCH, _SAMPLE, _STEP = 0, 1, 2, 3
 # Of the box's width: the size of the first samples, when the distance is still that of noise.
@@ -40,7 +40,7 @@ def hop_skip_jump(
     inputs: ArrayLike,
     labels: ArrayLike,
     *,
-    norm: str = "linf",
+    norm: Norm = "linf",
     num_queries: int = 10_000,
     num_samples: int = 100,
     max_samples: int = 10_000,
@@ -153,7 +153,7 @@ class _State(NamedTuple):
 @register
 class _HopSkipJump(DecisionMethod):
     gamma: Array  # [B]
-    norm: str = static()
+    norm: Norm = static()
     num_samples: int = static()
     max_samples: int = static()
 

@@ -19,7 +19,7 @@ from jdistill.attacks._core.problem import (
     start_point,
 )
 from jdistill.attacks._core.traits import by_loss, facts, with_loss
-from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn, Norm
 
 
 @facts(title=with_loss("PGD", losses.cross_entropy), norms=NORMS, follows=by_loss)
@@ -30,7 +30,7 @@ def pgd(
     labels: ArrayLike,
     *,
     eps: ArrayLike,
-    norm: str = "linf",
+    norm: Norm = "linf",
     num_steps: int = 40,
     step_size: ArrayLike | None = None,
     num_restarts: int = 1,
@@ -132,7 +132,7 @@ def bim(
     labels: ArrayLike,
     *,
     eps: ArrayLike,
-    norm: str = "linf",
+    norm: Norm = "linf",
     num_steps: int = 10,
     step_size: ArrayLike | None = None,
     bounds: Bounds = (0.0, 1.0),
@@ -203,7 +203,7 @@ def mim(
     labels: ArrayLike,
     *,
     eps: ArrayLike,
-    norm: str = "linf",
+    norm: Norm = "linf",
     num_steps: int = 10,
     step_size: ArrayLike | None = None,
     decay: ArrayLike = 1.0,
@@ -273,7 +273,7 @@ def mim(
 def _descent(
     problem: Problem,
     eps: ArrayLike,
-    norm: str,
+    norm: Norm,
     num_steps: int,
     step_size: ArrayLike | None,
     init: ArrayLike | None,
@@ -314,7 +314,7 @@ class _Descent(Method):
     step_size: Array  # [B]
     decay: Array | None  # [B]; None follows each iterate's gradient alone
     first: Array | None  # [B, ...], the first start; None draws it
-    norm: str = static()
+    norm: Norm = static()
     num_steps: int = static()
     num_restarts: int = static()
     random_start: bool = static()

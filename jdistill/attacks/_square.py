@@ -29,9 +29,9 @@ from jdistill.attacks._core.problem import (
 )
 from jdistill.attacks._core.traits import facts
 from jdistill.attacks._square_bumps import Window
-from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn, Norm
 
-_NORMS = ("linf", "l2")
+_NORMS: tuple[Norm, ...] = ("linf", "l2")
 # After so many proposals of a start the share of the image that a window covers is halved.
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 # How often a window touches the last row, or column, where 1 is how often it touches any other.
@@ -47,7 +47,7 @@ def square(
     labels: ArrayLike,
     *,
     eps: ArrayLike,
-    norm: str = "linf",
+    norm: Norm = "linf",
     num_queries: int = 5000,
     num_restarts: int = 1,
     p_init: ArrayLike = 0.8,
@@ -147,7 +147,7 @@ def _sign(draws: Array) -> Array:
     return jnp.where(draws < 0.5, -1.0, 1.0).astype(draws.dtype)
 
 
-def _window_size(share: Array, rows: int, columns: int, norm: str) -> tuple[Array, Array]:
+def _window_size(share: Array, rows: int, columns: int, norm: Norm) -> tuple[Array, Array]:
     """Height and width of the windows that cover a share of the image each, int32.
 
     They are squares, as far as the image's shorter side allows that; the longer side of a window
@@ -179,7 +179,7 @@ class _Square(Method):
     eps: Array  # [B]
     p_init: Array  # [B]
     first: Array | None  # [B, ...], the first start; None draws it
-    norm: str = static()
+    norm: Norm = static()
     num_queries: int = static()
     num_restarts: int = static()
     moves_first = True

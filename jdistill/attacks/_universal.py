@@ -13,9 +13,9 @@ from jdistill.attacks._core import engine, handlers
 from jdistill.attacks._core.engine import Method, Passes, Progress, Seen, register, static
 from jdistill.attacks._core.problem import AttackResult, Problem, prepare, refuse_tracers
 from jdistill.attacks._core.traits import by_loss, facts, with_loss
-from jdistill.typing import Array, ArrayLike, Bounds, Callback, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, Callback, LogitsFn, Norm
 
-_NORMS = ("linf", "l2")
+_NORMS: tuple[Norm, ...] = ("linf", "l2")
 
 
 @facts(
@@ -32,7 +32,7 @@ def universal(
     labels: ArrayLike,
     *,
     eps: ArrayLike,
-    norm: str = "linf",
+    norm: Norm = "linf",
     num_epochs: int = 10,
     batch_size: int = 128,
     step_size: ArrayLike | None = None,
@@ -184,7 +184,7 @@ def _step(
     ball: tuple[Array, Array],
     length: Array,
     *,
-    norm: str,
+    norm: Norm,
 ) -> Array:
     eps, cap = ball
 
@@ -201,7 +201,7 @@ def _step(
 
 
 def _shifted(
-    problem: Problem, logits: Array, delta: Array, norm: str, num_epochs: int
+    problem: Problem, logits: Array, delta: Array, norm: Norm, num_epochs: int
 ) -> AttackResult:
     """The inputs plus the perturbation, judged."""
     deltas = jnp.broadcast_to(delta[None], problem.inputs.shape)
@@ -215,7 +215,7 @@ class _Shift(Method):
 
     deltas: Array  # [B, ...], all the same
     logits: Array  # [B, K], of the clean inputs
-    norm: str = static()
+    norm: Norm = static()
     num_epochs: int = static()
     num_events = 1
     narrows = False

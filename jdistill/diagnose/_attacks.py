@@ -13,7 +13,7 @@ from jdistill.attacks import AttackResult
 from jdistill.attacks._core.problem import Problem
 from jdistill.attacks._core.traits import by_loss, facts
 from jdistill.diagnose import _probes, _thresholds, _words
-from jdistill.typing import Array, Bounds, LogitsFn
+from jdistill.typing import Array, Bounds, LogitsFn, Norm
 
 NUM_STEPS = 40  # of the usual attack, and of those that differ from it in one thing
 NUM_AUTO_STEPS = 50
@@ -38,7 +38,7 @@ class Settings(NamedTuple):
     """
 
     eps: float
-    norm: str
+    norm: Norm
     box: Bounds
     train_temperature: float
     surrogate: LogitsFn | None
@@ -70,7 +70,7 @@ def at(temperature: float) -> Partial:
     return Partial(losses.cross_entropy, temperature=jnp.float32(temperature))
 
 
-def per_feature(norm: str, shape: tuple[int, ...]) -> float:
+def per_feature(norm: Norm, shape: tuple[int, ...]) -> float:
     """The radius of the smallest ball that holds the unit box's corner, from the opposite one."""
     size = math.prod(shape)
     return {"linf": 1.0, "l2": math.sqrt(size), "l1": float(size)}[norm]
@@ -227,7 +227,7 @@ def others(
 
 
 def _noise(
-    problem: Problem, keys: Array, inputs: Array, labels: Array, *, eps: float, norm: str
+    problem: Problem, keys: Array, inputs: Array, labels: Array, *, eps: float, norm: Norm
 ) -> AttackResult:
     """Random noise in the form of an attack."""
     broken = _probes.noise_breaks(

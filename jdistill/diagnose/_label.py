@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from jdistill.diagnose import _thresholds as limits
 from jdistill.diagnose._evidence import Evidence
-from jdistill.diagnose._verdict import Check
+from jdistill.diagnose._verdict import Check, Label
 from jdistill.diagnose._words import percent
 from jdistill.metrics import Interval
 
@@ -21,7 +21,7 @@ _MORE_EXAMPLES = "pass more examples"
 
 def label(
     evidence: Evidence, checks: Sequence[Check], naive: Interval, worst_case: Interval
-) -> tuple[str, str]:
+) -> tuple[Label, str]:
     """The label, and one sentence."""
     masked = [check for check in checks if check.outcome == "masked"]
     if masked:

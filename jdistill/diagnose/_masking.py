@@ -14,7 +14,7 @@ from jdistill.diagnose._attacks import Settings
 from jdistill.diagnose._evidence import Evidence, gather
 from jdistill.diagnose._rows import Rows
 from jdistill.diagnose._verdict import Attempt, Verdict
-from jdistill.typing import Array, ArrayLike, Bounds, Callback, LogitsFn
+from jdistill.typing import Array, ArrayLike, Bounds, Callback, LogitsFn, Norm
 
 _NORMS = ("linf", "l2", "l1")
 
@@ -26,7 +26,7 @@ def masking(
     labels: ArrayLike,
     *,
     eps: float,
-    norm: str = "linf",
+    norm: Norm = "linf",
     bounds: Bounds = (0.0, 1.0),
     train_temperature: float = 1.0,
     surrogate: LogitsFn | None = None,
@@ -113,7 +113,7 @@ def masking_of_stack(
     labels: ArrayLike,
     *,
     eps: float,
-    norm: str = "linf",
+    norm: Norm = "linf",
     bounds: Bounds = (0.0, 1.0),
     train_temperature: ArrayLike = 1.0,
     surrogate: LogitsFn | None = None,
@@ -195,7 +195,7 @@ def _masking(
     labels: ArrayLike,
     *,
     eps: float,
-    norm: str,
+    norm: Norm,
     bounds: Bounds,
     train_temperature: float,
     surrogate: LogitsFn | None,

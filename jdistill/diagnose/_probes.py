@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jdistill import losses, metrics, norms
 from jdistill._jax import full_precision, jit
 from jdistill.diagnose import _thresholds
-from jdistill.typing import Array, LogitsFn
+from jdistill.typing import Array, LogitsFn, Norm
 
 
 class Gradients(NamedTuple):
@@ -143,7 +143,7 @@ def noise_breaks(
     eps: Array,
     bounds: tuple[Array, Array],
     *,
-    norm: str,
+    norm: Norm,
     num_draws: int,
 ) -> Array:
     """Whether any of so many random points of the ball is misclassified, `[B]` bool.
@@ -165,7 +165,7 @@ def _noise_breaks(
     eps: Array,
     bounds: tuple[Array, Array],
     *,
-    norm: str,
+    norm: Norm,
     num_draws: int,
 ) -> Array:
     def corner(key: Array, x: Array) -> Array:

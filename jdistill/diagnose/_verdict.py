@@ -3,9 +3,12 @@
 import dataclasses
 import textwrap
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from jdistill.metrics import Interval
+from jdistill.typing import Norm
+
+Label = Literal["masked", "no sign of masking", "inconclusive"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +75,13 @@ class Verdict:
         budget: what was tried, in one line.
     """
 
-    label: str
+    label: Label
     reason: str
     naive: Interval
     worst_case: Interval
     clean: Interval
     eps: float
-    norm: str
+    norm: Norm
     num_examples: int
     num_nonfinite: int
     attacks: tuple[Attempt, ...]

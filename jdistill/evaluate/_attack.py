@@ -30,7 +30,7 @@ from jdistill.evaluate._runs import (
     shard_names,
 )
 from jdistill.evaluate._shards import Piece, Shards
-from jdistill.typing import Array, ArrayLike, AttackFn, Callback, LogitsFn
+from jdistill.typing import Array, ArrayLike, AttackFn, Callback, LogitsFn, Norm
 
 # How often what an attack did inside a batch is kept.
 _SECONDS_BETWEEN_SAVES = 30.0
@@ -83,7 +83,7 @@ class AttackOutcome(NamedTuple):
     median_distance: np.ndarray
     info: dict[str, np.ndarray]
     num_nonfinite: np.ndarray | None = None
-    norm: str | None = None
+    norm: Norm | None = None
     eps: float | None = None
     traits: attacks.Traits | None = None
     predictions: np.ndarray | None = None
@@ -224,7 +224,7 @@ def summarize(
     result: AttackResult,
     *,
     num_nonfinite: np.ndarray | None = None,
-    norm: str | None = None,
+    norm: Norm | None = None,
     eps: float | None = None,
 ) -> AttackOutcome:
     """The success rates and distances of attack results stacked along `R`.

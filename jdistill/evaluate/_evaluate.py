@@ -17,13 +17,13 @@ from jdistill.evaluate._curves import Curve
 from jdistill.evaluate._distances import check_distance_plans, check_plans, distances
 from jdistill.evaluate._runs import check_inputs, first, refuse_tracers, shard_names, stacked
 from jdistill.evaluate._transfer import TransferMatrix, transfer_matrix
-from jdistill.typing import Array, ArrayLike, AttackFn, Callback, LogitsFn
+from jdistill.typing import Array, ArrayLike, AttackFn, Callback, LogitsFn, Norm
 
 
 class Budget(NamedTuple):
     """Budget of an attack: move an input by at most `eps` in a norm."""
 
-    norm: str
+    norm: Norm
     eps: float
 
 
@@ -280,7 +280,7 @@ def _step_curves(
     return curves
 
 
-def _in_norm(outcomes: Mapping[str, AttackOutcome], norm: str) -> dict[str, AttackOutcome]:
+def _in_norm(outcomes: Mapping[str, AttackOutcome], norm: Norm) -> dict[str, AttackOutcome]:
     return {name: outcome for name, outcome in outcomes.items() if outcome.norm == norm}
 
 

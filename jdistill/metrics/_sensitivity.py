@@ -12,14 +12,14 @@ import optax
 from jdistill import _validate
 from jdistill._jax import full_precision, jit, logits_shape
 from jdistill.nets import callable_logits_fn
-from jdistill.typing import Array, ArrayLike, LogitsFn
+from jdistill.typing import AnyArray, Array, ArrayLike, LogitsFn
 
 # log10 of the edges of Papernot et al. 2016: 0, 1e-40, …, 1e-5, 1e-3, 1; and, so that
 # every example has a bin, what lies above.
 SENSITIVITY_EDGES = (-math.inf, -40, -35, -30, -25, -20, -15, -10, -5, -3, 0, math.inf)
 
 
-def sensitivity_logits(logits_fn: LogitsFn, inputs: Array) -> Array:
+def sensitivity_logits(logits_fn: LogitsFn, inputs: AnyArray) -> Array:
     """Mean over the entries of the input of |∂ (sum over k of z_k) / ∂x|, per example.
 
     Args:
@@ -45,7 +45,7 @@ def sensitivity_logits(logits_fn: LogitsFn, inputs: Array) -> Array:
         return _sensitivity_logits(network, inputs)
 
 
-def _checked(logits_fn: LogitsFn, inputs: Array) -> tuple[LogitsFn, Array]:
+def _checked(logits_fn: LogitsFn, inputs: AnyArray) -> tuple[LogitsFn, Array]:
     """The arguments in the form that jit takes."""
     _validate.inputs_in_box(inputs, (-math.inf, math.inf))
     return callable_logits_fn(logits_fn), jnp.asarray(inputs)
@@ -59,13 +59,13 @@ def _logits(logits_fn: LogitsFn, inputs: Array) -> Array:
 
 
 @jit
-def _sensitivity_logits(logits_fn: LogitsFn, inputs: Array) -> Array:
+def _sensitivity_logits(logits_fn: LogitsFn, inputs: AnyArray) -> Array:
     gradient = jax.grad(lambda x: jnp.sum(_logits(logits_fn, x)))(inputs)
     return jnp.mean(jnp.abs(gradient), axis=tuple(range(1, gradient.ndim)))
 
 
 def log10_sensitivity_softmax(
-    logits_fn: LogitsFn, inputs: Array, *, temperature: ArrayLike = 1.0
+    logits_fn: LogitsFn, inputs: AnyArray, *, temperature: ArrayLike = 1.0
 ) -> Array:
     """log10 of the mean over classes and input entries of |∂ softmax(z / T)_k / ∂x_d|, per example.
 
@@ -104,7 +104,9 @@ def log10_sensitivity_softmax(
 
 
 @jit
-def _log10_sensitivity_softmax(logits_fn: LogitsFn, inputs: Array, temperature: ArrayLike) -> Array:
+def _log10_sensitivity_softmax(
+    logits_fn: LogitsFn, inputs: AnyArray, temperature: ArrayLike
+) -> Array:
     rows = (inputs.shape[0], math.prod(inputs.shape[1:]))
     logits, pullback = jax.vjp(lambda x: _logits(logits_fn, x), inputs)
     temperature = jnp.asarray(temperature, logits.dtype)
@@ -155,7 +157,7 @@ def log10_mean(log10_values: ArrayLike) -> float:
 
 
 def zero_gradient(
-    logits_fn: LogitsFn, inputs: Array, labels: ArrayLike, *, temperature: ArrayLike = 1.0
+    logits_fn: LogitsFn, inputs: AnyArray, labels: ArrayLike, *, temperature: ArrayLike = 1.0
 ) -> Array:
     """Whether the input gradient of the cross-entropy is exactly zero, per example.
 
@@ -196,7 +198,7 @@ def zero_gradient(
 
 @jit
 def _zero_gradient(
-    logits_fn: LogitsFn, inputs: Array, labels: Array, temperature: ArrayLike
+    logits_fn: LogitsFn, inputs: AnyArray, labels: AnyArray, temperature: ArrayLike
 ) -> Array:
     def loss(x: Array) -> Array:
         logits = _logits(logits_fn, x)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jdistill import _validate
-from jdistill.typing import Array, ArrayLike
+from jdistill.typing import AnyArray, ArrayLike
 
 
 class Interval(NamedTuple):
@@ -123,7 +123,7 @@ def robustness(distance: ArrayLike, success: ArrayLike, *, confidence: float = 0
     return Robustness(float(reached.mean()), float(np.median(reached)), share)
 
 
-def predicts(logits: Array | np.ndarray) -> Any:
+def predicts(logits: AnyArray | np.ndarray) -> Any:
     """Validity of each row of logits as a prediction: no NaN, and a finite largest logit.
 
     A logit of `-inf` masks a class out, as networks over fewer classes do.
@@ -143,7 +143,7 @@ def predicts(logits: Array | np.ndarray) -> Any:
     return (largest > -np.inf) & (largest < np.inf)
 
 
-def correct(logits: Array | np.ndarray, labels: ArrayLike) -> Any:
+def correct(logits: AnyArray | np.ndarray, labels: ArrayLike) -> Any:
     """Correctness of each prediction: the first of the largest logits is the label's.
 
     The one definition for clean examples: metrics, attacks, evaluation, and verdict share it, so
@@ -168,7 +168,7 @@ def correct(logits: Array | np.ndarray, labels: ArrayLike) -> Any:
 
 
 def accuracy(
-    logits: Array | np.ndarray,
+    logits: AnyArray | np.ndarray,
     labels: ArrayLike,
     mask: ArrayLike | None = None,
     *,

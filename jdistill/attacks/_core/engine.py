@@ -37,7 +37,7 @@ from jdistill import _validate, metrics, norms
 from jdistill._jax import full_precision, jit, unbound, under_trace
 from jdistill.attacks._core import rows
 from jdistill.attacks._core.problem import AttackResult, Problem
-from jdistill.typing import Array
+from jdistill.typing import Array, Norm
 
 
 def static(**kwargs: Any) -> Any:
@@ -122,7 +122,7 @@ class Method:
         passes: of a step.
     """
 
-    norm: str
+    norm: Norm
     num_events: int | None
     minimum_norm: ClassVar[bool] = False
     keeps_closest: ClassVar[bool] = False

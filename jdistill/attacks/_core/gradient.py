@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from jdistill import losses
 from jdistill.attacks._core.problem import Goal, Problem
-from jdistill.typing import Array, ArrayLike
+from jdistill.typing import Array, ArrayLike, Norm
 
 # The norms in which `norms.ascend` steps along a gradient.
-NORMS = ("linf", "l2", "l1")
+NORMS: tuple[Norm, ...] = ("linf", "l2", "l1")
 # Near enough to the margin: above it by a hundredth of what the soft margin is, at most.
 _LAST_SOFTNESS = 0.01
 

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _order, norms
-from jdistill.typing import Array, ArrayLike
+from jdistill.typing import Array, ArrayLike, Norm
 
 # A linear function rises along its steepest direction at the dual norm's rate.
-_DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
+_DUAL: dict[Norm, Norm] = {"linf": "l1", "l2": "l2", "l1": "linf"}
 
 
 def unit(normal: Array, gap: Array) -> tuple[Array, Array]:
@@ -37,7 +37,7 @@ def unit(normal: Array, gap: Array) -> tuple[Array, Array]:
     return normal / norms.per_example(scale, normal), jnp.where(usable, gap, 0.0) / scale
 
 
-def distance(normal: Array, gap: Array, norm: str) -> Array:
+def distance(normal: Array, gap: Array, norm: Norm) -> Array:
     """Distance to the hyperplane where no box is in the way, `[B]`; `inf` without a hyperplane.
 
     Args:
@@ -53,7 +53,7 @@ def project(
     points: Array,
     normal: Array,
     gap: Array,
-    norm: str,
+    norm: Norm,
     bounds: tuple[ArrayLike, ArrayLike],
 ) -> Array:
     """The shortest way from each point to its hyperplane within the box.

@@ -7,7 +7,7 @@ import numpy as np
 from jdistill import _validate, norms
 from jdistill.attacks._core.engine import register, static
 from jdistill.attacks._core.problem import Goal, Problem, need_key, num_classes, one_per_example
-from jdistill.typing import Array, ArrayLike
+from jdistill.typing import Array, ArrayLike, Norm
 
 
 @register
@@ -105,7 +105,7 @@ class Starts:
         return jax.vmap(jax.random.fold_in)(need_key(problem, "random starts"), number)
 
 
-def direction(keys: Array, inputs: Array, norm: str) -> Array:
+def direction(keys: Array, inputs: Array, norm: Norm) -> Array:
     """A random direction of length 1 for each of the keys `[B]`, `[B, ...]`."""
 
     def draw(key: Array) -> Array:

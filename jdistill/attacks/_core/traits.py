@@ -8,6 +8,7 @@ import numpy as np
 
 from jdistill import _validate, losses
 from jdistill._jax import parameters, unbound
+from jdistill.typing import Norm
 
 Access = Literal["gradient", "scores", "decisions"]
 Follows = Literal["softmax", "logits"]
@@ -42,8 +43,8 @@ class Traits(NamedTuple):
 
     name: str
     title: str
-    norms: tuple[str, ...]
-    norm: str | None
+    norms: tuple[Norm, ...]
+    norm: Norm | None
     eps: float | None
     minimum_norm: bool
     access: Access | None
@@ -58,7 +59,7 @@ class _Facts(NamedTuple):
     """Arguments of `facts`."""
 
     title: str | Callable[[Settings], str]
-    norms: tuple[str, ...]
+    norms: tuple[Norm, ...]
     minimum_norm: bool | Callable[[Settings], bool]
     access: Access
     follows: Follows | Callable[[Settings], Follows | None] | None
@@ -71,7 +72,7 @@ class _Facts(NamedTuple):
 def facts(
     *,
     title: str | Callable[[Settings], str],
-    norms: tuple[str, ...],
+    norms: tuple[Norm, ...],
     access: Access = "gradient",
     follows: Follows | Callable[[Settings], Follows | None] | None = "logits",
     minimum_norm: bool | Callable[[Settings], bool] = False,
@@ -134,13 +135,14 @@ def traits(attack: Callable[..., Any]) -> Traits:
     function, settings = unbound(attack)
     known: _Facts | None = getattr(function, _ATTRIBUTE, None)
     name = getattr(function, "__name__", type(function).__name__)
-    norm, eps = settings.get("norm"), _number(settings.get("eps"))
+    norm: Norm | None = settings["norm"] if isinstance(settings.get("norm"), str) else None
+    eps = _number(settings.get("eps"))
     if known is None:
         return Traits(
             name=name,
             title=name.replace("_", " "),
-            norms=(norm,) if isinstance(norm, str) else (),
-            norm=norm if isinstance(norm, str) else None,
+            norms=(norm,) if norm else (),
+            norm=norm,
             eps=eps,
             minimum_norm="eps" not in {*settings, *parameters(function)},
             access=None,
