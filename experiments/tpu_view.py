@@ -29,6 +29,7 @@ from experiments.bench.options import check, command
 from experiments.bench.rows import Row, record, text
 from experiments.bench.timing import Timing
 from jdistill import runtime
+from jdistill.typing import Event
 
 _TOPOLOGY = "v5e:1x1"
 # The shape, a tuple's too, and the operation.
@@ -148,7 +149,7 @@ def estimates(
     with runtime.progress() as progress:
         for name in options.steps:
             ways = (*LOWERINGS, *(PRECISIONS if name == "pgd" else ()))
-            event = {"event": "call", "stage": name, "total": len(ways), "unit": "program"}
+            event: Event = {"event": "call", "stage": name, "total": len(ways), "unit": "program"}
             found[name] = []
             for done, lowering in enumerate(ways, start=1):
                 progress({**event, "done": done - 1})

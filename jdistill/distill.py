@@ -21,7 +21,7 @@ from jdistill import _validate, data, losses, nets, train
 from jdistill.train import TrainState, TrainStep
 from jdistill.train._fit import check_examples
 from jdistill.train._step import check_state, check_step
-from jdistill.typing import Array, ArrayLike, Batch, Callback, LogitsFn, LossFn, PyTree
+from jdistill.typing import Array, ArrayLike, Batch, Callback, Event, LogitsFn, LossFn, PyTree
 
 # Folded into the run's key for the shared initial weights; no generation has this number.
 _INITIAL_WEIGHTS = 2**31 - 1
@@ -487,4 +487,8 @@ def with_generation(callback: Callback | None, number: int) -> Callback | None:
     _validate.count(minimum=0, number=number)
     if callback is None:
         return None
-    return lambda event: callback({**event, "generation": number})
+
+    def told(event: Event) -> None:
+        callback({**event, "generation": number})
+
+    return told

@@ -8,8 +8,7 @@ Axis letters, used in every docstring of the library:
 * `...`: the axes of one input (`H, W, C` for images).
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, Required, TypedDict
 
 import jax
 import numpy as np
@@ -103,11 +102,56 @@ class AttackFn(Protocol):
     ) -> Any: ...
 
 
-class Callback(Protocol):
-    """Called by the library's host loops with one event, a flat mapping; returns nothing.
+class Event(TypedDict, total=False):
+    """What a host loop of the library tells its callback.
 
-    Events always have `"event"` (what happened) and `"stage"`; the loops document the rest.
+    Attributes:
+        event: what happened: a training `"step"`, an `"epoch"`, the end of a `"generation"`; or
+            progress of `"evaluate"`, `"attack"`, `"diagnose"`, `"read"`, or a `"call"`.
+        stage: of what, for people.
+        done: examples, or epochs of a universal attack; of
+        total: such.
+        step: of `num_steps`, in training, or in the batch that an attack is at.
+        epoch: of `num_epochs`, from 1.
+        generation: 0 is the teacher.
+        runs: the chunk of a sweep's runs that was trained.
+        loss: mean of the epoch; in a sweep `[runs]`, as are
+        accuracy: of the epoch, and
+        diverged: which runs are no longer finite.
+        attack: the attack's name; with
+        survivors: how many examples no attack has beaten yet.
+        state: to save, a `TrainState` (of a sweep the stack) or an `EnsembleState`.
+        unit: what `done` counts, where that is not examples.
+        run: of `num_runs` networks of a stack, from 0.
+    """
+
+    event: Required[
+        Literal["step", "epoch", "generation", "evaluate", "attack", "diagnose", "read", "call"]
+    ]
+    stage: Required[str]
+    done: int
+    total: int
+    step: int
+    num_steps: int
+    epoch: int
+    num_epochs: int
+    generation: int
+    runs: slice
+    loss: Any
+    accuracy: Any
+    diverged: np.ndarray
+    attack: str
+    survivors: int
+    state: Any
+    unit: str
+    run: int
+    num_runs: int
+
+
+class Callback(Protocol):
+    """Called by the library's host loops with one event; returns nothing.
+
     Callbacks are where experiments save, log and show progress: the library does none of that.
     """
 
-    def __call__(self, event: Mapping[str, Any], /) -> None: ...
+    def __call__(self, event: Event, /) -> None: ...

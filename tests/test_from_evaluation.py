@@ -132,10 +132,9 @@ def test_progress_is_a_line_per_stage_where_there_is_no_terminal(capsys):
     from jdistill import runtime
 
     with runtime.progress() as bar:
-        bar.prefix = "T=1, "
+        bar.begin(3, 7, prefix="T=1, ", num_parts=2)
         for done in (1, 2):
-            event = {"event": "evaluate", "stage": "pgd", "done": done, "total": 2}
-            bar({**event, "stage_number": 3, "num_stages": 7})
+            bar({"event": "evaluate", "stage": "pgd", "done": done, "total": 2})
         bar.say("between")
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("3/7 T=1, pgd: ")

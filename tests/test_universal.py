@@ -130,7 +130,7 @@ def test_the_callback_hears_of_every_epoch():
     events = []
     attacks.universal(make(), KEY, INPUTS, LABELS, eps=0.1, num_epochs=3, callback=events.append)
     assert [(e["event"], e["stage"], e["done"], e["total"]) for e in events] == [
-        ("epoch", "universal", done, 3) for done in (1, 2, 3)
+        ("attack", "universal", done, 3) for done in (1, 2, 3)
     ]
 
 

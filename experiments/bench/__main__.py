@@ -44,6 +44,7 @@ from experiments.bench.options import Options
 from experiments.bench.rows import Row
 from experiments.bench.timing import AfterCall
 from jdistill import runtime
+from jdistill.typing import Event
 
 COMMANDS: Mapping[str, tuple[type[Options], Callable[[Any, AfterCall], Iterator[list[Row]]]]] = {
     "attacks": (attacks.Attacks, attacks.run),
@@ -90,7 +91,7 @@ def groups(options: Options) -> Iterator[list[Row]]:
     with runtime.progress() as progress:
 
         def after_call(done: int, total: int) -> None:
-            event = {"event": "call", "stage": name, "unit": "call"}
+            event: Event = {"event": "call", "stage": name, "unit": "call"}
             progress({**event, "done": done, "total": total})
 
         yield from dict(COMMANDS.values())[type(options)](options, after_call)

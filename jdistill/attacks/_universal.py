@@ -13,7 +13,7 @@ from jdistill.attacks._core import engine, handlers
 from jdistill.attacks._core.engine import Method, Passes, Progress, Seen, register, static
 from jdistill.attacks._core.problem import AttackResult, Problem, prepare, refuse_tracers
 from jdistill.attacks._core.traits import by_loss, facts, with_loss
-from jdistill.typing import Array, ArrayLike, Bounds, Callback, LogitsFn, Norm
+from jdistill.typing import Array, ArrayLike, Bounds, Callback, Event, LogitsFn, Norm
 
 _NORMS: tuple[Norm, ...] = ("linf", "l2")
 
@@ -70,7 +70,7 @@ def universal(
             cap.
         bounds: the box of valid inputs.
         targets: `[B]` int, classes to reach; None moves away from the labels.
-        callback: called after every epoch with `event="epoch"`, `stage="universal"`, `done` and
+        callback: called after every epoch with `event="attack"`, `stage="universal"`, `done` and
             `total` epochs.
 
     Returns:
@@ -142,8 +142,9 @@ def universal(
                 )
                 step += 1
             if callback is not None:
-                progress = {"done": epoch + 1, "total": num_epochs}
-                callback({"event": "epoch", "stage": "universal", **progress})
+                name = "universal"
+                progress: Event = {"event": "attack", "stage": name, "attack": name}
+                callback({**progress, "done": epoch + 1, "total": num_epochs})
         parts = []
         for (rows, real), of_rows in zip(_chunks(np.arange(size), batch_size), logits, strict=True):
             part = _shifted(_rows(problem, rows), of_rows, delta, norm, num_epochs)

@@ -9,11 +9,11 @@ from jdistill.data import _cache, _digits, _prepared
 from jdistill.data._types import (
     SPLITS,
     Dataset,
-    Progress,
     joint_checksum,
     scaled,
     split_checksum,
 )
+from jdistill.typing import Callback
 
 NAMES = ("digits", "mnist", "fashion_mnist", "cifar10")
 
@@ -26,7 +26,7 @@ def load(
     data_dir: _files.PathLike | None = None,
     cache_dir: _files.PathLike | None = None,
     fingerprint: str | None = None,
-    progress: Progress | None = None,
+    progress: Callback | None = None,
 ) -> Dataset:
     r"""Loads a data set by name.
 
@@ -127,7 +127,7 @@ def _load_digits(fingerprint: str | None) -> Dataset:
 
 
 def _find_entry(
-    name: str, root: Any, folder: Any, fingerprint: str | None, progress: Progress | None
+    name: str, root: Any, folder: Any, fingerprint: str | None, progress: Callback | None
 ) -> _cache.Entry:
     """The set as stored integers, by the four steps of `load`."""
     source = _prepared.find(root, name)
@@ -154,7 +154,7 @@ def _find_entry(
 
 
 def _from_source(
-    source: _prepared.Prepared, root: Any, folder: Any, progress: Progress | None
+    source: _prepared.Prepared, root: Any, folder: Any, progress: Callback | None
 ) -> _cache.Entry:
     """The cache entry of a prepared set, made (again) where there is no good one."""
     key = _cache.Key(source.name, source.version, source.fingerprint)

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jdistill import _files
-from jdistill.data._types import Progress, Split, check_labels
+from jdistill.data._types import Split, check_labels
+from jdistill.typing import Callback
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _RANDOM_ACCESS = ("array_record", "parquet")
@@ -223,7 +224,7 @@ def carve(train: Split, size: int) -> tuple[Split, Split]:
     return Split(train.inputs[size:], train.labels[size:]), head
 
 
-def read(prepared: Prepared, progress: Progress | None = None) -> dict[str, Split]:
+def read(prepared: Prepared, progress: Callback | None = None) -> dict[str, Split]:
     """Reads and splits a prepared set.
 
     Args:
@@ -265,8 +266,8 @@ def read(prepared: Prepared, progress: Progress | None = None) -> dict[str, Spli
                 ids += [row["id"] for row in rows if "id" in row]
             done += last - first
             if progress is not None:
-                event = {"event": "read", "stage": f"read {prepared.name}"}
-                progress({**event, "done": done, "total": total})
+                stage = f"read {prepared.name}"
+                progress({"event": "read", "stage": stage, "done": done, "total": total})
         check_labels(labels, spec.num_classes, f"{prepared.name}'s {name} split")
         splits[name] = Split(inputs, labels)
         if ids:

@@ -1,14 +1,12 @@
 """What `load` returns, and the small pure functions on it."""
 
 import hashlib
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 SPLITS = ("train", "validation", "test")
-
-Progress = Callable[[Mapping[str, Any]], None]
 
 
 class Split(NamedTuple):

@@ -1,7 +1,6 @@
 """The diagnosis of one network, or of each of a stack."""
 
 import collections
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +13,7 @@ from jdistill.diagnose._attacks import Settings
 from jdistill.diagnose._evidence import Evidence, gather
 from jdistill.diagnose._rows import Rows
 from jdistill.diagnose._verdict import Attempt, Verdict
-from jdistill.typing import Array, ArrayLike, Bounds, Callback, LogitsFn, Norm
+from jdistill.typing import Array, ArrayLike, Bounds, Callback, Event, LogitsFn, Norm
 
 _NORMS = ("linf", "l2", "l1")
 
@@ -102,7 +101,6 @@ def masking(
         num_queries=num_queries,
         batch_size=batch_size,
         callback=callback,
-        about={},
     )
 
 
@@ -181,11 +179,22 @@ def masking_of_stack(
             surrogate=surrogate,
             num_queries=num_queries,
             batch_size=batch_size,
-            callback=callback,
-            about={"run": run, "num_runs": num_runs},
+            callback=_of_run(callback, run, num_runs),
         )
         for run in range(num_runs)
     ]
+
+
+def _of_run(callback: Callback | None, run: int, num_runs: int) -> Callback | None:
+    """The callback, told of which network its events are."""
+    _validate.callback(callback)
+    if callback is None:
+        return None
+
+    def told(event: Event) -> None:
+        callback({**event, "run": run, "num_runs": num_runs})
+
+    return told
 
 
 def _masking(
@@ -202,7 +211,6 @@ def _masking(
     num_queries: int,
     batch_size: int,
     callback: Callback | None,
-    about: dict[str, Any],
 ) -> Verdict:
     """Check the arguments, try everything, and judge."""
     _base.refuse_tracers("masking", logits_fn, key, inputs, labels, eps, surrogate)
@@ -243,7 +251,6 @@ def _masking(
         labels=problem.goal.labels,
         batch_size=batch_size,
         callback=callback,
-        about=about,
     )
     evidence = gather(problem, rows, settings)
     checks = _checks.all_checks(evidence)

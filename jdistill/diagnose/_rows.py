@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill.attacks import AttackResult
-from jdistill.typing import Array, Callback
+from jdistill.typing import Array, Callback, Event
 
 _SMALLEST = 16  # fewer rows are not worth a program of their own
 
@@ -37,7 +37,6 @@ class Rows(NamedTuple):
         labels: `[N]`.
         batch_size: the most examples at a time.
         callback: told of every chunk.
-        about: what else it is told.
     """
 
     keys: Array
@@ -45,7 +44,6 @@ class Rows(NamedTuple):
     labels: Array
     batch_size: int
     callback: Callback | None
-    about: dict[str, Any]
 
     def run(
         self,
@@ -84,8 +82,8 @@ class Rows(NamedTuple):
             chunks.append(jax.tree.map(lambda leaf, real=chunk.size: leaf[:real], output))
             if self.callback is not None:
                 done = min(first + size, len(rows))
-                progress = {"stage": stage, "done": done, "total": len(rows)}
-                self.callback({"event": "diagnose", **self.about, **progress})
+                progress: Event = {"event": "diagnose", "stage": stage, "done": done}
+                self.callback({**progress, "total": len(rows)})
 
         def scattered(*leaves: np.ndarray) -> np.ndarray:
             joined = np.concatenate(leaves)

@@ -9,7 +9,7 @@ import numpy as np
 
 from jdistill import _validate, data, nets
 from jdistill._jax import call, full_precision, jit, logits_shape
-from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
+from jdistill.typing import Array, ArrayLike, Callback, Event, LogitsFn
 
 Place = tuple[int, int]  # (network, batch)
 
@@ -138,17 +138,18 @@ class Announcer:
     def after(self, unit: Unit) -> None:
         """A unit is done."""
         self._done += unit.num_real * len(unit.networks)
-        self._tell(self._done)
+        if self._callback is not None:
+            self._callback(self._event(self._done))
 
     def inside(self, unit: Unit, event: Mapping[str, Any]) -> None:
         """Between two chunks of the unit's attack, see `attacks._core.chunks.Chunks`."""
         finished = unit.num_real - int(np.sum(event["active"][: unit.num_real]))
-        self._tell(self._done + finished, step=event["done"], num_steps=event["total"])
-
-    def _tell(self, done: int, **more: Any) -> None:
         if self._callback is not None:
-            progress = {"stage": self._stage, "done": done, "total": self._total}
-            self._callback({"event": "evaluate", **progress, **more})
+            own = self._event(self._done + finished)
+            self._callback({**own, "step": event["done"], "num_steps": event["total"]})
+
+    def _event(self, done: int) -> Event:
+        return {"event": "evaluate", "stage": self._stage, "done": done, "total": self._total}
 
 
 def joined(pieces: Mapping[Place, Any]) -> Any:

@@ -2,10 +2,12 @@
 
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+from jdistill.typing import Event
 
 _PLAIN_SECONDS = 30.0
+_OVER_STAGES = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 
 class Progress:
@@ -13,6 +15,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.prefix = ""
+        self._place: _Place | None = None
         self._bar: Any = None
         self._stage: str | None = None
         self._started = self._told = 0.0
@@ -29,39 +32,35 @@ class Progress:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def __call__(self, event: Mapping[str, Any]) -> None:
+    def __call__(self, event: Event) -> None:
         """Show where the event's stage stands; events without a count end it."""
         done, total = _count(event)
         if total is None:
-            self.close()
+            self._end_stage()
             return
         stage = self.prefix + event["stage"]
-        if "num_stages" in event:
-            stage = f"{event['stage_number']}/{event['num_stages']} {stage}"
+        if self._place is not None:
+            stage = f"{self._place.number}/{self._place.num_stages} {stage}"
+            self._place.part(event["stage"])
         if stage != self._stage:
-            self.close()
+            self._end_stage()
             self._stage, self._started, self._told = stage, time.monotonic(), time.monotonic()
-            if self._terminal:
-                self._open(event, done, total)
-        if self._bar is not None:
-            self._bar.total = total
-            self._bar.update(done - self._bar.n)
-            if event["event"] == "epoch":
-                shown = {"loss": f"{event['loss']:.4f}", "acc": f"{event['accuracy']:.4f}"}
-                self._bar.set_postfix(shown)
+        if self._terminal:
+            self._show(event, done, total)
         elif time.monotonic() - self._told > _PLAIN_SECONDS and done < total:
             self._told = time.monotonic()
             self._line(f"{stage}: {done} of {total}")
         if done >= total and event["event"] != "step":
-            self.close()
+            self._end_stage()
+
+    def begin(self, number: int, num_stages: int, *, prefix: str = "", num_parts: int = 1) -> None:
+        """What comes is of stage `number`, from 1, which has parts that their `stage`s name."""
+        self._place, self.prefix = _Place(number, num_stages, num_parts, []), prefix
 
     def close(self) -> None:
-        """End the stage, if there is one."""
-        if self._bar is not None:
-            self._bar.close()
-        elif self._stage is not None:
-            self._line(f"{self._stage}: {time.monotonic() - self._started:.1f} s")
-        self._bar = self._stage = None
+        """End the bar and the stage, if there is one."""
+        self._place = None
+        self._end_stage()
 
     def say(self, line: str) -> None:
         """Print a line without breaking a bar."""
@@ -70,25 +69,71 @@ class Progress:
         else:
             self._line(line)
 
+    def _end_stage(self) -> None:
+        """A bar over many stages stays from one to the next."""
+        if self._bar is not None and self._place is None:
+            self._bar.close()
+            self._bar = None
+        if not self._terminal and self._stage is not None:
+            self._line(f"{self._stage}: {time.monotonic() - self._started:.1f} s")
+        self._stage = None
+
     def _line(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    def _open(self, event: Mapping[str, Any], done: int, total: int) -> None:
+    def _show(self, event: Event, done: int, total: int) -> None:
+        """Set the bar, which is over all stages where it is known how many there are."""
         from tqdm import tqdm
 
-        self._bar = tqdm(
-            total=total,
-            # A resumed stage starts where it stopped, or the time left would be nonsense.
-            initial=done - 1 if event["event"] == "step" else 0,
-            desc=f"{self._stage:<28}",
-            unit=event.get("unit", "step" if event["event"] == "step" else "ex"),
-            file=sys.stderr,
-            dynamic_ncols=True,
-            mininterval=0.5,
-        )
+        shown = {}
+        if event["event"] == "epoch" and "runs" not in event:
+            shown = {"loss": f"{event['loss']:.4f}", "acc": f"{event['accuracy']:.4f}"}
+        position: float = done
+        options: dict[str, Any] = {"unit": "step" if event["event"] == "step" else "ex"}
+        if self._place is not None:
+            position = self._place.position(done / total)
+            shown = {"this": f"{done}/{total}", **shown}
+            options = {"bar_format": _OVER_STAGES}
+            total = self._place.num_stages
+        if "unit" in event:
+            options["unit"] = event["unit"]
+        if self._bar is None:
+            # What was resumed starts where it stopped, or the time left would be nonsense.
+            first = position if self._place else done - (event["event"] == "step")
+            self._bar = tqdm(
+                total=total,
+                initial=first,
+                file=sys.stderr,
+                dynamic_ncols=True,
+                **options,
+            )
+        self._bar.set_description_str(f"{self._stage:<28}", refresh=False)
+        if shown:
+            self._bar.set_postfix(shown, refresh=False)
+        self._bar.total = total
+        self._bar.update(max(0.0, position - self._bar.n))
 
 
-def _count(event: Mapping[str, Any]) -> tuple[int, int | None]:
+class _Place(NamedTuple):
+    """Where among stages it is, and the parts of this one so far."""
+
+    number: int
+    num_stages: int
+    num_parts: int
+    parts: list[str]
+
+    def part(self, name: str) -> None:
+        """A part is at work."""
+        if name not in self.parts:
+            self.parts.append(name)
+
+    def position(self, share: float) -> float:
+        """Stages that are behind, with what is done of the last part."""
+        within = (len(self.parts) - 1 + share) / self.num_parts
+        return self.number - 1 + min(within, 1.0)
+
+
+def _count(event: Event) -> tuple[int, int | None]:
     if event["event"] in ("step", "epoch"):
         return event["step"], event["num_steps"]
     return event.get("done", 0), event.get("total")
@@ -98,8 +143,8 @@ def progress() -> Progress:
     """A progress bar for any callback of the library.
 
     On a terminal a bar with the stage, how far it is, and the time left (with tqdm); elsewhere a
-    plain line per stage, and one every half a minute of a long one. `say(line)` prints a line
-    beside it, and `prefix` is put before each stage's name.
+    plain line per stage, and one every half a minute of a long one. Of a study it is one bar over
+    all stages. `say(line)` prints a line beside it, and `prefix` is put before each stage's name.
 
     Returns:
         A context manager that is the callback.

@@ -23,6 +23,7 @@ from jdistill.study._training import Trained
 Row = dict[str, Any]
 Measured = tuple[evaluate.Evaluation, list[NetworkName]]
 _NUM_PICTURES = 8
+_PARTS_OF_A_VERDICT = 16  # about; the attacks and probes of `diagnose.masking`
 _SECONDS_BETWEEN_TABLES = 60.0
 
 
@@ -32,6 +33,7 @@ def measure(
     networks: Sequence[Trained],
     examples: Examples,
     *,
+    first: int,
     progress: Any,
 ) -> dict[Any, Any]:
     """Evaluate, attack, and judge every network, as far as the workdir's shards do not say it.
@@ -43,7 +45,8 @@ def measure(
         study: what to measure.
         networks: all trained networks.
         examples: of the study.
-        progress: a callback with `say` and `prefix`.
+        first: number of the first stage among those of the study.
+        progress: a callback with `begin`.
 
     Returns:
         Pictures for the report.
@@ -52,12 +55,10 @@ def measure(
     measured: list[Measured] = []
     groups = list(_groups(networks))
     written = time.monotonic()
+    num_parts = 2 + len(study.attacks) + len(study.distances)
     for number, group in enumerate(groups, start=1):
-        progress.prefix = f"T={group[0].temperature:g}, seed {group[0].seed}, "
-
-        def follow(event: Any, number: int = number) -> None:
-            progress({**event, "stage_number": number, "num_stages": len(groups)})
-
+        prefix = f"T={group[0].temperature:g}, seed {group[0].seed}, "
+        progress.begin(first + number - 1, prefix=prefix, num_parts=num_parts)
         result = evaluate.evaluate(
             [network.logits_fn for network in group],
             *examples.test,
@@ -65,7 +66,7 @@ def measure(
             distances=study.distances,
             transfer=study.transfer,
             num_sensitivity=study.num_sensitivity,
-            callback=follow,
+            callback=progress,
             shards=shards,
             names=[network.stem for network in group],
         )
@@ -76,12 +77,24 @@ def measure(
         if finished or (last and time.monotonic() - written > _SECONDS_BETWEEN_TABLES):
             write_tables(folder, study, examples, measured, finished=finished)
             written = time.monotonic()
-    progress.prefix = ""
     if study.verdict is not None:
-        rows = list(_verdicts(study, networks, examples, shards, progress))
+        rows = list(_verdicts(study, networks, examples, shards, first + len(groups), progress))
         if runtime.is_main_process():
             report.write_verdicts(folder / "verdicts.json", rows)
     return pictures(measured, study)
+
+
+def num_stages(study: Study) -> int:
+    """Groups of networks to be measured, and verdicts."""
+    runs = len(study.temperatures) * len(study.seeds)
+    architectures = [
+        len({_fingerprint.fingerprint(_fingerprint.describe(stage.model)) for stage in stages})
+        for stages in study.longest_chains().values()
+    ]
+    judged = 0
+    if study.verdict is not None:
+        judged = len(set(students(study))) * len(study.temperatures) + (1.0 in study.temperatures)
+    return runs * sum(architectures) + judged
 
 
 def _slim(result: evaluate.Evaluation) -> evaluate.Evaluation:
@@ -176,6 +189,7 @@ def _verdicts(
     networks: Sequence[Trained],
     examples: Examples,
     shards: runtime.ShardFolder,
+    number: int,
     progress: Any,
 ) -> Iterator[Row]:
     """The verdicts on the student of each chain and on the teacher at T = 1, first seed.
@@ -186,11 +200,11 @@ def _verdicts(
     places = students(study)
     plain = [network for network in networks if is_plain(network)]
     judged = [n for n in first if (n.chain, n.generation) in places or n in plain[:1]]
-    for network in judged:
+    for place, network in enumerate(judged, start=number):
         surrogate = surrogate_of(network, plain)
-        progress.prefix = f"verdict on T={network.temperature:g}, "
+        prefix = f"verdict on T={network.temperature:g}, "
+        progress.begin(place, prefix=prefix, num_parts=_PARTS_OF_A_VERDICT)
         verdict = judge(study, network, surrogate, examples, shards, callback=progress)
-        progress.prefix = ""
         row = _name(examples, network).columns()
         yield {**row, "verdict": verdict.as_dict()}
 

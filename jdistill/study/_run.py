@@ -15,6 +15,7 @@ from jdistill.evaluate._evaluate import check_classes
 from jdistill.study import _measure, _training, _workdir
 from jdistill.study._study import Examples, Study
 from jdistill.study._training import Trained
+from jdistill.typing import Event
 
 Row = dict[str, Any]
 
@@ -73,12 +74,16 @@ def run(
         with _workdir.held(folder):
             study = _extended(folder, study, examples, recipe)
             times = _workdir.Times(folder, parallel)
-            follower = _Follower(progress, times)
+            before = _training.num_networks(study)
+            num_stages = before + _measure.num_stages(study)
+            follower = _Follower(progress, times, num_stages)
             try:
                 networks = _training.train(
                     folder, study, examples, parallel=parallel, progress=follower
                 )
-                shown = _measure.measure(folder, study, networks, examples, progress=follower)
+                shown = _measure.measure(
+                    folder, study, networks, examples, first=before + 1, progress=follower
+                )
             finally:
                 times.write()
             if runtime.is_main_process():
@@ -139,13 +144,16 @@ def write_report(workdir: _files.PathLike) -> epath.Path:
 class _Follower:
     """The progress of a study, which also keeps the time."""
 
-    def __init__(self, progress: Any, times: _workdir.Times) -> None:
-        self._progress, self._times = progress, times
+    def __init__(self, progress: Any, times: _workdir.Times, num_stages: int) -> None:
+        self._progress, self._times, self._num_stages = progress, times, num_stages
         self.say = progress.say
-        self.prefix = ""
 
-    def __call__(self, event: Mapping[str, Any]) -> None:
-        self._progress({**event, "stage": self.prefix + event["stage"]})
+    def begin(self, number: int, **options: Any) -> None:
+        """What comes is of the stage of this number, from 1."""
+        self._progress.begin(number, self._num_stages, **options)
+
+    def __call__(self, event: Event) -> None:
+        self._progress(event)
         self._times.tick()
 
 

@@ -165,16 +165,19 @@ def train(
         for temperature in study.temperatures
     ]
     networks = []
+    progress.begin(1)
     chains = chains_of(study)
-    per_run = sum(len(chain.stages) - chain.first for chain in chains)
-    progress = _Counted(progress, per_run, len(runs))
+    number = 1
     for chain in chains:
+        length = len(chain.stages) - chain.first
         if parallel == "sweep":
+            progress.begin(number, num_parts=length)
             networks += _train_as_stack(chain, runs, starts, progress)
+            number += length * len(runs)
             continue
         for run in runs:
             start = starts[run.seed]
-            with Keeper(chain, run, progress) as keeper:
+            with Keeper(chain, run, progress, first=number) as keeper:
                 states = distill.chain(
                     [_generation(stage, start, run) for stage in chain.stages[chain.first :]],
                     examples.train,
@@ -188,22 +191,14 @@ def train(
                     **run.losses(),
                 )
             networks += _networks(chain, run, states)
+            number += length
     return networks
 
 
-class _Counted:
-    """Progress that says which of all networks is being trained."""
-
-    def __init__(self, progress: Any, per_run: int, num_runs: int) -> None:
-        self._progress, self._num_stages = progress, per_run * num_runs
-        self._seen: dict[Any, int] = {}
-        self.say = progress.say
-
-    def __call__(self, event: Mapping[str, Any]) -> None:
-        if "generation" in event:
-            number = self._seen.setdefault(event["stage"], len(self._seen) + 1)
-            event = {**event, "stage_number": number, "num_stages": self._num_stages}
-        self._progress(event)
+def num_networks(study: Study) -> int:
+    """Networks that are trained."""
+    per_run = sum(len(chain.stages) - chain.first for chain in chains_of(study))
+    return per_run * len(study.temperatures) * len(study.seeds)
 
 
 def _networks(chain: Chain, run: Run, states: Sequence[TrainState]) -> list[Trained]:
@@ -378,8 +373,9 @@ class Keeper:
     by now is learned again.
     """
 
-    def __init__(self, chain: Chain, run: Run, progress: Any) -> None:
+    def __init__(self, chain: Chain, run: Run, progress: Any, *, first: int | None = None) -> None:
         self.chain, self.run = chain, run
+        self._first = first  # number of the first network among all of the study
         self._progress = progress
         self._open: dict[int, _Log] = {}
         frozen = chain.stages[0].frozen
@@ -420,6 +416,8 @@ class Keeper:
             return
         run, chain = self.run, f"{self.chain.name}, " if self.chain.name else ""
         where = f"{chain}T={run.temperature:g}, seed {run.seed}"
+        if self._first is not None:
+            self._progress.begin(self._first + number - self.chain.first)
         self._progress({**event, "stage": f"{where}, {event['stage']}"})
         if event["event"] == "epoch":
             self.record(event)

@@ -14,7 +14,7 @@ from jdistill.sweep._states import check_runs
 from jdistill.train import TrainState, TrainStep
 from jdistill.train._fit import check_examples
 from jdistill.train._step import check_state, check_step
-from jdistill.typing import Array, Callback, LossFn, PyTree
+from jdistill.typing import Array, Callback, Event, LossFn, PyTree
 
 # Given some runs, their soft labels `[r, N, K]` on the devices, or None.
 Labeler = Callable[[Kind, np.ndarray], Any]
@@ -268,7 +268,8 @@ class _Chunk:
                 for name in totals:
                     totals[name] += np.asarray(sums[name])[:size]
                 done = epoch * steps_per_epoch + stop
-                progress = {
+                progress: Event = {
+                    "event": "step",
                     "stage": stage,
                     "step": done,
                     "num_steps": num_steps,
@@ -277,16 +278,20 @@ class _Chunk:
                     "runs": self.runs,
                 }
                 if callback is not None:
-                    callback({"event": "step", **progress})
+                    callback(progress)
             if callback is not None:
                 count = np.maximum(totals["count"], 1)
-                results = {
-                    "loss": np.where(totals["count"] > 0, totals["loss"] / count, np.nan),
-                    "accuracy": np.where(totals["count"] > 0, totals["correct"] / count, np.nan),
-                    "diverged": ~np.asarray(still)[:size],
-                }
-                merged = self.merged(state, part)
-                callback({"event": "epoch", **progress, "state": merged, **results})
+                counted = totals["count"] > 0
+                callback(
+                    {
+                        **progress,
+                        "event": "epoch",
+                        "state": self.merged(state, part),
+                        "loss": np.where(counted, totals["loss"] / count, np.nan),
+                        "accuracy": np.where(counted, totals["correct"] / count, np.nan),
+                        "diverged": ~np.asarray(still)[:size],
+                    }
+                )
         return self.merged(state, part)
 
     def merged(self, state: TrainState, part: TrainState) -> TrainState:

@@ -9,7 +9,7 @@ import numpy as np
 from jdistill import _validate, data, nets, parallel
 from jdistill._jax import call, full_precision, logits_shape
 from jdistill.train._step import TrainState, TrainStep, check_state, check_step, logits_fn
-from jdistill.typing import Callback, LogitsFn, LossFn, Metrics
+from jdistill.typing import Callback, Event, LogitsFn, LossFn, Metrics
 
 
 def fit(
@@ -80,7 +80,8 @@ def fit(
             state, batch_sums = compiled(state, batch, loss_fn)
             sums.append(batch_sums)
             done += 1
-            progress = {
+            progress: Event = {
+                "event": "step",
                 "stage": stage,
                 "step": done,
                 "num_steps": num_steps,
@@ -89,7 +90,7 @@ def fit(
                 "state": state,
             }
             if callback is not None:
-                callback({"event": "step", **progress})
+                callback(progress)
         # One transfer an epoch: the loop runs ahead of the device.
         sums = jax.device_get(sums)
         totals = {name: sum(float(entry[name]) for entry in sums) for name in sums[0]}
@@ -101,7 +102,7 @@ def fit(
             )
         if callback is not None:
             accuracy = totals["correct"] / totals["count"]
-            callback({"event": "epoch", **progress, "loss": loss, "accuracy": accuracy})
+            callback({**progress, "event": "epoch", "loss": loss, "accuracy": accuracy})
     return state
 
 

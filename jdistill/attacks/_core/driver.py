@@ -13,7 +13,7 @@ from jdistill._jax import settings_bound
 from jdistill.attacks._core.chunks import run_in_chunks
 from jdistill.attacks._core.claims import verified
 from jdistill.attacks._core.problem import AttackResult, Problem
-from jdistill.typing import Array, Bounds, Callback
+from jdistill.typing import Array, Bounds, Callback, Event
 
 _SMALLEST = 16  # fewer rows are not worth a program of their own
 
@@ -216,25 +216,23 @@ class _Telling(NamedTuple):
         finished = self.size - int(np.sum(event["active"][: self.size]))
         size = np.array([self.size], "<u4").view(np.uint8)
         state = self.state._replace(part=np.concatenate([size, event["save"]()]))
-        self._tell(finished, state, step=event["done"], num_steps=event["total"])
+        own = self._event(finished, state)
+        self.callback({**own, "step": event["done"], "num_steps": event["total"]})
 
     def after(self) -> None:
         """Event after the batch."""
-        self._tell(self.size, self.state)
+        self.callback(self._event(self.size, self.state))
 
-    def _tell(self, finished: int, state: EnsembleState, **more: Any) -> None:
-        self.callback(
-            {
-                "event": "attack",
-                "stage": self.stage,
-                "attack": self.attack,
-                "done": self.first + finished,
-                "total": self.total,
-                "survivors": int(np.sum(~state.success)),
-                "state": state,
-                **more,
-            }
-        )
+    def _event(self, finished: int, state: EnsembleState) -> Event:
+        return {
+            "event": "attack",
+            "stage": self.stage,
+            "attack": self.attack,
+            "done": self.first + finished,
+            "total": self.total,
+            "survivors": int(np.sum(~state.success)),
+            "state": state,
+        }
 
 
 def result(state: EnsembleState, *, minimum_norm: bool, info: dict[str, Array]) -> AttackResult:
