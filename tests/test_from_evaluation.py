@@ -139,3 +139,25 @@ def test_progress_is_a_line_per_stage_where_there_is_no_terminal(capsys):
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("3/7 T=1, pgd: ")
     assert second == "between"
+
+
+def test_pictures_of_channels_first_and_last_are_the_same():
+    images = RNG.uniform(0, 1, (6, 1, 4, 5)).astype(np.float32)
+    weights = jnp.asarray(RNG.normal(size=(20, 3)), jnp.float32)
+    net = nets.callable_logits_fn(lambda w, x: x.reshape(len(x), -1) @ w, weights)
+    plans = {"deepfool": functools.partial(attacks.deepfool, norm="l2", num_steps=3)}
+    labels = np.arange(6) % 3
+    first = report.pictures(evaluate.evaluate(net, images, labels, attacks=plans), 0)
+    last = images.transpose(0, 2, 3, 1)
+    same = report.pictures(evaluate.evaluate(net, last, labels, attacks=plans), 0)
+    assert first["clean"].shape == (6, 4, 5, 1)
+    np.testing.assert_array_equal(first["adversarial"], same["adversarial"])
+
+
+def test_a_bare_attack_gives_distances():
+    fmn = functools.partial(attacks.fmn, norm="l2", num_steps=5)
+    bare, plan = (
+        evaluate.evaluate(NETWORKS[:1], INPUTS, LABELS, attacks={}, distances={"l2": each})
+        for each in (fmn, evaluate.AttackPlan(fmn))
+    )
+    np.testing.assert_array_equal(bare.distances["l2"].distance, plan.distances["l2"].distance)

@@ -51,6 +51,9 @@ class AttackPlan(NamedTuple):
     batch_size: int = 250
 
 
+Plan = AttackPlan | AttackFn
+
+
 class AttackOutcome(NamedTuple):
     """What an attack did to each network of a stack, over the first `M` examples.
 

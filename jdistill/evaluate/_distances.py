@@ -8,7 +8,7 @@ import numpy as np
 
 from jdistill import _validate, attacks
 from jdistill._entries import Store
-from jdistill.evaluate._attack import AttackOutcome, AttackPlan, under_attack
+from jdistill.evaluate._attack import AttackOutcome, AttackPlan, Plan, under_attack
 from jdistill.typing import Array, ArrayLike, Bounds, Callback, LogitsFn
 
 
@@ -56,7 +56,7 @@ def distances(
     stack: LogitsFn,
     inputs: np.ndarray,
     labels: np.ndarray,
-    plans: Mapping[str, AttackPlan] | None = None,
+    plans: Mapping[str, Plan] | None = None,
     *,
     key: Array | None = None,
     temperature: ArrayLike = 1.0,
@@ -71,8 +71,8 @@ def distances(
         stack: a `logits_fn` pytree whose leaves lead with `R`.
         inputs: `[N, ...]` float, inside the attacks' bounds.
         labels: `[N]` int in `0..K-1`.
-        plans: by norm, a minimum-norm attack with distances in that norm; None takes
-            `distance_plans()`.
+        plans: by norm, a minimum-norm attack with distances in that norm, or a plan of one; None
+            takes `distance_plans()`.
         key: for random attacks.
         temperature: at which the networks are attacked, above 0; scalar or `[R]`.
         vmapped: whether to run the stack under `vmap`; None does so except on CPU.
@@ -101,9 +101,7 @@ def distances(
         Papernot et al. 2016, the definition of robustness. Pintor et al. 2021, "Fast
         Minimum-norm Adversarial Attacks through Adaptive Norm Constraints" (the attack by default).
     """
-    plans = distance_plans() if plans is None else plans
-    check_plans(plans, "plans")
-    check_distance_plans(plans)
+    plans = distance_plans_of(distance_plans() if plans is None else plans, "plans")
     return {
         norm: under_attack(
             stack,
@@ -122,28 +120,33 @@ def distances(
     }
 
 
-def check_plans(plans: Mapping[str, AttackPlan], name: str) -> None:
-    """An error for what is no mapping from names to plans."""
-    _validate.mapping(**{name: plans})
-    for key, plan in plans.items():
+def plans_of(given: Mapping[str, Plan], name: str) -> dict[str, AttackPlan]:
+    """The plans by name, of attacks that may be bare; an error for anything else."""
+    _validate.mapping(**{name: given})
+    found = {}
+    for key, each in given.items():
         _validate.text(**{f"each name in {name}": key})
-        named: dict[str, Any] = {f"each of {name}": plan}
-        _validate.instance(AttackPlan, "an AttackPlan", **named)
+        named: dict[str, Any] = {f"each of {name}": each}
+        if not callable(each):
+            _validate.instance(AttackPlan, "a function or an AttackPlan", **named)
+        found[key] = each if isinstance(each, AttackPlan) else AttackPlan(each)
+    return found
 
 
-def check_distance_plans(plans: Mapping[str, AttackPlan]) -> None:
-    """An error for an attack of another norm, or with a fixed budget."""
-    check_plans(plans, "distances")
+def distance_plans_of(given: Mapping[str, Plan], name: str = "distances") -> dict[str, AttackPlan]:
+    """Plans by norm; an error for an attack of another norm, or with a fixed budget."""
+    plans = plans_of(given, name)
     for norm, plan in plans.items():
         found = attacks.traits(plan.attack)
         if found.norm is not None and found.norm != norm:
             raise ValueError(
-                f"expected an attack whose distances are {norm}, got one in {found.norm}; bind "
+                f"expected an attack whose distances are {norm} in {name}, got one in {found.norm}; bind "
                 f"norm={norm!r} where the attack has that norm, or pass it as {found.norm!r}"
             )
         if not found.minimum_norm:
             within = "" if found.eps is None else f" with eps {found.eps:g}"
             raise ValueError(
-                f"expected a minimum-norm attack for {norm}, got {found.title}{within}; pass one "
+                f"expected a minimum-norm attack for {norm} in {name}, got {found.title}{within}; pass one "
                 "that looks for the smallest distance, such as attacks.fmn"
             )
+    return plans

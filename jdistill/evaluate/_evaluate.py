@@ -11,13 +11,13 @@ from jdistill import _validate, metrics, nets
 from jdistill._entries import Store
 from jdistill.attacks import traits
 from jdistill.evaluate import _curves
-from jdistill.evaluate._attack import AttackOutcome, AttackPlan, under_attack
+from jdistill.evaluate._attack import AttackOutcome, AttackPlan, Plan, under_attack
 from jdistill.evaluate._clean import CleanMeasures, clean
 from jdistill.evaluate._curves import Curve
-from jdistill.evaluate._distances import check_distance_plans, check_plans, distances
+from jdistill.evaluate._distances import distance_plans_of, distances, plans_of
 from jdistill.evaluate._runs import check_inputs, first, refuse_tracers, shard_names, stacked
 from jdistill.evaluate._transfer import TransferMatrix, transfer_matrix
-from jdistill.typing import Array, ArrayLike, AttackFn, Callback, LogitsFn, Norm
+from jdistill.typing import Array, ArrayLike, Callback, LogitsFn, Norm
 
 
 class Budget(NamedTuple):
@@ -63,8 +63,8 @@ def evaluate(
     inputs: np.ndarray,
     labels: np.ndarray,
     *,
-    attacks: Mapping[str, AttackPlan | AttackFn],
-    distances: Mapping[str, AttackPlan] | None = None,
+    attacks: Mapping[str, Plan],
+    distances: Mapping[str, Plan] | None = None,
     transfer: Iterable[str] = (),
     chains: Sequence[Sequence[int]] | None = None,
     eps_grids: Mapping[str, Sequence[float]] | None = None,
@@ -88,7 +88,7 @@ def evaluate(
         inputs: `[N, ...]` float, inside the attacks' bounds.
         labels: `[N]` int in `0..K-1`, of two classes at least.
         attacks: by name, each a plan, or an attack with its settings bound.
-        distances: by norm, minimum-norm attacks, such as `distance_plans()`; None runs none.
+        distances: likewise by norm, minimum-norm attacks, such as `distance_plans()`.
         transfer: names of attacks to judge on the other networks as well.
         chains: of which networks a matrix is made, by their places in the stack: the generations
             of each chain. None takes all networks as one chain.
@@ -145,13 +145,8 @@ def evaluate(
     _validate.inputs_in_box(inputs, (-np.inf, np.inf))
     stack = stacked(networks, inputs)
     num_runs = nets.stack_size(stack)
-    _validate.mapping(attacks=attacks)
-    plans: dict[str, AttackPlan] = {
-        name: AttackPlan(each) if callable(each) else each for name, each in attacks.items()
-    }
-    check_plans(plans, "attacks")
-    check_plans({} if distances is None else distances, "distances")
-    by_norm = {} if distances is None else dict(distances)
+    plans = plans_of(attacks, "attacks")
+    by_norm = distance_plans_of({} if distances is None else distances)
     if isinstance(transfer, str) or not isinstance(transfer, Iterable):
         raise ValueError(f"expected transfer to be names, got {transfer!r}; pass a list of them")
     transfer = list(transfer)
@@ -163,7 +158,6 @@ def evaluate(
     num_classes = check_inputs(stack, inputs)
     _validate.class_indices(labels, batch_size=len(inputs), num_classes=num_classes)
     _check_names(plans, by_norm, transfer, chains, num_runs)
-    check_distance_plans(by_norm)
     named = {**plans, **{_of_norm(norm): plan for norm, plan in by_norm.items()}}
     check_classes(inputs, labels, named)
     measures = clean(

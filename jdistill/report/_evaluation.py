@@ -18,6 +18,7 @@ Row = dict[str, Any]
 # A curve of more points would draw the same line.
 _MOST_POINTS = 60
 _NUM_PICTURES = 8
+_IMAGE_AXES = ((0, 1, 2, 3), (0, 2, 3, 1))  # to [N, H, W, C], from it or from [N, C, H, W]
 
 
 class NetworkName(NamedTuple):
@@ -205,8 +206,8 @@ def pictures(result: evaluate.Evaluation, place: int) -> dict[str, np.ndarray] |
         place: of the network.
 
     Returns:
-        What `write_picture_grid` takes; None where the inputs are no images `[H, W, C]` of 1 or 3
-        channels, or no attack was in l2.
+        What `write_picture_grid` takes; None where the inputs are no images of 1 or 3 channels,
+        first or last, or no attack was in l2.
     """
     _check_evaluation(result)
     _validate.count(minimum=0, place=place)
@@ -215,15 +216,16 @@ def pictures(result: evaluate.Evaluation, place: int) -> dict[str, np.ndarray] |
             f"expected place in 0..{len(result.clean.accuracy) - 1}, the networks measured, got "
             f"{place}; count from 0"
         )
-    if result.inputs.ndim != 4 or result.inputs.shape[-1] not in (1, 3):
+    if result.inputs.ndim != 4:
         return None
+    axes = next((axes for axes in _IMAGE_AXES if result.inputs.shape[axes[-1]] in (1, 3)), None)
     outcome = next((found for found in result.attacks.values() if found.norm == "l2"), None)
-    if outcome is None or outcome.predictions is None:
+    if axes is None or outcome is None or outcome.predictions is None:
         return None
     size = min(_NUM_PICTURES, outcome.success.shape[1])
     return {
-        "clean": result.inputs[:size],
-        "adversarial": outcome.inputs[place, :size],
+        "clean": result.inputs[:size].transpose(axes),
+        "adversarial": outcome.inputs[place, :size].transpose(axes),
         "labels": result.labels[:size],
         "predictions": outcome.predictions[place, :size],
         "distance": outcome.distance[place, :size],

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from jdistill import _fingerprint, _validate, attacks, data, distill, evaluate, nets, train
-from jdistill.evaluate._distances import check_distance_plans
+from jdistill.evaluate._distances import distance_plans_of, plans_of
 from jdistill.train import TrainStep
 from jdistill.typing import Array, LogitsFn, LossFn, PyTree
 
@@ -203,7 +203,7 @@ class Study:
         initial_epochs: epochs at T = 1 on hard labels that all networks of an architecture start
             from, as the released recipe has it.
         attacks: by name, an `evaluate.AttackPlan` or an attack with its settings bound.
-        distances: by norm, minimum-norm attacks, `evaluate.distance_plans()` for some.
+        distances: likewise by norm, minimum-norm attacks, `evaluate.distance_plans()` for some.
         transfer: names of attacks whose inputs the other networks of a chain judge as well.
         verdict: `diagnose.masking` with its settings bound, for the last network of each chain and
             the teacher at T = 1; None judges nothing.
@@ -235,7 +235,7 @@ class Study:
     batch_size: int = 128
     initial_epochs: int = 0
     attacks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    distances: Mapping[str, evaluate.AttackPlan] = dataclasses.field(default_factory=dict)
+    distances: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     transfer: Sequence[str] = ()
     verdict: Callable[..., Any] | None = None
     num_verdict: int = 200
@@ -290,19 +290,16 @@ class Study:
 
     def _check_measures(self) -> None:
         """Say now what would fail after hours of training."""
-        _validate.mapping(attacks=self.attacks, distances=self.distances)
-        plans = {
-            name: each if isinstance(each, evaluate.AttackPlan) else evaluate.AttackPlan(each)
-            for name, each in self.attacks.items()
-        }
+        plans = plans_of(self.attacks, "attacks")
+        by_norm = distance_plans_of(self.distances)
         object.__setattr__(self, "attacks", plans)
-        if not plans and not self.distances:
+        object.__setattr__(self, "distances", by_norm)
+        if not plans and not by_norm:
             raise ValueError(
                 "expected at least one attack, got none; an accuracy without an attack says "
                 "nothing about a defense"
             )
-        check_distance_plans(self.distances)
-        for name, plan in {**plans, **self.distances}.items():
+        for name, plan in {**plans, **by_norm}.items():
             _check_bound(f"the attack {name!r}", plan.attack)
         if self.verdict is not None:
             _check_bound("verdict", self.verdict)
