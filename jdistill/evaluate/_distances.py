@@ -140,13 +140,13 @@ def distance_plans_of(given: Mapping[str, Plan], name: str = "distances") -> dic
         found = attacks.traits(plan.attack)
         if found.norm is not None and found.norm != norm:
             raise ValueError(
-                f"expected an attack whose distances are {norm} in {name}, got one in {found.norm}; bind "
-                f"norm={norm!r} where the attack has that norm, or pass it as {found.norm!r}"
+                f"expected in {name} an attack whose distances are {norm}, got one in "
+                f"{found.norm}; bind norm={norm!r} where the attack has that norm, or pass it as {found.norm!r}"
             )
         if not found.minimum_norm:
             within = "" if found.eps is None else f" with eps {found.eps:g}"
             raise ValueError(
-                f"expected a minimum-norm attack for {norm} in {name}, got {found.title}{within}; pass one "
-                "that looks for the smallest distance, such as attacks.fmn"
+                f"expected in {name} a minimum-norm attack for {norm}, got {found.title}{within}; "
+                "pass one that looks for the smallest distance, such as attacks.fmn"
             )
     return plans
