@@ -141,7 +141,8 @@ def distance_plans_of(given: Mapping[str, Plan], name: str = "distances") -> dic
         if found.norm is not None and found.norm != norm:
             raise ValueError(
                 f"expected in {name} an attack whose distances are {norm}, got one in "
-                f"{found.norm}; bind norm={norm!r} where the attack has that norm, or pass it as {found.norm!r}"
+                f"{found.norm}; bind norm={norm!r} where the attack has that norm, or pass it as "
+                f"{found.norm!r}"
             )
         if not found.minimum_norm:
             within = "" if found.eps is None else f" with eps {found.eps:g}"
