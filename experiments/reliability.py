@@ -40,7 +40,7 @@ KINDS = {
     "tables.json": "tables.json",
     "pictures.npz": "pictures.npz",
     "report.html": "report.html",
-    "figures": "figures/*.png",
+    "figures": "figures/*.svg",
     "clean measures": "shards/clean/*.npz",
     "attack shards": "shards/pgd/*/*.npz",
     "checkpoint, state": "checkpoints/seed0/T5/generation1-*/*/state/**/*",

@@ -8,6 +8,7 @@ import re
 import numpy as np
 
 from jdistill import attacks, losses, report
+from jdistill.diagnose import Verdict
 
 FGSM = ("fgsm", "linf", 0.1)
 PGD = ("pgd", "linf", 0.1)
@@ -61,7 +62,7 @@ def make_row(attack=FGSM, success=0.5, distance=None, num_attacked=1000, **colum
         "median_distance": None if distance is None else distance - 0.05,
         "mean_queries": 40.0,
     }
-    assert tuple(row) == report.COLUMNS
+    assert tuple(row) == report.TABLES["results"]
     row |= facts_of(name)
     unknown = set(columns) - set(row)
     assert not unknown
@@ -130,19 +131,19 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if not self.open or self.open[-1] != "style":
+        if "svg" not in self.open and (not self.open or self.open[-1] != "style"):
             self.words.append(data)
 
     @property
     def text(self):
         return re.sub(r"\s+", " ", "".join(self.words))
 
-    def table(self, index=0):
-        """The cells of a table, without the small print of intervals."""
-        body = re.findall(r"<table>.*?</table>", self.source, re.S)[index]
-        body = re.sub(r"<small>.*?</small>", "", body, flags=re.S)
-        lines = re.findall(r"<tr>(.*?)</tr>", body, re.S)
-        return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line, re.S) for line in lines]
+    @property
+    def numbers(self):
+        """Every number with where it is from: value, cells, and text."""
+        return re.findall(
+            r'<data value="([^"]*)" data-of="([^"]*)"[^>]*>([^<]*)</data>', self.source
+        )
 
 
 # --- What a run measures beside results.csv ------------------------------------------------------
@@ -173,7 +174,7 @@ def share(value, number=200):
 
 
 def make_verdict(label, naive, worst_case, outcomes=None, **changes):
-    """A verdict as `jdistill.diagnose.Verdict.as_dict` gives it, with every check."""
+    """A verdict with every check."""
     outcomes = outcomes or {}
     if label == "masked":
         outcomes = {"zero_gradients": "masked", "temperature_probe": "masked", **outcomes}
@@ -202,6 +203,7 @@ def make_verdict(label, naive, worst_case, outcomes=None, **changes):
             "masked": "the gradient of the usual loss is exactly zero on 98.5 % of the examples",
             "inconclusive": "no attack without gradients was run, which would tell",
             "no sign of masking": "no check points to masking",
+            "weak attack": "no check points to masking, but the usual attack is weak here",
         }[label],
         "naive": share(naive),
         "worst_case": share(worst_case),
@@ -222,7 +224,7 @@ def make_verdict(label, naive, worst_case, outcomes=None, **changes):
     }
     unknown = set(changes) - set(verdict)
     assert not unknown
-    return {**verdict, **changes}
+    return Verdict.from_dict({**verdict, **changes})
 
 
 def networks_of(rows):

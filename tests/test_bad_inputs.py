@@ -24,7 +24,18 @@ import optax
 import pytest
 from flax import nnx
 
-from jdistill import attacks, checkpoint, distill, evaluate, nets, parallel, report, sweep, train
+from jdistill import (
+    attacks,
+    checkpoint,
+    diagnose,
+    distill,
+    evaluate,
+    nets,
+    parallel,
+    report,
+    sweep,
+    train,
+)
 from tests.report_rows import make_rows
 
 MODULES = "attacks data diagnose distill evaluate losses metrics nets norms parallel report runtime"
@@ -91,14 +102,16 @@ CALIBRATION = [{**NET, **CALIBRATION, "num_examples": 360}]
 HALF = {"value": 0.5, "low": 0.4, "high": 0.6}
 VERDICT = {"label": "masked", "reason": "why", "eps": 0.1, "norm": "linf", "num_examples": 10}
 VERDICT |= {"num_nonfinite": 0, "attacks": [], "checks": [], "budget": "", "naive": HALF}
-VERDICTS = [{**NET, "verdict": {**VERDICT, "worst_case": HALF, "clean": HALF}}]
+VERDICT = diagnose.Verdict.from_dict({**VERDICT, "worst_case": HALF, "clean": HALF})
+VERDICTS = [{**NET, "verdict": VERDICT}]
 PICTURES = {"clean": INPUTS, "adversarial": INPUTS, "labels": LABELS, "predictions": LABELS}
 PICTURES |= {"distance": np.ones(B)}
 SAVED = {"w": np.ones(2)}
 FILES = {name: FOLDER / name for name in ("a.jsonl", "t.csv", "r.csv", "v.json", "none")}
 FILES["a.jsonl"].write_text('{"a": 1}\n')
 report.write_table(FILES["t.csv"], "calibration", CALIBRATION)
-report.write_results(FILES["r.csv"], ROWS)
+(FOLDER / "w").mkdir()
+report.write_table(FOLDER / "w" / "results.csv", "results", ROWS)
 report.write_verdicts(FILES["v.json"], VERDICTS)
 with checkpoint.Checkpointer(FOLDER / "kept") as KEPT:
     KEPT.save(1, SAVED)
@@ -162,8 +175,8 @@ GOOD = {
     **{"nets.ConvNet.hidden": (8,), "norms.keys": jax.random.split(KEY, B)},
     **{"norms.per_example.value": 0.1, "parallel.tree": INPUTS, "parallel.split.tree": INPUTS},
     **{"parallel.split.devices": jax.devices()[:3], "report.read_table.path": FILES["t.csv"]},
-    **{"report.read_results.path": FILES["r.csv"], "report.read_verdicts.path": FILES["v.json"]},
-    **{"report.write_report.rows": ROWS, "report.write_report.workdir": FOLDER / "w"},
+    **{"report.read_verdicts.path": FILES["v.json"], "report.read_tables.folder": FOLDER / "w"},
+    **{"report.write_report.folder": FOLDER / "w"},
     **{"report.write_table.rows": CALIBRATION, "report.write_picture_grid.max_examples": 1},
     **{"runtime.read_jsonl.path": FILES["a.jsonl"], "runtime.atomic_write.content": b"a"},
     **{"runtime.enable_compilation_cache.directory": jax.config.jax_compilation_cache_dir},
@@ -497,7 +510,7 @@ variables: nets.logits_fn.variables
 rows of arrays: parallel.split.tree
 table: report.write_table.rows
 pictures: report.write_picture_grid.pictures
-file: report.read_results.path report.read_table.path report.read_verdicts.path
+file: report.read_table.path report.read_verdicts.path
 bytes: runtime.atomic_write.content
 triples: train.fit.examples sweep.fit.examples
 like: checkpoint.like

@@ -79,9 +79,8 @@ def test_run_leaves_the_whole_workdir(finished):
         "shards",
         "figures",
         "report.html",
-        "report.md",
     }
-    rows = report.read_results(finished / "results.csv")
+    rows = report.read_table(finished / "results.csv", "results")
     names = {"fgsm", "pgd", "pgd_margin", "apgd_margin", "carlini_wagner_l2"}
     expected = {(t, 0, g, a) for t in (1.0, 20.0) for g in range(3) for a in names}
     found = [(r["temperature"], r["seed"], r["generation"], r["attack"]) for r in rows]
@@ -113,7 +112,7 @@ def test_results_are_those_of_the_library(finished):
     logits = network.logits_fn(inputs)
     (row,) = [
         row
-        for row in report.read_results(finished / "results.csv")
+        for row in report.read_table(finished / "results.csv", "results")
         if (row["temperature"], row["generation"], row["attack"]) == (20.0, 2, "fgsm")
     ]
     assert row["test_accuracy"] == np.mean(np.argmax(logits, 1) == labels)
@@ -128,7 +127,7 @@ def test_a_workdir_is_extended_and_other_settings_are_refused(finished, tmp_path
     workdir = tmp_path / "copy"
     shutil.copytree(finished, workdir)
     run(workdir, "--temperatures", "5", "--num-assistants", "2", "--cw-examples", "8")
-    rows = report.read_results(workdir / "results.csv")
+    rows = report.read_table(workdir / "results.csv", "results")
     places = {(row["temperature"], row["generation"]) for row in rows}
     assert places == {(T, g) for T in (1.0, 5.0, 20.0) for g in range(4)}
     before = (workdir / "results.csv").read_bytes()
@@ -403,7 +402,7 @@ def test_smoke_run_on_real_images(name, tmp_path, monkeypatch):
         original = getattr(nets, network)
         monkeypatch.setattr(nets, network, lambda original=original: original(width=0.25))
     _defend.run([name, "--smoke", "--workdir", str(tmp_path)])
-    rows = report.read_results(tmp_path / "results.csv")
+    rows = report.read_table(tmp_path / "results.csv", "results")
     assert len(rows) == 2 * 3 * 5
     assert {row["dataset"] for row in rows} == {name}
 

@@ -173,7 +173,7 @@ def test_networks_that_mask(verdicts, name):
     assert silent <= outcomes(verdict, "clear"), verdict
     assert verdict.naive.value >= 0.9
     assert verdict.worst_case.value <= verdict.naive.value - 0.1
-    assert "not to be believed" in verdict.reason
+    assert "do not trust the naive" in verdict.reason
 
 
 def test_the_gradients_of_each_masker(verdicts):
@@ -284,7 +284,7 @@ def test_a_verdict_has_the_facts_of_its_attacks(verdicts):
 
 def test_a_verdict_reads_well(verdicts):
     text = str(verdicts["scaled"])
-    assert text.startswith("masked: the naive ")
+    assert text.startswith("masked: do not trust the naive ")
     assert "zero_gradients, masked: The gradient of the cross-entropy" in text
     assert "PGD-40 on the cross-entropy at T = 1" in text
     assert "budget: PGD-40, " in text

@@ -101,7 +101,7 @@ def test_a_gap_that_a_larger_radius_does_not_close(name):
     # Six of those left at twice the radius are fewer than half of the gap: strength.
     assert not masked(with_broken(HONEST, **{name: between(76, 96)}))
     _, label, reason = judge(with_broken(HONEST, **{name: between(70, 90)}))
-    assert label == "no sign of masking"
+    assert label == "weak attack"
     assert "weak here: it leaves 60.0 %" in reason
     assert "the number to report, is 40.0 %" in reason
     # Nine examples are no gap.
@@ -262,3 +262,17 @@ def test_what_is_no_verdict():
     assert verdict.check("loss_gap") is checks[2]
     with pytest.raises(dataclasses.FrozenInstanceError):
         verdict.label = "clear"
+
+
+def test_one_rule_for_what_a_larger_radius_leaves():
+    """A gap of 31 of which 11 remain is strength to every check; a rise at it never is."""
+    honest = HONEST._replace(double=first(70))
+    gap = between(50, 81)
+    found = with_broken(honest, margin=gap)
+    assert judge(found)[0]["eps_curve"].figures["in_doubt"] == 0.11
+    assert not masked(found)
+    assert judge(found)[1] == "weak attack"
+    # Fewer than half of the gap may close.
+    assert "eps_curve" in masked(with_broken(HONEST._replace(double=first(60)), margin=gap))
+    # Broken at eps, and no longer at twice the radius.
+    assert masked(HONEST._replace(double=between(15, 100))) == {"eps_curve"}

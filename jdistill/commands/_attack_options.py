@@ -17,7 +17,7 @@ import tyro
 
 from jdistill import _validate, attacks, losses
 from jdistill.study._study import temperature_name
-from jdistill.typing import ArrayLike, AttackFn
+from jdistill.typing import ArrayLike, AttackFn, Norm
 
 Settings = dict[str, Any]  # by argument, as JSON can hold them
 
@@ -51,6 +51,7 @@ _KINDS = {
     ArrayLike: "number",
     ArrayLike | None: "number",
     str: "name",
+    Norm: "name",
 }
 _LONGEST_NAME = 200
 

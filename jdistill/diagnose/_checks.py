@@ -252,9 +252,15 @@ def unbounded(evidence: Evidence) -> Check:
 
 def eps_curve(evidence: Evidence) -> Check:
     """Robust accuracy must fall as the radius grows."""
-    within = evidence.correct & ~evidence.survivors
-    outcome, figures = _doubt(within & ~evidence.double)
+    gap, left = evidence.standing & ~evidence.survivors, evidence.correct & ~evidence.double
+    rising = left & ~evidence.standing
+    # As in `_gap`: a gap that mostly closes at the larger radius is one of strength.
+    remains = _of(~evidence.double, gap)
+    outcome, _ = _doubt(rising | (gap & left) if remains >= limits.GAP_REMAINS else rising)
+    _, figures = _doubt(left & ~evidence.survivors)
     figures |= {
+        "rising": _share(rising),
+        "remains_at_double": remains,
         "robust_accuracy_at_half": _share(evidence.correct & ~evidence.broken["half"]),
         "robust_accuracy_at_eps": _share(evidence.standing),
         "robust_accuracy_at_double": _share(evidence.correct & ~evidence.double),
@@ -268,7 +274,7 @@ def eps_curve(evidence: Evidence) -> Check:
         "Success against the radius",
         outcome,
         figures,
-        f"{_IN_DOUBT}: broken by any attack at eps, yet not by the usual one at "
+        f"{_GAP}: broken by any attack at eps, yet not by the usual one at "
         f"{limits.LARGER_RADIUS:g} eps",
         f"The usual attack leaves {rates} right at {limits.SMALLER_RADIUS:g} / 1 / "
         f"{limits.LARGER_RADIUS:g} eps, and at {limits.LARGER_RADIUS:g} eps "

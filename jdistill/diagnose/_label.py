@@ -27,7 +27,7 @@ def label(
     if masked:
         count = "one check speaks" if len(masked) == 1 else f"{len(masked)} checks speak"
         return "masked", (
-            f"the naive {percent(naive.value)} is not to be believed, since {count} against it "
+            f"do not trust the naive {percent(naive.value)}, since {count} against it "
             f"({', '.join(check.name for check in masked)}); the worst case of everything tried is "
             f"{percent(worst_case.value)}."
         )
@@ -47,7 +47,7 @@ def label(
             remedy = _REMEDIES.get(check.name, _MORE_EXAMPLES)
             return "inconclusive", f"{check.finding.rstrip('.')}; to tell, {remedy}."
     if naive.value - worst_case.value >= limits.GAP:
-        return "no sign of masking", (
+        return "weak attack", (
             f"no check points to masking, but the usual attack is weak here: it leaves "
             f"{percent(naive.value)}, and the worst case of everything tried, the number to "
             f"report, is {percent(worst_case.value)}."

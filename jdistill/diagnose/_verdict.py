@@ -1,14 +1,16 @@
 """What a diagnosis returns: the verdict, its checks, and the attacks behind it."""
 
 import dataclasses
+import math
 import textwrap
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
+from jdistill import _validate
 from jdistill.metrics import Interval
 from jdistill.typing import Norm
 
-Label = Literal["masked", "no sign of masking", "inconclusive"]
+Label = Literal["masked", "weak attack", "no sign of masking", "inconclusive"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +61,10 @@ class Verdict:
     """Whether a network's robust accuracy under the usual attack is to be believed, and why.
 
     Attributes:
-        label: `"masked"`: the naive number is not to be believed. `"no sign of masking"`: nothing
-            that was tried speaks against it. `"inconclusive"`: the budget spent cannot tell.
+        label: `"masked"`: gradients hide examples that are there; do not trust the naive number.
+            `"weak attack"`: no sign of that, and yet other attacks find many more at the same
+            radius; report the worst case. `"no sign of masking"`: nothing that was tried speaks
+            against the naive number. `"inconclusive"`: the budget spent cannot tell.
         reason: one sentence; for an inconclusive verdict it says what would tell.
         naive: robust accuracy under the usual attack, PGD-40 on the cross-entropy at T = 1 from
             one random start, with its 95 % interval.
@@ -121,19 +125,29 @@ class Verdict:
         Raises:
             ValueError: the values are of something else.
         """
-        names = [field.name for field in dataclasses.fields(cls)]
-        if not isinstance(values, Mapping) or set(values) != set(names):
-            got = sorted(values) if isinstance(values, Mapping) else type(values).__name__
-            raise ValueError(
-                f"expected a verdict with {', '.join(names)}, got {got}; pass what as_dict returned"
+        _fields(cls, values, "a verdict")
+        _choice("label", values["label"], get_args(Label))
+        for name in ("eps", "num_examples", "num_nonfinite"):
+            _number(name, values[name])
+        shares = {name: _interval(name, values[name]) for name in ("naive", "worst_case", "clean")}
+        for name in ("attacks", "checks"):
+            _validate.sequence(**{f"{name} of a verdict": values[name]})
+        attacks = []
+        for row in values["attacks"]:
+            _fields(Attempt, row, "an attack of a verdict", optional=("access", "follows"))
+            name = f"robust_accuracy of {row['name']}"
+            attacks.append(
+                Attempt(**{**row, "robust_accuracy": _interval(name, row["robust_accuracy"])})
             )
-        shares = {name: Interval(**values[name]) for name in ("naive", "worst_case", "clean")}
-        attacks = tuple(
-            Attempt(**{**row, "robust_accuracy": Interval(**row["robust_accuracy"])})
-            for row in values["attacks"]
-        )
+        for row in values["checks"]:
+            _fields(Check, row, "a check of a verdict")
+            _choice(f"outcome of {row['name']}", row["outcome"], _OUTCOMES)
+            _validate.mapping(**{f"figures of {row['name']}": row["figures"]})
+            for name, value in row["figures"].items():
+                if value is not None:
+                    _number(f"{name} of {row['name']}", value)
         checks = tuple(Check(**row) for row in values["checks"])
-        return cls(**{**values, **shares, "attacks": attacks, "checks": checks})
+        return cls(**{**values, **shares, "attacks": tuple(attacks), "checks": checks})
 
     def __str__(self) -> str:
         spoke = [check for check in self.checks if check.outcome in ("masked", "undecided")]
@@ -150,6 +164,49 @@ class Verdict:
                 lines.append(f"  {outcome}: {', '.join(names)}")
         lines.append(f"  budget: {self.budget}")
         return "\n".join(_wrapped(line) for line in lines)
+
+
+_OUTCOMES = ("masked", "clear", "undecided", "not run")
+_AGAIN = "make the verdict again with this version of jdistill.diagnose"
+
+
+def _fields(kind: Any, values: Any, what: str, *, optional: Sequence[str] = ()) -> None:
+    """The values are those of a dataclass."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    given = set(values) if isinstance(values, Mapping) else None
+    if given is None or not set(names) - set(optional) <= given <= set(names):
+        wrong = type(values).__name__ if given is None else _difference(given, set(names))
+        raise ValueError(f"expected {what} with {', '.join(names)}, got {wrong}; {_AGAIN}")
+
+
+def _difference(given: set[str], names: set[str]) -> str:
+    missing, more = sorted(names - given), sorted(given - names)
+    return " and ".join(
+        [*(f"none named {name}" for name in missing), *(f"{name} beside them" for name in more)]
+    )
+
+
+def _choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"expected {name} among {', '.join(choices)}, got {value!r}; {_AGAIN}")
+
+
+def _number(name: str, value: Any) -> None:
+    if isinstance(value, (str, bool)) or not isinstance(value, (int, float)):
+        raise ValueError(f"expected {name} to be a number, got {value!r}; {_AGAIN}")
+    if not math.isfinite(value):
+        raise ValueError(f"expected {name} to be finite, got {value!r}; {_AGAIN}")
+
+
+def _interval(name: str, value: Any) -> Interval:
+    """An interval of shares."""
+    if not isinstance(value, Mapping) or set(value) != set(Interval._fields):
+        raise ValueError(f"expected {name} with value, low, high, got {value!r}; {_AGAIN}")
+    for end, number in value.items():
+        _number(f"{end} of {name}", number)
+        if not 0 <= number <= 1:
+            raise ValueError(f"expected {end} of {name} in [0, 1], got {number!r}; {_AGAIN}")
+    return Interval(**value)
 
 
 def _share(interval: Interval) -> str:

@@ -9,7 +9,7 @@ from etils import epath
 from jdistill import _validate, evaluate, metrics
 from jdistill._files import PathLike, as_path
 from jdistill.diagnose import Verdict
-from jdistill.report._html import write_report
+from jdistill.report._page import write_report
 from jdistill.report._table import FACTS, TABLES, write_table
 from jdistill.report._verdicts import write_verdicts
 
@@ -186,16 +186,17 @@ def from_evaluation(
     path = where / "verdicts.json"
     if judged:
         write_verdicts(
-            path, [{**full[place].columns(), "verdict": v.as_dict()} for place, v in judged.items()]
+            path, [{**full[place].columns(), "verdict": v} for place, v in judged.items()]
         )
     else:
         path.unlink(missing_ok=True)
     shown = {_title(label): pictures(result, place) for place, label in enumerate(labels)}
-    return write_report(
+    written = write_report(
         where,
-        config=config,
+        config={} if config is None else config,
         pictures={label: arrays for label, arrays in shown.items() if arrays is not None},
     )
+    return {"results": where / "results.csv", **written}
 
 
 def pictures(result: evaluate.Evaluation, place: int) -> dict[str, np.ndarray] | None:

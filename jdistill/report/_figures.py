@@ -1,197 +1,450 @@
-"""The figures of a report: what they show of the rows of `results.csv`, and all of them as files.
+"""The figures of a report, as SVG: one function per figure, and one style.
 
-Each `*_figure` function returns a `Figure` and draws from `Network`s; `write_figures` saves them.
+Colors: a generation of a chain has a shade of blue and a marker, a temperature a shade from light
+to dark, a verdict's label its own tone; none of the three uses another's. In the page each color is
+a CSS variable, so that a dark page has lighter ones. A line has the gid
+`"<quantity> generation=<g>"` or `"<curve> <attack> T=<T> generation=<g>"`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import hashlib
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
-from etils import epath
+import numpy as np
 
-from jdistill._files import PathLike, as_path
-from jdistill.report import _measure_figures, _text
-from jdistill.report._drawing import StatOf, finish, handle, lines, panels, styled, write_png
-from jdistill.report._measures import complete
-from jdistill.report._networks import AttackKey, Network, Stat, attack_keys, networks
+from jdistill.report import _claims, _numbers, _tables
+from jdistill.report._networks import AttackKey, Judged, Network, Stat, attack_key, attack_keys
+from jdistill.report._networks import stat as stat_of
 from jdistill.report._optional import optional
 from jdistill.report._table import Row
-from jdistill.report._verdicts import judge
 
-
-def write_figures(
-    rows: Iterable[Row],
-    directory: PathLike,
-    measures: Mapping[str, Iterable[Row]] | None = None,
-) -> dict[str, epath.Path]:
-    """Draws accuracy, sensitivity and robustness against temperature, as PNG files.
-
-    In every figure a line is a chain length (the teacher; the student of 0, 1, 2, … assistants).
-    With one seed the bars are 95 % intervals where the rows have them; with several, the line is
-    their mean and the band reaches from the lowest to the highest.
-
-    Args:
-        rows: As for `write_results`.
-        directory: Where the files go; it is made.
-        measures: What else was measured, as `read_measures` gives it.
-
-    Returns:
-        The path of each figure by its name: `attacks` (the success rate of every attack, and the
-        share of zero gradients that explains it), `robustness` (mean and median distance of the
-        minimum-norm attacks), `accuracy`, `sensitivity` (of the logits and of the softmax); of the
-        measures `verdict`, `curve-eps`, `curve-steps`, `curve-queries`, `distances`,
-        `sensitivity-bins` and `transfer`. A figure without anything to draw is left out. With
-        several data sets the names end in theirs: `accuracy_mnist`.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is missing.
-        ValueError: As `write_results`; or there is no row.
-    """
-    optional("matplotlib")
-    found = networks(rows)
-    folder = as_path(directory)
-    every = complete(measures, found)
-    datasets = sorted({network.dataset for network in found})
-    written = {}
-    for dataset in datasets:
-        chosen = [network for network in found if network.dataset == dataset]
-        for name, draw in {**_FIGURES, **_of_measures(every)}.items():
-            figure = draw(chosen)
-            if figure is None:
-                continue
-            full = name if len(datasets) == 1 else f"{name}_{dataset}"
-            written[full] = write_png(figure, folder / f"{full}.png")
-    return written
-
-
-def _of_measures(
-    every: Mapping[str, Sequence[Row]],
-) -> dict[str, Callable[[Sequence[Network]], Any]]:
-    """What draws each figure of the measures, from a data set's networks."""
-    curves = {
-        f"curve-{curve}": partial(_measure_figures.curve_figure, rows=every["curves"], curve=curve)
-        for curve in ("eps", "steps", "queries")
-    }
-    # The same quantity in more norms: one of the two figures is enough.
-    replaced = {"robustness": lambda found: None} if every["distances"] else {}
-    return {
-        **replaced,
-        "verdict": lambda found: _measure_figures.verdict_figure(judge(found, every["verdicts"])),
-        **curves,
-        "sensitivity-bins": partial(_measure_figures.bins_figure, rows=every["sensitivity"]),
-        "distances": partial(_measure_figures.distances_figure, rows=every["distances"]),
-        "transfer": partial(_measure_figures.transfer_figure, rows=every["transfer"]),
-    }
-
-
-@styled
-def accuracy_figure(found: Sequence[Network]) -> Any:
-    """Test accuracy in percent against temperature."""
-    figure, (axes,) = panels(1)
-    lines(axes, found, "accuracy", lambda net: net.accuracy, scale=100)
-    axes.set(title="Accuracy on the clean test set", ylabel="test accuracy (%)")
-    low, high = axes.get_ylim()
-    # A narrower window would make the noise of a test set look like an effect.
-    middle = min((low + high) / 2, 99.2)
-    half = max((high - low) / 2, 1.0)
-    axes.set_ylim(max(middle - half, -2), min(middle + half, 101))
-    return finish(figure, [axes], found)
-
-
-@styled
-def sensitivity_figure(found: Sequence[Network]) -> Any:
-    """Both sensitivities against temperature, one panel each; None where neither is known."""
-    if not _any_known(found, [_logit_sensitivity, _softmax_sensitivity]):
-        return None
-    figure, (left, right) = panels(2)
-    lines(left, found, "sensitivity_logits", _logit_sensitivity)
-    lines(right, found, "log10_sensitivity_softmax", _softmax_sensitivity)
-    if any(stat(net).mean > 0 for net in found for stat in [_logit_sensitivity]):
-        left.set_yscale("log")
-    left.set(title="of the logits", ylabel="mean |∂ Σ logits / ∂x|")
-    right.set(title="of the softmax at T = 1", ylabel="log₁₀ mean |∂ softmax / ∂x|")
-    return finish(figure, [left, right], found)
-
-
-@styled
-def robustness_figure(found: Sequence[Network]) -> Any:
-    """Distance of the adversarial examples of each minimum-norm attack; None without one."""
-    keys = [
-        key
-        for key in attack_keys(found)
-        if key.eps is None and _any_known(found, [_distance(key, "mean_distance")])
-    ]
-    if not keys:
-        return None
-    figure, cells = panels(len(keys))
-    for axes, key in zip(cells, keys, strict=True):
-        name = f"{key.attack} {key.norm}"
-        lines(axes, found, f"{name} mean", _distance(key, "mean_distance"))
-        lines(axes, found, f"{name} median", _distance(key, "median_distance"), faint=True)
-        unit = f"{_text.norm_name(key.norm)} distance (input units)"
-        axes.set(title=_text.attack_name(key), ylabel=unit)
-        axes.set_ylim(bottom=0)
-    handles = [
-        handle(color="#777777", linestyle="-", label="mean over successes"),
-        handle(color="#777777", linestyle=":", label="median"),
-    ]
-    return finish(figure, cells, found, extra=handles)
-
-
-@styled
-def attacks_figure(found: Sequence[Network]) -> Any:
-    """Success rate of every attack, and the share of zero gradients; None without an attack.
-
-    Side by side on one scale, because that is where masking shows: the attacks that follow the
-    gradient fail exactly where the gradient is zero, and the others do not.
-    """
-    keys = attack_keys(found)
-    if not keys:
-        return None
-    zero = _any_known(found, [_zero_gradients])
-    figure, cells = panels(len(keys) + zero)
-    for axes, key in zip(cells, keys, strict=False):
-        name = f"{key.attack} {key.norm} {key.eps} success"
-        lines(axes, found, name, _success(key), scale=100)
-        axes.set(title=_text.attack_label(key), ylim=(-4, 104))
-    if zero:
-        lines(cells[-1], found, "zero_gradient_fraction", _zero_gradients, scale=100)
-        cells[-1].set(title="Input gradient exactly zero", ylim=(-4, 104))
-        cells[-1].set_facecolor("#f1f1f1")  # evidence, not an attack
-    for axes in cells:
-        if axes.get_subplotspec().is_first_col():
-            axes.set_ylabel("share of examples (%)")
-    return finish(figure, cells, found)
-
-
-_FIGURES: dict[str, Callable[[Sequence[Network]], Any]] = {
-    "attacks": attacks_figure,
-    "robustness": robustness_figure,
-    "accuracy": accuracy_figure,
-    "sensitivity": sensitivity_figure,
+_WIDTH = 6.4  # inches; one panel alone is narrower, so that a phone shows it legibly
+INK, SOFT, LINE = "#222222", "#767676", "#dddddd"
+_GENERATIONS = (INK, "#2b7bba", "#0a4f94", "#5f8fc7", "#083471")
+_MARKERS = ("s", "o", "^", "D", "v")
+_TEMPERATURES = ("#c0569b", "#a03a86", "#7f2a72", "#5d1c5c", "#3b0f45")
+TONES = {
+    "masked": "#b3261e",
+    "weak attack": "#8f5a00",
+    "inconclusive": "#5f6368",
+    "no sign of masking": "#00695c",
 }
+# Color in the light, and in the dark.
+DARK = {
+    INK: "#e4e8ec",
+    SOFT: "#9aa5b0",
+    LINE: "#3a434c",
+    **dict(zip(_GENERATIONS[1:], ("#6db3ee", "#a8d1f7", "#86a9d8", "#d5e8fb"), strict=True)),
+    **dict(
+        zip(_TEMPERATURES, ("#a9659a", "#b874a6", "#d184bb", "#e6a6d4", "#f5cdea"), strict=True)
+    ),
+    **dict(zip(TONES.values(), ("#ff8a80", "#f0b95c", "#b6bcc2", "#5cc9b7"), strict=True)),
+}
+_STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": LINE,
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+_MANY_POINTS = 14  # from here on markers hide the line
+_AXES = {"eps": "radius ε", "steps": "steps", "queries": "queries"}
 
 
-def _logit_sensitivity(network: Network) -> Stat:
-    return network.sensitivity_logits
+class Figure(NamedTuple):
+    """A figure.
+
+    Attributes:
+        title: what it shows.
+        svg: its file.
+        inline: the same for a page, with CSS variables as colors.
+    """
+
+    title: str
+    svg: str
+    inline: str
 
 
-def _softmax_sensitivity(network: Network) -> Stat:
-    return network.log10_sensitivity_softmax
+def figures(
+    found: Sequence[Network], judged: Sequence[Judged], rows: Mapping[str, Sequence[Row]]
+) -> dict[str, Figure]:
+    """Every figure of a data set for which there is something to draw, by name."""
+    matplotlib = optional("matplotlib")
+    curves = {
+        f"curve-{curve}": (f"Accuracy against {axis}", partial(_curves, rows["curves"], curve))
+        for curve, axis in _AXES.items()
+    }
+    draw: dict[str, tuple[str, Callable[[Sequence[Network]], Any]]] = {
+        "verdict": ("The usual attack against everything tried", lambda found: _verdict(judged)),
+        "attacks": ("Success of every attack against T", _attacks),
+        "accuracy": ("Accuracy and sensitivity against T", _accuracy),
+        "robustness": ("Distance of minimum-norm attacks against T", _robustness),
+        **curves,
+        "distances": ("Distance in each norm against T", partial(_distances, rows["distances"])),
+    }
+    drawn = {}
+    for name, (title, function) in draw.items():
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            # The same rows give the same bytes: no date, and ids out of the figure's name.
+            matplotlib.rcParams.update({**_STYLE, "svg.hashsalt": f"{found[0].dataset} {name}"})
+            figure = function(found)
+            if figure is not None:
+                drawn[name] = _written(figure, title, f"{found[0].dataset} {name}")
+    return drawn
 
 
-def _zero_gradients(network: Network) -> Stat:
-    return network.zero_gradients
+def _written(figure: Any, title: str, salt: str) -> Figure:
+    optional("matplotlib.backends.backend_svg").FigureCanvasSVG(figure)
+    data = io.StringIO()
+    figure.savefig(data, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = data.getvalue()
+    inline = svg[svg.index("<svg") :]
+    # Ids of glyphs and groups are unique within a figure alone.
+    prefix = "f" + hashlib.sha256(salt.encode()).hexdigest()[:6]
+    inline = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", inline)
+    inline = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', inline)
+    for color in DARK:
+        inline = inline.replace(color, f"var(--{name_of(color)})")
+    return Figure(title, svg, inline)
 
 
-def _success(key: AttackKey) -> StatOf:
-    return lambda network: network.attacks[key].success if key in network.attacks else None
+def name_of(color: str) -> str:
+    """A color's CSS variable."""
+    return f"fig-{color[1:]}"
 
 
-def _distance(key: AttackKey, name: str) -> StatOf:
+def _verdict(judged: Sequence[Judged]) -> Any:
+    """The usual attack's number against the worst case: the answer at a glance."""
+    chosen = _claims.last_judged(judged)
+    if not chosen:
+        return None
+    figure_module = optional("matplotlib.figure")
+    figure = figure_module.Figure(figsize=(5.2, 1.15 + 0.74 * len(chosen)), layout="constrained")
+    axes = figure.subplots()
+    for position, item in enumerate(chosen):
+        y, color = -float(position), TONES[item.label]
+        name = _short(item.network)
+        axes.text(-3, y + 0.33, name, fontsize=9.5, va="center", zorder=5)
+        words = {"ha": "right", "va": "center", "color": color, "weight": "bold", "zorder": 5}
+        axes.text(103, y + 0.33, item.label, fontsize=9.5, **words)
+        naive, worst = 100 * item.naive.mean, 100 * item.worst_case.mean
+        axes.plot([worst, naive], [y, y], color=color, linewidth=2.2, zorder=2)
+        for side, place, ends, face in (
+            ("naive", naive, item.naive, "#ffffff"),
+            ("worst_case", worst, item.worst_case, color),
+        ):
+            axes.plot([100 * ends.low, 100 * ends.high], [y, y], color=color, linewidth=0.9)
+            dot = axes.plot(place, y, "o", ms=8.5, mfc=face, mec=color, mew=1.8, zorder=4)
+            dot[0].set_gid(f"{side} {item.network.chain} {_place(item.network)}")
+        axes.plot(100 * item.clean.mean, y, "|", ms=13, color=SOFT, mew=1.6, zorder=3)
+        look = {"ha": "center", "fontsize": 8.5, "color": color, "zorder": 5, "va": "center"}
+        texts = [_numbers.percent(item.naive.mean), _numbers.percent(item.worst_case.mean)]
+        if abs(naive - worst) < 9:  # one label for both, or one would be written over the other
+            axes.text((naive + worst) / 2, y - 0.26, " → ".join(dict.fromkeys(texts)), **look)
+        else:
+            axes.text(naive, y - 0.26, texts[0], **look)
+            axes.text(worst, y - 0.26, texts[1], **look)
+    axes.set(xlim=(-4, 104), ylim=(-len(chosen) + 0.5, 0.6), yticks=[])
+    axes.set_xlabel(f"accuracy (%) within {chosen[0].limit}")
+    axes.grid(True, axis="x")
+    axes.grid(False, axis="y")
+    axes.spines["left"].set_visible(False)
+    blank = {"linestyle": "none", "markersize": 8, "markeredgecolor": INK, "markeredgewidth": 1.6}
+    marks = [
+        _handle(marker="o", markerfacecolor="#ffffff", label="usual attack", **blank),
+        _handle(marker="o", markerfacecolor=INK, label="everything tried", **blank),
+        _handle(marker="|", label="no attack", **{**blank, "markeredgecolor": SOFT}),
+    ]
+    figure.legend(handles=marks, loc="outside upper center", ncols=3, fontsize=9, handletextpad=0.2)
+    return figure
+
+
+class _Panel(NamedTuple):
+    """A panel against the temperature: its quantities, the first solid, others dotted."""
+
+    title: str
+    ylabel: str
+    quantities: dict[str, Callable[[Network], Stat | None]]
+    scale: float = 1.0
+    options: Mapping[str, Any] = MappingProxyType({})
+
+
+def _attacks(found: Sequence[Network]) -> Any:
+    """Success of every attack, beside the share of zero gradients that explains it."""
+    shares = {"scale": 100.0, "options": {"ylim": (-4, 104)}}
+    made = [
+        _Panel(
+            f"{key.name} ({key.limit})",
+            "examples (%)",
+            {f"{key.attack} {key.norm} {key.eps} success": _of_attack(key, "success")},
+            **shares,  # type: ignore[arg-type]
+        )
+        for key in attack_keys(found)
+    ]
+    zero = _Panel(
+        "Input gradient exactly zero",
+        "examples (%)",
+        {"zero_gradient_fraction": lambda network: network.zero_gradients},
+        **shares,  # type: ignore[arg-type]
+    )
+    return _against_temperature(found, [*made, zero] if made else [])
+
+
+def _accuracy(found: Sequence[Network]) -> Any:
+    panels = [
+        _Panel("Accuracy on the test set", "%", {"accuracy": lambda net: net.accuracy}, 100.0),
+        _Panel(
+            "Sensitivity of the logits",
+            "mean |∂ Σ logits / ∂x|",
+            {"sensitivity_logits": lambda network: network.sensitivity_logits},
+            options={"yscale": "log"},
+        ),
+        _Panel(
+            "Sensitivity of the softmax",
+            "log₁₀ mean |∂ softmax / ∂x|",
+            {"log10_sensitivity_softmax": lambda network: network.log10_sensitivity_softmax},
+        ),
+    ]
+    return _against_temperature(found, panels)
+
+
+def _robustness(found: Sequence[Network]) -> Any:
+    keys = [key for key in attack_keys(found) if key.eps is None and not key.has_no_norm]
+    panels = [
+        _Panel(
+            key.name,
+            f"{_numbers.norm_name(key.norm)} distance",
+            {
+                f"{key.attack} {key.norm} mean": _of_attack(key, "mean_distance"),
+                f"{key.attack} {key.norm} median": _of_attack(key, "median_distance"),
+            },
+        )
+        for key in keys
+    ]
+    return _against_temperature(found, panels, dotted="median")
+
+
+def _distances(rows: Sequence[Row], found: Sequence[Network]) -> Any:
+    keys = sorted(
+        {attack_key({**row, "eps": None}) for row in rows}, key=lambda key: (key.norm, key.attack)
+    )
+    panels = [
+        _Panel(
+            key.name,
+            f"{_numbers.norm_name(key.norm)} distance",
+            {f"{key.attack} {key.norm} {name}": _of_distance(rows, key, name)},
+        )
+        for key in keys
+        for name in ("median",)
+    ]
+    return _against_temperature(found, panels)
+
+
+def _of_attack(key: AttackKey, name: str) -> Callable[[Network], Stat | None]:
     return lambda network: getattr(network.attacks[key], name) if key in network.attacks else None
 
 
-def _any_known(found: Sequence[Network], quantities: Sequence[StatOf]) -> bool:
-    stats = (quantity(network) for network in found for quantity in quantities)
+def _of_distance(
+    rows: Sequence[Row], key: AttackKey, name: str
+) -> Callable[[Network], Stat | None]:
+    own = [row for row in rows if attack_key({**row, "eps": None}) == key]
+    return lambda network: stat_of(_claims.of_network(own, network), name, file="distances.csv")
+
+
+def _against_temperature(
+    found: Sequence[Network], panels: Sequence[_Panel], dotted: str = ""
+) -> Any:
+    """Panels of one line per generation; None where one temperature makes no line."""
+    ticker = optional("matplotlib.ticker")
+    found = [network for network in found if network.chain == found[-1].chain]
+    temperatures = sorted({network.temperature for network in found})
+    panels = [panel for panel in panels if _any_known(found, panel)]
+    if len(temperatures) < 2 or not panels:
+        return None
+    figure, cells = _panels(len(panels))
+    generations = sorted({network.generation for network in found})
+    span = math.log10(temperatures[-1] / temperatures[0])
+    for axes, panel in zip(cells, panels, strict=True):
+        for number, (name, quantity) in enumerate(panel.quantities.items()):
+            for generation in generations:
+                own = [net for net in found if net.generation == generation]
+                _line(axes, own, quantity, f"{name} generation={generation}", panel, number > 0)
+        options = dict(panel.options)
+        if options.get("yscale") == "log" and not axes.dataLim.y0 > 0:
+            options.pop("yscale")
+        axes.set(title=panel.title, xscale="log", xlabel="temperature T", **options)
+        pad = 10 ** (0.07 * max(span, 0.6))
+        axes.set_xlim(temperatures[0] / pad, temperatures[-1] * pad)
+        axes.xaxis.set_major_locator(ticker.FixedLocator(temperatures))
+        axes.xaxis.set_major_formatter(ticker.FixedFormatter(_tick_labels(temperatures)))
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
+        if axes.get_subplotspec().is_first_col() or panel.ylabel != panels[0].ylabel:
+            axes.set_ylabel(panel.ylabel)
+    handles = [
+        _handle(label=_numbers.line_name(generation), markersize=5, **_look(generation))
+        for generation in generations
+    ]
+    if dotted:
+        handles.append(_handle(color=SOFT, linestyle=":", label=dotted))
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=9.5)
+    return figure
+
+
+def _line(
+    axes: Any,
+    found: Sequence[Network],
+    quantity: Callable[[Network], Stat | None],
+    gid: str,
+    panel: _Panel,
+    faint: bool,
+) -> None:
+    stats = [(network.temperature, quantity(network)) for network in found]
+    points = [(T, stat) for T, stat in stats if stat is not None and stat.known]
+    if not points:
+        return
+    x = np.array([temperature for temperature, _ in points])
+    y, low, high = (
+        panel.scale * np.array([getattr(stat, end) for _, stat in points])
+        for end in ("mean", "low", "high")
+    )
+    look = _look(found[0].generation)
+    look = {**look, "linestyle": ":", "marker": ""} if faint else look
+    (line,) = axes.plot(x, y, markersize=5, linewidth=1.2 if faint else 1.7, zorder=3, **look)
+    line.set_gid(gid)
+    if not faint:
+        bars = [np.maximum(y - low, 0), np.maximum(high - y, 0)]
+        axes.errorbar(x, y, yerr=bars, fmt="none", ecolor=look["color"], capsize=2.5, linewidth=1)
+
+
+def _look(generation: int) -> dict[str, Any]:
+    place = generation if generation < len(_GENERATIONS) else 1 + (generation - 1) % 4
+    style = "--" if generation == 0 else "-"
+    return {"color": _GENERATIONS[place], "marker": _MARKERS[place], "linestyle": style}
+
+
+def _any_known(found: Sequence[Network], panel: _Panel) -> bool:
+    stats = [quantity(network) for network in found for quantity in panel.quantities.values()]
     return any(stat is not None and stat.known for stat in stats)
+
+
+def _tick_labels(temperatures: Sequence[float]) -> list[str]:
+    """The temperatures, without those that would be written over the one before."""
+    labels, last = [], -math.inf
+    span = max(math.log10(temperatures[-1] / temperatures[0]), 0.6)
+    for temperature in temperatures:
+        place = math.log10(temperature) / span
+        wanted = place - last > 0.075
+        labels.append(f"{temperature:g}" if wanted else "")
+        last = place if wanted else last
+    return labels
+
+
+def _curves(rows: Sequence[Row], curve: str, found: Sequence[Network]) -> Any:
+    """Accuracy under attack against its radius, steps, or queries; a panel per attack."""
+    rows = [row for row in rows if row["curve"] == curve]
+    keys = list(dict.fromkeys(attack_key(row) for row in rows))
+    networks = _tables.shown(found)
+    drawn = {}
+    for key in keys:
+        lines = [
+            (network, _points([row for row in rows if attack_key(row) == key], network))
+            for network in networks
+        ]
+        if own := [(network, points) for network, points in lines if points]:
+            drawn[key] = own
+    if not drawn:
+        return None
+    figure, cells = _panels(len(drawn))
+    temperatures = sorted({network.temperature for network in networks})
+    for axes, (key, own) in zip(cells, drawn.items(), strict=True):
+        for network, points in own:
+            x = np.array(list(points))
+            mean, low, high = (
+                100 * np.array([getattr(stat, end) for stat in points.values()])
+                for end in ("mean", "low", "high")
+            )
+            color = _color_of(temperatures, network)
+            style = {"color": color, "linestyle": "--" if network.is_ordinary else "-"}
+            marker = "" if len(x) > _MANY_POINTS else "o"
+            axes.plot(x, mean, marker=marker, markersize=4.5, linewidth=1.7, zorder=3, **style)
+            axes.lines[-1].set_gid(f"{curve} {key.attack} {_place(network)}")
+            axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0, zorder=2)
+        limit = _numbers.norm_name(key.norm) if curve == "eps" else key.limit
+        name = "everything" if key.attack == "worst_case" else key.name
+        axes.set(title=f"{name} ({limit})", ylim=(-4, 104), xlabel=_AXES[curve])
+        if axes.get_subplotspec().is_first_col():
+            axes.set_ylabel("accuracy left (%)")
+    handles = [
+        _handle(
+            color=_color_of(temperatures, network),
+            linestyle="--" if network.is_ordinary else "-",
+            label=_short(network),
+        )
+        for network in networks
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=9)
+    return figure
+
+
+def _points(rows: Sequence[Row], network: Network) -> dict[float, Stat]:
+    """By place, what is left."""
+    points: dict[float, list[Row]] = {}
+    for row in _claims.of_network(rows, network):
+        points.setdefault(float(f"{float(row['x']):.6g}"), []).append(row)
+    return {
+        place: stat_of(
+            points[place], "robust_accuracy", file="curves.csv", over_all=("low", "high")
+        )
+        for place in sorted(points)
+    }
+
+
+def _place(network: Network) -> str:
+    return f"T={network.temperature:g} generation={network.generation}"
+
+
+def _short(network: Network) -> str:
+    if not network.distilled:
+        return network.name
+    line = _numbers.line_name(network.generation)
+    return ", ".join(filter(None, [network.chain, f"T = {network.temperature:g}", line]))
+
+
+def _color_of(temperatures: Sequence[float], network: Network) -> str:
+    """Ink for the ordinary network, and darker the higher the temperature."""
+    if network.is_ordinary:
+        return INK
+    place = temperatures.index(network.temperature) / max(len(temperatures) - 1, 1)
+    return _TEMPERATURES[round(place * (len(_TEMPERATURES) - 1))]
+
+
+def _panels(number: int, height: float = 2.6) -> tuple[Any, list[Any]]:
+    """A figure of equal panels, at most three per row; `height` in inches each."""
+    columns = 2 if number == 4 else min(number, 3)
+    rows = math.ceil(number / columns)
+    size = ({1: 5.7, 2: _WIDTH}.get(columns, 8.8), 3.6 if number == 1 else 0.6 + height * rows)
+    figure = optional("matplotlib.figure").Figure(figsize=size, layout="constrained")
+    cells = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in cells[number:]:
+        unused.remove()
+    return figure, cells[:number]
+
+
+def _handle(**look: Any) -> Any:
+    return optional("matplotlib.lines").Line2D([], [], linewidth=1.7, **look)

@@ -1,7 +1,7 @@
-"""The networks that the rows of `results.csv` describe, averaged over seeds and sorted.
+"""The networks that the tables describe, averaged over seeds; each number knows its cells.
 
-Everything else in this package reads rows through `networks`, so that the table, the figures and
-the words agree.
+Everything else in this package reads rows through `networks` and `judged`, so that the tables, the
+figures, and the words agree.
 """
 
 import math
@@ -9,7 +9,134 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from jdistill.diagnose import Verdict
+from jdistill.report import _numbers
 from jdistill.report._table import FACTS, Row, blank, checked, sort_key
+
+
+class Cells(NamedTuple):
+    """The cells of a file that a number is made of: its column in some rows, from 0.
+
+    Attributes:
+        file: such as `results.csv`.
+        column: there.
+        rows: the rows' places in the file.
+    """
+
+    file: str
+    column: str
+    rows: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.file}#{self.column}@{','.join(map(str, self.rows))}"
+
+
+@dataclass(frozen=True)
+class Stat:
+    """A number of the report.
+
+    In a format text it takes `%` (with digits: `%2`), `points`, `number`, `decimals`, `count`, or
+    `ends`, which is where the number may lie.
+
+    Attributes:
+        mean: over the seeds; NaN where nothing was measured.
+        low: with several seeds the lowest of them; with one, the lower end of its 95 % interval.
+        high: likewise.
+        seeds: how many have a value.
+        cells: what `mean`, `low`, and `high` are made of.
+        over_all: whether the ends are those of all seeds' intervals.
+    """
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+    cells: tuple[Cells | None, Cells | None, Cells | None] = (None, None, None)
+    over_all: bool = False
+
+    @property
+    def spread(self) -> float:
+        """How far the seed furthest from the mean lies from it; 0 with one seed."""
+        return max(self.mean - self.low, self.high - self.mean) if self.seeds > 1 else 0.0
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a number to show."""
+        return math.isfinite(self.mean)
+
+    @property
+    def has_ends(self) -> bool:
+        """Whether something is known of where it may lie."""
+        return self.low < self.high
+
+    def overlaps(self, other: "Stat") -> bool:
+        """Whether the two ranges have a point in common."""
+        return self.low <= other.high and other.low <= self.high
+
+    def __format__(self, spec: str) -> str:
+        if spec != "ends":
+            return _text(self.mean, spec)
+        if not self.has_ends:
+            return "one value" if self.seeds == 1 else "every seed alike"
+        return _ENDS[self.kind].format(
+            low=_text(self.low, "%"), high=_text(self.high, "%"), seeds=self.seeds
+        )
+
+    @property
+    def kind(self) -> str:
+        """What its ends are."""
+        return "interval" if self.seeds == 1 else "intervals" if self.over_all else "seeds"
+
+    def __html_format__(self, spec: str) -> Any:
+        """The same as HTML, each number with its value and its cells."""
+        from markupsafe import Markup
+
+        if spec != "ends":
+            return _data(self.mean, spec, self.cells[0], "mean")
+        if not self.has_ends:
+            return Markup(format(self, spec))
+        return Markup(_ENDS[self.kind]).format(
+            low=_data(self.low, "%", self.cells[1], "min"),
+            high=_data(self.high, "%", self.cells[2], "max"),
+            seeds=self.seeds,
+        )
+
+    def small(self, spec: str) -> Any:
+        """Where it may lie, in the small print of a table; empty where nothing is known."""
+        from markupsafe import Markup
+
+        if not self.has_ends:
+            return ""
+        low = _data(self.low, spec, self.cells[1], "min")
+        return Markup("{}–{}").format(low, _data(self.high, spec, self.cells[2], "max"))
+
+
+_ENDS = {
+    "interval": "95% interval {low} to {high}",
+    "intervals": "95% intervals of {seeds} seeds, {low} to {high}",
+    "seeds": "{seeds} seeds, {low} to {high}",
+}
+
+
+def _text(value: float, spec: str) -> str:
+    if spec.startswith("%"):
+        return _numbers.percent(value, int(spec[1:] or 1))
+    if spec.startswith("points"):
+        return _numbers.points(value, int(spec[6:] or 1))
+    if spec == "count":
+        return f"{value:,.0f}"
+    return {"number": _numbers.number, "decimals": _numbers.decimals}[spec](value)
+
+
+def _data(value: float, spec: str, cells: Cells | None, how: str) -> Any:
+    from markupsafe import Markup
+
+    text = _text(value, spec)
+    if cells is None or not math.isfinite(value):
+        return Markup("{}").format(text)
+    return Markup('<data value="{}" data-of="{}" title="{:.6g}, {} in {}">{}</data>').format(
+        repr(value), f"{cells}|{how}", value, cells.column, cells.file, text
+    )
 
 
 class Facts(NamedTuple):
@@ -25,7 +152,7 @@ class Facts(NamedTuple):
 
 @dataclass(frozen=True)
 class AttackKey:
-    """Key of an attack in a report, and the facts of the attack, which do not tell two apart.
+    """Key of an attack in a report, and its facts, which do not tell two apart.
 
     `eps` is None for a minimum-norm attack, and for one that no norm bounds.
     """
@@ -45,37 +172,19 @@ class AttackKey:
         """True where no norm bounds it and it seeks no small distance."""
         return self.eps is None and self.facts.minimum_norm is False
 
-
-@dataclass(frozen=True)
-class Stat:
-    """One quantity of one network.
-
-    Attributes:
-        mean: The mean over seeds; NaN where nothing was measured.
-        low: With several seeds the lowest of them; with one, the lower end of its 95 % interval
-            (the value itself where there is no interval).
-        high: The upper end, likewise.
-        seeds: How many seeds have a value.
-    """
-
-    mean: float
-    low: float
-    high: float
-    seeds: int
+    @property
+    def name(self) -> str:
+        """The attack as readers know it; its own name where the rows have no title."""
+        return self.facts.title or self.attack.replace("_", " ")
 
     @property
-    def spread(self) -> float:
-        """How far the seed furthest from the mean lies from it; 0 with one seed."""
-        return max(self.mean - self.low, self.high - self.mean) if self.seeds > 1 else 0.0
-
-    @property
-    def known(self) -> bool:
-        """Whether there is a number to show."""
-        return math.isfinite(self.mean)
-
-    def overlaps(self, other: "Stat") -> bool:
-        """Whether the two ranges have a point in common."""
-        return self.low <= other.high and other.low <= self.high
+    def limit(self) -> str:
+        """What it was allowed."""
+        if self.has_no_norm:
+            return "any size"
+        if self.eps is None:
+            return f"smallest {_numbers.norm_name(self.norm)}"
+        return _numbers.within(self.norm, self.eps)
 
 
 @dataclass(frozen=True)
@@ -83,12 +192,11 @@ class Attacked:
     """One attack on one network, over its seeds; `interval` is 95 %, averaged over seeds."""
 
     key: AttackKey
-    num_attacked: int
+    num_attacked: Stat
     success: Stat
     interval: tuple[float, float]
     mean_distance: Stat
     median_distance: Stat
-    mean_queries: Stat
 
 
 @dataclass(frozen=True)
@@ -97,201 +205,313 @@ class Network:
 
     Attributes:
         generation: 0 is the teacher, `g` the student of `g - 1` assistants.
-        is_last: Whether the chain ends here; the generations in between are its assistants.
-        attacks: The attacks made on it, in the order of `attack_keys`.
+        is_last: whether the chain ends here; the generations in between are its assistants.
+        distilled: whether the rows are of distillation at all; else only names are known.
+        attacks: those made on it, in the order of `attack_keys`.
     """
 
     dataset: str
+    chain: str
     temperature: float
     generation: int
     is_last: bool
+    distilled: bool
     seeds: tuple[int, ...]
-    num_test: int
+    num_test: Stat
     accuracy: Stat
     mean_abs_logit: Stat
-    num_sensitivity: int
     sensitivity_logits: Stat
     log10_sensitivity_softmax: Stat
     zero_gradients: Stat
     attacks: dict[AttackKey, Attacked]
 
     @property
+    def subject(self) -> str:
+        """What it is a network of: the data set, and the chain where there are several."""
+        return f"{self.dataset}: {self.chain}" if self.chain else self.dataset
+
+    @property
     def role(self) -> str:
-        """Teacher, assistant or student: what the network is in the longest chain that has it."""
+        """Teacher, assistant, or student: what it is in the longest chain that has it."""
         if self.generation == 0:
             return "teacher"
         return "student" if self.is_last else f"assistant {self.generation}"
 
+    @property
+    def name(self) -> str:
+        """The network as a sentence names it."""
+        if not self.distilled:
+            return self.chain or self.dataset
+        if self.generation == 0:
+            who = "the ordinary network" if self.temperature == 1 else "the teacher"
+        elif self.generation == 1:
+            who = "the student without an assistant"
+        else:
+            who = f"the student with {_numbers.count(self.generation - 1, 'assistant')}"
+        return f"{who} at T = {self.temperature:g}"
 
-def subjects(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """The rows with each chain of a data set as a subject of its own.
+    @property
+    def is_ordinary(self) -> bool:
+        """Whether it is an ordinarily trained network."""
+        return self.distilled and self.generation == 0 and self.temperature == 1
 
-    A comparison of networks of two chains has no place in either, and is left out.
+
+@dataclass(frozen=True)
+class Judged:
+    """The verdicts on one network at one radius, over its seeds.
+
+    Attributes:
+        network: the network.
+        norm: of the radius.
+        eps: the radius.
+        seeds: that were judged.
+        verdicts: theirs, in the same order.
+        naive: accuracy under the usual attack.
+        worst_case: share of the examples that no attack of the verdict broke.
+        clean: accuracy on the same examples without an attack.
+        num_examples: that a verdict rests on.
     """
-    found = []
-    for row in rows:
-        row = dict(row)
-        chain, baseline = row.pop("chain", None), row.pop("baseline_chain", None)
-        if not blank(chain):
-            row["dataset"] = f"{row['dataset']}: {chain}"
-        if blank(baseline) or baseline == chain:
-            found.append(row)
-    return found
+
+    network: Network
+    norm: str
+    eps: float
+    seeds: tuple[int, ...]
+    verdicts: tuple[Verdict, ...]
+    naive: Stat
+    worst_case: Stat
+    clean: Stat
+    num_examples: Stat
+
+    @property
+    def label(self) -> str:
+        """The gravest label of any seed: one masked network is enough not to trust the number."""
+        labels = [verdict.label for verdict in self.verdicts]
+        return min(labels, key=LABELS.index)
+
+    @property
+    def shown(self) -> Verdict:
+        """The first verdict of that label, whose evidence the report shows."""
+        return next(verdict for verdict in self.verdicts if verdict.label == self.label)
+
+    @property
+    def limit(self) -> str:
+        """Norm and radius, as the report writes them."""
+        return _numbers.within(self.norm, self.eps)
+
+
+LABELS = ("masked", "weak attack", "inconclusive", "no sign of masking")
 
 
 def networks(rows: Iterable[Row]) -> list[Network]:
-    """The networks that the rows describe, sorted by dataset, temperature and generation.
-
-    Args:
-        rows: As for `write_results`. A row whose `attack` is blank describes a network that was
-            not attacked.
-
-    Returns:
-        One `Network` for each dataset, temperature and generation, averaged over its seeds.
+    """The networks of the rows of results, by data set, chain, temperature, and generation.
 
     Raises:
-        ValueError: As `write_results`; or there is no row.
+        ValueError: a bad row; or there is none.
     """
-    groups: dict[tuple[str, float, int], list[dict[str, Any]]] = {}
-    every = sorted(subjects(checked("results", rows)), key=lambda row: sort_key("results", row))
+    groups: dict[tuple[str, str, float, int], list[Row]] = {}
+    every = sorted(checked("results", numbered(rows)), key=lambda row: sort_key("results", row))
     # Of rows on the same attack some may be without.
     known = {str(row["attack"]): facts(row) for row in every if facts(row) != Facts()}
     for row in every:
-        where = (str(row["dataset"]), float(row["temperature"]), int(row["generation"]))
-        groups.setdefault(where, []).append(row)
+        groups.setdefault(_where(row, "generation"), []).append(row)
     if not groups:
         raise ValueError("expected at least one row of results, got none; run an evaluation first")
-    last: dict[tuple[str, float], int] = {}
-    for dataset, temperature, generation in groups:
-        chain = (dataset, temperature)
-        last[chain] = max(last.get(chain, 0), generation)
+    last: dict[Any, int] = {}
+    for *chain, generation in groups:
+        last[tuple(chain)] = max(last.get(tuple(chain), 0), generation)
+    distilled = any(where[2] != 1 or where[3] for where in groups)
     return [
-        _network(*where, generation_last=last[where[:2]], rows=group, known=known)
+        _network(where, (last[where[:3]] == where[3], distilled), group, known)
         for where, group in sorted(groups.items())
     ]
 
 
+def numbered(rows: Iterable[Row]) -> list[Row]:
+    """The rows with their places, unless they have them."""
+    found = list(rows)
+    if not all(isinstance(row, Mapping) for row in found):
+        return found  # what is wrong is said where rows are checked
+    return [{PLACE: place, **row} for place, row in enumerate(found)]
+
+
+PLACE = "row"
+
+
+def _where(row: Row, generation: str) -> tuple[str, str, float, int]:
+    chain = "" if blank(row.get("chain")) else str(row["chain"])
+    return str(row["dataset"]), chain, float(row["temperature"]), int(row[generation])
+
+
 def _network(
-    dataset: str,
-    temperature: float,
-    generation: int,
-    *,
-    generation_last: int,
-    rows: list[dict[str, Any]],
+    where: tuple[str, str, float, int],
+    kind: tuple[bool, bool],
+    rows: Sequence[Row],
     known: Mapping[str, Facts],
 ) -> Network:
     # What was measured once for a network stands in each of its attacks' rows: one row a seed.
     by_seed = list({int(row["seed"]): row for row in rows}.values())
-    by_attack: dict[AttackKey, list[dict[str, Any]]] = {}
+    by_attack: dict[AttackKey, list[Row]] = {}
     for row in rows:
         if not blank(row["attack"]):
             key = replace(attack_key(row), facts=known.get(str(row["attack"]), Facts()))
             by_attack.setdefault(key, []).append(row)
+    dataset, chain, temperature, generation = where
     return Network(
         dataset=dataset,
+        chain=chain,
         temperature=temperature,
         generation=generation,
-        is_last=generation == generation_last,
+        is_last=kind[0],
+        distilled=kind[1],
         seeds=tuple(sorted(int(row["seed"]) for row in by_seed)),
-        num_test=_most(by_seed, "num_test"),
-        accuracy=stat(by_seed, "test_accuracy", ("test_accuracy_low", "test_accuracy_high")),
+        num_test=amount(by_seed, "num_test"),
+        accuracy=stat(by_seed, "test_accuracy", ends=True),
         mean_abs_logit=stat(by_seed, "mean_abs_logit"),
-        num_sensitivity=_most(by_seed, "num_sensitivity"),
         sensitivity_logits=stat(by_seed, "sensitivity_logits"),
         log10_sensitivity_softmax=stat(by_seed, "log10_sensitivity_softmax"),
         zero_gradients=stat(by_seed, "zero_gradient_fraction"),
-        attacks={
-            key: Attacked(
-                key=key,
-                num_attacked=_most(by_attack[key], "num_attacked"),
-                success=stat(
-                    by_attack[key], "success_rate", ("success_rate_low", "success_rate_high")
-                ),
-                interval=(
-                    _mean(_values(by_attack[key], "success_rate_low")),
-                    _mean(_values(by_attack[key], "success_rate_high")),
-                ),
-                mean_distance=stat(by_attack[key], "mean_distance"),
-                median_distance=stat(by_attack[key], "median_distance"),
-                mean_queries=stat(by_attack[key], "mean_queries"),
-            )
-            for key in sorted(by_attack, key=_attack_order)
-        },
+        attacks={key: _attacked(key, by_attack[key]) for key in sorted(by_attack, key=_order)},
     )
+
+
+def _attacked(key: AttackKey, rows: Sequence[Row]) -> Attacked:
+    low, high = (stat(rows, f"success_rate_{end}").mean for end in ("low", "high"))
+    return Attacked(
+        key=key,
+        num_attacked=amount(rows, "num_attacked"),
+        success=stat(rows, "success_rate", ends=True),
+        interval=(low, high),
+        mean_distance=stat(rows, "mean_distance"),
+        median_distance=stat(rows, "median_distance"),
+    )
+
+
+def judged(found: Sequence[Network], verdicts: Sequence[Row]) -> list[Judged]:
+    """The verdicts by network, in the networks' order, at the radius that most of them have."""
+    rows = [(row, row["verdict"].norm, budget_of(row["verdict"].eps)) for row in verdicts]
+    if not rows:
+        return []
+    radii = [row[1:] for row in rows]
+    norm, eps = max(dict.fromkeys(radii), key=radii.count)
+    result = []
+    for network in found:
+        own = [row for row, *radius in rows if radius == [norm, eps] and is_of(row, network)]
+        own.sort(key=lambda row: int(row["seed"]))
+        if own:
+            result.append(_judged(network, norm, eps or 0.0, own))
+    return result
+
+
+def _judged(network: Network, norm: str, eps: float, rows: list[Row]) -> Judged:
+    shares = {}
+    for name in ("naive", "worst_case", "clean"):
+        flat = [
+            {PLACE: row[PLACE]}
+            | {f"{name}.{end}": v for end, v in getattr(row["verdict"], name)._asdict().items()}
+            for row in rows
+        ]
+        shares[name] = stat(
+            flat,
+            f"{name}.value",
+            file="verdicts.json",
+            over_all=(f"{name}.low", f"{name}.high"),
+        )
+    sizes = [{PLACE: row[PLACE], "num_examples": row["verdict"].num_examples} for row in rows]
+    return Judged(
+        network=network,
+        norm=norm,
+        eps=eps,
+        seeds=tuple(int(row["seed"]) for row in rows),
+        verdicts=tuple(row["verdict"] for row in rows),
+        num_examples=amount(sizes, "num_examples", file="verdicts.json"),
+        **shares,
+    )
+
+
+def is_of(row: Row, network: Network, generation: str = "generation") -> bool:
+    """Whether a row is about this network, at whatever seed."""
+    own = (network.dataset, network.chain, network.temperature, network.generation)
+    return _where(row, generation) == own
 
 
 def attack_keys(found: Sequence[Network]) -> list[AttackKey]:
     """Every attack made on any of the networks: budgeted ones first, then minimum-norm ones."""
-    return sorted({key for network in found for key in network.attacks}, key=_attack_order)
+    return sorted({key for network in found for key in network.attacks}, key=_order)
 
 
 def attack_key(row: Row) -> AttackKey:
     """Which attack a row is about."""
-    norm, eps = str(row["norm"] or ""), budget_of(row["eps"])
+    norm, eps = str(row["norm"] or ""), budget_of(row.get("eps"))
     return AttackKey(str(row["attack"]), norm, eps, facts(row))
 
 
 def facts(row: Row) -> Facts:
     """Facts in a row of its attack."""
-    found = {name: row.get(name) for name in FACTS}
-    found = {name: None if blank(value) else value for name, value in found.items()}
+    found = {name: None if blank(row.get(name)) else row[name] for name in FACTS}
     if found["minimum_norm"] is not None:
         found["minimum_norm"] = bool(found["minimum_norm"])
     return Facts(**found)
 
 
 def budget_of(eps: Any) -> float | None:
-    """A budget as it is compared: kept as float32 or as float64, it is one budget."""
+    """A radius as it is compared: kept as float32 or as float64, it is one radius."""
     return None if blank(eps) else float(f"{float(eps):.6g}")
 
 
-def _attack_order(key: AttackKey) -> tuple[Any, ...]:
+def _order(key: AttackKey) -> tuple[Any, ...]:
     return key.eps is None, key.norm != "linf", key.norm, key.attack, key.eps or 0.0
 
 
-def _values(rows: Sequence[Row], name: str) -> list[float]:
-    values = (math.nan if blank(row[name]) else float(row[name]) for row in rows)
-    return [value for value in values if math.isfinite(value)]
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
-
-
-def _most(rows: Sequence[Row], name: str) -> int:
-    return int(max(_values(rows, name), default=0))
-
-
-def stat(rows: Sequence[Row], name: str, ends: tuple[str, str] | None = None) -> Stat:
-    """One quantity of one network, from its rows: one a seed.
+def stat(
+    rows: Sequence[Row],
+    name: str,
+    *,
+    file: str = "results.csv",
+    ends: bool = False,
+    over_all: tuple[str, str] | None = None,
+) -> Stat:
+    """One quantity of one network, from its rows: one per seed.
 
     Args:
-        rows: One row per seed.
-        name: The column of the quantity.
-        ends: The columns of its 95 % interval, which counts where there is one seed.
+        rows: one per seed.
+        name: the column.
+        file: that the rows are of.
+        ends: whether the columns of its 95 % interval count where there is one seed.
+        over_all: columns of low and high ends, which count for every seed. Two seeds on the same
+            few examples may agree by chance: the lowest and the highest of them would hide what
+            the examples leave open.
     """
-    values = _values(rows, name)
-    low, high = values, values
-    if ends and len(values) == 1:
-        low, high = (_values(rows, end) or values for end in ends)
+    known = [row for row in rows if not blank(row[name]) and math.isfinite(float(row[name]))]
+    columns = (name, name, name)
+    if over_all is not None:
+        columns = (name, *over_all)
+    elif ends and len(known) == 1:
+        columns = (name, f"{name}_low", f"{name}_high")
+    values: list[list[float]] = []
+    cells = []
+    for column in columns:
+        own = [row for row in known if not blank(row[column])]
+        if not own:  # an interval that was not measured: the value itself
+            own, column = known, name
+        values.append([float(row[column]) for row in own])
+        cells.append(Cells(file, column, tuple(int(row.get(PLACE, -1)) for row in own)))
+    means, lows, highs = values
     return Stat(
-        mean=_mean(values),
-        low=min(low, default=math.nan),
-        high=max(high, default=math.nan),
-        seeds=len(values),
+        mean=math.fsum(means) / len(means) if means else math.nan,
+        low=min(lows, default=math.nan),
+        high=max(highs, default=math.nan),
+        seeds=len(known),
+        cells=tuple(cells),  # type: ignore[arg-type]
+        over_all=over_all is not None,
     )
 
 
-def widest(rows: Sequence[Row], name: str) -> Stat:
-    """As `stat`, of rows with `low` and `high`; over several seeds all of their intervals.
-
-    Two seeds on the same few examples may agree by chance: the lowest and the highest of them would
-    hide what the examples leave open.
-    """
-    values = _values(rows, name)
-    return Stat(
-        mean=_mean(values),
-        low=min([*values, *_values(rows, "low")], default=math.nan),
-        high=max([*values, *_values(rows, "high")], default=math.nan),
-        seeds=len(values),
-    )
+def amount(rows: Sequence[Row], name: str, *, file: str = "results.csv") -> Stat:
+    """A count of examples: the largest of the seeds."""
+    known = [row for row in rows if not blank(row[name])]
+    largest = max(known, key=lambda row: int(row[name]), default=None)
+    if largest is None:
+        return Stat(0, 0, 0, 0)
+    value = int(largest[name])
+    cells = Cells(file, name, (int(largest.get(PLACE, -1)),))
+    return Stat(value, value, value, 1, (cells, cells, cells))

@@ -9,9 +9,10 @@ import numpy as np
 from etils import epath
 
 from jdistill import _validate
-from jdistill._files import PathLike, as_path, read_whole
-from jdistill.report._drawing import styled, write_png
+from jdistill._files import PathLike, as_path, read_whole, write_whole
 from jdistill.report._optional import optional
+
+_DPI = 160
 
 
 def write_picture_grid(
@@ -46,7 +47,16 @@ def write_picture_grid(
     _validate.count(max_examples=max_examples)
     _validate.text(attack=attack, norm=norm)
     target = as_path(path)
-    return write_png(picture_figure(load_pictures(pictures), max_examples, attack, norm), target)
+    arrays = load_pictures(pictures)
+    matplotlib = optional("matplotlib")
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        figure = _figure(arrays, max_examples, attack, norm)
+        optional("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+        data = io.BytesIO()
+        # Without matplotlib's version in the file, the same arrays give the same bytes.
+        figure.savefig(data, format="png", dpi=_DPI, metadata={"Software": None})
+    return write_whole(target, data.getvalue())
 
 
 def load_pictures(pictures: Mapping[str, Any] | PathLike) -> dict[str, np.ndarray]:
@@ -81,11 +91,7 @@ def load_pictures(pictures: Mapping[str, Any] | PathLike) -> dict[str, np.ndarra
     return arrays
 
 
-@styled
-def picture_figure(
-    arrays: Mapping[str, np.ndarray], max_examples: int, attack: str, norm: str
-) -> Any:
-    """The figure behind `write_picture_grid`."""
+def _figure(arrays: Mapping[str, np.ndarray], max_examples: int, attack: str, norm: str) -> Any:
     clean = arrays["clean"][:max_examples].astype(np.float64)
     adversarial = arrays["adversarial"][:max_examples].astype(np.float64)
     change = adversarial - clean

@@ -243,44 +243,6 @@ def read_table(path: PathLike, kind: str) -> list[dict[str, Any]]:
     return checked(kind, rows, [f"line {number} of {source}" for number, _ in lines])
 
 
-def write_results(path: PathLike, rows: Iterable[Row]) -> epath.Path:
-    """Writes `results.csv`: `write_table` of the kind "results".
-
-    None and NaN (no `eps`, no distance because nothing succeeded) are blank. Columns beyond
-    `COLUMNS` follow them in alphabetical order.
-
-    Args:
-        path: The file to write; its folder is made.
-        rows: One mapping per (dataset, temperature, seed, generation, attack), with at least
-            `COLUMNS`. Rates and shares are in [0, 1], distances in units of the input. `FACTS` are
-            further columns that a report makes use of, from `jdistill.attacks.traits(attack)`.
-
-    Returns:
-        The path.
-
-    Raises:
-        ValueError: As `write_table`.
-    """
-    return write_table(path, "results", rows)
-
-
-def read_results(path: PathLike) -> list[dict[str, Any]]:
-    """Reads what `write_results` wrote: `read_table` of the kind "results".
-
-    Args:
-        path: A `results.csv`.
-
-    Returns:
-        One dictionary a row, in the file's order. Columns beyond `COLUMNS` are kept, as numbers
-        where every filled cell is one and as text otherwise.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: As `read_table`.
-    """
-    return read_table(path, "results")
-
-
 def checked(
     kind: str, rows: Iterable[Row], places: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:

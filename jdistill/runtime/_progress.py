@@ -53,9 +53,13 @@ class Progress:
         if done >= total and event["event"] != "step":
             self._end_stage()
 
-    def begin(self, number: int, num_stages: int, *, prefix: str = "", num_parts: int = 1) -> None:
+    def begin(
+        self, number: int, num_stages: int | None = None, *, prefix: str = "", num_parts: int = 1
+    ) -> None:
         """What comes is of stage `number`, from 1, which has parts that their `stage`s name."""
-        self._place, self.prefix = _Place(number, num_stages, num_parts, []), prefix
+        self.prefix = prefix
+        if num_stages is not None:
+            self._place = _Place(number, num_stages, num_parts, [])
 
     def close(self) -> None:
         """End the bar and the stage, if there is one."""

@@ -206,7 +206,7 @@ def _verdicts(
         progress.begin(place, prefix=prefix, num_parts=_PARTS_OF_A_VERDICT)
         verdict = judge(study, network, surrogate, examples, shards, callback=progress)
         row = _name(examples, network).columns()
-        yield {**row, "verdict": verdict.as_dict()}
+        yield {**row, "verdict": verdict}
 
 
 def students(study: Study) -> list[tuple[str, int]]:

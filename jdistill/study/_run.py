@@ -227,9 +227,7 @@ def load(workdir: _files.PathLike) -> Tables:
     """
     folder = _files.as_path(workdir)
     _workdir.check_seal(folder)
-    rows: dict[str, list[Row]] = report.read_measures(folder)
-    rows["results"] = report.read_results(folder / "results.csv")
-    return Tables(folder, rows, folder / "report.html")
+    return Tables(folder, report.read_tables(folder), folder / "report.html")
 
 
 def networks(

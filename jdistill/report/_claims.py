@@ -1,0 +1,311 @@
+"""What the page may say: small pure functions of the numbers, each to a case of `_sentences`."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jdistill.report import _numbers
+from jdistill.report._networks import (
+    Attacked,
+    Judged,
+    Network,
+    Stat,
+    attack_keys,
+    budget_of,
+    is_of,
+)
+from jdistill.report._table import Row, blank
+
+# The usual level; divided by the number of comparisons (Bonferroni).
+LEVEL = 0.05
+# A minimum-norm attack "succeeds" from here on; the field's own reports have 99 to 100 %.
+FULL_SUCCESS = 0.95
+# Below it a network has hardly learned; a defense that costs more than this is said to cost.
+LEARNED = 0.5
+COST = 0.1
+FEW_EXAMPLES = 100
+
+_KINDS = {
+    "verdicts": "a masking verdict",
+    "comparisons": "paired tests of chains",
+    "curves": "curves against budget and steps",
+    "distances": "distances in several norms",
+    "transfer": "transfer between generations",
+    "sensitivity": "histograms of the sensitivity",
+    "calibration": "calibration",
+}
+
+
+class Claim(NamedTuple):
+    """A case, and what its sentence is about."""
+
+    case: str
+    fields: dict[str, Any]
+
+
+def subject(found: Sequence[Network], judged: Sequence[Judged]) -> Network:
+    """The network that the answer is about: the last student at the highest temperature.
+
+    Of the judged ones, where there are any.
+    """
+    networks = [item.network for item in judged] or list(found)
+    return max(networks, key=lambda net: (net.generation > 0, net.temperature, net.generation))
+
+
+def last_judged(judged: Sequence[Judged]) -> list[Judged]:
+    """Those on the first screen: the ordinary network, and each chain's last student."""
+    last = {(item.network.subject, item.network.temperature): item for item in judged}
+    return [item for item in judged if item.network.is_ordinary or item in last.values()]
+
+
+def answer(network: Network, judged: Sequence[Judged]) -> Claim:
+    """What is known of a network's robustness: its verdict, or else its strongest attack."""
+    own = next((item for item in judged if item.network == network), None)
+    if own is not None:
+        numbers = {"naive": own.naive, "worst": own.worst_case, "limit": own.limit}
+        return Claim(own.label, {"name": network.name, **numbers})
+    bounded = [hit for hit in network.attacks.values() if hit.key.eps is not None]
+    if bounded:
+        radii = [hit.key.budget for hit in bounded]
+        common = max(dict.fromkeys(radii), key=radii.count)
+        best = max(
+            (hit for hit in bounded if hit.key.budget == common), key=lambda hit: hit.success.mean
+        )
+        about = {"attack": best.key.name, "limit": best.key.limit, "success": best.success}
+        return Claim("attack", {"name": network.name, **about})
+    near = [hit for hit in network.attacks.values() if hit.median_distance.known]
+    if near:
+        hit = near[0]
+        norm = _numbers.norm_name(hit.key.norm)
+        about = {"success": hit.success, "median": hit.median_distance, "norm": norm}
+        return Claim("distance", {"name": network.name, "attack": hit.key.name, **about})
+    return Claim("no attack", {"name": network.name})
+
+
+def baseline(found: Sequence[Network], network: Network) -> Network | None:
+    """The ordinary network of the same data, to compare with: of the same chain if it has one."""
+    plain = [net for net in found if net.is_ordinary and net.dataset == network.dataset]
+    own = [net for net in plain if net.chain == network.chain]
+    other = next(iter([*own, *plain]), None)
+    return None if other == network else other
+
+
+def gain(network: Network, other: Network | None, judged: Sequence[Judged]) -> Claim | None:
+    """What the defense gains on the ordinary network, by everything tried."""
+    one = next((item for item in judged if item.network == network), None)
+    if one is None or other is None:
+        return None
+    base = next((item for item in judged if item.network == other), None)
+    about = {"other": other.name}
+    if base is None:
+        return Claim("not judged", about)
+    if (base.norm, base.eps, base.num_examples.mean) != (one.norm, one.eps, one.num_examples.mean):
+        return Claim("other examples", about)
+    difference = one.worst_case.mean - base.worst_case.mean
+    case = "higher" if difference > 0 else "lower"
+    if one.worst_case.overlaps(base.worst_case):
+        case = "overlap"
+    return Claim(
+        case,
+        {
+            **about,
+            "base": base.worst_case,
+            "gain": _numbers.points(abs(difference)).lstrip("+"),
+            "claimed": _numbers.points(one.naive.mean - base.naive.mean),
+        },
+    )
+
+
+def elsewhere(network: Network, judged: Sequence[Judged]) -> dict[str, list[float]]:
+    """The temperatures of the other last students, by label."""
+    found: dict[str, list[float]] = {}
+    for item in judged:
+        other = item.network
+        student = other.generation and other.is_last and other.subject == network.subject
+        if student and other.temperature != network.temperature:
+            found.setdefault(item.label, []).append(other.temperature)
+    return found
+
+
+def warnings(found: Sequence[Network], judged: Sequence[Judged]) -> list[Claim]:
+    """What a reader must know first."""
+    claims = []
+    poor = [net for net in found if net.accuracy.known and net.accuracy.mean < LEARNED]
+    if poor:
+        claims.append(Claim("hardly learned", {"names": _names(poor)}))
+    last = subject(found, judged)
+    other = baseline(found, last)
+    if other is not None and last not in poor and _costs(last.accuracy, other.accuracy):
+        accuracies = {"accuracy": last.accuracy, "base": other.accuracy}
+        claims.append(Claim("costs", {"name": last.name, "other": other.name, **accuracies}))
+    for hits in _failing(found).values():
+        worst = min(hits, key=lambda pair: pair[1].success.mean)[1]
+        about = {"attack": worst.key.name, "success": worst.success}
+        claims.append(Claim("unbounded", {"names": _names([net for net, _ in hits]), **about}))
+    bad = [item.network for item in judged if _outcome(item, "unbounded") == "masked"]
+    if bad:
+        claims.append(Claim("unbounded check", {"names": _names(bad)}))
+    for item in judged:
+        if any(verdict.num_nonfinite for verdict in item.verdicts):
+            claims.append(Claim("nonfinite", {"name": item.network.name}))
+    few = [item for item in judged if item.num_examples.mean < FEW_EXAMPLES]
+    if few:
+        claims.append(Claim("few", {"number": few[0].num_examples}))
+    if max(len(net.seeds) for net in found) == 1:
+        claims.append(Claim("one seed", {}))
+    return claims
+
+
+def _costs(accuracy: Stat, base: Stat) -> bool:
+    lower = base.mean - accuracy.mean > COST
+    return accuracy.known and base.known and lower and not accuracy.overlaps(base)
+
+
+def _failing(found: Sequence[Network]) -> dict[str, list[tuple[Network, Attacked]]]:
+    """By attack, the networks on which a minimum-norm attack does not succeed."""
+    failing: dict[str, list[tuple[Network, Attacked]]] = {}
+    for network in found:
+        for key, hit in network.attacks.items():
+            if key.eps is None and not key.has_no_norm and hit.success.high < FULL_SUCCESS:
+                failing.setdefault(key.attack, []).append((network, hit))
+    return failing
+
+
+def _names(networks: Sequence[Network]) -> str:
+    """A few networks by name, or how many."""
+    if len(networks) > 2:
+        return f"{len(networks)} networks (such as {networks[0].name})"
+    return _numbers.join([network.name for network in networks])
+
+
+def _outcome(item: Judged, name: str) -> str:
+    """The gravest outcome of a check over the seeds."""
+    order = ("masked", "undecided", "clear", "not run")
+    outcomes = [c.outcome for verdict in item.verdicts for c in verdict.checks if c.name == name]
+    return min(outcomes, key=order.index, default="not run")
+
+
+class Comparison(NamedTuple):
+    """One comparison of two networks, and the case of what it supports."""
+
+    row: Row
+    case: str
+    number: int
+
+
+def comparisons(rows: Sequence[Row]) -> list[Comparison]:
+    """The comparisons, those over the seeds where there are any, else those of each seed."""
+    pooled = {_pair(row) for row in rows if blank(row["seed"])}
+    chosen = [row for row in rows if blank(row["seed"]) or _pair(row) not in pooled]
+    number = sum(not blank(row["p_value"]) for row in chosen)
+    return [Comparison(row, support(row, number), number) for row in chosen]
+
+
+def support(row: Row, number: int) -> str:
+    """What a comparison supports, as one of `number` made: a case of `COMPARISONS`.
+
+    Within one seed a test is over examples: it tells these two networks apart, and says nothing of
+    the next seed's, however small p is.
+    """
+    if any(blank(row[name]) for name in ("low", "high", "p_value")):
+        return "untested"
+    excludes = float(row["low"]) > 0 or float(row["high"]) < 0
+    p_value = float(row["p_value"])
+    if excludes != (p_value < LEVEL):
+        return "disagree"
+    if not excludes:
+        return "not shown"
+    if p_value >= LEVEL / max(number, 1):
+        return "many"
+    if not blank(row["seed"]):
+        return "one seed"
+    return "higher" if float(row["difference"]) > 0 else "lower"
+
+
+def effect(made: Sequence[Comparison]) -> Claim | None:
+    """What all comparisons say together."""
+    if not made:
+        return None
+    shown = sum(each.case in ("higher", "lower") for each in made)
+    differing = sum(each.case == "one seed" for each in made)
+    fields = {"number": len(made), "shown": shown, "differing": differing}
+    return Claim("shown" if shown else "one seed" if differing else "none", fields)
+
+
+def _pair(row: Row) -> tuple[Any, ...]:
+    names = ("dataset", "chain", "baseline_chain", "temperature", "quantity")
+    return tuple(row.get(name) for name in (*names, "generation", "baseline_generation"))
+
+
+_QUANTITY = re.compile(r"robust_accuracy: (?P<attack>.+) at (?P<norm>\S+) (?P<eps>[\d.e+-]+)")
+
+
+def quantity(row: Row) -> str:
+    """What was compared, in words.
+
+    >>> quantity({"quantity": "test_accuracy"})
+    'test accuracy'
+    >>> quantity({"quantity": "robust_accuracy: pgd_margin at linf 0.1", "title": "PGD margin"})
+    'accuracy under PGD margin, l∞ ≤ 0.1'
+    """
+    text = str(row["quantity"])
+    if found := _QUANTITY.fullmatch(text):
+        name = row.get("title") or found["attack"].replace("_", " ")
+        limit = _numbers.within(found["norm"], budget_of(found["eps"]) or 0.0)
+        return f"accuracy under {name}, {limit}"
+    return text.replace("_", " ")
+
+
+def limits(
+    found: Sequence[Network], judged: Sequence[Judged], measures: Mapping[str, Sequence[Row]]
+) -> list[Claim]:
+    """What the page does not show, from what was and was not run."""
+    keys = attack_keys(found)
+    claims = [Claim("proof", {})]
+    missing = [words for kind, words in _KINDS.items() if not measures[kind]]
+    if missing:
+        claims.append(Claim("missing", {"kinds": _numbers.join(missing)}))
+    if not {"scores", "decisions"} & set(facts_tried("access", keys, judged)):
+        claims.append(Claim("black box", {}))
+    seen = [hit.num_attacked for net in found for hit in net.attacks.values()]
+    seen += [item.num_examples for item in judged]
+    most = max(seen, key=lambda size: size.mean, default=None)
+    tested = max((net.num_test for net in found), key=lambda size: size.mean)
+    if most is not None and most.mean < tested.mean:
+        claims.append(Claim("test set", {"most": most, "tested": tested}))
+    norms = norms_tried(found, judged, measures)
+    if norms:
+        claims.append(Claim("norms", {"norms": _numbers.join(norms)}))
+    if found[0].distilled and not any(net.is_ordinary for net in found):
+        claims.append(Claim("baseline", {}))
+    return claims
+
+
+def norms_tried(
+    found: Sequence[Network], judged: Sequence[Judged], measures: Mapping[str, Sequence[Row]]
+) -> list[str]:
+    """The norms of every attack there was, in whatever table it stands."""
+    keys = attack_keys(found)
+    norms = {key.norm for key in keys if key.norm and not key.has_no_norm}
+    norms |= {item.norm for item in judged}
+    norms |= {str(row["norm"]) for kind in ("distances", "curves") for row in measures[kind]}
+    names = sorted(_numbers.norm_name(norm) for norm in norms if norm)
+    return names + ["rotations and translations"] * any(key.has_no_norm for key in keys)
+
+
+def facts_tried(fact: str, keys: Iterable[Any], judged: Sequence[Judged]) -> dict[str, list[str]]:
+    """By the value of a fact of attacks, the names of those that have it, verdicts' included."""
+    made = [(key.name, getattr(key.facts, fact)) for key in keys]
+    for item in judged:
+        for verdict in item.verdicts:
+            made += [(each.name, getattr(each, fact)) for each in verdict.attacks]
+    found: dict[str, list[str]] = {}
+    for name, value in made:
+        if value is not None and name not in found.setdefault(value, []):
+            found[value].append(name)
+    return found
+
+
+def of_network(rows: Sequence[Row], network: Network) -> list[Row]:
+    """The rows about a network."""
+    return [row for row in rows if is_of(row, network)]
