@@ -96,7 +96,7 @@ def test_run_leaves_the_whole_workdir(finished):
         for row in report.read_table(finished / f"{kind}.csv", kind):
             alone = row.get("attack") == "worst_case" or row.get("quantity") == "test_accuracy"
             assert (row["title"] is None) == alone, (kind, row)
-    for name in ("accuracy.png", "sensitivity.png", "distances.png", "pictures_T20.png"):
+    for name in ("accuracy.svg", "attacks.svg", "verdict.svg", "pictures_T20.png"):
         assert (finished / "figures" / name).stat().st_size > 5000
     page = (finished / "report.html").read_text()
     assert page.count("data:image/png;base64") >= 4
