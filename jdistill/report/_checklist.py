@@ -74,7 +74,7 @@ def _check(*names: str) -> Callable[[Run], Answer]:
         if not made:
             return "not done", "That check of a verdict was not run."
         if bad:
-            return "problem found", f"{len(bad)} of {len(made)} checks. {bad[0].finding}"
+            return "problem found", f"{len(bad)} of {len(made)} checks; see the evidence."
         if undecided == len(made):
             return "not done", f"None of {len(made)} checks could be decided."
         open_ones = f", {undecided} of them undecided" if undecided else ""

@@ -118,7 +118,11 @@ def _written(figure: Any, title: str, salt: str) -> Figure:
     # Ids of glyphs and groups are unique within a figure alone.
     prefix = "f" + hashlib.sha256(salt.encode()).hexdigest()[:6]
     inline = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", inline)
-    inline = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', inline)
+    box = re.search(r'viewBox="([^"]*)"', inline)
+    assert box is not None
+    width = 1.35 * float(box[1].split()[2])  # a small figure is not blown up
+    opening = f'<svg viewBox="{box[1]}" style="max-width: {width:.0f}px" role="img">'
+    inline = re.sub(r"<svg [^>]*>", opening, inline, count=1).replace("#ffffff", "var(--page)")
     for color in DARK:
         inline = inline.replace(color, f"var(--{name_of(color)})")
     return Figure(title, svg, inline)

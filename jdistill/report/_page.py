@@ -263,7 +263,7 @@ def _sections(
         ),
         Section(
             "Does an assistant help?",
-            "Pairs on the same examples.",
+            "Pairs on the same n examples.",
             (),
             [("", _tables.comparisons(made))] if made else [],
             "comparisons.csv",
@@ -316,11 +316,13 @@ def _evidence(
     if not verdicts:
         return None
     item = next(item for item in verdicts if item.network == network)
+    first = _claims.last_judged(verdicts)
+    others = [each for each in verdicts if each not in first]
     return {
         "name": network.name,
         "verdict": item.shown,
-        "all": _tables.headline(found, verdicts),
-        "checks": _tables.checks(_claims.last_judged(verdicts)),
+        "others": _tables.headline(found, others) if others else None,
+        "checks": _tables.checks(first),
         "attacks": _tables.verdict_attacks(item),
     }
 

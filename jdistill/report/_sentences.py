@@ -57,7 +57,7 @@ COMPARISONS = {
     "one seed": "these two networks differ; a second seed is missing to say so of the method",
     "many": "not shown: one of {number} comparisons, and p is not below 0.05 / {number}",
     "disagree": "not settled: the interval and the test disagree",
-    "not shown": "no difference shown",
+    "not shown": "no difference",
     "untested": "not tested",
 }
 

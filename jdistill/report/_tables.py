@@ -145,7 +145,7 @@ def _comparison(made: _claims.Comparison) -> list[Cell]:
         Cell(say({"": "{it:points2}"}, "", it=difference), difference.small("points2")),
         Cell("–" if row["p_value"] is None else _numbers.p_value(float(row["p_value"]))),
         Cell(_claims.quantity(row)),
-        Cell(over, "" if size is None else _numbers.count(int(size), "example")),
+        Cell(over, "" if size is None else f"n={int(size):,}"),
     ]
 
 
