@@ -288,8 +288,7 @@ def rows(good, column="test_accuracy"):
 
 def verdicts(good):
     bad = {**JUNK, "row": good[0], "numbers": [1], "twice": good * 2, "bare": [NET]}
-    for kind, new in {"label": "robust", "eps": math.nan, "clean": 0.5, "checks": "no"}.items():
-        bad[kind] = first(good, verdict={**good[0]["verdict"], kind: new})
+    bad["plain values for a verdict"] = first(good, verdict=good[0]["verdict"].as_dict())
     return {**bad, "text for a verdict": first(good, verdict="masked")}
 
 

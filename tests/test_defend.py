@@ -99,7 +99,7 @@ def test_run_leaves_the_whole_workdir(finished):
     for name in ("accuracy.svg", "attacks.svg", "verdict.svg", "pictures_T20.png"):
         assert (finished / "figures" / name).stat().st_size > 5000
     page = (finished / "report.html").read_text()
-    assert page.count("data:image/png;base64") >= 4
+    assert page.count("<svg") >= 4
     assert json.loads((finished / "run.json").read_text())["devices"]
 
 

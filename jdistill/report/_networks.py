@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jdistill.diagnose import Verdict
 from jdistill.report import _numbers
-from jdistill.report._table import FACTS, Row, blank, checked, sort_key
+from jdistill.report._table import FACTS, Row, blank, checked, listed, sort_key
 
 
 class Cells(NamedTuple):
@@ -328,10 +328,7 @@ def networks(rows: Iterable[Row]) -> list[Network]:
 
 def numbered(rows: Iterable[Row]) -> list[Row]:
     """The rows with their places, unless they have them."""
-    found = list(rows)
-    if not all(isinstance(row, Mapping) for row in found):
-        return found  # what is wrong is said where rows are checked
-    return [{PLACE: place, **row} for place, row in enumerate(found)]
+    return [{PLACE: place, **row} for place, row in enumerate(listed(rows))]
 
 
 PLACE = "row"
