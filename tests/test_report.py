@@ -268,8 +268,14 @@ def judged_rows(*verdicts):
     ("label", "words"),
     [
         ("masked", "Do not trust the 95.0% that the student with 1 assistant at T = 100 keeps"),
-        ("weak attack", "keeps 70.0% (95% interval 63.6% to 76.4%) within l∞ ≤ 0.1, not the 95.0%"),
-        ("no sign of masking", "keeps 70.0% (95% interval 63.6% to 76.4%) within l∞ ≤ 0.1 against"),
+        (
+            "weak attack",
+            "keeps 70.0% (95% interval 63.6% to 76.4%) of 200 examples within l∞ ≤ 0.1, not",
+        ),
+        (
+            "no sign of masking",
+            "keeps 70.0% (95% interval 63.6% to 76.4%) of 200 examples within l∞ ≤ 0.1 against",
+        ),
         ("inconclusive", "What was tried cannot tell how far to trust the 95.0%"),
     ],
 )
@@ -304,7 +310,7 @@ def test_a_problem_is_not_done(tmp_path):
     items = checklist_of(write(tmp_path, verdicts=checks))
     assert items["Success grows with the budget"] == "problem found"
     assert items["Random noise is not stronger"] == "passed"
-    assert items["An attack on the predicted class alone"] == "not done"
+    assert items["Try an attack that sees the predicted class alone"] == "not done"
 
 
 def test_attacks_are_known_by_their_facts(tmp_path):
@@ -356,7 +362,7 @@ def test_a_network_is_not_compared_with_itself(tmp_path):
     page = write(
         tmp_path, [make_row()], verdicts=judged_rows((1.0, 0, make_verdict("masked", 1, 0)))
     )
-    assert "By the same measure" not in page.text
+    assert "by the same measure" not in page.text.lower()
     assert "How robust are networks on mnist?" in page.text
 
 

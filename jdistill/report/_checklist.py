@@ -247,17 +247,17 @@ _ITEMS: tuple[tuple[str, Callable[[Run], Answer]], ...] = (
     ("Full success without a bound", _either(_check("unbounded"), _unbounded)),
     ("Gradients are of use", _check("gradient_agreement", "zero_gradients")),
     (
-        "An attack without gradients",
+        "Try an attack without gradients",
         _either(
             _check("black_box"),
             _made("access", ("scores", "decisions"), "None here is known to be one."),
         ),
     ),
     (
-        "An attack on the predicted class alone",
+        "Try an attack that sees the predicted class alone",
         _made("access", ("decisions",), "None here is known to be one."),
     ),
-    ("Adversarial examples of another network", _either(_check("transfer"), _transfer)),
+    ("Try adversarial examples of another network", _either(_check("transfer"), _transfer)),
     ("Random noise is not stronger", _check("random_noise")),
     ("The worst case of every example over all attacks", _worst_case),
     ("More than one norm", _norms),

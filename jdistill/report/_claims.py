@@ -63,6 +63,7 @@ def answer(network: Network, judged: Sequence[Judged]) -> Claim:
     own = next((item for item in judged if item.network == network), None)
     if own is not None:
         numbers = {"naive": own.naive, "worst": own.worst_case, "limit": own.limit}
+        numbers["number"] = own.num_examples
         return Claim(own.label, {"name": network.name, **numbers})
     bounded = [hit for hit in network.attacks.values() if hit.key.eps is not None]
     if bounded:

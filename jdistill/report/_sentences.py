@@ -8,14 +8,17 @@ from typing import Any
 
 ANSWERS = {
     "masked": "Do not trust the {naive:%} that {name} keeps under the usual attack: its gradients "
-    "are masked. Everything tried together leaves {worst:%} ({worst:ends}) within {limit}.",
-    "weak attack": "{name} keeps {worst:%} ({worst:ends}) within {limit}, not the {naive:%} that "
-    "the usual attack leaves: stronger attacks find more. No check points to masked gradients.",
-    "no sign of masking": "{name} keeps {worst:%} ({worst:ends}) within {limit} against everything "
-    "tried; the usual attack leaves {naive:%}, and no check points to masked gradients.",
+    "are masked. Everything tried together leaves {worst:%} ({worst:ends}) of {number:count} "
+    "examples within {limit}.",
+    "weak attack": "{name} keeps {worst:%} ({worst:ends}) of {number:count} examples within "
+    "{limit}, not the {naive:%} that the usual attack leaves: stronger attacks find more. No check "
+    "points to masked gradients.",
+    "no sign of masking": "{name} keeps {worst:%} ({worst:ends}) of {number:count} examples within "
+    "{limit} against everything tried; the usual attack leaves {naive:%}, and no check points to "
+    "masked gradients.",
     "inconclusive": "What was tried cannot tell how far to trust the {naive:%} that {name} keeps "
     "under the usual attack within {limit}; everything tried together leaves {worst:%} "
-    "({worst:ends}).",
+    "({worst:ends}) of {number:count} examples.",
     "attack": "{attack} within {limit} succeeds on {success:%} ({success:ends}) of the examples "
     "against {name}, the most of the attacks here. Whether its gradients are masked was not "
     "checked: no verdict was asked for.",
@@ -30,8 +33,8 @@ GAINS = {
     "{gain} points against everything tried, where the usual attack would claim {claimed}.",
     "lower": "By the same measure {other} keeps {base:%}: against everything tried the defense "
     "loses {gain} points, where the usual attack would claim {claimed}.",
-    "overlap": "By the same measure {other} keeps {base:%}, and the intervals overlap: no gain "
-    "shows. The usual attack would claim {claimed} points.",
+    "overlap": "No gain shows: by the same measure {other} keeps {base:%}, and the intervals "
+    "overlap. The usual attack would claim {claimed} points.",
     "other examples": "{other} was judged on other examples, so no difference is drawn.",
     "not judged": "No verdict was asked for on {other}, so no gain is claimed.",
 }
@@ -43,8 +46,8 @@ WARNINGS = {
     "defense costs accuracy.",
     "unbounded": "{attack} may change an input as far as it needs, and yet fails on some examples "
     "against {names} (success {success:%}): the attack is at fault there, not the network robust.",
-    "unbounded check": "Without a bound on the distance the attacks of the verdict fail on some "
-    "examples against {names}: their failures within the bound say little.",
+    "unbounded check": "Even without a bound on the distance the usual attack fails on examples "
+    "against {names}: its failures within the bound say little.",
     "nonfinite": "{name} gives NaN or infinite logits on some examples, which count as wrong.",
     "few": "A verdict rests on {number:count} examples only; the intervals are wide.",
     "one seed": "One seed: the intervals are over examples, and say nothing of the networks that "
