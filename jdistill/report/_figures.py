@@ -32,7 +32,7 @@ TONES = {
     "masked": "#b3261e",
     "weak attack": "#8f5a00",
     "inconclusive": "#5f6368",
-    "no sign of masking": "#00695c",
+    "no sign of masking": "#37474f",
 }
 # Color in the light, and in the dark.
 DARK = {
@@ -43,7 +43,7 @@ DARK = {
     **dict(
         zip(_TEMPERATURES, ("#a9659a", "#b874a6", "#d184bb", "#e6a6d4", "#f5cdea"), strict=True)
     ),
-    **dict(zip(TONES.values(), ("#ff8a80", "#f0b95c", "#b6bcc2", "#5cc9b7"), strict=True)),
+    **dict(zip(TONES.values(), ("#ff8a80", "#f0b95c", "#b6bcc2", "#c3d0d8"), strict=True)),
 }
 _STYLE = {
     "font.size": 10,

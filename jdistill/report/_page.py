@@ -284,8 +284,8 @@ def _sections(
         ),
         Section(
             "Transfer between the networks of a chain",
-            "Where another source does better than the diagonal, that attack fails for reasons of "
-            "its own.",
+            "The row crafts, the column is judged. A source clearly better than the diagonal shows "
+            "that the attack there is weak.",
             (),
             _tables.transfer(rows["transfer"]),
             "transfer.csv",

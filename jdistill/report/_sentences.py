@@ -60,7 +60,7 @@ COMPARISONS = {
     "one seed": "these two networks differ; a second seed is missing to say so of the method",
     "many": "not shown: one of {number} comparisons, and p is not below 0.05 / {number}",
     "disagree": "not settled: the interval and the test disagree",
-    "not shown": "no difference",
+    "not shown": "none shown",
     "untested": "not tested",
 }
 
@@ -83,6 +83,7 @@ LIMITS = {
 }
 
 TERMS = {
+    "Ordinary network": "The teacher at T = 1.",
     "Usual attack": "PGD with 40 steps on the cross-entropy at T = 1, as papers usually report.",
     "Everything tried": "The share of the same examples that no attack of the verdict broke: an "
     "upper bound on what a better attack would leave.",
