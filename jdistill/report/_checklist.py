@@ -31,7 +31,7 @@ class Item(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What the rules look at."""
+    """Tables, verdicts, and settings that the rules look at."""
 
     found: Sequence[Network]
     judged: Sequence[Judged]

@@ -1,4 +1,4 @@
-"""What the page may say: small pure functions of the numbers, each to a case of `_sentences`."""
+"""Decisions on what the page may say: pure functions of the numbers, to cases of `_sentences`."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -59,7 +59,7 @@ def last_judged(judged: Sequence[Judged]) -> list[Judged]:
 
 
 def answer(network: Network, judged: Sequence[Judged]) -> Claim:
-    """What is known of a network's robustness: its verdict, or else its strongest attack."""
+    """Answer on a network's robustness: its verdict, or else its strongest attack."""
     own = next((item for item in judged if item.network == network), None)
     if own is not None:
         numbers = {"naive": own.naive, "worst": own.worst_case, "limit": own.limit}
@@ -92,7 +92,7 @@ def baseline(found: Sequence[Network], network: Network) -> Network | None:
 
 
 def gain(network: Network, other: Network | None, judged: Sequence[Judged]) -> Claim | None:
-    """What the defense gains on the ordinary network, by everything tried."""
+    """Gain of the defense on the ordinary network, by everything tried."""
     one = next((item for item in judged if item.network == network), None)
     if one is None or other is None:
         return None
@@ -129,7 +129,7 @@ def elsewhere(network: Network, judged: Sequence[Judged]) -> dict[str, list[floa
 
 
 def warnings(found: Sequence[Network], judged: Sequence[Judged]) -> list[Claim]:
-    """What a reader must know first."""
+    """Warnings that stand before everything else."""
     claims = []
     poor = [net for net in found if net.accuracy.known and net.accuracy.mean < LEARNED]
     if poor:
@@ -203,7 +203,7 @@ def comparisons(rows: Sequence[Row]) -> list[Comparison]:
 
 
 def support(row: Row, number: int) -> str:
-    """What a comparison supports, as one of `number` made: a case of `COMPARISONS`.
+    """Case of `COMPARISONS` that a comparison supports, as one of `number` made.
 
     Within one seed a test is over examples: it tells these two networks apart, and says nothing of
     the next seed's, however small p is.

@@ -313,7 +313,7 @@ def networks(rows: Iterable[Row]) -> list[Network]:
     # Of rows on the same attack some may be without.
     known = {str(row["attack"]): facts(row) for row in every if facts(row) != Facts()}
     for row in every:
-        groups.setdefault(_where(row, "generation"), []).append(row)
+        groups.setdefault(_where(row), []).append(row)
     if not groups:
         raise ValueError("expected at least one row of results, got none; run an evaluation first")
     last: dict[Any, int] = {}
@@ -334,9 +334,9 @@ def numbered(rows: Iterable[Row]) -> list[Row]:
 PLACE = "row"
 
 
-def _where(row: Row, generation: str) -> tuple[str, str, float, int]:
+def _where(row: Row) -> tuple[str, str, float, int]:
     chain = "" if blank(row.get("chain")) else str(row["chain"])
-    return str(row["dataset"]), chain, float(row["temperature"]), int(row[generation])
+    return str(row["dataset"]), chain, float(row["temperature"]), int(row["generation"])
 
 
 def _network(
@@ -425,10 +425,10 @@ def _judged(network: Network, norm: str, eps: float, rows: list[Row]) -> Judged:
     )
 
 
-def is_of(row: Row, network: Network, generation: str = "generation") -> bool:
+def is_of(row: Row, network: Network) -> bool:
     """Whether a row is about this network, at whatever seed."""
     own = (network.dataset, network.chain, network.temperature, network.generation)
-    return _where(row, generation) == own
+    return _where(row) == own
 
 
 def attack_keys(found: Sequence[Network]) -> list[AttackKey]:
