@@ -200,7 +200,7 @@ def make_verdict(label, naive, worst_case, outcomes=None, **changes):
     verdict = {
         "label": label,
         "reason": {
-            "masked": "the gradient of the usual loss is exactly zero on 98.5 % of the examples",
+            "masked": "the gradient of the usual loss is exactly zero on 98.5% of the examples",
             "inconclusive": "no attack without gradients was run, which would tell",
             "no sign of masking": "no check points to masking",
             "weak attack": "no check points to masking, but the usual attack is weak here",

@@ -18,6 +18,7 @@ LEVELS = {
     "typing": 0,
     "_validate": -1,
     "_files": 0,
+    "_words": 0,
     "_order": 0,
     "_jax": 0,
     "_fingerprint": 1,

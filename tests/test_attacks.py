@@ -161,7 +161,7 @@ CASES = {
         False,
         False,
         closely={"num_steps": 300},
-        ratio=1.05,  # the radius moves by 5 % a step
+        ratio=1.05,  # the radius moves by 5% a step
         changes={"gamma": 0.1, "initial_norm": 0.5, "step_size": 0.3},
     ),
     "ead": Case(
@@ -961,7 +961,7 @@ def test_no_scale_of_the_logits_hides_anything_from_a_search(name):
     for scale in SCALES:
         result = run(CASES[name], make(scale=scale), INPUTS, LABELS, **settings)
         np.testing.assert_array_equal(result.success, plain.success)
-        # Where a search ends depends on rounding: by 4 % for an example, by 1 % in the mean.
+        # Where a search ends depends on rounding: by 4% for an example, by 1% in the mean.
         np.testing.assert_allclose(result.distance.mean(), plain.distance.mean(), rtol=0.02)
 
 

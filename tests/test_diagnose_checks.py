@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jdistill import diagnose, metrics
-from jdistill.diagnose import _checks, _label, _words
+from jdistill.diagnose import _checks, _label
 from jdistill.diagnose._evidence import Evidence, own_temperature, still_moving
 from jdistill.diagnose._probes import Agreement, Gradients
 
@@ -72,7 +72,7 @@ def masked(evidence):
 def test_honest_evidence():
     checks, label, reason = judge(HONEST)
     assert label == "no sign of masking"
-    assert "nothing that was tried speaks against the naive 60.0 %" in reason
+    assert "nothing that was tried speaks against the naive 60.0%" in reason
     assert {check.outcome for check in checks.values()} == {"clear", "not run"}
     assert [name for name, check in checks.items() if check.outcome == "not run"] == ["transfer"]
     for check in checks.values():
@@ -102,8 +102,8 @@ def test_a_gap_that_a_larger_radius_does_not_close(name):
     assert not masked(with_broken(HONEST, **{name: between(76, 96)}))
     _, label, reason = judge(with_broken(HONEST, **{name: between(70, 90)}))
     assert label == "weak attack"
-    assert "weak here: it leaves 60.0 %" in reason
-    assert "the number to report, is 40.0 %" in reason
+    assert "weak here: it leaves 60.0%" in reason
+    assert "the number to report, is 40.0%" in reason
     # Nine examples are no gap.
     assert not masked(with_broken(HONEST, **{name: between(91, 100)}))
     # What the usual attack broke too is none either.
@@ -239,12 +239,6 @@ def test_own_temperature():
     assert own_temperature(np.zeros((3, 10))) == own_temperature(np.zeros((0, 10))) == 1.0
     spread = np.array([[3.0, 0.0, 0.0]])
     assert own_temperature(spread) == pytest.approx(2.0 / (4 + np.log(2)))
-
-
-def test_numbers_in_sentences():
-    assert _words.percent(0.12345) == "12.3 %"
-    numbers = [_words.number(value) for value in (2.7551, 100.0, 2213.4, 1e10, 0.5)]
-    assert numbers == ["2.76", "100", "2213", "1e+10", "0.5"]
 
 
 def test_what_is_no_verdict():

@@ -174,7 +174,7 @@ def test_the_curve_against_eps_is_that_of_many_runs(results):
         runs = evaluate.under_attack(STACK, INPUTS, LABELS, plan)
         for r in range(R):
             one = runs.success[r]
-            # FMN is 5 % beyond the boundary at most; the examples between the two may differ.
+            # FMN is 5% beyond the boundary at most; the examples between the two may differ.
             near = np.abs(boundary_distance(WEIGHTS[r], "linf") / eps - 1) < 0.05
             broken = results[False].distances["linf"].distance[r] <= eps
             np.testing.assert_array_equal(broken[~near], one[~near])

@@ -225,7 +225,7 @@ def test_the_boundary_of_many_linear_classes(num_classes, norm):
     logits_fn, inputs, labels, exact = tiny.many_classes(num_classes, norm)
     found = attacks.fmn(logits_fn, None, inputs, labels, norm=norm, num_steps=300)
     ratio = found.distance / exact
-    # A soft maximum over all of them is past its own boundary long before: 11 to 19 % for 100 and
+    # A soft maximum over all of them is past its own boundary long before: 11 to 19% for 100 and
     # 1,000 classes. A runner-up that is left early is what a single ratio may show.
     assert float(ratio.min()) > 1 - 1e-4
     assert float(jnp.median(ratio)) < 1.003, ratio

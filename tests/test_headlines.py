@@ -35,7 +35,7 @@ def jsma_success_rate(name, **settings):
 
 @pytest.mark.slow
 def test_distillation_stops_the_saliency_map_attack_that_it_was_published_against():
-    # Papernot et al. 2016, "Distillation as a Defense", section V: 95.89 % to 0.45 %.
+    # Papernot et al. 2016, "Distillation as a Defense", section V: 95.89% to 0.45%.
     assert jsma_success_rate("plain") >= 0.8
     assert jsma_success_rate("distilled") <= 0.05
     # Carlini & Wagner 2016: at the softmax of its training the same network falls.

@@ -244,7 +244,7 @@ def test_small_gradients_are_no_masking():
 
 
 def test_the_share_of_the_paper():
-    # No pair ever suffices: the steps taken are half of 14.5 % of 784 features, rounded down.
+    # No pair ever suffices: the steps taken are half of 14.5% of 784 features, rounded down.
     weights = jnp.stack([-jnp.ones(784), jnp.ones(784)], axis=1)
 
     def logits_fn(x):

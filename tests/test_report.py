@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from jdistill import report
+from jdistill import _words, report
 from jdistill.diagnose._verdict import Label
-from jdistill.report import _claims, _networks, _numbers, _sentences
+from jdistill.report import _claims, _networks, _sentences
 from tests.report_rows import (
     CW,
     FGSM,
@@ -195,7 +195,7 @@ def check_consistent(page, rows, measures):
     tried |= {row["norm"] for kind in ("distances", "curves") for row in measures.get(kind, [])}
     other = re.search(r"Perturbations other than (.*?)\.", page.text)
     for norm in tried:
-        assert _numbers.norm_name(norm) in other[1], "a norm that was tried is 'not tried'"
+        assert _words.norm_name(norm) in other[1], "a norm that was tried is 'not tried'"
     missing = re.search(r"Not done in this run: (.*?)\.", page.text)
     for kind, words in _claims._KINDS.items():
         there = bool(measures.get(kind))

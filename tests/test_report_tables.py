@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from jdistill import report
-from jdistill.report import _networks, _numbers, _pictures
+from jdistill import _words, report
+from jdistill.report import _networks, _pictures
 from tests.report_rows import (
     CW,
     FGSM,
@@ -161,7 +161,7 @@ def test_summary_shows_each_network_once():
         "6.10",
         f"{teacher.log10_sensitivity_softmax.mean:.2f}".replace("-", "−"),
         f"{100 * teacher.zero_gradients.mean:.1f}",
-        *(_numbers.percent(hit.success.mean).rstrip("%") for hit in teacher.attacks.values()),
+        *(_words.percent(hit.success.mean).rstrip("%") for hit in teacher.attacks.values()),
         f"{teacher.attacks[_networks.AttackKey(*CW)].mean_distance.mean:.2f}",
         f"{teacher.attacks[_networks.AttackKey(*CW)].median_distance.mean:.2f}",
     ]

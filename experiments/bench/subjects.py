@@ -29,7 +29,7 @@ from jdistill import data, metrics, nets, runtime, train
 from jdistill.typing import LogitsFn
 
 Params = Mapping[str, Any]
-# Shuffled batches of 64, Adam at 0.002: the papers' network gets 97.5 % of the unseen right.
+# Shuffled batches of 64, Adam at 0.002: the papers' network gets 97.5% of the unseen right.
 RECIPE = {"num_epochs": 8, "batch_size": 64, "learning_rate": 0.002, "seed": 0}
 
 

@@ -65,7 +65,7 @@ def apgd(
 
     For l1 the steps follow the signs of the largest gradients alone, two thirds as many as the best
     point had changed features at the last checkpoint, without momentum; each start runs through
-    balls of 3, 2 and 1 times the radius, with 30, 30 and 40 % of the steps.
+    balls of 3, 2 and 1 times the radius, with 30, 30 and 40% of the steps.
 
     With `loss=jdistill.losses.cross_entropy` this is APGD-CE, which a distilled network's
     saturated softmax defeats; with `loss=jdistill.losses.dlr` it is APGD-DLR. For APGD-T see
@@ -240,8 +240,8 @@ def _method(
 def _checkpoints(num_steps: int) -> np.ndarray:
     """Steps since the last checkpoint after each number of steps, 0 where it is not one.
 
-    The first one comes after 22 % of the steps; each period is 3 % shorter than the one before,
-    and no shorter than 6 %.
+    The first one comes after 22% of the steps; each period is 3% shorter than the one before,
+    and no shorter than 6%.
     """
     period = max(int(0.22 * num_steps), 1)
     shrink, shortest = max(int(0.03 * num_steps), 1), max(int(0.06 * num_steps), 1)

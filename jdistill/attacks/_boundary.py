@@ -21,7 +21,7 @@ from jdistill.attacks._core.problem import (
 from jdistill.attacks._core.traits import facts
 from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
 
-# Halvings of the way from the start to the input: the walk begins at the boundary within 0.1 %.
+# Halvings of the way from the start to the input: the walk begins at the boundary within 0.1%.
 _NUM_HALVINGS = 10
 # Every so many tries asks for the orthogonal step alone.
 _CHECK_EVERY = 10

@@ -60,7 +60,7 @@ def fmn(
     loss is the margin (`loss=losses.margin`). The default is the soft margin, whose gradient does
     not jump between runners-up, with a softness that falls over the steps from 1 to a hundredth:
     what is left at the end is the margin, whose boundary is the network's own. With many classes
-    the soft margin alone stops short of it, by 19 % for 1,000 classes of a linear network.
+    the soft margin alone stops short of it, by 19% for 1,000 classes of a linear network.
 
     Args:
         logits_fn: inputs `[B, ...]` to logits `[B, K]`.

@@ -128,7 +128,7 @@ def jsma(
         theta: what a step adds to a feature, in input units; not 0; scalar or `[B]`; may be
             traced. None takes the box's width, with which a feature saturates at once.
         max_features: the most features changed, at least 2; static. An odd number is rounded
-            down to pairs. None takes the paper's 14.5 % of all features, rounded down to pairs
+            down to pairs. None takes the paper's 14.5% of all features, rounded down to pairs
             (112 of 784), and at least 2. A step counts as two features even where `theta` is so
             small that the same feature is changed again.
         output: `(logits [B, K]) -> [B, K]`, per example, whose derivative is the saliency; a

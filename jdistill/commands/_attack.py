@@ -354,8 +354,8 @@ def aim(
 
 
 def table(rows_of: Mapping[str, Sequence[Row]]) -> str:
-    """A line for each network: accuracy, success with its 95 % interval, distance, queries."""
-    head = ("network", "accuracy", "success [95 %]", "of those right", "mean distance", "median")
+    """A line for each network: accuracy, success with its 95% interval, distance, queries."""
+    head = ("network", "accuracy", "success [95%]", "of those right", "mean distance", "median")
     lines = [(*head, "queries"), *((name, *_entries(rows)) for name, rows in rows_of.items())]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = [

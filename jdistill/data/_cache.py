@@ -126,5 +126,5 @@ def write(folder: Any, entry: Entry) -> None:
         arrays[f"{name}_inputs"], arrays[f"{name}_labels"] = split
     folder.mkdir(parents=True, exist_ok=True)
     with _files.replacing(folder / entry.key.file_name) as stream:
-        # Uncompressed: CIFAR-10 would shrink by 7 % only, and take 15 times as long to write.
+        # Uncompressed: CIFAR-10 would shrink by 7% only, and take 15 times as long to write.
         np.savez(stream, **arrays)  # type: ignore[arg-type]

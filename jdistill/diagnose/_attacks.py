@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from jdistill import attacks, losses, norms
+from jdistill import _words, attacks, losses, norms
 from jdistill.attacks import AttackResult
 from jdistill.attacks._core.problem import Problem
 from jdistill.attacks._core.traits import by_loss, facts
-from jdistill.diagnose import _probes, _thresholds, _words
+from jdistill.diagnose import _probes, _thresholds
 from jdistill.typing import Array, Bounds, LogitsFn, Norm
 
 NUM_STEPS = 40  # of the usual attack, and of those that differ from it in one thing

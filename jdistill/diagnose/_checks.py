@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from jdistill import metrics
+from jdistill._words import number, percent
 from jdistill.diagnose import _thresholds as limits
 from jdistill.diagnose._evidence import Evidence
 from jdistill.diagnose._verdict import Check
-from jdistill.diagnose._words import number, percent
 
 _ATHALYE = 'Athalye, Carlini & Wagner 2018, "Obfuscated Gradients Give a False Sense of Security"'
 _CARLINI = 'Carlini et al. 2019, "On Evaluating Adversarial Robustness"'
@@ -108,7 +108,7 @@ def zero_gradients(evidence: Evidence) -> Check:
     )
     return Check(
         "zero_gradients",
-        "Input gradients that are exactly zero",
+        "Gradients that are exactly zero",
         outcome,
         {**figures, **shares},
         f"{_IN_DOUBT}, by the cross-entropy at T = 1; tiny is below {limits.TINY_GRADIENT:g} and "
@@ -125,7 +125,7 @@ def temperature_probe(evidence: Evidence) -> Check:
     name = f"the same attack at T = {number(evidence.probe_temperature)}"
     return Check(
         "temperature_probe",
-        "Cross-entropy at T = 1 against a temperature that does not saturate",
+        "The usual attack on the logits divided by T",
         outcome,
         figures,
         _GAP,
@@ -141,7 +141,7 @@ def loss_gap(evidence: Evidence) -> Check:
     figures["margin_alone"] = _share(evidence.standing & evidence.broken["margin"])
     return Check(
         "loss_gap",
-        "Cross-entropy against losses that do not saturate",
+        "The usual attack on other losses",
         outcome,
         figures,
         _GAP,
@@ -152,7 +152,7 @@ def loss_gap(evidence: Evidence) -> Check:
 
 def black_box(evidence: Evidence) -> Check:
     """An attack that sees the logits only."""
-    title, source = "An attack without gradients against those with", f"{_ATHALYE}, section 3.1"
+    title, source = "An attack without gradients", f"{_ATHALYE}, section 3.1"
     if "square" not in evidence.broken:
         finding = "Square Attack is not defined for l1."
         return Check("black_box", title, "not run", {}, _GAP, finding, source)
@@ -184,7 +184,7 @@ def random_noise(evidence: Evidence) -> Check:
     outcome, figures = _gap(evidence, evidence.broken["noise"])
     return Check(
         "random_noise",
-        "Random noise against the usual attack",
+        "Random noise of the same size",
         outcome,
         figures,
         _GAP,
@@ -198,7 +198,7 @@ def one_step(evidence: Evidence) -> Check:
     outcome, figures = _gap(evidence, evidence.broken["one_step"])
     return Check(
         "one_step",
-        "One step against many",
+        "One step instead of many",
         outcome,
         figures,
         _GAP,
@@ -219,7 +219,7 @@ def gradient_agreement(evidence: Evidence) -> Check:
     }
     return Check(
         "gradient_agreement",
-        "The gradient against what the logits do",
+        "Logits change as their gradient says",
         outcome,
         figures,
         f"{_IN_DOUBT}; disagree: more than {limits.DISAGREEMENT:.0%} off over a step of "
@@ -240,7 +240,7 @@ def unbounded(evidence: Evidence) -> Check:
         outcome = "undecided"
     return Check(
         "unbounded",
-        "The usual attack in the whole box",
+        "The usual attack without a bound",
         outcome,
         figures,
         f"{_IN_DOUBT}; undecided where margin too leaves more than {limits.UNBOUNDED_LEFT:.0%}",
@@ -271,7 +271,7 @@ def eps_curve(evidence: Evidence) -> Check:
     )
     return Check(
         "eps_curve",
-        "Success against the radius",
+        "A smaller and a larger radius",
         outcome,
         figures,
         f"{_GAP}: broken by any attack at eps, yet not by the usual one at "
@@ -289,7 +289,7 @@ def more_effort(evidence: Evidence) -> Check:
     helps = share.value >= limits.MORE and share.low >= limits.MORE_LOW
     return Check(
         "more_effort",
-        "More of the same after everything else",
+        "More random starts after everything else",
         "undecided" if helps else "clear",
         {"broken": share.value, "broken_low": share.low, "broken_high": share.high},
         f"undecided where at least {limits.MORE:.0%} of all examples fall, and the lower end of "
@@ -305,7 +305,7 @@ def still_moving(evidence: Evidence) -> Check:
     share = _of(evidence.moving, evidence.standing & ~evidence.broken["margin"])
     return Check(
         "still_moving",
-        "The loss over the last steps",
+        "Progress in the last steps",
         "undecided" if share > limits.MOVING_SHARE else "clear",
         {"moving": share},
         f"undecided where more than {limits.MOVING_SHARE:.0%} of the examples left have a margin "
@@ -323,7 +323,7 @@ def silent_success(evidence: Evidence) -> Check:
     figures |= {"not_returned": _share(evidence.on_path), "lapsed": _share(evidence.lapsed)}
     return Check(
         "silent_success",
-        "Successes on the path that were not returned",
+        "Successes that were not returned",
         outcome,
         figures,
         _IN_DOUBT,
@@ -342,7 +342,7 @@ def finite_logits(evidence: Evidence) -> Check:
         outcome = "undecided"
     return Check(
         "finite_logits",
-        "Logits that are not finite",
+        "NaN or infinite logits",
         outcome,
         {**figures, "clean": clean, "under_attack": _of(evidence.nonfinite, evidence.correct)},
         f"{_IN_DOUBT}; undecided where any clean logits are not finite",

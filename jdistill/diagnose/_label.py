@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from jdistill._words import percent
 from jdistill.diagnose import _thresholds as limits
 from jdistill.diagnose._evidence import Evidence
 from jdistill.diagnose._verdict import Check, Label
-from jdistill.diagnose._words import percent
 from jdistill.metrics import Interval
 
 # An undecided check leaves the label open only where it concerns what the label says. A loss that

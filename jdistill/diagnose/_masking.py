@@ -5,7 +5,7 @@ import collections
 import jax.numpy as jnp
 import numpy as np
 
-from jdistill import _validate, attacks, metrics, nets
+from jdistill import _validate, _words, attacks, metrics, nets
 from jdistill._jax import logits_shape
 from jdistill.attacks._core import problem as _base
 from jdistill.diagnose import _checks, _label
@@ -272,7 +272,8 @@ def _masking(
         num_nonfinite=int(np.sum(~evidence.finite)),
         attacks=attempts,
         checks=checks,
-        budget=f"{_tried(attempts)}, at {norm} {settings.eps:g}, {evidence.labels.size} examples",
+        budget=f"{_tried(attempts)}, {_words.within(norm, settings.eps)}, "
+        f"{evidence.labels.size} examples",
     )
 
 

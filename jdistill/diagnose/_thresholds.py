@@ -5,12 +5,12 @@
 # few points of AutoAttack (RobustBench: 2 to 5; an ordinary MNIST network: 7); masked ones are off
 # by 15 to 70 (Croce & Hein 2020, table 2).
 GAP = 0.10
-# ... and the lower end of the share's 95 % interval is at least this, and they are so many, so that
+# ... and the lower end of the share's 95% interval is at least this, and they are so many, so that
 # a handful of examples decides nothing.
 GAP_LOW = 0.05
 GAP_EXAMPLES = 5
 # A gap between two attacks may also be one of strength, where robust accuracy falls steeply with
-# eps, or in l1, where PGD is weak (on an adversarially trained MNIST network 67 against 31 %). What
+# eps, or in l1, where PGD is weak (on an adversarially trained MNIST network 67 against 31%). What
 # the weaker attack achieves at this multiple of eps is put down to strength; a masked gradient is
 # no better there.
 LARGER_RADIUS = 2.0
@@ -38,7 +38,7 @@ ROUNDING = 100.0
 # sums in another order differ by far less.
 REPEATS = 1e-3
 # A loss is still moving where its best value rises by more than this share of its whole rise in the
-# last steps (Pintor et al. 2022 take 5 % of the last 10), ...
+# last steps (Pintor et al. 2022 take 5% of the last 10), ...
 MOVING = 0.05
 LAST_STEPS = 10
 # ... and the attack is, where it is for more than half of the examples that resisted.

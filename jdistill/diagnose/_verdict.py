@@ -67,7 +67,7 @@ class Verdict:
             against the naive number. `"inconclusive"`: the budget spent cannot tell.
         reason: one sentence; for an inconclusive verdict it says what would tell.
         naive: robust accuracy under the usual attack, PGD-40 on the cross-entropy at T = 1 from
-            one random start, with its 95 % interval.
+            one random start, with its 95% interval.
         worst_case: share of the examples right under everything that was tried at `eps`.
         clean: accuracy without an attack.
         eps: radius, in input units.
@@ -212,12 +212,9 @@ def _interval(name: str, value: Any) -> Interval:
 def _share(interval: Interval) -> str:
     """A share in percent with its interval."""
     value, low, high = (f"{100 * number:.1f}" for number in interval)
-    return f"{value:>5} % [{low}, {high}]"
+    return f"{value:>5}% [{low}, {high}]"
 
 
 def _wrapped(line: str) -> str:
-    """The line in lines of at most 100 characters, no number apart from its percent sign."""
-    line = line.replace(" %", "\u00a0%")
-    # A non-breaking space is none to textwrap.
-    line = textwrap.fill(line, 100, subsequent_indent="    ", break_on_hyphens=False)
-    return line.replace("\u00a0", " ")
+    """The line in lines of at most 100 characters."""
+    return textwrap.fill(line, 100, subsequent_indent="    ", break_on_hyphens=False)

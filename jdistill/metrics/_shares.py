@@ -65,7 +65,7 @@ def check_confidence(confidence: float) -> None:
     _validate.scalar(confidence=confidence)
     if not 0 < confidence < 1:
         raise ValueError(
-            f"expected 0 < confidence < 1, got {confidence!r}; pass 0.95 for a 95 % interval"
+            f"expected 0 < confidence < 1, got {confidence!r}; pass 0.95 for a 95% interval"
         )
 
 

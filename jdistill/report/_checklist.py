@@ -9,7 +9,8 @@ References:
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from jdistill.report import _claims, _numbers
+from jdistill import _words
+from jdistill.report import _claims
 from jdistill.report._networks import AttackKey, Judged, Network, attack_keys
 from jdistill.report._table import Row
 
@@ -78,7 +79,7 @@ def _check(*names: str) -> Callable[[Run], Answer]:
         if undecided == len(made):
             return "not done", f"None of {len(made)} checks could be decided."
         open_ones = f", {undecided} of them undecided" if undecided else ""
-        return "passed", f"{_numbers.count(len(made), 'check')}{open_ones}."
+        return "passed", f"{_words.count(len(made), 'check')}{open_ones}."
 
     return rule
 
@@ -102,7 +103,7 @@ def _made(fact: str, values: tuple[str, ...], missing: str) -> Callable[[Run], A
 
     def rule(run: Run) -> Answer:
         names = run.tried(fact, *values)
-        return ("passed", f"{_numbers.join(names)}.") if names else ("not done", missing)
+        return ("passed", f"{_words.join(names)}.") if names else ("not done", missing)
 
     return rule
 
@@ -142,8 +143,8 @@ def _one_step(run: Run) -> Answer:
     if not number:
         return "not done", "No attack of one step stands beside one of many."
     if better:
-        return "problem found", f"One step succeeds more often on {_numbers.join(better)}."
-    return "passed", f"Compared on {_numbers.count(number, 'network')}."
+        return "problem found", f"One step succeeds more often on {_words.join(better)}."
+    return "passed", f"Compared on {_words.count(number, 'network')}."
 
 
 def _more_steps(key: AttackKey, of: AttackKey) -> bool:
@@ -156,7 +157,7 @@ def _unbounded(run: Run) -> Answer:
     made = [key for key in run.keys if key.eps is None and not key.has_no_norm]
     if not made:
         return "not done", "No attack without a bound was made."
-    names = _numbers.join(list(dict.fromkeys(key.name for key in made)))
+    names = _words.join(list(dict.fromkeys(key.name for key in made)))
     failing = [claim for claim in _claims.warnings(run.found, []) if claim.case == "unbounded"]
     if failing:
         return "problem found", f"{failing[0].fields['attack']} fails on some examples."
@@ -181,7 +182,7 @@ def _transfer(run: Run) -> Answer:
     ]
     if better:
         return "problem found", f"{len(better)} of {len(moved)} pairs beat the attack itself."
-    return "passed", f"{_numbers.count(len(moved), 'pair')}."
+    return "passed", f"{_words.count(len(moved), 'pair')}."
 
 
 def _high(row: Row) -> float:
@@ -196,7 +197,7 @@ def _place(row: Row) -> tuple[Any, ...]:
 def _worst_case(run: Run) -> Answer:
     if not run.judged:
         return "not done", "No verdict was asked for."
-    return "passed", f"On {_numbers.count(len(run.judged), 'network')}."
+    return "passed", f"On {_words.count(len(run.judged), 'network')}."
 
 
 def _distances(run: Run) -> Answer:
@@ -205,14 +206,14 @@ def _distances(run: Run) -> Answer:
         norms |= {key.norm for key, hit in net.attacks.items() if hit.mean_distance.known}
     if not norms:
         return "not done", "No distance was measured."
-    return "passed", f"In {_numbers.join(sorted(_numbers.norm_name(norm) for norm in norms))}."
+    return "passed", f"In {_words.join(sorted(_words.norm_name(norm) for norm in norms))}."
 
 
 def _norms(run: Run) -> Answer:
     norms = _claims.norms_tried(run.found, run.judged, run.measures)
     if len(norms) < 2:
         return "not done", "One norm at most."
-    return "passed", f"{_numbers.join(norms)}."
+    return "passed", f"{_words.join(norms)}."
 
 
 def _settings(run: Run) -> Answer:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jdistill.report import _numbers
+from jdistill import _words
 from jdistill.report._networks import (
     Attacked,
     Judged,
@@ -18,7 +18,7 @@ from jdistill.report._table import Row, blank
 
 # The usual level; divided by the number of comparisons (Bonferroni).
 LEVEL = 0.05
-# A minimum-norm attack "succeeds" from here on; the field's own reports have 99 to 100 %.
+# A minimum-norm attack "succeeds" from here on; the field's own reports have 99 to 100%.
 FULL_SUCCESS = 0.95
 # Below it a network has hardly learned; a defense that costs more than this is said to cost.
 LEARNED = 0.5
@@ -77,7 +77,7 @@ def answer(network: Network, judged: Sequence[Judged]) -> Claim:
     near = [hit for hit in network.attacks.values() if hit.median_distance.known]
     if near:
         hit = near[0]
-        norm = _numbers.norm_name(hit.key.norm)
+        norm = _words.norm_name(hit.key.norm)
         about = {"success": hit.success, "median": hit.median_distance, "norm": norm}
         return Claim("distance", {"name": network.name, "attack": hit.key.name, **about})
     return Claim("no attack", {"name": network.name})
@@ -111,8 +111,8 @@ def gain(network: Network, other: Network | None, judged: Sequence[Judged]) -> C
         {
             **about,
             "base": base.worst_case,
-            "gain": _numbers.points(abs(difference)).lstrip("+"),
-            "claimed": _numbers.points(one.naive.mean - base.naive.mean),
+            "gain": _words.points(abs(difference)).lstrip("+"),
+            "claimed": _words.points(one.naive.mean - base.naive.mean),
         },
     )
 
@@ -176,7 +176,7 @@ def _names(networks: Sequence[Network]) -> str:
     """A few networks by name, or how many."""
     if len(networks) > 2:
         return f"{len(networks)} networks (such as {networks[0].name})"
-    return _numbers.join([network.name for network in networks])
+    return _words.join([network.name for network in networks])
 
 
 def _outcome(item: Judged, name: str) -> str:
@@ -252,7 +252,7 @@ def quantity(row: Row) -> str:
     text = str(row["quantity"])
     if found := _QUANTITY.fullmatch(text):
         name = row.get("title") or found["attack"].replace("_", " ")
-        limit = _numbers.within(found["norm"], budget_of(found["eps"]) or 0.0)
+        limit = _words.within(found["norm"], budget_of(found["eps"]) or 0.0)
         return f"accuracy under {name}, {limit}"
     return text.replace("_", " ")
 
@@ -265,7 +265,7 @@ def limits(
     claims = [Claim("proof", {})]
     missing = [words for kind, words in _KINDS.items() if not measures[kind]]
     if missing:
-        claims.append(Claim("missing", {"kinds": _numbers.join(missing)}))
+        claims.append(Claim("missing", {"kinds": _words.join(missing)}))
     if not {"scores", "decisions"} & set(facts_tried("access", keys, judged)):
         claims.append(Claim("black box", {}))
     seen = [hit.num_attacked for net in found for hit in net.attacks.values()]
@@ -276,7 +276,7 @@ def limits(
         claims.append(Claim("test set", {"most": most, "tested": tested}))
     norms = norms_tried(found, judged, measures)
     if norms:
-        claims.append(Claim("norms", {"norms": _numbers.join(norms)}))
+        claims.append(Claim("norms", {"norms": _words.join(norms)}))
     if found[0].distilled and not any(net.is_ordinary for net in found):
         claims.append(Claim("baseline", {}))
     return claims
@@ -290,7 +290,7 @@ def norms_tried(
     norms = {key.norm for key in keys if key.norm and not key.has_no_norm}
     norms |= {item.norm for item in judged}
     norms |= {str(row["norm"]) for kind in ("distances", "curves") for row in measures[kind]}
-    names = sorted(_numbers.norm_name(norm) for norm in norms if norm)
+    names = sorted(_words.norm_name(norm) for norm in norms if norm)
     return names + ["rotations and translations"] * any(key.has_no_norm for key in keys)
 
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jdistill.report import _claims, _numbers, _tables
+from jdistill import _words
+from jdistill.report import _claims, _tables
 from jdistill.report._networks import AttackKey, Judged, Network, Stat, attack_key, attack_keys
 from jdistill.report._networks import stat as stat_of
 from jdistill.report._optional import optional
@@ -158,7 +159,7 @@ def _verdict(judged: Sequence[Judged]) -> Any:
             dot[0].set_gid(f"{side} {item.network.chain} {_place(item.network)}")
         axes.plot(100 * item.clean.mean, y, "|", ms=13, color=SOFT, mew=1.6, zorder=3)
         look = {"ha": "center", "fontsize": 8.5, "color": color, "zorder": 5, "va": "center"}
-        texts = [_numbers.percent(item.naive.mean), _numbers.percent(item.worst_case.mean)]
+        texts = [_words.percent(item.naive.mean), _words.percent(item.worst_case.mean)]
         if abs(naive - worst) < 9:  # one label for both, or one would be written over the other
             axes.text((naive + worst) / 2, y - 0.26, " → ".join(dict.fromkeys(texts)), **look)
         else:
@@ -233,7 +234,7 @@ def _robustness(found: Sequence[Network]) -> Any:
     panels = [
         _Panel(
             key.name,
-            f"{_numbers.norm_name(key.norm)} distance",
+            f"{_words.norm_name(key.norm)} distance",
             {
                 f"{key.attack} {key.norm} mean": _of_attack(key, "mean_distance"),
                 f"{key.attack} {key.norm} median": _of_attack(key, "median_distance"),
@@ -251,7 +252,7 @@ def _distances(rows: Sequence[Row], found: Sequence[Network]) -> Any:
     panels = [
         _Panel(
             key.name,
-            f"{_numbers.norm_name(key.norm)} distance",
+            f"{_words.norm_name(key.norm)} distance",
             {f"{key.attack} {key.norm} {name}": _of_distance(rows, key, name)},
         )
         for key in keys
@@ -301,7 +302,7 @@ def _against_temperature(
         if axes.get_subplotspec().is_first_col() or panel.ylabel != panels[0].ylabel:
             axes.set_ylabel(panel.ylabel)
     handles = [
-        _handle(label=_numbers.line_name(generation), markersize=5, **_look(generation))
+        _handle(label=_words.line_name(generation), markersize=5, **_look(generation))
         for generation in generations
     ]
     if dotted:
@@ -389,7 +390,7 @@ def _curves(rows: Sequence[Row], curve: str, found: Sequence[Network]) -> Any:
             axes.plot(x, mean, marker=marker, markersize=4.5, linewidth=1.7, zorder=3, **style)
             axes.lines[-1].set_gid(f"{curve} {key.attack} {_place(network)}")
             axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0, zorder=2)
-        limit = _numbers.norm_name(key.norm) if curve == "eps" else key.limit
+        limit = _words.norm_name(key.norm) if curve == "eps" else key.limit
         name = "everything" if key.attack == "worst_case" else key.name
         axes.set(title=f"{name} ({limit})", ylim=(-4, 104), xlabel=_AXES[curve])
         if axes.get_subplotspec().is_first_col():
@@ -426,7 +427,7 @@ def _place(network: Network) -> str:
 def _short(network: Network) -> str:
     if not network.distilled:
         return network.name
-    line = _numbers.line_name(network.generation)
+    line = _words.line_name(network.generation)
     return ", ".join(filter(None, [network.chain, f"T = {network.temperature:g}", line]))
 
 

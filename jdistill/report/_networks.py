@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from jdistill import _words
 from jdistill.diagnose import Verdict
-from jdistill.report import _numbers
 from jdistill.report._table import FACTS, Row, blank, checked, listed, sort_key
 
 
@@ -40,7 +40,7 @@ class Stat:
 
     Attributes:
         mean: over the seeds; NaN where nothing was measured.
-        low: with several seeds the lowest of them; with one, the lower end of its 95 % interval.
+        low: with several seeds the lowest of them; with one, the lower end of its 95% interval.
         high: likewise.
         seeds: how many have a value.
         cells: what `mean`, `low`, and `high` are made of.
@@ -120,12 +120,12 @@ _ENDS = {
 
 def _text(value: float, spec: str) -> str:
     if spec.startswith("%"):
-        return _numbers.percent(value, int(spec[1:] or 1))
+        return _words.percent(value, int(spec[1:] or 1))
     if spec.startswith("points"):
-        return _numbers.points(value, int(spec[6:] or 1))
+        return _words.points(value, int(spec[6:] or 1))
     if spec == "count":
         return f"{value:,.0f}"
-    return {"number": _numbers.number, "decimals": _numbers.decimals}[spec](value)
+    return {"number": _words.number, "decimals": _words.decimals}[spec](value)
 
 
 def _data(value: float, spec: str, cells: Cells | None, how: str) -> Any:
@@ -183,13 +183,13 @@ class AttackKey:
         if self.has_no_norm:
             return "any size"
         if self.eps is None:
-            return f"smallest {_numbers.norm_name(self.norm)}"
-        return _numbers.within(self.norm, self.eps)
+            return f"smallest {_words.norm_name(self.norm)}"
+        return _words.within(self.norm, self.eps)
 
 
 @dataclass(frozen=True)
 class Attacked:
-    """One attack on one network, over its seeds; `interval` is 95 %, averaged over seeds."""
+    """One attack on one network, over its seeds; `interval` is 95%, averaged over seeds."""
 
     key: AttackKey
     num_attacked: Stat
@@ -247,7 +247,7 @@ class Network:
         elif self.generation == 1:
             who = "the student without an assistant"
         else:
-            who = f"the student with {_numbers.count(self.generation - 1, 'assistant')}"
+            who = f"the student with {_words.count(self.generation - 1, 'assistant')}"
         return f"{who} at T = {self.temperature:g}"
 
     @property
@@ -296,7 +296,7 @@ class Judged:
     @property
     def limit(self) -> str:
         """Norm and radius, as the report writes them."""
-        return _numbers.within(self.norm, self.eps)
+        return _words.within(self.norm, self.eps)
 
 
 LABELS = ("masked", "weak attack", "inconclusive", "no sign of masking")
@@ -473,7 +473,7 @@ def stat(
         rows: one per seed.
         name: the column.
         file: that the rows are of.
-        ends: whether the columns of its 95 % interval count where there is one seed.
+        ends: whether the columns of its 95% interval count where there is one seed.
         over_all: columns of low and high ends, which count for every seed. Two seeds on the same
             few examples may agree by chance: the lowest and the highest of them would hide what
             the examples leave open.

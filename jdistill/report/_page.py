@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from jdistill import _validate
+from jdistill import _validate, _words
 from jdistill._files import PathLike, as_path, write_whole
-from jdistill.report import _claims, _figures, _numbers, _sentences, _tables
+from jdistill.report import _claims, _figures, _sentences, _tables
 from jdistill.report._checklist import Run, checklist
 from jdistill.report._networks import Judged, Network, judged, networks, numbered
 from jdistill.report._optional import check_packages, optional
@@ -184,7 +184,7 @@ def _model(
 
 
 def _title(found: Sequence[Network]) -> str:
-    names = _numbers.join(list(dict.fromkeys(network.dataset for network in found)))
+    names = _words.join(list(dict.fromkeys(network.dataset for network in found)))
     if any(network.generation for network in found):
         return f"Does distillation make networks robust on {names}?"
     return f"How robust are networks on {names}?"
@@ -196,11 +196,11 @@ def _lead(found: Sequence[Network]) -> str:
     longest = max(network.generation for network in found)
     seeds = {seed for network in found for seed in network.seeds}
     parts = ["T = " + ", ".join(f"{temperature:g}" for temperature in temperatures)]
-    parts += [_numbers.count(len(chains), "chain")] * bool(chains)
-    parts += [_numbers.count(longest - 1, "assistant")] * (longest > 0)
-    parts.append(_numbers.count(len(seeds), "seed"))
+    parts += [_words.count(len(chains), "chain")] * bool(chains)
+    parts += [_words.count(longest - 1, "assistant")] * (longest > 0)
+    parts.append(_words.count(len(seeds), "seed"))
     tested = max(network.num_test.mean for network in found)
-    return " · ".join([*parts, _numbers.count(int(tested), "test example")])
+    return " · ".join([*parts, _words.count(int(tested), "test example")])
 
 
 def _subject(
@@ -363,7 +363,7 @@ def _glance(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines.append(("devices", ", ".join(texts)))
     if isinstance(run.get("seconds"), (int, float)):
         seconds = float(run.get("seconds_all_starts", run["seconds"]))
-        lines.append(("wall time", _numbers.duration(seconds)))
+        lines.append(("wall time", _words.duration(seconds)))
     return lines
 
 
@@ -386,14 +386,8 @@ def _rendered(**model: Any) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["notation"] = _notation
     template = environment.from_string(source.read_text(encoding="utf-8"))
     return str(template.render(colors=_figures.DARK, **model))
-
-
-def _notation(text: str) -> str:
-    """A verdict's text in the notation of the page."""
-    return text.replace(" %", "%").replace("linf", "l∞")
 
 
 def _file_name(title: str) -> str:

@@ -4,8 +4,8 @@ import textwrap
 from collections.abc import Callable, Iterable
 
 from jdistill import _validate
+from jdistill._words import count, decimals, eps_text, number, percent
 from jdistill.report._networks import Network, Stat, attack_keys, networks
-from jdistill.report._numbers import count, decimals, eps_text, number, percent
 from jdistill.report._table import Row
 
 _LEGEND = (

@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from jdistill.report import _claims, _numbers
+from jdistill import _words
+from jdistill.report import _claims
 from jdistill.report._networks import (
     AttackKey,
     Cells,
@@ -83,7 +84,7 @@ def results(found: Sequence[Network]) -> Table:
     for key in keys:
         heads.append((f"{key.name} success", key.limit))
         if key.eps is None and not key.has_no_norm:
-            norm = _numbers.norm_name(key.norm)
+            norm = _words.norm_name(key.norm)
             heads += [(f"{key.name} {which}", f"{norm}, successes") for which in ("mean", "median")]
     heads += [
         ("Zero gradients", "of examples"),
@@ -127,7 +128,7 @@ def comparisons(made: Sequence[_claims.Comparison]) -> Table:
 def _comparison(made: _claims.Comparison) -> list[Cell]:
     row = made.row
     name, other = (
-        f"{row.get(chain) or ''} {_numbers.line_name(int(row[generation]))}".strip()
+        f"{row.get(chain) or ''} {_words.line_name(int(row[generation]))}".strip()
         for chain, generation in (
             ("chain", "generation"),
             ("baseline_chain", "baseline_generation"),
@@ -143,7 +144,7 @@ def _comparison(made: _claims.Comparison) -> list[Cell]:
         Cell(f"T = {float(row['temperature']):g}, {name}", other),
         Cell(say(COMPARISONS, made.case, number=made.number)),
         Cell(say({"": "{it:points2}"}, "", it=difference), difference.small("points2")),
-        Cell("–" if row["p_value"] is None else _numbers.p_value(float(row["p_value"]))),
+        Cell("–" if row["p_value"] is None else _words.p_value(float(row["p_value"]))),
         Cell(_claims.quantity(row)),
         Cell(over, "" if size is None else f"n={int(size):,}"),
     ]
@@ -175,7 +176,7 @@ def verdict_attacks(item: Judged) -> Table:
         [
             [
                 Cell(each.name),
-                Cell(_numbers.percent(each.robust_accuracy.value)),
+                Cell(_words.percent(each.robust_accuracy.value)),
                 Cell(each.settings),
             ]
             for each in item.shown.attacks
@@ -210,7 +211,7 @@ def distances(found: Sequence[Network], rows: Sequence[Row]) -> list[tuple[str, 
     }
     return [
         (
-            f"{key.name}, {_numbers.norm_name(key.norm)}",
+            f"{key.name}, {_words.norm_name(key.norm)}",
             of_each(
                 found,
                 [row for row in rows if attack_key({**row, "eps": None}) == key],
@@ -240,10 +241,10 @@ def _matrix(rows: Sequence[Row]) -> Table:
         where = (int(row["source_generation"]), int(row["target_generation"]))
         cells.setdefault(where, []).append(row)
     numbers = sorted({number for where in cells for number in where})
-    heads = [("Crafted on", "judged on"), *((_numbers.line_name(number), "") for number in numbers)]
+    heads = [("Crafted on", "judged on"), *((_words.line_name(number), "") for number in numbers)]
     lines = []
     for source in numbers:
-        line = [Cell(_numbers.line_name(source))]
+        line = [Cell(_words.line_name(source))]
         for target in numbers:
             own = cells.get((source, target))
             number = stat(own, "success_rate", file="transfer.csv") if own else None
@@ -270,7 +271,7 @@ def sensitivity(found: Sequence[Network], rows: Sequence[Row]) -> Table:
         total = sum(own.values())
         if total:
             shares = [number / total for number in own.values()]
-            cells = [Cell(_numbers.percent(each), "", each) for each in shares]
+            cells = [Cell(_words.percent(each), "", each) for each in shares]
             lines.append([Cell(_name(network, found)), *cells])
     return Table(heads, lines)
 

@@ -558,7 +558,7 @@ def _check_memory(split: data.Split) -> None:
         return
     if split.inputs.nbytes > 0.8 * memory:
         raise MemoryError(
-            f"expected training inputs of at most {0.8 * memory / 2**30:.1f} GiB, 80 % of this "
+            f"expected training inputs of at most {0.8 * memory / 2**30:.1f} GiB, 80% of this "
             f"machine's memory, got {split.inputs.nbytes / 2**30:.1f} GiB; a study keeps them in "
             "memory: pass fewer, or train in shares with train.fit"
         )

@@ -139,10 +139,10 @@ network trained on PGD examples (linf, 0.1); `plain_small`, `distilled_small` an
 
 APGD starts from the same points on both sides. Where the two part, float32 decides: a
 cross-entropy of 1e-5 has two digits left (the same two on both sides for nearly all images on a
-processor with AVX-512, as its rows here; for 74 % of 19 on one with AVX2 alone), and a ReLU's kink
+processor with AVX-512, as its rows here; for 74% of 19 on one with AVX2 alone), and a ReLU's kink
 two gradients; in float64 they are one algorithm. Square draws a window a step for each example,
 the reference one for the whole batch, so its share varies with the seed: on `plain_small` and
-5,000 queries 29.2, 28.6, 29.0, 27.6, 28.8 and 28.6 % stood here and 27.6, 28.2, 27.2, 28.0, 28.6
+5,000 queries 29.2, 28.6, 29.0, 27.6, 28.8 and 28.6% stood here and 27.6, 28.2, 27.2, 28.0, 28.6
 and 28.2 there (seeds 0 to 5; the means are 28.6 and 28.0); on 500 queries, the mean of eight
 seeds, 81.0 and 80.8.
 

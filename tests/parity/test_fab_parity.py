@@ -88,7 +88,7 @@ def test_the_norms_are_the_same(name, norm, pair, all_images, record, double_pre
     )
     means = {"pyautoattack": theirs[both].mean()}
     record(comparison, name, "mean distance", ours[both].mean(), means)
-    record(comparison, name, "norms within 1 %, %", 100 * share, {})
+    record(comparison, name, "norms within 1%, %", 100 * share, {})
     assert np.mean(np.isfinite(ours) != np.isfinite(theirs)) <= 0.01
     assert share >= 0.95
     # Of the others float32 decides: in float64 both go the same way.
