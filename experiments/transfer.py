@@ -24,12 +24,14 @@ from etils import epath
 from jdistill import _validate, attacks, data, evaluate, metrics, nets, report, runtime, train
 from jdistill import study as studies
 from jdistill.commands import _studies
+from jdistill.report._figures import network_look, report_style
 from jdistill.study import Trained
 
 _COLUMNS = (
     *("source", "confidence", "network", "temperature", "seed", "generation", "num_examples"),
     *("success_rate", "success_rate_low", "success_rate_high", "mean_distance"),
 )
+_MOST_BANDS = 5  # more of them hide each other; the table has every interval
 
 Row = dict[str, Any]
 
@@ -200,36 +202,39 @@ def _write(folder: epath.Path, rows: Sequence[Row]) -> epath.Path:
     runtime.atomic_write_text(folder / "transfer.csv", text.getvalue())
     path = folder / "transfer.png"
     content = io.BytesIO()
-    _figure(rows).savefig(content, format="png", dpi=160)
+    with report_style():
+        _figure(rows).savefig(content, format="png", dpi=160)
     runtime.atomic_write(path, content.getvalue())
     return path
 
 
 def _figure(rows: Sequence[Row]) -> Any:
-    """Success against confidence, a line for each network."""
+    """Success against confidence, a line for each network, in the style of the report."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    temperatures = sorted({row["temperature"] for row in rows})
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for name, found in _by_network(rows).items():
+    networks = _by_network(rows)
+    for name, found in networks.items():
         x = [row["confidence"] for row in found]
         low, middle, high = (
             [100 * row[column] for row in found]
             for column in ("success_rate_low", "success_rate", "success_rate_high")
         )
-        (line,) = axes.plot(x, middle, marker="o", markersize=4, label=name)
-        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+        look = network_look(temperatures, found[0]["temperature"], found[0]["generation"])
+        axes.plot(x, middle, markersize=5, label=name, **look)
+        if len(networks) <= _MOST_BANDS:
+            axes.fill_between(x, low, high, color=look["color"], alpha=0.12, linewidth=0)
     axes.set(
         title=f"Crafted on {rows[0]['source']}, judged on each",
         xlabel="confidence κ (logits of the source)",
         ylabel="fooled (% of those right)",
         ylim=(-2, 102),
     )
-    axes.grid(axis="y", color="#dddddd")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right center", frameon=False, fontsize=8)
+    figure.legend(loc="outside right center", fontsize=8)
     return figure
 
 

@@ -95,7 +95,9 @@ def decimals(value: float) -> str:
     >>> decimals(1.8249), decimals(-38.2)
     ('1.82', '−38.20')
     """
-    return f"{value:.2f}".replace("-", "−") if math.isfinite(value) else "–"
+    if not math.isfinite(value) or abs(value) >= 1e6:
+        return number(value)
+    return f"{value:.2f}".replace("-", "−")
 
 
 def count(amount: float, noun: str) -> str:
@@ -125,17 +127,3 @@ def line_name(generation: int) -> str:
     if generation == 1:
         return "student, no assistant"
     return f"student, {count(generation - 1, 'assistant')}"
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it.
-
-    >>> duration(3.2), duration(75.0), duration(3210.8), duration(7322.0)
-    ('3.2 s', '1 min 15 s', '53 min 31 s', '2 h 2 min')
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"

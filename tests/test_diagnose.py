@@ -246,7 +246,7 @@ def test_the_numbers_are_those_of_the_attacks(verdicts, name):
     assert (verdict.num_examples, verdict.num_nonfinite) == (SIZE, 0)
     assert (verdict.eps, verdict.norm) == (EPS, "linf")
     assert verdict.budget.startswith("PGD-40, ")
-    assert verdict.budget.endswith(", at linf 0.1, 60 examples")
+    assert verdict.budget.endswith(", at l∞ ≤ 0.1, 60 examples")
 
 
 def test_the_usual_attack_is_the_usual_attack(cases, verdicts):

@@ -1,6 +1,7 @@
 """The page: every number is that of its cells, and no sentence says more than the numbers."""
 
 import csv
+import dataclasses
 import html
 import itertools
 import json
@@ -206,9 +207,13 @@ def check_consistent(page, rows, measures):
     if answer == "no-sign-of-masking":
         assert "no check points to masked gradients" in page.text
     # A box that says passed is not one of a problem that stands elsewhere on the page.
+    if any(row["attack"] for row in rows):
+        assert "No attack was made" not in page.text
     if "fails on some examples" in page.text:
         assert items["Full success without a bound"] == "problem found"
-    unbounded = [row for row in rows if row["attack"] in ("carlini_wagner_l2", "jsma")]
+    # JSMA may change a limited number of features only.
+    unbounded = [row for row in rows if row["attack"] == "carlini_wagner_l2"]
+    unbounded += measures.get("distances", [])
     made = any(c.outcome != "not run" for v in verdicts for c in v.checks if c.name == "unbounded")
     if unbounded:
         assert items["Full success without a bound"] != "not done"
@@ -250,8 +255,8 @@ def test_what_a_comparison_supports(change, number, case):
 def test_a_difference_of_one_seed_lacks_a_second(tmp_path):
     row = make_comparison(seed=0, low=0.1, high=0.2, difference=0.15, p_value=5e-7)
     page = write(tmp_path, comparisons=[row])
-    assert "a second seed is missing" in page.text
-    assert "1 of 1 comparisons of chains differ on these networks" in page.text
+    assert "of the method one seed says nothing" in page.text
+    assert "1 comparison of chains found 1 difference between two networks, each on" in page.text
     assert "as one of" not in page.text
 
 
@@ -338,7 +343,7 @@ def test_what_a_reader_must_know_first(tmp_path):
     low = {"test_accuracy": 0.2, "test_accuracy_low": 0.1, "test_accuracy_high": 0.3}
     page = write(tmp_path, [make_row(CW, 0.4, 1.0, **low), make_row(FGSM, **low)])
     first = page.text[: page.text.index("Every attack on every network")]
-    assert "Fewer than half of the test examples are right with mnist" in first
+    assert "mnist: fewer than half of the test examples are classified correctly" in first
     assert "C&W L2 may change an input as far as it needs, and yet fails" in first
     assert checklist_of(page)["Full success without a bound"] == "problem found"
 
@@ -382,6 +387,144 @@ def test_the_gravest_label_of_any_seed_stands():
     )
 
 
+def two_seeds(*pairs, **columns):
+    """Verdicts of seeds 0, 1, … of one network."""
+    where = {"dataset": "mnist", "temperature": 1.0, "generation": 0, **columns}
+    return [{**where, "seed": seed, "verdict": verdict} for seed, verdict in enumerate(pairs)]
+
+
+CHAINS = [
+    {**make_row(temperature=20.0, generation=generation), "chain": chain}
+    for chain in ("large", "small")
+    for generation in (0, 1)
+]
+OF_CHAINS = [
+    {**row, "chain": chain}
+    for chain, verdict in (
+        ("large", make_verdict("no sign of masking", 0.5, 0.5)),
+        ("small", make_verdict("masked", 0.95, 0.02)),
+    )
+    for row in judged_rows((20.0, 1, verdict))
+]
+FMN = {
+    **{"dataset": "mnist", "temperature": 1.0, "seed": 0, "generation": 0, "norm": "l0"},
+    **{"attack": "fmn", "success_rate": 0.3, "mean": 9.0, "median": 8.0, "num_examples": 9},
+}
+WITHOUT_ENDS = {"success_rate_low": None, "success_rate_high": None}
+SAID = {
+    "an attack without a success": (
+        [make_row(CW, 0.0)],
+        {},
+        "C&W L2 succeeds on 0%",
+        "nothing here says",
+    ),
+    "an attack that no norm bounds": (
+        [make_row(SPATIAL, 0.3)],
+        {},
+        "succeeds on 30.0%",
+        "nothing here says",
+    ),
+    "the subject alone was not attacked": (
+        [make_row(), {**make_row(temperature=20.0, generation=1), "attack": None, "norm": None}],
+        {},
+        "FGSM within l∞ ≤ 0.1 succeeds",
+        "No attack was made",
+    ),
+    "another radius has more": (
+        [make_row(FGSM, 0.3), make_row(("pgd", "linf", 0.3), 0.99)],
+        {},
+        "no other attack at this radius succeeds on more",
+        "the most of the attacks",
+    ),
+    "one of two seeds fails": (
+        [make_row(CW, success, 1.0, seed=seed) for seed, success in enumerate((0.2, 0.97))],
+        {},
+        "C&W L2 fails on some examples",
+        "C&W L2 and l",
+    ),
+    "one of two seeds is masked": (
+        [make_row(seed=seed) for seed in (0, 1)],
+        {
+            "verdicts": two_seeds(
+                make_verdict("no sign of masking", 0.7, 0.7), make_verdict("masked", 0.9, 0.1)
+            )
+        },
+        "Its 2 seeds were not judged alike: masked on 1 and no sign of masking on 1",
+        "seed 0: masked",
+    ),
+    "two radii": (
+        [make_row(), make_row(temperature=20.0, generation=1)],
+        {
+            "verdicts": judged_rows(
+                (1.0, 0, make_verdict("weak attack", 0.9, 0.5)),
+                (20.0, 1, dataclasses.replace(make_verdict("masked", 0.9, 0.1), eps=0.2)),
+            )
+        },
+        "The ordinary network at T = 1 was judged on other examples, seeds, or radii",
+        "No verdict was asked for",
+    ),
+    "two chains": (
+        CHAINS,
+        {"verdicts": OF_CHAINS},
+        "masked for the student without an assistant of small at T = 20",
+        "Others: masked for T",
+    ),
+    "two networks without distillation": (
+        [{**make_row(), "chain": chain} for chain in ("a", "b")],
+        {},
+        "2 networks · 1 seed",
+        "2 chains",
+    ),
+    "JSMA may not go as far as it needs": ([make_row(JSMA, 0.2, 9.0)], {}, "JSMA", "as far as it"),
+    "distances alone": ([make_row()], {"distances": [FMN]}, "fmn l0 fails on some", "one value"),
+    "no comparison was tested": (
+        [make_row(), make_row(generation=1), make_row(generation=2)],
+        {"comparisons": [make_comparison(temperature=1.0, p_value=None)]},
+        "no comparison could be tested",
+        "established",
+    ),
+    "one step without intervals": (
+        [make_row(FGSM, 0.9, **WITHOUT_ENDS), make_row(PGD, 0.1, **WITHOUT_ENDS)],
+        {},
+        "No attack of one step stands beside one of many, with intervals",
+        "Compared on",
+    ),
+    "scores alone": ([make_row(("square", "linf", 0.1))], {}, "Square", "knows all weights"),
+    "mathematics in a title": (
+        [{**make_row(), "title": "$x_$"}],
+        {},
+        "$x_$ within",
+        "nothing here says",
+    ),
+    "a column of the name that places have": ([{**make_row(), "row": "first"}], {}, "FGSM", "nan"),
+    "no test examples": ([make_row(num_test=None)], {}, "1 network · 1 seed", "no test examples"),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_the_page_says(tmp_path, name):
+    """Tables of which a page once said something false, or ended in a traceback."""
+    rows, measures, said, unsaid = SAID[name]
+    page = write(tmp_path, rows, **measures)
+    assert said in page.text
+    assert unsaid not in page.text
+    check_numbers(tmp_path, page)
+
+
+@pytest.mark.parametrize("change", [{"chain": "unknown"}, {"seed": 7}])
+def test_tables_about_unknown_networks_are_refused(tmp_path, change):
+    row = {**judged_rows((1.0, 0, make_verdict("masked", 0.9, 0.1)))[0], **change}
+    with pytest.raises(ValueError, match="expected verdicts about networks of results"):
+        write(tmp_path, [make_row()], verdicts=[row])
+
+
+@pytest.mark.parametrize("recipe", ["mnist", ["a"], {"seconds": "long"}])
+def test_any_settings_are_shown(tmp_path, recipe):
+    (tmp_path / "config.json").write_text(json.dumps({"recipe": recipe}))
+    (tmp_path / "run.json").write_text(json.dumps({"seconds_all_starts": "long"}))
+    assert "long" in write(tmp_path, [make_row()]).text
+
+
 # --- The page as a page --------------------------------------------------------------------------
 
 
@@ -396,14 +539,15 @@ def test_it_is_short_and_needs_nothing_beside_it(written):
     ids = re.findall(r'\bid="([^"]+)"', page.source)
     assert len(ids) == len(set(ids))
     text = page.text
-    for wrong in ("nan", "not to be believed", " %", "{", "–%"):
+    for wrong in ("nan", "not to be believed", " %", "–%"):
         assert wrong not in text, wrong
+    assert "{" not in text[: text.index("verdicts.json {")]  # but for the settings
 
 
 def test_settings_and_machine_are_escaped_and_listed(written):
     _, page = written
     assert "sgd&lt;b&gt;" in page.source
-    for words in ("optimizer.name", "jdistill 0.1.0, jax 0.10.2", "4 × TPU v5 lite", "1 min 15 s"):
+    for words in ("optimizer", '"jax": "0.10.2"', "TPU v5 lite", '"seconds": 75.0'):
         assert words in page.text
 
 

@@ -8,7 +8,7 @@ shorter ones.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from jdistill import attacks, data, diagnose, nets, train
 from jdistill.evaluate import AttackPlan
@@ -103,7 +103,7 @@ def load(name: str, num_train: int | None, data_dir: str | None) -> data.Dataset
 
 
 # With 7 epochs where the papers have 50, a high temperature needs a larger rate.
-_FEW_EPOCHS = {"num_epochs": 7, "learning_rate": 0.02, "power": 0.5}
+_FEW_EPOCHS: Mapping[str, Any] = {"num_epochs": 7, "learning_rate": 0.02, "power": 0.5}
 
 TRAININGS: Mapping[str, Mapping[str, Training]] = {
     # As released by Mandal & Gao.

@@ -272,7 +272,7 @@ def _masking(
         num_nonfinite=int(np.sum(~evidence.finite)),
         attacks=attempts,
         checks=checks,
-        budget=f"{_tried(attempts)}, {_words.within(norm, settings.eps)}, "
+        budget=f"{_tried(attempts)}, at {_words.within(norm, settings.eps)}, "
         f"{evidence.labels.size} examples",
     )
 

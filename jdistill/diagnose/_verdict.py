@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from jdistill import _validate
+from jdistill._words import percent
 from jdistill.metrics import Interval
 from jdistill.typing import Norm
 
@@ -211,8 +212,8 @@ def _interval(name: str, value: Any) -> Interval:
 
 def _share(interval: Interval) -> str:
     """A share in percent with its interval."""
-    value, low, high = (f"{100 * number:.1f}" for number in interval)
-    return f"{value:>5}% [{low}, {high}]"
+    value, low, high = map(percent, interval)
+    return f"{value:>6} [{low}, {high}]"
 
 
 def _wrapped(line: str) -> str:

@@ -6,12 +6,20 @@ References:
     Carlini et al. 2019, "On Evaluating Adversarial Robustness" (arXiv:1902.06705), sections 3 to 5.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from jdistill import _words
 from jdistill.report import _claims
-from jdistill.report._networks import AttackKey, Judged, Network, attack_keys
+from jdistill.report._networks import (
+    AttackKey,
+    Judged,
+    Network,
+    attack_keys,
+    of_network,
+    shown,
+)
 from jdistill.report._table import Row
 
 State = Literal["passed", "problem found", "not done"]
@@ -93,7 +101,7 @@ def _either(*rules: Callable[[Run], Answer]) -> Callable[[Run], Answer]:
             texts = [text for own, text in answers if own == state]
             if texts:
                 return state, " ".join(texts)
-        return answers[0]
+        return answers[-1]
 
     return rule
 
@@ -113,7 +121,8 @@ def _threat_model(run: Run) -> Answer:
     limits += [item.limit for item in run.judged]
     if not limits:
         return "not done", "No attack with a budget was made."
-    return "passed", f"All weights are known; {' or '.join(dict.fromkeys(limits))}."
+    known = "The attacker knows all weights; " if run.tried("access", "gradient") else ""
+    return "passed", f"{known}{' or '.join(dict.fromkeys(limits))}."
 
 
 def _clean(run: Run) -> Answer:
@@ -124,6 +133,8 @@ def _clean(run: Run) -> Answer:
 
 
 def _undefended(run: Run) -> Answer:
+    if not run.found[0].distilled:
+        return "not done", "The tables do not say how the networks were trained."
     plain = [net for net in run.found if net.is_ordinary]
     attacked = any(net.attacks for net in plain) or any(i.network in plain for i in run.judged)
     if not attacked:
@@ -132,19 +143,20 @@ def _undefended(run: Run) -> Answer:
 
 
 def _one_step(run: Run) -> Answer:
-    better, number = [], 0
+    compared, better = set(), set()
     for net in run.found:
         for key, hit in net.attacks.items():
             many = [other for other in net.attacks.values() if _more_steps(other.key, key)]
-            if key.facts.handicap == "one step" and many:
-                number += 1
-                if all(hit.interval[0] > other.interval[1] for other in many):
-                    better.append(net.name)
-    if not number:
-        return "not done", "No attack of one step stands beside one of many."
+            ends = [hit.interval[0], *(other.interval[1] for other in many)]
+            if key.facts.handicap == "one step" and many and not any(map(math.isnan, ends)):
+                compared.add(net.name)
+                if all(ends[0] > end for end in ends[1:]):
+                    better.add(net.name)
+    if not compared:
+        return "not done", "No attack of one step stands beside one of many, with intervals."
     if better:
-        return "problem found", f"One step succeeds more often on {_words.join(better)}."
-    return "passed", f"Compared on {_words.count(number, 'network')}."
+        return "problem found", f"One step succeeds more often on {_words.join(sorted(better))}."
+    return "passed", f"Compared on {_words.count(len(compared), 'network')}."
 
 
 def _more_steps(key: AttackKey, of: AttackKey) -> bool:
@@ -154,18 +166,18 @@ def _more_steps(key: AttackKey, of: AttackKey) -> bool:
 
 
 def _unbounded(run: Run) -> Answer:
-    made = [key for key in run.keys if key.eps is None and not key.has_no_norm]
+    made = list(_claims.unbounded(run.found, run.measures["distances"]))
+    failing = list(_claims.failing(run.found, run.measures["distances"]))
     if not made:
         return "not done", "No attack without a bound was made."
-    names = _words.join(list(dict.fromkeys(key.name for key in made)))
-    failing = [claim for claim in _claims.warnings(run.found, []) if claim.case == "unbounded"]
     if failing:
-        return "problem found", f"{failing[0].fields['attack']} fails on some examples."
-    return "passed", f"{names}."
+        return "problem found", f"{_words.join(failing)} fails on some examples."
+    return "passed", f"{_words.join(made)}."
 
 
 def _curve(run: Run) -> Answer:
-    drawn = any(row["curve"] == "eps" for row in run.measures["curves"])
+    rows = [row for row in run.measures["curves"] if row["curve"] == "eps"]
+    drawn = any(of_network(rows, network) for network in shown(run.found))
     return ("passed", "Drawn above.") if drawn else ("not done", "No curve was measured.")
 
 
@@ -174,19 +186,18 @@ def _transfer(run: Run) -> Answer:
     if not rows:
         return "not done", "No transfer between networks was measured."
     own = {_place(r): r for r in rows if r["source_generation"] == r["target_generation"]}
-    moved = [row for row in rows if row["source_generation"] != row["target_generation"]]
-    better = [
-        row
-        for row in moved
-        if row["low"] is not None and _place(row) in own and row["low"] > _high(own[_place(row)])
+    moved = [
+        (row, own[_place(row)])
+        for row in rows
+        if row["source_generation"] != row["target_generation"] and _place(row) in own
     ]
+    moved = [pair for pair in moved if None not in (pair[0]["low"], pair[1]["high"])]
+    if not moved:
+        return "not done", "No intervals of transfer and of the attack itself were measured."
+    better = [pair for pair in moved if pair[0]["low"] > pair[1]["high"]]
     if better:
         return "problem found", f"{len(better)} of {len(moved)} pairs beat the attack itself."
     return "passed", f"{_words.count(len(moved), 'pair')}."
-
-
-def _high(row: Row) -> float:
-    return float(row["success_rate"] if row["high"] is None else row["high"])
 
 
 def _place(row: Row) -> tuple[Any, ...]:
@@ -197,7 +208,8 @@ def _place(row: Row) -> tuple[Any, ...]:
 def _worst_case(run: Run) -> Answer:
     if not run.judged:
         return "not done", "No verdict was asked for."
-    return "passed", f"On {_words.count(len(run.judged), 'network')}."
+    networks = {item.network.name for item in run.judged}
+    return "passed", f"On {_words.count(len(networks), 'network')}."
 
 
 def _distances(run: Run) -> Answer:

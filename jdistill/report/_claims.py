@@ -6,13 +6,15 @@ from typing import Any, NamedTuple
 
 from jdistill import _words
 from jdistill.report._networks import (
-    Attacked,
+    LABELS,
     Judged,
     Network,
     Stat,
+    attack_key,
     attack_keys,
     budget_of,
-    is_of,
+    of_network,
+    stat,
 )
 from jdistill.report._table import Row, blank
 
@@ -46,21 +48,28 @@ class Claim(NamedTuple):
 def subject(found: Sequence[Network], judged: Sequence[Judged]) -> Network:
     """The network that the answer is about: the last student at the highest temperature.
 
-    Of the judged ones, where there are any.
+    Of the judged ones, where there are any, else of the attacked ones.
     """
-    networks = [item.network for item in judged] or list(found)
+    networks = [item.network for item in judged] or [net for net in found if net.attacks] or found
     return max(networks, key=lambda net: (net.generation > 0, net.temperature, net.generation))
+
+
+def verdict_of(network: Network, judged: Sequence[Judged]) -> Judged | None:
+    """A network's verdict; of several radii the gravest one."""
+    own = [item for item in judged if item.network == network]
+    return min(own, key=lambda item: LABELS.index(item.label), default=None)
 
 
 def last_judged(judged: Sequence[Judged]) -> list[Judged]:
     """Those on the first screen: the ordinary network, and each chain's last student."""
-    last = {(item.network.subject, item.network.temperature): item for item in judged}
-    return [item for item in judged if item.network.is_ordinary or item in last.values()]
+    last = {(item.network.subject, item.network.temperature): item.network for item in judged}
+    shown = list(last.values())
+    return [item for item in judged if item.network.is_ordinary or item.network in shown]
 
 
 def answer(network: Network, judged: Sequence[Judged]) -> Claim:
     """Answer on a network's robustness: its verdict, or else its strongest attack."""
-    own = next((item for item in judged if item.network == network), None)
+    own = verdict_of(network, judged)
     if own is not None:
         numbers = {"naive": own.naive, "worst": own.worst_case, "limit": own.limit}
         numbers["number"] = own.num_examples
@@ -74,13 +83,25 @@ def answer(network: Network, judged: Sequence[Judged]) -> Claim:
         )
         about = {"attack": best.key.name, "limit": best.key.limit, "success": best.success}
         return Claim("attack", {"name": network.name, **about})
-    near = [hit for hit in network.attacks.values() if hit.median_distance.known]
-    if near:
-        hit = near[0]
-        norm = _words.norm_name(hit.key.norm)
-        about = {"success": hit.success, "median": hit.median_distance, "norm": norm}
-        return Claim("distance", {"name": network.name, "attack": hit.key.name, **about})
-    return Claim("no attack", {"name": network.name})
+    hits = sorted(network.attacks.values(), key=lambda hit: not hit.median_distance.known)
+    if not hits:
+        return Claim("no attack", {"name": network.name})
+    hit = hits[0]
+    about = {"name": network.name, "attack": hit.key.name, "success": hit.success}
+    if not hit.median_distance.known:
+        return Claim("success", about)
+    norm = _words.norm_name(hit.key.norm)
+    return Claim("distance", {**about, "median": hit.median_distance, "norm": norm})
+
+
+def seeds_differ(network: Network, judged: Sequence[Judged]) -> Claim | None:
+    """Of a network whose seeds were judged unlike, how many got which label."""
+    own = verdict_of(network, judged)
+    labels = [verdict.label for verdict in own.verdicts] if own else []
+    if len(set(labels)) < 2:
+        return None
+    counts = [f"{label} on {labels.count(label)}" for label in LABELS if label in labels]
+    return Claim("seeds differ", {"number": len(labels), "counts": _words.join(counts)})
 
 
 def baseline(found: Sequence[Network], network: Network) -> Network | None:
@@ -93,15 +114,14 @@ def baseline(found: Sequence[Network], network: Network) -> Network | None:
 
 def gain(network: Network, other: Network | None, judged: Sequence[Judged]) -> Claim | None:
     """Gain of the defense on the ordinary network, by everything tried."""
-    one = next((item for item in judged if item.network == network), None)
+    one = verdict_of(network, judged)
     if one is None or other is None:
         return None
-    base = next((item for item in judged if item.network == other), None)
+    bases = [item for item in judged if item.network == other]
+    base = next((item for item in bases if item.compares_with(one)), None)
     about = {"other": other.name}
     if base is None:
-        return Claim("not judged", about)
-    if (base.norm, base.eps, base.num_examples.mean) != (one.norm, one.eps, one.num_examples.mean):
-        return Claim("other examples", about)
+        return Claim("judged otherwise" if bases else "not judged", about)
     difference = one.worst_case.mean - base.worst_case.mean
     case = "higher" if difference > 0 else "lower"
     if one.worst_case.overlaps(base.worst_case):
@@ -111,24 +131,28 @@ def gain(network: Network, other: Network | None, judged: Sequence[Judged]) -> C
         {
             **about,
             "base": base.worst_case,
-            "gain": _words.points(abs(difference)).lstrip("+"),
+            "gain": _words.points(difference),
             "claimed": _words.points(one.naive.mean - base.naive.mean),
         },
     )
 
 
-def elsewhere(network: Network, judged: Sequence[Judged]) -> dict[str, list[float]]:
-    """The temperatures of the other last students, by label."""
-    found: dict[str, list[float]] = {}
-    for item in judged:
+def elsewhere(network: Network, judged: Sequence[Judged]) -> dict[str, list[str]]:
+    """The other networks that stand for a chain or temperature, by label."""
+    found: dict[str, list[str]] = {}
+    for item in last_judged(judged):
         other = item.network
-        student = other.generation and other.is_last and other.subject == network.subject
-        if student and other.temperature != network.temperature:
-            found.setdefault(item.label, []).append(other.temperature)
+        gravest = verdict_of(other, judged) == item
+        if gravest and other != network and not other.is_ordinary:
+            found.setdefault(item.label, []).append(
+                f"T = {other.temperature:g}" if other.subject == network.subject else other.name
+            )
     return found
 
 
-def warnings(found: Sequence[Network], judged: Sequence[Judged]) -> list[Claim]:
+def warnings(
+    found: Sequence[Network], judged: Sequence[Judged], distances: Sequence[Row] = ()
+) -> list[Claim]:
     """Warnings that stand before everything else."""
     claims = []
     poor = [net for net in found if net.accuracy.known and net.accuracy.mean < LEARNED]
@@ -139,9 +163,9 @@ def warnings(found: Sequence[Network], judged: Sequence[Judged]) -> list[Claim]:
     if other is not None and last not in poor and _costs(last.accuracy, other.accuracy):
         accuracies = {"accuracy": last.accuracy, "base": other.accuracy}
         claims.append(Claim("costs", {"name": last.name, "other": other.name, **accuracies}))
-    for hits in _failing(found).values():
-        worst = min(hits, key=lambda pair: pair[1].success.mean)[1]
-        about = {"attack": worst.key.name, "success": worst.success}
+    for name, hits in failing(found, distances).items():
+        worst = min((success for _, success in hits), key=lambda success: success.mean)
+        about = {"attack": name, "success": worst}
         claims.append(Claim("unbounded", {"names": _names([net for net, _ in hits]), **about}))
     bad = [item.network for item in judged if _outcome(item, "unbounded") == "masked"]
     if bad:
@@ -149,9 +173,9 @@ def warnings(found: Sequence[Network], judged: Sequence[Judged]) -> list[Claim]:
     for item in judged:
         if any(verdict.num_nonfinite for verdict in item.verdicts):
             claims.append(Claim("nonfinite", {"name": item.network.name}))
-    few = [item for item in judged if item.num_examples.mean < FEW_EXAMPLES]
-    if few:
-        claims.append(Claim("few", {"number": few[0].num_examples}))
+    fewest = min((item.num_examples for item in judged), key=lambda n: n.mean, default=None)
+    if fewest is not None and fewest.mean < FEW_EXAMPLES:
+        claims.append(Claim("few", {"number": fewest}))
     if max(len(net.seeds) for net in found) == 1:
         claims.append(Claim("one seed", {}))
     return claims
@@ -162,14 +186,42 @@ def _costs(accuracy: Stat, base: Stat) -> bool:
     return accuracy.known and base.known and lower and not accuracy.overlaps(base)
 
 
-def _failing(found: Sequence[Network]) -> dict[str, list[tuple[Network, Attacked]]]:
-    """By attack, the networks on which a minimum-norm attack does not succeed."""
-    failing: dict[str, list[tuple[Network, Attacked]]] = {}
+def unbounded(
+    found: Sequence[Network], distances: Sequence[Row]
+) -> dict[str, list[tuple[Network, Stat]]]:
+    """By the name of an attack that may go as far as it needs, its success on each network."""
+    made: dict[str, list[tuple[Network, Stat]]] = {}
     for network in found:
         for key, hit in network.attacks.items():
-            if key.eps is None and not key.has_no_norm and hit.success.high < FULL_SUCCESS:
-                failing.setdefault(key.attack, []).append((network, hit))
-    return failing
+            if key.eps is None and not key.has_no_norm and key.facts.freedom is None:
+                made.setdefault(key.name, []).append((network, hit.success))
+        by_norm: dict[Any, list[Row]] = {}
+        for row in of_network(distances, network):
+            by_norm.setdefault(attack_key({**row, "eps": None}), []).append(row)
+        for key, rows in by_norm.items():
+            success = stat(rows, "success_rate", file="distances.csv")
+            made.setdefault(f"{key.name} {_words.norm_name(key.norm)}", []).append(
+                (network, success)
+            )
+    return made
+
+
+def failing(
+    found: Sequence[Network], distances: Sequence[Row]
+) -> dict[str, list[tuple[Network, Stat]]]:
+    """Of `unbounded` those that do not succeed.
+
+    By the upper end of one seed's interval; by the lowest of several seeds.
+    """
+    failed = {
+        name: [
+            (network, success)
+            for network, success in made
+            if (success.high if success.seeds == 1 else success.low) < FULL_SUCCESS
+        ]
+        for name, made in unbounded(found, distances).items()
+    }
+    return {name: made for name, made in failed.items() if made}
 
 
 def _names(networks: Sequence[Network]) -> str:
@@ -227,9 +279,15 @@ def effect(made: Sequence[Comparison]) -> Claim | None:
     """What all comparisons say together."""
     if not made:
         return None
-    shown = sum(each.case in ("higher", "lower") for each in made)
-    differing = sum(each.case == "one seed" for each in made)
-    fields = {"number": len(made), "shown": shown, "differing": differing}
+    tested = [each for each in made if each.case != "untested"]
+    if not tested:
+        return Claim("untested", {})
+    shown = sum(each.case in ("higher", "lower") for each in tested)
+    differing = sum(each.case == "one seed" for each in tested)
+    number = _words.count(len(tested), "comparison")
+    found = {"shown": shown, "differing": differing}
+    fields = {name: _words.count(value, "difference") for name, value in found.items()}
+    fields |= {"number": number}
     return Claim("shown" if shown else "one seed" if differing else "none", fields)
 
 
@@ -269,11 +327,12 @@ def limits(
     if not {"scores", "decisions"} & set(facts_tried("access", keys, judged)):
         claims.append(Claim("black box", {}))
     seen = [hit.num_attacked for net in found for hit in net.attacks.values()]
-    seen += [item.num_examples for item in judged]
+    seen = [item.num_examples for item in judged] or seen
     most = max(seen, key=lambda size: size.mean, default=None)
     tested = max((net.num_test for net in found), key=lambda size: size.mean)
     if most is not None and most.mean < tested.mean:
-        claims.append(Claim("test set", {"most": most, "tested": tested}))
+        who = "verdicts" if judged else "attacks"
+        claims.append(Claim("test set", {"who": who, "most": most, "tested": tested}))
     norms = norms_tried(found, judged, measures)
     if norms:
         claims.append(Claim("norms", {"norms": _words.join(norms)}))
@@ -305,8 +364,3 @@ def facts_tried(fact: str, keys: Iterable[Any], judged: Sequence[Judged]) -> dic
         if value is not None and name not in found.setdefault(value, []):
             found[value].append(name)
     return found
-
-
-def of_network(rows: Sequence[Row], network: Network) -> list[Row]:
-    """The rows about a network."""
-    return [row for row in rows if is_of(row, network)]

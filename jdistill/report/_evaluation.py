@@ -415,6 +415,7 @@ def _points(network: _Network, curve: evaluate.Curve, about: Row) -> list[Row]:
 
 def _transfer(result: evaluate.Evaluation, names: Sequence[NetworkName]) -> Iterable[Row]:
     """What was crafted on each network, judged by those of the same chain and run."""
+    facts = _facts(result.attacks)
     for attack, matrices in result.transfer.items():
         if len(matrices) != 1:
             continue  # of chains that the caller has named by places
@@ -426,7 +427,8 @@ def _transfer(result: evaluate.Evaluation, names: Sequence[NetworkName]) -> Iter
                         **source.run,
                         "source_generation": source.generation,
                         "target_generation": target.generation,
-                        **_named(attack, outcome),
+                        "attack": attack,
+                        "title": facts[attack].get("title"),
                         "norm": outcome.norm,
                         "eps": outcome.eps,
                         "num_examples": outcome.success.shape[1],

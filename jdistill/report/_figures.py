@@ -6,11 +6,12 @@ a CSS variable, so that a dark page has lighter ones. A line has the gid
 `"<quantity> generation=<g>"` or `"<curve> <attack> T=<T> generation=<g>"`.
 """
 
+import contextlib
 import hashlib
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -18,8 +19,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jdistill import _words
-from jdistill.report import _claims, _tables
-from jdistill.report._networks import AttackKey, Judged, Network, Stat, attack_key, attack_keys
+from jdistill.report import _claims
+from jdistill.report._networks import (
+    AttackKey,
+    Judged,
+    Network,
+    Stat,
+    attack_key,
+    attack_keys,
+    of_network,
+    shown,
+)
 from jdistill.report._networks import stat as stat_of
 from jdistill.report._optional import optional
 from jdistill.report._table import Row
@@ -62,6 +72,7 @@ _STYLE = {
     "grid.linewidth": 0.7,
     "axes.axisbelow": True,
     "legend.frameon": False,
+    "text.parse_math": False,  # titles of attacks are text from outside
 }
 _MANY_POINTS = 14  # from here on markers hide the line
 _AXES = {"eps": "radius ε", "steps": "steps", "queries": "queries"}
@@ -85,7 +96,6 @@ def figures(
     found: Sequence[Network], judged: Sequence[Judged], rows: Mapping[str, Sequence[Row]]
 ) -> dict[str, Figure]:
     """Every figure of a data set for which there is something to draw, by name."""
-    matplotlib = optional("matplotlib")
     curves = {
         f"curve-{curve}": (f"Accuracy against {axis}", partial(_curves, rows["curves"], curve))
         for curve, axis in _AXES.items()
@@ -100,14 +110,33 @@ def figures(
     }
     drawn = {}
     for name, (title, function) in draw.items():
-        with matplotlib.rc_context():
-            matplotlib.rcdefaults()
-            # The same rows give the same bytes: no date, and ids out of the figure's name.
-            matplotlib.rcParams.update({**_STYLE, "svg.hashsalt": f"{found[0].dataset} {name}"})
+        # The same rows give the same bytes: no date, and ids out of the figure's name.
+        with report_style(**{"svg.hashsalt": f"{found[0].dataset} {name}"}):
             figure = function(found)
             if figure is not None:
                 drawn[name] = _written(figure, title, f"{found[0].dataset} {name}")
     return drawn
+
+
+@contextlib.contextmanager
+def report_style(**more: Any) -> Iterator[None]:
+    """Draws in the report's style, whatever the user's settings."""
+    matplotlib = optional("matplotlib")
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({**_STYLE, **more})
+        yield
+
+
+def network_look(
+    temperatures: Sequence[float], temperature: float, generation: int
+) -> dict[str, Any]:
+    """Color and line by temperature, marker by generation; ink for the ordinary network."""
+    look = _look(generation)
+    if temperature == 1 and generation == 0:
+        return {**look, "color": INK}
+    place = temperatures.index(temperature) / max(len(temperatures) - 1, 1)
+    return {**look, "color": _TEMPERATURES[round(place * (len(_TEMPERATURES) - 1))]}
 
 
 def _written(figure: Any, title: str, salt: str) -> Figure:
@@ -144,7 +173,7 @@ def _verdict(judged: Sequence[Judged]) -> Any:
     axes = figure.subplots()
     for position, item in enumerate(chosen):
         y, color = -float(position), TONES[item.label]
-        name = _short(item.network)
+        name = _short(item.network) + f", {item.limit}" * item.several
         axes.text(-3, y + 0.33, name, fontsize=9.5, va="center", zorder=5)
         words = {"ha": "right", "va": "center", "color": color, "weight": "bold", "zorder": 5}
         axes.text(103, y + 0.33, item.label, fontsize=9.5, **words)
@@ -166,7 +195,8 @@ def _verdict(judged: Sequence[Judged]) -> Any:
             axes.text(naive, y - 0.26, texts[0], **look)
             axes.text(worst, y - 0.26, texts[1], **look)
     axes.set(xlim=(-4, 104), ylim=(-len(chosen) + 0.5, 0.6), yticks=[])
-    axes.set_xlabel(f"accuracy (%) within {chosen[0].limit}")
+    within = "" if chosen[0].several else f" within {chosen[0].limit}"
+    axes.set_xlabel(f"accuracy (%){within}")
     axes.grid(True, axis="x")
     axes.grid(False, axis="y")
     axes.spines["left"].set_visible(False)
@@ -269,7 +299,7 @@ def _of_distance(
     rows: Sequence[Row], key: AttackKey, name: str
 ) -> Callable[[Network], Stat | None]:
     own = [row for row in rows if attack_key({**row, "eps": None}) == key]
-    return lambda network: stat_of(_claims.of_network(own, network), name, file="distances.csv")
+    return lambda network: stat_of(of_network(own, network), name, file="distances.csv")
 
 
 def _against_temperature(
@@ -277,7 +307,8 @@ def _against_temperature(
 ) -> Any:
     """Panels of one line per generation; None where one temperature makes no line."""
     ticker = optional("matplotlib.ticker")
-    found = [network for network in found if network.chain == found[-1].chain]
+    chain = found[-1].chain
+    found = [network for network in found if network.chain == chain]
     temperatures = sorted({network.temperature for network in found})
     panels = [panel for panel in panels if _any_known(found, panel)]
     if len(temperatures) < 2 or not panels:
@@ -295,6 +326,9 @@ def _against_temperature(
             options.pop("yscale")
         axes.set(title=panel.title, xscale="log", xlabel="temperature T", **options)
         pad = 10 ** (0.07 * max(span, 0.6))
+        if axes.get_yscale() == "log":
+            axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(ticker.NullFormatter())
         axes.set_xlim(temperatures[0] / pad, temperatures[-1] * pad)
         axes.xaxis.set_major_locator(ticker.FixedLocator(temperatures))
         axes.xaxis.set_major_formatter(ticker.FixedFormatter(_tick_labels(temperatures)))
@@ -307,6 +341,8 @@ def _against_temperature(
     ]
     if dotted:
         handles.append(_handle(color=SOFT, linestyle=":", label=dotted))
+    if chain:
+        figure.suptitle(f"chain: {chain}", fontsize=9.5)
     figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=9.5)
     return figure
 
@@ -364,7 +400,7 @@ def _curves(rows: Sequence[Row], curve: str, found: Sequence[Network]) -> Any:
     """Accuracy under attack against its radius, steps, or queries; a panel per attack."""
     rows = [row for row in rows if row["curve"] == curve]
     keys = list(dict.fromkeys(attack_key(row) for row in rows))
-    networks = _tables.shown(found)
+    networks = shown(found)
     drawn = {}
     for key in keys:
         lines = [
@@ -384,7 +420,7 @@ def _curves(rows: Sequence[Row], curve: str, found: Sequence[Network]) -> Any:
                 100 * np.array([getattr(stat, end) for stat in points.values()])
                 for end in ("mean", "low", "high")
             )
-            color = _color_of(temperatures, network)
+            color = network_look(temperatures, network.temperature, network.generation)["color"]
             style = {"color": color, "linestyle": "--" if network.is_ordinary else "-"}
             marker = "" if len(x) > _MANY_POINTS else "o"
             axes.plot(x, mean, marker=marker, markersize=4.5, linewidth=1.7, zorder=3, **style)
@@ -397,7 +433,7 @@ def _curves(rows: Sequence[Row], curve: str, found: Sequence[Network]) -> Any:
             axes.set_ylabel("accuracy left (%)")
     handles = [
         _handle(
-            color=_color_of(temperatures, network),
+            color=network_look(temperatures, network.temperature, network.generation)["color"],
             linestyle="--" if network.is_ordinary else "-",
             label=_short(network),
         )
@@ -410,7 +446,7 @@ def _curves(rows: Sequence[Row], curve: str, found: Sequence[Network]) -> Any:
 def _points(rows: Sequence[Row], network: Network) -> dict[float, Stat]:
     """By place, what is left."""
     points: dict[float, list[Row]] = {}
-    for row in _claims.of_network(rows, network):
+    for row in of_network(rows, network):
         points.setdefault(float(f"{float(row['x']):.6g}"), []).append(row)
     return {
         place: stat_of(
@@ -429,14 +465,6 @@ def _short(network: Network) -> str:
         return network.name
     line = _words.line_name(network.generation)
     return ", ".join(filter(None, [network.chain, f"T = {network.temperature:g}", line]))
-
-
-def _color_of(temperatures: Sequence[float], network: Network) -> str:
-    """Ink for the ordinary network, and darker the higher the temperature."""
-    if network.is_ordinary:
-        return INK
-    place = temperatures.index(network.temperature) / max(len(temperatures) - 1, 1)
-    return _TEMPERATURES[round(place * (len(_TEMPERATURES) - 1))]
 
 
 def _panels(number: int, height: float = 2.6) -> tuple[Any, list[Any]]:

@@ -5,7 +5,7 @@ figures, and the words agree.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -35,8 +35,8 @@ class Cells(NamedTuple):
 class Stat:
     """A number of the report.
 
-    In a format text it takes `%` (with digits: `%2`), `points`, `number`, `decimals`, `count`, or
-    `ends`, which is where the number may lie.
+    In a sentence it takes `%` (with digits: `%2`), `points`, `number`, `decimals`, `count`, a noun
+    to count (`count example`), or `ends`, which is where the number may lie.
 
     Attributes:
         mean: over the seeds; NaN where nothing was measured.
@@ -73,28 +73,22 @@ class Stat:
         """Whether the two ranges have a point in common."""
         return self.low <= other.high and other.low <= self.high
 
-    def __format__(self, spec: str) -> str:
-        if spec != "ends":
-            return _text(self.mean, spec)
-        if not self.has_ends:
-            return "one value" if self.seeds == 1 else "every seed alike"
-        return _ENDS[self.kind].format(
-            low=_text(self.low, "%"), high=_text(self.high, "%"), seeds=self.seeds
-        )
-
     @property
     def kind(self) -> str:
         """What its ends are."""
         return "interval" if self.seeds == 1 else "intervals" if self.over_all else "seeds"
 
     def __html_format__(self, spec: str) -> Any:
-        """The same as HTML, each number with its value and its cells."""
+        """The number as HTML, with its value and its cells."""
         from markupsafe import Markup
 
+        if spec.startswith("count "):
+            noun = spec.removeprefix("count ") + "s" * (self.mean != 1)
+            return Markup("{} {}").format(_data(self.mean, "count", self.cells[0], "mean"), noun)
         if spec != "ends":
             return _data(self.mean, spec, self.cells[0], "mean")
         if not self.has_ends:
-            return Markup(format(self, spec))
+            return "no interval known" if self.seeds == 1 else "the same on every seed"
         return Markup(_ENDS[self.kind]).format(
             low=_data(self.low, "%", self.cells[1], "min"),
             high=_data(self.high, "%", self.cells[2], "max"),
@@ -242,13 +236,14 @@ class Network:
         """The network as a sentence names it."""
         if not self.distilled:
             return self.chain or self.dataset
+        of_chain = f" of {self.chain}" if self.chain else ""
         if self.generation == 0:
             who = "the ordinary network" if self.temperature == 1 else "the teacher"
         elif self.generation == 1:
             who = "the student without an assistant"
         else:
             who = f"the student with {_words.count(self.generation - 1, 'assistant')}"
-        return f"{who} at T = {self.temperature:g}"
+        return f"{who}{of_chain} at T = {self.temperature:g}"
 
     @property
     def is_ordinary(self) -> bool:
@@ -269,7 +264,8 @@ class Judged:
         naive: accuracy under the usual attack.
         worst_case: share of the examples that no attack of the verdict broke.
         clean: accuracy on the same examples without an attack.
-        num_examples: that a verdict rests on.
+        num_examples: that a verdict rests on, the fewest of any seed.
+        several: whether there are verdicts at other radii beside it.
     """
 
     network: Network
@@ -281,6 +277,7 @@ class Judged:
     worst_case: Stat
     clean: Stat
     num_examples: Stat
+    several: bool
 
     @property
     def label(self) -> str:
@@ -294,9 +291,24 @@ class Judged:
         return next(verdict for verdict in self.verdicts if verdict.label == self.label)
 
     @property
+    def seed(self) -> int:
+        """The seed of the verdict that is shown."""
+        return self.seeds[self.verdicts.index(self.shown)]
+
+    @property
     def limit(self) -> str:
         """Norm and radius, as the report writes them."""
         return _words.within(self.norm, self.eps)
+
+    @property
+    def budget(self) -> tuple[str, float]:
+        """Norm and radius."""
+        return self.norm, self.eps
+
+    def compares_with(self, other: "Judged") -> bool:
+        """Whether both are of the same radius, as many examples, and the same seeds."""
+        same = self.budget == other.budget and self.seeds == other.seeds
+        return same and self.num_examples.mean == other.num_examples.mean
 
 
 LABELS = ("masked", "weak attack", "inconclusive", "no sign of masking")
@@ -321,7 +333,7 @@ def networks(rows: Iterable[Row]) -> list[Network]:
         last[tuple(chain)] = max(last.get(tuple(chain), 0), generation)
     distilled = any(where[2] != 1 or where[3] for where in groups)
     return [
-        _network(where, (last[where[:3]] == where[3], distilled), group, known)
+        _network(where, last[where[:3]] == where[3], distilled, group, known)
         for where, group in sorted(groups.items())
     ]
 
@@ -331,7 +343,7 @@ def numbered(rows: Iterable[Row]) -> list[Row]:
     return [{PLACE: place, **row} for place, row in enumerate(listed(rows))]
 
 
-PLACE = "row"
+PLACE = "\0row"  # no column is called that
 
 
 def _where(row: Row) -> tuple[str, str, float, int]:
@@ -341,7 +353,8 @@ def _where(row: Row) -> tuple[str, str, float, int]:
 
 def _network(
     where: tuple[str, str, float, int],
-    kind: tuple[bool, bool],
+    is_last: bool,
+    distilled: bool,
     rows: Sequence[Row],
     known: Mapping[str, Facts],
 ) -> Network:
@@ -358,8 +371,8 @@ def _network(
         chain=chain,
         temperature=temperature,
         generation=generation,
-        is_last=kind[0],
-        distilled=kind[1],
+        is_last=is_last,
+        distilled=distilled,
         seeds=tuple(sorted(int(row["seed"]) for row in by_seed)),
         num_test=amount(by_seed, "num_test"),
         accuracy=stat(by_seed, "test_accuracy", ends=True),
@@ -384,22 +397,22 @@ def _attacked(key: AttackKey, rows: Sequence[Row]) -> Attacked:
 
 
 def judged(found: Sequence[Network], verdicts: Sequence[Row]) -> list[Judged]:
-    """The verdicts by network, in the networks' order, at the radius that most of them have."""
-    rows = [(row, row["verdict"].norm, budget_of(row["verdict"].eps)) for row in verdicts]
-    if not rows:
-        return []
-    radii = [row[1:] for row in rows]
-    norm, eps = max(dict.fromkeys(radii), key=radii.count)
+    """The verdicts by radius and network, in the networks' order."""
+    budgets: dict[tuple[str, float], list[Row]] = {}
+    for row in verdicts:
+        budget = row["verdict"].norm, budget_of(row["verdict"].eps) or 0.0
+        budgets.setdefault(budget, []).append(row)
     result = []
     for network in found:
-        own = [row for row, *radius in rows if radius == [norm, eps] and is_of(row, network)]
-        own.sort(key=lambda row: int(row["seed"]))
-        if own:
-            result.append(_judged(network, norm, eps or 0.0, own))
+        own = {budget: of_network(rows, network) for budget, rows in sorted(budgets.items())}
+        for budget, rows in own.items():
+            if rows:
+                rows.sort(key=lambda row: int(row["seed"]))
+                result.append(_judged(network, budget, rows, len(budgets) > 1))
     return result
 
 
-def _judged(network: Network, norm: str, eps: float, rows: list[Row]) -> Judged:
+def _judged(network: Network, budget: tuple[str, float], rows: list[Row], several: bool) -> Judged:
     shares = {}
     for name in ("naive", "worst_case", "clean"):
         flat = [
@@ -416,19 +429,25 @@ def _judged(network: Network, norm: str, eps: float, rows: list[Row]) -> Judged:
     sizes = [{PLACE: row[PLACE], "num_examples": row["verdict"].num_examples} for row in rows]
     return Judged(
         network=network,
-        norm=norm,
-        eps=eps,
+        norm=budget[0],
+        eps=budget[1],
         seeds=tuple(int(row["seed"]) for row in rows),
         verdicts=tuple(row["verdict"] for row in rows),
-        num_examples=amount(sizes, "num_examples", file="verdicts.json"),
+        num_examples=amount(sizes, "num_examples", file="verdicts.json", choose=min),
+        several=several,
         **shares,
     )
 
 
-def is_of(row: Row, network: Network) -> bool:
-    """Whether a row is about this network, at whatever seed."""
+def of_network(rows: Iterable[Row], network: Network) -> list[Row]:
+    """The rows about a network, at whatever seed."""
     own = (network.dataset, network.chain, network.temperature, network.generation)
-    return _where(row) == own
+    return [row for row in rows if _where(row) == own]
+
+
+def shown(found: Sequence[Network]) -> list[Network]:
+    """The ordinary network, and the student of the longest chain at each temperature."""
+    return [net for net in found if net.is_ordinary or net.is_last]
 
 
 def attack_keys(found: Sequence[Network]) -> list[AttackKey]:
@@ -503,12 +522,18 @@ def stat(
     )
 
 
-def amount(rows: Sequence[Row], name: str, *, file: str = "results.csv") -> Stat:
-    """A count of examples: the largest of the seeds."""
+def amount(
+    rows: Sequence[Row],
+    name: str,
+    *,
+    file: str = "results.csv",
+    choose: Callable[..., Any] = max,
+) -> Stat:
+    """A count of examples: the largest of the seeds, or the smallest."""
     known = [row for row in rows if not blank(row[name])]
-    largest = max(known, key=lambda row: int(row[name]), default=None)
-    if largest is None:
+    if not known:
         return Stat(0, 0, 0, 0)
-    value = int(largest[name])
-    cells = Cells(file, name, (int(largest.get(PLACE, -1)),))
+    chosen = choose(known, key=lambda row: int(row[name]))
+    value = int(chosen[name])
+    cells = Cells(file, name, (int(chosen.get(PLACE, -1)),))
     return Stat(value, value, value, 1, (cells, cells, cells))

@@ -1,11 +1,11 @@
-"""Importing the optional packages of the extra `demo`."""
+"""Importing the optional packages of the extra `study`."""
 
 import importlib
 from types import ModuleType
 
 
 def optional(module: str) -> ModuleType:
-    """Imports a package of the extra `demo`, or says how to get it."""
+    """Imports a package of the extra `study`, or says how to get it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from etils import epath
 
 from jdistill import _validate, _words
@@ -17,11 +16,11 @@ from jdistill.report._networks import Judged, Network, judged, networks, numbere
 from jdistill.report._optional import check_packages, optional
 from jdistill.report._pictures import load_pictures, write_picture_grid
 from jdistill.report._sentences import say
-from jdistill.report._table import TABLES, Row, read_table
+from jdistill.report._table import TABLES, Row, blank, read_table
 from jdistill.report._verdicts import read_verdicts
 
 _GENERATIONS = ("generation", "source_generation", "target_generation", "baseline_generation")
-_RUN = ("dataset", "temperature")
+_MACHINE = ("versions", "devices", "seconds", "seconds_all_starts")
 
 
 def read_tables(folder: PathLike) -> dict[str, list[dict[str, Any]]]:
@@ -46,15 +45,17 @@ def read_tables(folder: PathLike) -> dict[str, list[dict[str, Any]]]:
         rows[kind] = read_table(path, kind) if there else []
     path = where / "verdicts.json"
     rows["verdicts"] = read_verdicts(path) if path.exists() else []
-    known = {
-        (str(row["dataset"]), float(row["temperature"]), int(row["generation"]))
-        for row in rows["results"]
-    }
+    known = {_place(row, "generation") for row in rows["results"]}
+    known |= {place[:-1] for place in known}
     for kind, own in rows.items():
         for row in own:
             for name in _GENERATIONS:
-                if name in row and (*_run(row), int(row[name])) not in known:
-                    network = ", ".join(f"{each}={row[each]}" for each in (*_RUN, name))
+                if name in row and _place(row, name) not in known:
+                    network = ", ".join(
+                        f"{column}={row[column]}"
+                        for column in ("dataset", "chain", "temperature", "seed", name)
+                        if not blank(row.get(column))
+                    )
                     raise ValueError(
                         f"expected {kind} about networks of results.csv, got {network}; measure "
                         f"that network too, or delete the file of {kind}"
@@ -62,9 +63,16 @@ def read_tables(folder: PathLike) -> dict[str, list[dict[str, Any]]]:
     return rows
 
 
-def _run(row: Row) -> tuple[str, float]:
-    dataset, temperature = (row[name] for name in _RUN)
-    return str(dataset), float(temperature)
+def _place(row: Row, generation: str) -> tuple[Any, ...]:
+    """What names a network in a row; without a seed where the row is over all seeds."""
+    chain = "baseline_chain" if generation == "baseline_generation" else "chain"
+    network = (
+        str(row["dataset"]),
+        str(row.get(chain) or ""),
+        float(row["temperature"]),
+        int(row[generation]),
+    )
+    return network if blank(row["seed"]) else (*network, int(row["seed"]))
 
 
 def write_report(
@@ -170,16 +178,16 @@ def _model(
         ],
         "checklist": checklist(Run(found, verdicts, places, config, has_weights)),
         "limits": [say(_sentences.LIMITS, claim.case, **claim.fields) for claim in limits],
-        "terms": _sentences.TERMS,
-        "settings": _flat(config.get("recipe") or config),
-        "machine": _glance(run),
+        "terms": _sentences.TERMS if found[0].distilled else _sentences.terms_of_attacks(),
+        "settings": _shown(config["recipe"] if config.get("recipe") else config),
+        "machine": _shown({name: run[name] for name in _MACHINE if name in run}),
         "files": [
             name
             for kind in rows
             if rows[kind]
             for name in [f"{kind}.csv" if kind != "verdicts" else "verdicts.json"]
         ],
-        "has_config": "recipe" in config,
+        "has_config": bool(config.get("recipe")),
     }
 
 
@@ -195,12 +203,16 @@ def _lead(found: Sequence[Network]) -> str:
     chains = {network.chain for network in found if network.chain}
     longest = max(network.generation for network in found)
     seeds = {seed for network in found for seed in network.seeds}
-    parts = ["T = " + ", ".join(f"{temperature:g}" for temperature in temperatures)]
-    parts += [_words.count(len(chains), "chain")] * bool(chains)
-    parts += [_words.count(longest - 1, "assistant")] * (longest > 0)
-    parts.append(_words.count(len(seeds), "seed"))
     tested = max(network.num_test.mean for network in found)
-    return " · ".join([*parts, _words.count(int(tested), "test example")])
+    if found[0].distilled:
+        parts = ["T = " + ", ".join(f"{temperature:g}" for temperature in temperatures)]
+        parts += [_words.count(len(chains), "chain")] * bool(chains)
+        parts += [_words.count(longest - 1, "assistant")] * (longest > 0)
+    else:
+        parts = [_words.count(len(found), "network")]
+    parts.append(_words.count(len(seeds), "seed"))
+    parts += [_words.count(int(tested), "test example")] * (tested > 0)
+    return " · ".join(parts)
 
 
 def _subject(
@@ -214,18 +226,21 @@ def _subject(
     other = _claims.baseline(found, network)
     claim = _claims.answer(network, verdicts)
     answer = [say(_sentences.ANSWERS, claim.case, **claim.fields)]
+    if differing := _claims.seeds_differ(network, verdicts):
+        answer.append(say(_sentences.ANSWERS, differing.case, **differing.fields))
     if gained := _claims.gain(network, other, verdicts):
         answer.append(say(_sentences.GAINS, gained.case, **gained.fields))
     made = _claims.comparisons(rows["comparisons"])
     effect = _claims.effect(made)
     if effect:
         answer.append(say(_sentences.EFFECTS, effect.case, **effect.fields))
-    warned = _claims.warnings(found, verdicts)
+    warned = _claims.warnings(found, verdicts, rows["distances"])
     return {
         "title": title,
         "tone": claim.case.replace(" ", "-"),
         "answer": answer,
         "elsewhere": _claims.elsewhere(network, verdicts),
+        "small": _small(found),
         "warnings": [say(_sentences.WARNINGS, each.case, **each.fields) for each in warned],
         "headline": _tables.headline(found, _claims.last_judged(verdicts)),
         "figures": _figures.figures(found, verdicts, rows),
@@ -246,39 +261,32 @@ def _sections(
         "nll": ("NLL", "number"),
         "brier": ("Brier score", "number"),
     }
-    has_seeds = any(len(network.seeds) > 1 for network in found)
-    small = (
-        "Means over the seeds; below them the lowest and the highest."
-        if has_seeds
-        else "Below a rate its 95% interval over the examples."
-    )
-    figures = ("accuracy", "robustness", "distances")
     return [
         Section(
             "Every attack on every network",
-            small,
-            ("attacks", *figures),
+            _small(found),
+            ("attacks", "accuracy", "robustness"),
             [("", _tables.results(found))],
             "results.csv",
         ),
         Section(
-            "Does an assistant help?",
-            "Pairs on the same n examples.",
+            "Do the chains differ?",
+            "Within a seed on the same n examples; over the seeds by their means.",
             (),
             [("", _tables.comparisons(made))] if made else [],
             "comparisons.csv",
         ),
         Section(
             "Accuracy against the budget and the steps",
-            "Read off one run of each attack; bands are 95% intervals.",
+            "Read off one run of each attack; a band spans the 95% intervals of its seeds.",
             ("curve-eps", "curve-steps", "curve-queries") if rows["curves"] else (),
             [],
             "curves.csv",
         ),
         Section(
             "Distances to adversarial examples",
-            "Over successes alone: upper bounds on the smallest distance.",
-            (),
+            "Over successes alone; read a distance beside its success rate.",
+            ("distances",),
             _tables.distances(found, rows["distances"]),
             "distances.csv",
         ),
@@ -309,17 +317,26 @@ def _sections(
     ]
 
 
+def _small(found: Sequence[Network]) -> str:
+    """What the small print of a table is."""
+    if any(len(network.seeds) > 1 for network in found):
+        return "Means over the seeds; in small print where the seeds, or their 95% intervals, lie."
+    return "In small print 95% intervals over the examples."
+
+
 def _evidence(
     network: Network, found: Sequence[Network], verdicts: Sequence[Judged]
 ) -> dict[str, Any] | None:
     """The checks on all networks, and one verdict in full."""
     if not verdicts:
         return None
-    item = next(item for item in verdicts if item.network == network)
+    item = _claims.verdict_of(network, verdicts)
+    assert item is not None  # the answer is about a judged network, where there are any
     first = _claims.last_judged(verdicts)
     others = [each for each in verdicts if each not in first]
+    where = [f", {item.limit}"] * item.several + [f", seed {item.seed}"] * (len(item.seeds) > 1)
     return {
-        "name": network.name,
+        "name": "".join([network.name, *where]),
         "verdict": item.shown,
         "others": _tables.headline(found, others) if others else None,
         "checks": _tables.checks(first),
@@ -327,44 +344,9 @@ def _evidence(
     }
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Settings as names and values; nested names are joined."""
-    lines: list[tuple[str, str]] = []
-    for name, value in settings.items():
-        if isinstance(value, (list, tuple)) and any(isinstance(v, Mapping) for v in value):
-            value = {str(number): item for number, item in enumerate(value, start=1)}
-        if isinstance(value, Mapping):
-            lines += _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, (list, tuple)):
-            lines.append((f"{prefix}{name}", ", ".join(map(_plain, value)) or "none"))
-        else:
-            lines.append((f"{prefix}{name}", _plain(value)))
-    return lines
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, (bool, np.bool_)):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return "none" if value is None else str(value)
-
-
-def _glance(run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What somebody needs who wants to run it again; only what was recorded."""
-    lines = []
-    versions = run.get("versions")
-    if isinstance(versions, Mapping):
-        names = [name for name in ("jdistill", "jax", "flax", "python") if name in versions]
-        lines.append(("versions", ", ".join(f"{name} {versions[name]}" for name in names)))
-    devices = run.get("devices")
-    if isinstance(devices, (list, tuple)) and all(isinstance(d, Mapping) for d in devices):
-        texts = [f"{d.get('count', 1)} × {d.get('kind', d.get('platform', '?'))}" for d in devices]
-        lines.append(("devices", ", ".join(texts)))
-    if isinstance(run.get("seconds"), (int, float)):
-        seconds = float(run.get("seconds_all_starts", run["seconds"]))
-        lines.append(("wall time", _words.duration(seconds)))
-    return lines
+def _shown(settings: Any) -> str:
+    """Settings as text; empty where there are none."""
+    return json.dumps(settings, indent=2, ensure_ascii=False, default=str) if settings else ""
 
 
 def _json(path: epath.Path) -> dict[str, Any]:

@@ -254,6 +254,7 @@ def checked(
         place = places[index] if places else f"row {index}"
         _check_columns(kind, form, row, place)
         _check_values(form, row, place)
+        _check_order(row, place)
         key = sort_key(kind, row)
         if key in seen:
             raise ValueError(
@@ -356,6 +357,8 @@ def _check_values(form: _Format, row: Row, place: str) -> None:
             wanted, remedy = ">= 0", "pass how many examples there were"
         elif shares and not 0 <= number <= 1:
             wanted, remedy = "in [0, 1]", "it is a share: divide percent by 100"
+        elif name == "eps" and not 0 <= number < math.inf:
+            wanted, remedy = "finite and >= 0", "pass the radius, or None where there is none"
         elif name in form.differences and not -1 <= number <= 1:
             wanted, remedy = "in [-1, 1]", "it is a difference of shares: divide points by 100"
         elif name == "temperature" and not 0 < number < math.inf:
@@ -363,6 +366,17 @@ def _check_values(form: _Format, row: Row, place: str) -> None:
         else:
             continue
         raise ValueError(f"expected {name} {wanted}, got {value!r} in {place}; {remedy}")
+
+
+def _check_order(row: Row, place: str) -> None:
+    """Ends of intervals and bins must be in order."""
+    for name in ("", "test_accuracy_", "success_rate_"):
+        low, high = (row.get(f"{name}{end}") for end in ("low", "high"))
+        known = not blank(low) and not blank(high)
+        if known and float(low) > float(high):  # type: ignore[arg-type]
+            raise ValueError(
+                f"expected {name}low <= {name}high, got {low} and {high} in {place}; swap them"
+            )
 
 
 def _is_number(cell: str) -> bool:

@@ -1,12 +1,13 @@
 """The tables of the page: numbers as people read them, each with its range in small print."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jdistill import _words
 from jdistill.report import _claims
 from jdistill.report._networks import (
+    PLACE,
     AttackKey,
     Cells,
     Judged,
@@ -14,6 +15,8 @@ from jdistill.report._networks import (
     Stat,
     attack_key,
     attack_keys,
+    of_network,
+    shown,
     stat,
 )
 from jdistill.report._sentences import COMPARISONS, say
@@ -66,7 +69,7 @@ def headline(found: Sequence[Network], judged: Sequence[Judged]) -> Table:
         heads,
         [
             [
-                Cell(_name(item.network, found)),
+                Cell(_name(item.network, found), item.limit if item.several else ""),
                 share(item.worst_case),
                 share(item.naive),
                 share(item.clean),
@@ -134,7 +137,7 @@ def _comparison(made: _claims.Comparison) -> list[Cell]:
             ("baseline_chain", "baseline_generation"),
         )
     )
-    place = (int(row["row"]),)
+    place = (int(row[PLACE]),)
     cells = [Cells("comparisons.csv", column, place) for column in ("difference", "low", "high")]
     low, high = (math.nan if row[end] is None else float(row[end]) for end in ("low", "high"))
     difference = Stat(float(row["difference"]), low, high, 1, tuple(cells))  # type: ignore[arg-type]
@@ -157,7 +160,8 @@ def checks(judged: Sequence[Judged]) -> Table:
         for check in item.shown.checks:
             titles.setdefault(check.name, check.title)
     networks = [item.network for item in judged]
-    heads = [("Check", ""), *((_name(network, networks), "") for network in networks)]
+    heads = [("Check", "")]
+    heads += [(_name(item.network, networks), item.limit * item.several) for item in judged]
     lines = []
     for name, title in titles.items():
         outcomes = [
@@ -188,7 +192,7 @@ def of_each(
     found: Sequence[Network], rows: Sequence[Row], file: str, columns: dict[str, tuple[str, str]]
 ) -> Table:
     """Columns of a table with a row per network and seed: name, unit, and format by column."""
-    own = [(network, _claims.of_network(rows, network)) for network in found]
+    own = [(network, of_network(rows, network)) for network in found]
     own = [(network, rows) for network, rows in own if rows]
     heads = [("Network", ""), *((head, "") for head, _ in columns.values())]
     lines = [
@@ -265,7 +269,7 @@ def sensitivity(found: Sequence[Network], rows: Sequence[Row]) -> Table:
     lines = []
     for network in found:
         own = {edge: 0 for edge in edges}
-        for row in _claims.of_network(rows, network):
+        for row in of_network(rows, network):
             if row["count"]:
                 own[_bin(row)] += int(row["count"])
         total = sum(own.values())
@@ -295,11 +299,6 @@ def bin_name(edge: tuple[float, float]) -> str:
     return f"≥ {low}" if math.isinf(edge[1]) else f"{low} to {high}"
 
 
-def shown(found: Sequence[Network]) -> list[Network]:
-    """The ordinary network, and the student of the longest chain at each temperature."""
-    return [net for net in found if net.is_ordinary or net.is_last]
-
-
 def share(number: Stat | None, digits: int = 1) -> Cell:
     """A share with its interval, or the seeds' range."""
     return value(number, f"%{digits}")
@@ -316,6 +315,6 @@ def _name(network: Network, among: Sequence[Network]) -> str:
     """A network in a table of some: with its chain, where they are of several."""
     if not network.distilled:
         return network.name
-    several: Callable[[str], bool] = lambda name: len({getattr(n, name) for n in among}) > 1  # noqa: E731
-    parts = [getattr(network, name) for name in ("dataset", "chain") if several(name)]
+    names = ("dataset", "chain")
+    parts = [getattr(network, n) for n in names if len({getattr(one, n) for one in among}) > 1]
     return ", ".join([*filter(None, parts), f"T = {network.temperature:g} {network.role}"])
