@@ -89,19 +89,31 @@ def run(options: Options) -> None:
     report.check_packages()
     folder = _studies.workdir_path(options.workdir)
     study = _studies.of_workdir(folder, options.data_dir)
-    rows: list[Row] = []
     with runtime.progress() as progress:
         found = studies.networks(study, folder)
         source = min(found, key=lambda one: (one.generation > 0, one.temperature, one.seed))
         runtime.check_writable(folder)
-        examples = data.Split(*(column[: options.num_examples] for column in study.examples().test))
-        for confidence in sorted(options.confidences):
-            crafted = _craft(source, examples, confidence, options, progress)
-            judged = (_judge(network, source, crafted, examples) for network in found)
-            rows += [{"confidence": confidence, **row} for row in judged]
+        rows = measured(source, found, study.examples().test, options, progress)
     written = _write(folder / "transfer", rows)
     print(table(rows))
     print(f"figure: {written}")
+
+
+def measured(
+    source: Trained,
+    judges: Sequence[Trained],
+    examples: data.Split,
+    options: Options,
+    progress: Any = None,
+) -> list[Row]:
+    """What is crafted on the source at each confidence, judged by each network."""
+    rows: list[Row] = []
+    examples = data.Split(*(column[: options.num_examples] for column in examples))
+    for confidence in sorted(options.confidences):
+        crafted = _craft(source, examples, confidence, options, progress)
+        judged = (_judge(network, source, crafted, examples) for network in judges)
+        rows += [{"confidence": confidence, **row} for row in judged]
+    return rows
 
 
 def _craft(

@@ -158,6 +158,48 @@ def online_loss(
     return jax.tree_util.Partial(_online_loss, nets.callable_logits_fn(teacher), *weights)
 
 
+def standardized_loss(
+    temperature: ArrayLike, teacher: LogitsFn, *, hard_weight: ArrayLike = 0.0
+) -> LossFn:
+    """The distillation loss on standardized logits, against a teacher that labels each batch.
+
+        (1 - λ) · KL(softmax(s(z_t) / T) || softmax(s(z) / T)) + λ · H(y, softmax(z))
+
+    with `s` the logits' standardization over classes (`losses.standardize`). With `λ = 0` neither
+    the scale of the student's logits nor that of the teacher's changes it, so that nothing makes
+    the student as confident as its teacher. No gradient flows into the teacher. As a `student_loss`
+    of `chain` or of a study it wants `online=True`.
+
+    Args:
+        temperature: above 0.
+        teacher: inputs `[B, ...]` to logits `[B, K]`, in evaluation mode.
+        hard_weight: λ in `[0, 1]`, the weight of the hard labels, whose term is at `T = 1` and not
+            standardized.
+
+    Returns:
+        `(outputs, batch) -> [B]`, a pytree that carries the teacher's weights: other numbers
+        compile nothing.
+
+    Raises:
+        ValueError: numbers out of range.
+
+    Example:
+        >>> batch = Batch(jnp.array([[2.0, 8.0]]), jnp.array([1]), None, jnp.ones(1))
+        >>> loss = standardized_loss(2.0, lambda x: x)
+        >>> bool(loss(jnp.array([[0.1, 0.2]]), batch)[0] < 1e-6)
+        True
+
+    References:
+        Sun, Ren, Li, Wang & Cao 2024, "Logit Standardization in Knowledge Distillation",
+        arXiv:2403.01427. Its released code multiplies the first term by `T²`, and weighs the two
+        terms by numbers that do not add up to 1.
+    """
+    _validate.function(teacher=teacher)
+    temperature, hard_weight, _ = _weights(temperature, hard_weight, False)
+    network = nets.callable_logits_fn(teacher)
+    return jax.tree_util.Partial(_standardized_loss, network, temperature, hard_weight)
+
+
 def initial_weights(
     step: TrainStep,
     params: PyTree,
@@ -454,6 +496,16 @@ def _online_loss(
 ) -> Array:
     targets = jax.nn.softmax(jax.lax.stop_gradient(teacher(batch.inputs)) / temperature, axis=-1)
     return _mixed(temperature, hard_weight, factor, outputs, batch, targets)
+
+
+def _standardized_loss(
+    teacher: LogitsFn, temperature: Array, hard_weight: Array, outputs: Any, batch: Batch
+) -> Array:
+    logits = nets.logits_of(outputs)
+    its = jax.lax.stop_gradient(teacher(batch.inputs))
+    soft = losses.standardized_kl(logits, its, temperature=temperature)
+    hard = losses.cross_entropy(logits, batch.labels)
+    return (1 - hard_weight) * soft + hard_weight * hard
 
 
 def _start(generation: Generation, key: Array, given: Sequence[TrainState]) -> TrainState:

@@ -173,6 +173,8 @@ GOOD = {
     **{"metrics.paired_over_seeds.first": [0.1, 0.2], "metrics.paired_over_seeds.second": [1, 2.0]},
     **{"metrics.sensitivity_histogram.edges": [-3.0, 0.0], "nets.ConvNet.features": ((4,),)},
     **{"nets.ConvNet.hidden": (8,), "norms.keys": jax.random.split(KEY, B)},
+    **{"losses.teacher_logits": 2 * LOGITS, "nets.ResNet.depth": 8, "nets.resnet.depth": 8},
+    **{"nets.PlainNet.depth": 2, "nets.plain_net.depth": 2},
     **{"norms.per_example.value": 0.1, "parallel.tree": INPUTS, "parallel.split.tree": INPUTS},
     **{"parallel.split.devices": jax.devices()[:3], "report.read_table.path": FILES["t.csv"]},
     **{"report.read_verdicts.path": FILES["v.json"], "report.read_tables.folder": FOLDER / "w"},
@@ -330,6 +332,7 @@ KINDS = {
     **{"labels": labels, "targets": lambda good: {**labels(good), "the labels": LABELS}},
     **{"soft": soft, "logits": logits, "key": key, "network": network, "choice": choice},
     **{"count": count, "count from 0": functools.partial(count, least=0)},
+    "depth": lambda good: {**count(good), "odd": 9, "three": 3},
     **{"count from 2": functools.partial(count, least=2), "flags": flags, "numbers": numbers},
     **{"rows": rows, "table": functools.partial(rows, column="ece"), "verdicts": verdicts},
     **{"examples": examples, "triples": triples, "plan": plan, "result": result},
@@ -454,6 +457,8 @@ count: num_steps num_restarts num_targets num_queries num_samples max_samples nu
     num_searches num_angles num_shifts num_draws num_parallel batch_size num_examples
     num_sensitivity num_bins multiple num_hosts max_to_keep max_examples memory_limit
     steps_per_call num_generations total nets.num_classes report.summary.width
+depth: depth
+logits: teacher_logits
 count from 2: num_candidates num_classes max_features
 count from 0: first_target num_epochs host epoch generation number successes num_rows data.start
     data.num_examples place checkpoint.step
@@ -541,7 +546,7 @@ FINE = {
     (r"evaluate\.distance_plans", "bounds", "arrays"): "an end for each feature",
     (r"norms\.per_example", "value", "NaN|.*infinite|negative|below"): "any number may be shaped",
     (r"norms\..*", "bounds", "endless"): "a box without an end",
-    (r"losses\..*", "logits|targets", "NaN"): "a loss of NaN says so",
+    (r"losses\..*", "(teacher_)?logits|targets", "NaN"): "a loss of NaN says so",
     (r"metrics\..*", "logits", "NaN"): "counts as no prediction",
     (r"losses\..*", "temperature", "matrix"): "one number each, as a column",
     (r"(distill|train)\..*_loss", "temperature|hard_weight", "matrix|too many"): "one a run",
@@ -572,6 +577,8 @@ WITHOUT_CHECKS = {
     "nets.conv_general_dilated": "its errors are those of jax.lax, whose place it takes",
 }
 
+NETWORKS = ("nets.ConvNet", "nets.PlainNet", "nets.ResNet")  # classes, whose fields are checked
+
 
 def public():
     """The public functions by name; an object such as `attacks.softmax` is none."""
@@ -582,7 +589,8 @@ def public():
             own = attribute in listed if listed else value_of(value, module)
             if own and inspect.isfunction(value) and f"{name}.{attribute}" not in WITHOUT_CHECKS:
                 yield f"{name}.{attribute}", value
-    yield "nets.ConvNet", nets.ConvNet
+    for network in NETWORKS:
+        yield network, getattr(nets, network.removeprefix("nets."))
     yield "runtime.ShardFolder", importlib.import_module("jdistill.runtime").ShardFolder
     yield "checkpoint.Checkpointer", checkpoint.Checkpointer
     yield "checkpoint.save", save
@@ -608,10 +616,7 @@ def lookup(table, name, arg):
 def parameters(name):
     for arg, parameter in inspect.signature(FUNCTIONS[name]).parameters.items():
         variable = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-        if not variable and (name, arg) not in (
-            ("nets.ConvNet", "parent"),
-            ("nets.ConvNet", "name"),
-        ):
+        if not variable and not (name in NETWORKS and arg in ("parent", "name")):
             yield arg, parameter
 
 

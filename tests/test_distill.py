@@ -426,6 +426,78 @@ def test_training_with_an_online_teacher_is_training_on_its_labels(mode):
     assert np.abs(online.params["w"] - LINEAR["w"]).max() > 1e-3
 
 
+def numpy_standardized_loss(logits, teacher_logits, temperature, weight):
+    def log_softmax(scaled):
+        return scaled - np.log(np.exp(scaled).sum(1, keepdims=True))
+
+    def standardized(z):
+        centered = np.asarray(z, np.float64) - np.mean(z, axis=1, keepdims=True, dtype=np.float64)
+        return log_softmax(centered / np.sqrt((centered**2).mean(1, keepdims=True)) / temperature)
+
+    own, its = standardized(logits), standardized(teacher_logits)
+    soft = (np.exp(its) * (its - own)).sum(1)
+    hard = -log_softmax(logits.astype(np.float64))[np.arange(len(logits)), LABELS[:6]]
+    return (1 - weight) * soft + weight * hard
+
+
+@pytest.mark.floor
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_standardized_loss_is_the_closed_form(temperature, weight):
+    teacher = nets.callable_logits_fn(_product, 3 * LINEAR["w"])
+    loss_fn = distill.standardized_loss(temperature, teacher, hard_weight=weight)
+    batch = BATCH6._replace(targets=None)
+    value = loss_fn(LOGITS, batch)
+    assert value.shape == (6,)
+    its = INPUTS[:6] @ (3 * LINEAR["w"])
+    expected = numpy_standardized_loss(LOGITS, its, temperature, weight)
+    np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-6)
+    # Outputs may hold more than logits, and numbers are leaves: other ones compile nothing.
+    np.testing.assert_array_equal(loss_fn({"logits": LOGITS}, batch), value)
+    other = distill.standardized_loss(9.0, teacher, hard_weight=0.5)
+    assert jax.tree.structure(loss_fn) == jax.tree.structure(other)
+
+
+@pytest.mark.floor
+def test_standardized_loss_does_not_pull_at_the_logits_scale():
+    teacher = nets.callable_logits_fn(_product, LINEAR["w"])
+
+    def loss(scale, weight):
+        loss_fn = distill.standardized_loss(2.0, teacher, hard_weight=weight)
+        return loss_fn(scale * LOGITS, BATCH6).sum()
+
+    for scale in (0.5, 1.0, 8.0):
+        np.testing.assert_allclose(jax.grad(loss)(scale, 0.0), 0.0, atol=1e-5)
+        np.testing.assert_allclose(loss(scale, 0.0), loss(1.0, 0.0), rtol=1e-4)
+    assert abs(jax.grad(loss)(1.0, 0.5)) > 1e-2
+
+
+@pytest.mark.floor
+def test_no_gradient_flows_into_the_teacher_of_standardized_logits():
+    def loss(weights):
+        teacher = nets.callable_logits_fn(_product, weights)
+        return distill.standardized_loss(2.0, teacher)(LOGITS, BATCH6).sum()
+
+    weights = jnp.asarray(RNG.normal(size=(D, K)), jnp.float32)
+    assert float(loss(weights)) != float(loss(weights[:, ::-1]))  # it does listen to it
+    np.testing.assert_array_equal(jax.grad(loss)(weights), np.zeros((D, K)))
+
+
+def test_a_chain_learns_by_standardized_logits(whole):
+    states = chain(2, online=True, student_loss=distill.standardized_loss)
+    assert_close(states[0].params, whole[0][0].params)
+    teacher = train.logits_fn(STEP, states[0])
+    loss_fn = distill.standardized_loss(5.0, teacher)
+    batch = Batch(INPUTS, LABELS, None, np.ones(N, np.float32))
+    before = train.logits_fn(STEP, train.create_state(STEP, HIDDEN, KEY))
+    after = train.logits_fn(STEP, states[1])
+    assert loss_fn(after(INPUTS), batch).mean() < loss_fn(before(INPUTS), batch).mean()
+    with pytest.raises(ValueError, match=r"hard_weight in \[0, 1\], got 2"):
+        distill.standardized_loss(1.0, teacher, hard_weight=2)
+    with pytest.raises(ValueError, match="temperature > 0, got 0"):
+        distill.standardized_loss(0, teacher)
+
+
 # The loss contract
 
 

@@ -295,3 +295,123 @@ def test_few_classes_left_are_enough(left):
         gradient = jax.grad(lambda z, loss=loss: loss(z).sum())(logits)
         assert np.all(np.isfinite(gradient))
         assert gradient[0, 0] < 0 < gradient[0, 1]
+
+
+# Standardized logits
+
+
+def numpy_standardize(logits):
+    logits = np.asarray(logits, np.float64)
+    return (logits - logits.mean(1, keepdims=True)) / logits.std(1, keepdims=True)
+
+
+def numpy_standardized_kl(logits, teacher_logits, temperature):
+    own = log_softmax(numpy_standardize(logits), temperature)
+    its = log_softmax(numpy_standardize(teacher_logits), temperature)
+    return (np.exp(its) * (its - own)).sum(1)
+
+
+TEACHER = np.random.default_rng(1).normal(2, 9, (B, K)).astype(np.float32)
+
+
+@pytest.mark.floor
+@pytest.mark.parametrize("temperature", [0.5, 2.0, 20.0])
+def test_standardized_losses_against_numpy(temperature):
+    found = losses.standardize(LOGITS)
+    np.testing.assert_allclose(found, numpy_standardize(LOGITS), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.mean(1), 0.0, atol=1e-6)
+    np.testing.assert_allclose(found.std(1), 1.0, rtol=1e-6)
+    assert np.abs(found).max() <= np.sqrt(K - 1) * (1 + 1e-6)
+    value = losses.standardized_kl(LOGITS, TEACHER, temperature=temperature)
+    assert value.shape == (B,)
+    assert value.dtype == jnp.float32
+    expected = numpy_standardized_kl(LOGITS, TEACHER, temperature)
+    np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-6)
+    own = losses.standardized_kl(LOGITS, LOGITS, temperature=temperature)
+    np.testing.assert_allclose(own, 0.0, atol=1e-6)
+    column = losses.standardized_kl(LOGITS, TEACHER, temperature=np.full((B, 1), temperature))
+    np.testing.assert_allclose(column, value, rtol=1e-6)
+
+
+@pytest.mark.floor
+def test_standardized_losses_know_neither_scale_nor_shift():
+    value = losses.standardized_kl(LOGITS, TEACHER, temperature=2.0)
+    # Powers of two are exact; the largest would overflow where it is squared or subtracted.
+    for scale in (2.0**-100, 0.25, 1024.0, 2.0**123):
+        np.testing.assert_array_equal(
+            losses.standardize(scale * LOGITS), losses.standardize(LOGITS)
+        )
+    shift = np.arange(B, dtype=np.float32)[:, None] * 64 - 100
+    for own, its in ((3.7 * LOGITS + shift, TEACHER), (LOGITS, 0.13 * TEACHER - shift)):
+        changed = losses.standardized_kl(own, its, temperature=2.0)
+        np.testing.assert_allclose(changed, value, rtol=1e-3, atol=1e-5)
+    tiny = 2.0**-24 * np.array([[1, 2, 3], [3, 3, 0]])
+    for dtype, tolerance in ((jnp.float16, 2e-3), (jnp.bfloat16, 2e-2)):
+        found = losses.standardize(jnp.asarray(tiny, dtype))
+        assert found.dtype == dtype
+        np.testing.assert_allclose(found, numpy_standardize(tiny), rtol=tolerance, atol=1e-6)
+    below_normal = np.float32(2.0**-140) * LOGITS
+    np.testing.assert_allclose(losses.standardize(below_normal), 0.0, atol=1e-6)
+    wide = np.array([[3e38, 0.0, -3e38], [3e38, -3e38, -3e38]], np.float32)
+    np.testing.assert_allclose(losses.standardize(wide), numpy_standardize(wide), rtol=1e-6)
+    # So the gradient is of no length along the logits, nor along a constant.
+    gradient = jax.grad(lambda z: losses.standardized_kl(z, TEACHER, temperature=2.0).sum())(LOGITS)
+    assert np.abs(gradient).max() > 1e-3
+    np.testing.assert_allclose((gradient * LOGITS).sum(1), 0.0, atol=1e-6)
+    np.testing.assert_allclose(gradient.sum(1), 0.0, atol=1e-6)
+
+
+def test_gradients_of_standardized_losses_against_finite_differences():
+    weights = RNG.normal(size=(B, K)).astype(np.float32)
+    for loss in (
+        lambda z: jnp.sum(weights * losses.standardize(z)),
+        lambda z: jnp.sum(losses.standardized_kl(z, TEACHER, temperature=2.0)),
+        lambda z: jnp.sum(losses.standardized_kl(LOGITS, z, temperature=2.0)),
+    ):
+        check_grads(loss, (LOGITS,), 2, ["rev"], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.floor
+@pytest.mark.parametrize("constant", [0.0, 0.1, -1e30])
+def test_equal_logits_standardize_to_0_and_have_a_gradient(constant):
+    # The mean of ten times 0.1 is not 0.1 in float32: noise must not be blown up.
+    equal = np.full((2, 10), constant, np.float32)
+    equal[1] = np.arange(10)
+    teacher = np.random.default_rng(2).normal(size=(2, 10)).astype(np.float32)
+    np.testing.assert_array_equal(losses.standardize(equal)[0], np.zeros(10))
+    gradient = jax.grad(lambda z: losses.standardized_kl(z, teacher, temperature=2.0).sum())(equal)
+    assert np.isfinite(gradient).all()
+    assert np.abs(gradient[0]).max() > 0.01  # a student that starts at 0 can leave it
+    targets = np.exp(log_softmax(numpy_standardize(teacher[:1]), 2.0))
+    np.testing.assert_allclose(gradient[:1], (0.1 - targets) / 2, atol=1e-6)
+    both = jax.grad(losses_sum, argnums=(0, 1))(equal, equal)
+    assert all(np.isfinite(leaf).all() for leaf in both)
+
+
+def losses_sum(logits, teacher_logits):
+    return losses.standardized_kl(logits, teacher_logits, temperature=2.0).sum()
+
+
+def test_a_masked_class_does_not_count_in_the_standardization():
+    masked = np.concatenate([LOGITS, np.full((B, 2), -np.inf, np.float32)], axis=1)
+    taught = np.concatenate([TEACHER, np.full((B, 2), -np.inf, np.float32)], axis=1)
+    found = losses.standardize(masked)
+    np.testing.assert_allclose(found[:, :K], losses.standardize(LOGITS), rtol=1e-5, atol=1e-6)
+    assert np.isneginf(found[:, K:]).all()
+    np.testing.assert_allclose(
+        losses_sum(masked, taught), losses_sum(LOGITS, TEACHER), rtol=1e-5, atol=1e-6
+    )
+    gradient = jax.grad(losses_sum)(masked, taught)
+    np.testing.assert_allclose(gradient[:, :K], jax.grad(losses_sum)(LOGITS, TEACHER), atol=1e-6)
+    np.testing.assert_array_equal(gradient[:, K:], 0.0)
+
+
+def test_standardized_losses_name_what_is_wrong():
+    with pytest.raises(ValueError, match=r"teacher_logits of the shape of logits, \(6, 5\), got"):
+        losses.standardized_kl(LOGITS, TEACHER[:, 1:], temperature=2.0)
+    with pytest.raises(ValueError, match="expected teacher_logits of rank 2, got"):
+        losses.standardized_kl(LOGITS, TEACHER[0], temperature=2.0)
+    with pytest.raises(ValueError, match="expected logits of rank 2, got"):
+        losses.standardize(LOGITS[0])
+    with pytest.raises(ValueError, match=r"expected temperature > 0, got 0\.0"):
+        losses.standardized_kl(LOGITS, TEACHER, temperature=0.0)

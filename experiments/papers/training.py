@@ -7,10 +7,14 @@ shorter ones.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from jdistill import attacks, data, diagnose, nets, train
+import jax
+import numpy as np
+
+from jdistill import attacks, data, diagnose, distill, nets, train
 from jdistill.evaluate import AttackPlan
 from jdistill.study import Stage, Study
 
@@ -57,37 +61,129 @@ class Training:
     num_train: int | None = None
     num_attack: int = 200
 
-    def stage(self) -> Stage:
-        """Every generation: the papers' network and the released code's optimizer."""
-        return Stage(
-            model=_NETWORKS[self.dataset](width=self.width),
-            optimizer=train.sgd(self.learning_rate),
-            num_epochs=self.num_epochs,
-            hyperparams={"learning_rate": functools.partial(_rate, self.learning_rate, self.power)},
-        )
-
     def study(self, *, data_dir: str | None = None) -> Study:
         """Chains without an assistant, with 1, 2, …, under AutoAttack, with their verdicts."""
-        stage, eps = self.stage(), EPS[self.dataset]
+        stage = _stage(self, _NETWORKS[self.dataset](width=self.width))
         names = ["no assistant", "1 assistant", *(f"{n} assistants" for n in range(2, 7))]
-        return Study(
-            data=functools.partial(load, self.dataset, self.num_train, data_dir),
-            chains={
-                names[number]: [stage] * (number + 2) for number in range(self.num_assistants + 1)
-            },
-            temperatures=self.temperatures,
-            seeds=self.seeds,
-            batch_size=self.batch_size,
-            initial_epochs=1,
-            attacks={
-                "fgsm": AttackPlan(functools.partial(attacks.fgsm, eps=eps), 1000),
-                "autoattack": AttackPlan(
-                    functools.partial(attacks.autoattack, eps=eps), self.num_attack, batch_size=100
-                ),
-            },
-            verdict=functools.partial(diagnose.masking, eps=eps),
-            num_verdict=self.num_attack,
+        chains = {
+            names[number]: [stage] * (number + 2) for number in range(self.num_assistants + 1)
+        }
+        # From the epoch at T = 1 on labels that the released code starts every network with.
+        return dataclasses.replace(_measured(self, data_dir), chains=chains, initial_epochs=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Assistants:
+    """Chains that end in one small student, with and without larger teachers and assistants.
+
+    Attributes:
+        dataset: a name that `data.load` knows.
+        chains: by name, the networks from teacher to student: widths of the papers' network, or
+            modules.
+        temperatures: T of the soft labels.
+        seeds: of initial weights, order of the examples, and dropout.
+        hard_weight: λ of the labels in the students' loss.
+        temperature_squared: whether its soft term is multiplied by T².
+        defensive: whether the teacher learns at T too, as in defensive distillation; else at 1.
+        num_epochs: per network.
+        learning_rate: at T = 1; at T it is `learning_rate * T ** power`.
+        power: see there.
+        batch_size: examples per training step.
+        num_train: the first so many training examples; None takes all.
+        num_attack: test examples for AutoAttack and the verdict.
+    """
+
+    dataset: str
+    chains: Mapping[str, tuple[Any, ...]]
+    temperatures: tuple[float, ...]
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    hard_weight: float = 0.0
+    temperature_squared: bool = False
+    defensive: bool = True
+    num_epochs: int = 10
+    learning_rate: float = 0.02
+    power: float = 0.0
+    batch_size: int = 128
+    num_train: int | None = None
+    num_attack: int = 100
+
+    def study(self, *, data_dir: str | None = None) -> Study:
+        """The chains, under AutoAttack, with their verdicts."""
+        return dataclasses.replace(
+            _measured(self, data_dir),
+            chains={name: [self._stage(each) for each in own] for name, own in self.chains.items()},
+            teacher_loss=distill.soft_loss if self.defensive else _at_one,
+            student_loss=functools.partial(
+                distill.soft_loss,
+                hard_weight=self.hard_weight,
+                temperature_squared=self.temperature_squared,
+            ),
         )
+
+    def _stage(self, network: Any) -> Stage:
+        if isinstance(network, float):
+            network = _NETWORKS[self.dataset](width=network)
+        return _stage(self, network)
+
+
+def _at_one(temperature: float) -> Any:
+    """A teacher's loss at T = 1, whatever the students' T."""
+    del temperature
+    return distill.soft_loss(1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Standardized(Training):
+    """Chains whose students learn from standardized logits, whose loss sees no scale.
+
+    Attributes:
+        loss_temperature: of the students' loss; the teacher learns at the training temperature.
+    """
+
+    loss_temperature: float = 2.0
+
+    def study(self, *, data_dir: str | None = None) -> Study:
+        """As of `Training`, with the other loss."""
+        return dataclasses.replace(
+            super().study(data_dir=data_dir),
+            student_loss=functools.partial(_standardized, self.loss_temperature),
+            online=True,
+        )
+
+
+def _standardized(loss_temperature: float, temperature: float, teacher: Any) -> Any:
+    del temperature  # of the teacher, when it learned
+    return distill.standardized_loss(loss_temperature, teacher)
+
+
+def _stage(sizes: Any, network: Any) -> Stage:
+    """A network with the released code's optimizer."""
+    return Stage(
+        model=network,
+        optimizer=train.sgd(sizes.learning_rate),
+        num_epochs=sizes.num_epochs,
+        hyperparams={"learning_rate": functools.partial(_rate, sizes.learning_rate, sizes.power)},
+    )
+
+
+def _measured(sizes: Any, data_dir: str | None) -> Study:
+    """A study of equal stages with what is measured of all of them."""
+    eps = EPS[sizes.dataset]
+    return Study(
+        data=functools.partial(load, sizes.dataset, sizes.num_train, data_dir),
+        chains=[_stage(sizes, _NETWORKS[sizes.dataset]())],
+        temperatures=sizes.temperatures,
+        seeds=sizes.seeds,
+        batch_size=sizes.batch_size,
+        attacks={
+            "fgsm": AttackPlan(functools.partial(attacks.fgsm, eps=eps), 1000),
+            "autoattack": AttackPlan(
+                functools.partial(attacks.autoattack, eps=eps), sizes.num_attack, batch_size=100
+            ),
+        },
+        verdict=functools.partial(diagnose.masking, eps=eps),
+        num_verdict=sizes.num_attack,
+    )
 
 
 def _rate(learning_rate: float, power: float, temperature: float) -> float:
@@ -102,12 +198,129 @@ def load(name: str, num_train: int | None, data_dir: str | None) -> data.Dataset
     return dataset._replace(train=data.Split(*(part[:num_train] for part in dataset.train)))
 
 
+# Measured (docs/performance.md), two cores and an H100; a small step costs its start.
+_CORES_FLOPS, _H100_FLOPS, _STEP_SECONDS = 70e9, 15e12, 1.5e-3
+_SHAPES = {"digits": (8, 8, 1), "cifar10": (32, 32, 3)}
+_SIZES = {"digits": 1397, "cifar10": 45_000}
+
+
+class Cost(NamedTuple):
+    """What a training study takes.
+
+    Attributes:
+        networks: to train.
+        steps: of all of them.
+        flops: likewise, by XLA's count of the forward pass, three times.
+    """
+
+    networks: int
+    steps: int
+    flops: float
+
+    def __str__(self) -> str:
+        cores, chip = (
+            max(self.flops / rate, self.steps * _STEP_SECONDS) / 3600
+            for rate in (_CORES_FLOPS, _H100_FLOPS)
+        )
+        return (
+            f"{self.networks} networks, {self.flops / 1e15:.2g} PFLOP: about {cores:.1f} h on two "
+            f"cores, {chip:.1f} h on an H100, before the attacks"
+        )
+
+
+def cost(training: Training | Assistants) -> Cost:
+    """What a training study takes, from its networks' arithmetic; nothing is run."""
+    study = training.study()
+    shape = _SHAPES.get(training.dataset, (28, 28, 1))
+    size = training.num_train or _SIZES.get(training.dataset, 55_000)
+    runs = len(study.temperatures) * len(study.seeds)
+    steps, flops, number = 0, 0.0, 0
+    for stage in {id(s): s for own in study.longest_chains().values() for s in own}.values():
+        used = sum(own.count(stage) for own in study.longest_chains().values())
+        own_steps = runs * used * stage.num_epochs * math.ceil(size / training.batch_size)
+        number += runs * used
+        steps += own_steps
+        flops += 3 * own_steps * _forward_flops(stage, (training.batch_size, *shape))
+    return Cost(number, steps, flops)
+
+
+def _forward_flops(stage: Stage, shape: tuple[int, ...]) -> float:
+    weights = jax.eval_shape(lambda: stage.init(jax.random.key(0), shape[1:]))
+    forward = jax.jit(lambda weights, x: stage.apply_fn()(*weights, x, train=False, key=None)[0])
+    found = forward.lower(weights, jax.ShapeDtypeStruct(shape, np.float32)).cost_analysis()
+    return float((found or {}).get("flops", math.nan))
+
+
 # With 7 epochs where the papers have 50, a high temperature needs a larger rate.
 _FEW_EPOCHS: Mapping[str, Any] = {"num_epochs": 7, "learning_rate": 0.02, "power": 0.5}
 
-TRAININGS: Mapping[str, Mapping[str, Training]] = {
-    # As released by Mandal & Gao.
-    "full": {"mnist": Training(dataset="mnist"), "cifar10": Training(dataset="cifar10")},
+_LEAST: Mapping[str, Any] = {
+    **{"seeds": (0, 1), "num_assistants": 1, "num_epochs": 3, "learning_rate": 0.05},
+    **{"batch_size": 32, "num_attack": 10},
+}
+# The released code of Mirzadeh et al. has T and λ chosen per pair; these are its author's example.
+_TAKD: Mapping[str, Any] = {
+    "temperatures": (5.0,),
+    "hard_weight": 0.15,
+    "temperature_squared": True,
+    "defensive": False,
+}
+_PLAIN_NETS = {number: nets.plain_net(number) for number in (2, 4, 10)}
+_RESNETS = {number: nets.resnet(number) for number in (8, 14, 20, 26, 110)}
+
+
+def _from(networks: Mapping[int, Any], teacher: int, assistant: int, student: int) -> Any:
+    """A student alone, from a teacher, and through an assistant."""
+    return {
+        "no distillation": (networks[student],),
+        "distillation": (networks[teacher], networks[student]),
+        "assistant": (networks[teacher], networks[assistant], networks[student]),
+    }
+
+
+_WIDTHS = {8: 0.5, 4: 0.25, 1: 0.0625}
+_SHRINKING = {
+    "equal, no assistant": (0.25, 0.25),
+    "equal, 1 assistant": (0.25, 0.25, 0.25),
+    "shrinking, no assistant": (1.0, 0.25),
+    "shrinking, 1 assistant": (1.0, 0.5, 0.25),
+}
+
+TRAININGS: Mapping[str, Mapping[str, Training | Assistants]] = {
+    # As released by Mandal & Gao; TAKD as in its paper, with a fixed T and λ.
+    "full": {
+        "mnist": Training(dataset="mnist"),
+        "cifar10": Training(dataset="cifar10"),
+        "takd-plain": Assistants(
+            dataset="cifar10",
+            chains=_from(_PLAIN_NETS, 10, 4, 2),
+            num_epochs=160,
+            learning_rate=0.01,
+            **_TAKD,
+        ),
+        "takd-resnet": Assistants(
+            dataset="cifar10",
+            chains=_from(_RESNETS, 110, 20, 8),
+            num_epochs=160,
+            learning_rate=0.1,
+            **_TAKD,
+        ),
+        "takd-resnet26": Assistants(
+            dataset="cifar10",
+            chains=_from(_RESNETS, 26, 14, 8),
+            num_epochs=160,
+            learning_rate=0.1,
+            **_TAKD,
+        ),
+        "ladder": Assistants(
+            dataset="mnist",
+            chains=_SHRINKING,
+            temperatures=PAPER_TEMPERATURES,
+            num_epochs=50,
+            learning_rate=0.01,
+        ),
+        "standardized": Standardized(dataset="mnist", num_assistants=1),
+    },
     "cpu": {
         # The papers' width, one seed: for figures that stand beside published ones.
         "mnist": Training(
@@ -146,5 +359,41 @@ TRAININGS: Mapping[str, Mapping[str, Training]] = {
             num_train=20_000,
             num_attack=100,
         ),
+        # Students of an eighth of the teacher's width, on few examples, so that a teacher matters.
+        "takd-fashion": Assistants(
+            dataset="fashion_mnist",
+            chains=_from(_WIDTHS, 8, 4, 1),
+            num_epochs=20,
+            num_train=6_000,
+            **_TAKD,
+        ),
+        "ladder": Assistants(
+            dataset="digits",
+            chains=_SHRINKING,
+            temperatures=(1.0, 5.0, 20.0, 100.0),
+            num_epochs=30,
+            learning_rate=0.05,
+            batch_size=32,
+        ),
+        "standardized": Standardized(
+            dataset="digits",
+            temperatures=(1.0, 20.0, 100.0),
+            seeds=(0, 1, 2, 3, 4),
+            num_assistants=1,
+            num_epochs=30,
+            learning_rate=0.05,
+            batch_size=32,
+            num_attack=100,
+        ),
+    },
+    "smoke": {
+        "digits": Training(dataset="digits", temperatures=(1.0, 20.0), **_LEAST),
+        "takd": Assistants(
+            dataset="digits",
+            chains=_from({8: 0.5, 4: 0.25, 1: 0.125}, 8, 4, 1),
+            **_TAKD,
+            **{name: value for name, value in _LEAST.items() if name != "num_assistants"},
+        ),
+        "standardized": Standardized(dataset="digits", temperatures=(1.0, 20.0), **_LEAST),
     },
 }

@@ -1,7 +1,7 @@
 """Networks, and the adapters that turn any network into the library's two callables.
 
 * Networks: `ConvNet`, the papers' sizes `mnist_net` and `cifar_net`, the small `digits_net`;
-  `init` draws their variables.
+  `resnet` and `plain_net` for CIFAR by depth, with batch statistics; `init` draws their variables.
 * Adapters: `apply_fn`, `nnx_model` (training) and `logits_fn` (attacks and measures) for Flax
   modules, `nnx_logits_fn` for NNX ones, `callable_logits_fn` for everything else; `binary` for a
   network with a single logit; `logits_of` takes the logits out of outputs with extras;
@@ -25,6 +25,7 @@ from jdistill.nets._adapters import (
     nnx_model,
     with_temperature,
 )
+from jdistill.nets._cifar import PlainNet, ResNet, plain_net, resnet
 from jdistill.nets._convnet import ConvNet, cifar_net, digits_net, init, mnist_net
 from jdistill.nets._convolution import conv_general_dilated
 from jdistill.nets._pooling import max_pool
@@ -33,6 +34,8 @@ from jdistill.nets._stacking import index, stack, stack_size, unstack
 
 __all__ = [
     "ConvNet",
+    "PlainNet",
+    "ResNet",
     "apply_fn",
     "binary",
     "callable_logits_fn",
@@ -48,6 +51,8 @@ __all__ = [
     "mnist_net",
     "nnx_logits_fn",
     "nnx_model",
+    "plain_net",
+    "resnet",
     "stack",
     "stack_size",
     "unstack",

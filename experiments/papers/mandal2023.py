@@ -1,0 +1,142 @@
+"""Mandal & Gao 2023: accuracy, sensitivity, and robustness of chains, by temperature and length.
+
+Their tables could not be had, so their claims are tested: an assistant improves robustness "in most
+cases", more of them improve it further, and accuracy hardly changes. The plain student, without an
+assistant, is the control; seeds are pairs.
+"""
+
+import functools
+from typing import Any
+
+from experiments.papers.measures import Form, Hits, Row, Source, by_length, named, over_lengths
+from experiments.papers.measures import targeted as attack_targeted
+from jdistill import attacks
+from jdistill import study as studies
+
+PERCENT = 100.0
+_ACCURACY = Form("test accuracy (%)", 2, PERCENT)
+_DISTANCE = Form("C&W L2, mean over 9 targets", 3)
+
+
+def accuracy(source: Source) -> list[Row]:
+    """Test accuracy of every network."""
+    return [
+        {
+            **_named(row),
+            "test_accuracy": row["test_accuracy"],
+            "mean_abs_logit": row["mean_abs_logit"],
+        }
+        for row in source.measured()
+    ]
+
+
+def accuracy_table(rows: list[Row]) -> list[Any]:
+    """By temperature and chain length."""
+    return [
+        by_length(rows, "test_accuracy", _ACCURACY),
+        by_length(rows, "mean_abs_logit", Form("mean abs. logit", 1)),
+    ]
+
+
+def sensitivity(source: Source) -> list[Row]:
+    """Sensitivity of the logits (the released code's) and of the softmax (Papernot et al.)."""
+    return [
+        {**_named(row), **{name: row[name] for name in _SENSITIVITIES}} for row in source.measured()
+    ]
+
+
+_SENSITIVITIES = {
+    "sensitivity_logits": Form("mean abs. gradient of the summed logits", 3),
+    "log10_sensitivity_softmax": Form("log10 of the mean abs. gradient of the softmax", 2),
+    "zero_gradient_fraction": Form("gradient exactly zero (% of images)", 1, PERCENT),
+}
+
+
+def sensitivity_table(rows: list[Row]) -> list[Any]:
+    """By temperature and chain length."""
+    return [by_length(rows, name, form) for name, form in _SENSITIVITIES.items()]
+
+
+def carlini_wagner(source: Source) -> Any:
+    """The attack as the scale has it: the released code's settings, or fewer steps."""
+    if source.full:
+        return attacks.carlini_wagner_l2
+    few: dict[str, Any] = {
+        "num_searches": 5,
+        "num_steps": 100,
+        "learning_rate": 0.1,
+        "initial_const": 0.1,
+    }
+    return functools.partial(attacks.carlini_wagner_l2, **few)
+
+
+def hits(source: Source, **where: Any) -> list[Hits]:
+    """C&W L2 on networks, towards every class."""
+    networks = source.networks(**where)
+    return attack_targeted(source, networks, "carlini_wagner_l2", carlini_wagner(source))
+
+
+def robustness(source: Source) -> list[Row]:
+    """C&W L2 towards 9 targets, AutoAttack, and the verdict, with 0 and 1 assistants."""
+    return _robustness(source, generations=[0, 1, 2])
+
+
+def multistep(source: Source) -> list[Row]:
+    """The same of all chain lengths."""
+    return _robustness(source)
+
+
+def _robustness(source: Source, **where: Any) -> list[Row]:
+    measured = {tuple(_named(row).values()): row for row in source.measured()}
+    labels = {
+        tuple(_named(row).values()): row["verdict"].label
+        for row in studies.load(source.folder).rows["verdicts"]
+    }
+    rows = []
+    for hit in hits(source, **where):
+        place = tuple(named(hit.network).values())
+        # ρ_adv: the mean over the images of the least distance over the targets.
+        row = hit.row()
+        rows.append(
+            {
+                **row,
+                "rho_adv": row["best"],
+                "test_accuracy": measured[place]["test_accuracy"],
+                "robust_accuracy": measured[place]["robust_accuracy"],
+                "verdict": labels.get(place, ""),
+            }
+        )
+    return rows
+
+
+def robustness_table(rows: list[Row]) -> list[Any]:
+    """By temperature and chain length, with the verdicts of the first seed."""
+    verdicts = [["verdict (first seed)", "no assistant", "1 assistant"]]
+    for temperature in sorted({row["temperature"] for row in rows}):
+        found = {
+            row["generation"]: row["verdict"]
+            for row in rows
+            if row["temperature"] == temperature and row["verdict"]
+        }
+        verdicts.append([f"T = {temperature:g}", found.get(1, "–"), found.get(2, "–")])
+    return [
+        by_length(rows, "success", Form("C&W L2 success (%)", 1, PERCENT)),
+        by_length(rows, "average", _DISTANCE),
+        by_length(rows, "rho_adv", Form("ρ_adv: C&W L2, least over targets", 3)),
+        by_length(rows, "robust_accuracy", Form("accuracy under AutoAttack (%)", 1, PERCENT)),
+        verdicts,
+    ]
+
+
+def multistep_table(rows: list[Row]) -> list[Any]:
+    """By chain length, over all temperatures."""
+    forms = {
+        "test_accuracy": _ACCURACY,
+        "average": _DISTANCE,
+        "robust_accuracy": Form("accuracy under AutoAttack (%)", 1, PERCENT),
+    }
+    return [over_lengths(rows, forms)]
+
+
+def _named(row: Row) -> Row:
+    return {name: row[name] for name in ("temperature", "seed", "generation")}

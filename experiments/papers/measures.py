@@ -1,0 +1,279 @@
+"""What the items share: a training study's networks, targeted attacks on them, and tables."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from experiments.papers.training import Assistants, Training
+from jdistill import evaluate, metrics, nets, runtime, train
+from jdistill import study as studies
+from jdistill.study import Study, Trained
+
+Row = dict[str, Any]
+Line = list[str]
+
+
+class Source(NamedTuple):
+    """A training study that was run.
+
+    Attributes:
+        name: in `TRAININGS`.
+        training: its sizes.
+        study: itself.
+        folder: its workdir, in which the items keep what they did to its networks.
+        num_images: the first so many test images are attacked.
+        full: whether the attacks have the papers' settings and not fewer steps.
+        progress: a callback.
+    """
+
+    name: str
+    training: Training | Assistants
+    study: Study
+    folder: epath.Path
+    num_images: int
+    full: bool
+    progress: Any = None
+
+    def networks(self, **where: Any) -> list[Trained]:
+        """Its trained networks; `where` as in `study.networks`."""
+        return studies.networks(self.study, self.folder, **where)
+
+    def measured(self) -> list[Row]:
+        """What the study itself measured: a row per network, with its accuracy under AutoAttack."""
+        rows = studies.load(self.folder).rows["results"]
+        robust = {_place(row): row for row in rows if row["attack"] == "autoattack"}
+        return [
+            {**row, "robust_accuracy": 1.0 - row["success_rate"]}
+            for row in (robust[place] for place in sorted(robust))
+        ]
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """Which networks are trained ordinarily: the teachers at T = 1."""
+        return {"temperatures": [1.0], "generations": [0]}
+
+    @property
+    def hottest(self) -> float:
+        """The highest temperature."""
+        return max(self.study.temperatures)
+
+
+def _place(row: Row) -> tuple[float, int, int]:
+    return row["temperature"], row["seed"], row["generation"]
+
+
+class Hits(NamedTuple):
+    """What a targeted attack did to a network, over the images that it classifies correctly.
+
+    Attributes:
+        network: it.
+        success: `[N, K-1]`, by image and target.
+        distance: `[N, K-1]`; `inf` where the attack failed.
+    """
+
+    network: Trained
+    success: np.ndarray
+    distance: np.ndarray
+
+    def row(self) -> Row:
+        """Success, and the mean distance in the best, the average, and the worst case of targets.
+
+        An image without a success in the best case, or with a failure in the worst, counts for
+        neither; `success` says how many there are.
+        """
+        known = np.where(self.success, self.distance, np.nan)
+        some, every = self.success.any(axis=1), self.success.all(axis=1)
+        return {
+            **named(self.network),
+            "num_images": len(self.success),
+            "images_with_success": int(some.sum()),
+            "success": _mean(self.success),
+            "best": _mean(np.where(self.success, self.distance, np.inf).min(axis=1)[some]),
+            "average": _mean(known[self.success]),
+            "worst": _mean(np.where(self.success, self.distance, -np.inf).max(axis=1)[every]),
+        }
+
+
+def named(network: Trained) -> Row:
+    """The columns that name a network."""
+    return {name: getattr(network, name) for name in ("temperature", "seed", "generation")}
+
+
+def targeted(
+    source: Source, networks: Iterable[Trained], name: str, attack: Any, *, batch_size: int = 90
+) -> list[Hits]:
+    """An attack on each network towards each class but the label, kept in the workdir.
+
+    Args:
+        source: of the networks.
+        networks: to attack.
+        name: of the attack, with settings of its own.
+        attack: with its settings bound; it takes `targets`.
+        batch_size: pairs of image and target at a time.
+    """
+    test = source.study.examples().test
+    num_classes = int(test.labels.max()) + 1
+    inputs, labels = (part[: source.num_images] for part in test)
+    targets = np.array([np.delete(np.arange(num_classes), label) for label in labels])
+    many, their = (np.repeat(part, num_classes - 1, axis=0) for part in (inputs, labels))
+    found = []
+    for network in networks:
+        outcome = evaluate.under_attack(
+            nets.stack([network.logits_fn]),
+            many,
+            their,
+            evaluate.AttackPlan(attack, batch_size=batch_size),
+            targets=targets.ravel(),
+            shards=runtime.ShardFolder(source.folder / "items"),
+            shard_name=name,
+            stage=f"{name} on {network.title}",
+            names=[network.stem],
+            callback=source.progress,
+        )
+        right = metrics.correct(train.predict(network.logits_fn, inputs), labels)
+        success, distance = (
+            part[0].reshape(targets.shape)[right] for part in (outcome.success, outcome.distance)
+        )
+        found.append(Hits(network, success, distance))
+    return found
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if values.size else math.nan
+
+
+# --- Tables --------------------------------------------------------------------------------------
+
+
+class Form(NamedTuple):
+    """How a quantity is shown.
+
+    Attributes:
+        title: with its unit.
+        digits: after the point.
+        scale: 100 for shares in percent.
+    """
+
+    title: str
+    digits: int = 2
+    scale: float = 1.0
+
+
+def by_length(
+    rows: Sequence[Row], quantity: str, form: Form, *, lengths: Sequence[int] | None = None
+) -> list[Line]:
+    """A quantity by temperature and chain length, and what the first assistant changes.
+
+    The last line is over all temperatures: each seed's mean.
+    """
+    generations = sorted({row["generation"] for row in rows})
+    if lengths is not None:
+        generations = [number for number in generations if number - 1 in lengths or number == 0]
+    values = {
+        (row["temperature"], row["seed"], row["generation"]): form.scale * row[quantity]
+        for row in rows
+    }
+    temperatures = sorted({place[0] for place in values})
+    seeds = sorted({place[1] for place in values})
+    lines = [[form.title, *map(_length, generations), "1 assistant − none"]]
+    for temperature in [*temperatures, None]:
+        chosen = temperatures if temperature is None else [temperature]
+        own = {
+            number: [_mean(np.array([values[T, seed, number] for T in chosen])) for seed in seeds]
+            for number in generations
+        }
+        name = "all T" if temperature is None else f"T = {temperature:g}"
+        cells = [_interval(own[number], form.digits) for number in generations]
+        effect = difference(own[2], own[1], form.digits) if {1, 2} <= set(own) else "–"
+        lines.append([name, *cells, effect])
+    return lines
+
+
+def over_lengths(rows: Sequence[Row], quantities: Mapping[str, Form]) -> list[Line]:
+    """Quantities by chain length, over all temperatures, beside their change from no assistant."""
+    generations = sorted({row["generation"] for row in rows if row["generation"]})
+    seeds = sorted({row["seed"] for row in rows})
+    heads = [head for form in quantities.values() for head in (form.title, "− no assistant")]
+    lines = [["chain", *heads]]
+    for number in generations:
+        line = [_length(number)]
+        for quantity, form in quantities.items():
+            own, base = (
+                [
+                    _mean(
+                        np.array(
+                            [
+                                form.scale * row[quantity]
+                                for row in rows
+                                if row["generation"] == which and row["seed"] == seed
+                            ]
+                        )
+                    )
+                    for seed in seeds
+                ]
+                for which in (number, 1)
+            )
+            line += [
+                _interval(own, form.digits),
+                difference(own, base, form.digits) if number > 1 else "",
+            ]
+        lines.append(line)
+    return lines
+
+
+def cases(rows: Sequence[Row], published: Mapping[str, Sequence[str]]) -> list[Line]:
+    """Best, average, and worst case of the targets by attack, each beside the published figure."""
+    lines = [["attack", "success (%)", *_CASES, *(f"{case}, published" for case in _CASES)]]
+    for attack in dict.fromkeys(row["attack"] for row in rows):
+        own = [row for row in rows if row["attack"] == attack]
+        lines.append(
+            [
+                attack,
+                _interval([100 * row["success"] for row in own], 1),
+                *(_interval([row[case] for row in own], 3) for case in _CASES),
+                *published.get(attack, ["–"] * len(_CASES)),
+            ]
+        )
+    return lines
+
+
+_CASES = ("best", "average", "worst")
+
+
+def shown(values: Iterable[float], digits: int) -> str:
+    """A mean over seeds with its 95% interval; a single value where there is one seed."""
+    return _interval(list(values), digits)
+
+
+def _interval(values: Sequence[float], digits: int) -> str:
+    if not values or not all(map(math.isfinite, values)):
+        return "–"
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    found = metrics.seed_interval(np.array(values))
+    return f"{found.value:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+
+
+def difference(first: Sequence[float], second: Sequence[float], digits: int) -> str:
+    """A difference with its interval, paired by seed, and its p-value."""
+    if not first or not all(map(math.isfinite, [*first, *second])):
+        return "–"
+    if len(first) == 1:
+        return f"{first[0] - second[0]:+.{digits}f} (one seed)"
+    found = metrics.paired_over_seeds(np.array(first), np.array(second))
+    value, low, high = (f"{each:+.{digits}f}" for each in found.difference)
+    return f"{value} [{low}, {high}], p = {found.p_value:.2g}"
+
+
+def _length(generation: int) -> str:
+    names = ("teacher", "no assistant", "1 assistant")
+    return names[generation] if generation < 3 else f"{generation - 1} assistants"
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    """Lines as a Markdown table."""
+    head, *body = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([head, "|" + "---|" * len(lines[0]), *body])

@@ -1,0 +1,142 @@
+"""The papers' items: every one runs at the least scale, and their arithmetic is right."""
+
+import contextlib
+import csv
+import io
+
+import numpy as np
+import pytest
+
+from experiments import reproduce
+from experiments.papers import carlini, measures, papernot2016, training
+from experiments.papers.measures import Form, Hits
+from jdistill import metrics
+
+SMOKE = ("--scale", "smoke")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return tmp_path_factory.mktemp("papers")
+
+
+def reproduced(workdir, item):
+    """What the command prints, and the rows it leaves."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        reproduce.main([item, *SMOKE, "--workdir", str(workdir)])
+    (path,) = (workdir / "smoke" / "tables").glob(f"{item}-*.csv")
+    return printed.getvalue(), list(csv.DictReader(path.open()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("item", reproduce.ITEMS)
+def test_every_item_runs_at_the_least_scale(workdir, item):
+    text, rows = reproduced(workdir, item)
+    assert rows
+    assert f"## {reproduce.ITEMS[item].title}" in text
+    assert "at scale smoke" in text
+    assert "nan" not in text
+    again, same = reproduced(workdir, item)
+    assert same == rows
+    assert "training" not in again.partition("##")[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mandal"], "expected an item among train, mandal2023-accuracy"),
+        (["mirzadeh2019-resnet"], "which has none; use --scale full"),
+        (["ladder", "digits"], "expected one of the training studies ladder, got 'digits'"),
+        (["train"], "expected the name of one of mnist, mnist-half"),
+    ],
+)
+def test_what_is_not_there_is_refused(arguments, message):
+    names = dict(zip(("item", "training"), arguments, strict=False))
+    with pytest.raises(ValueError, match=message):
+        reproduce.Options(**names)
+
+
+def test_every_training_study_is_used_and_there():
+    for scale, found in training.TRAININGS.items():
+        used = {
+            name
+            for item in reproduce.ITEMS.values()
+            for name in {"full": item.full, "cpu": item.cpu, "smoke": (item.smoke,)}[scale]
+        }
+        assert used == set(found)
+
+
+def test_the_papers_grid_costs_what_arithmetic_says():
+    """6 N FLOPs per weight of a dense layer and application of a kernel, forward and backward."""
+    cost = training.cost(training.TRAININGS["full"]["mnist"])
+    assert cost.networks == 9 * 3 * 8
+    assert cost.steps == cost.networks * 50 * 430
+    kernels = 26**2 * 9 * 32 + 24**2 * 9 * 32 * 32 + 10**2 * 9 * 32 * 64 + 8**2 * 9 * 64 * 64
+    dense = 1024 * 200 + 200 * 200 + 200 * 10
+    assert cost.flops == pytest.approx(6 * 128 * (kernels + dense) * cost.steps, rel=0.05)
+
+
+def test_the_cases_of_targets():
+    success = np.array([[True, True], [True, False], [False, False]])
+    distance = np.where(success, [[1.0, 3.0], [2.0, 9.0], [9.0, 9.0]], np.inf)
+
+    class Network:
+        temperature, seed, generation = 1.0, 0, 0
+
+    row = Hits(Network(), success, distance).row()
+    assert row["success"] == 0.5
+    assert (row["best"], row["average"], row["worst"]) == (1.5, 2.0, 3.0)
+    assert (row["num_images"], row["images_with_success"]) == (3, 2)
+
+
+def rows_of(effect):
+    """Accuracies in which the assistant adds `effect` of a seed at every temperature."""
+    return [
+        {"temperature": T, "seed": seed, "generation": generation, "value": value}
+        for T in (1.0, 20.0)
+        for seed in (0, 1, 2)
+        for generation, value in enumerate(
+            (0.9, 0.8 + 0.01 * seed, 0.8 + 0.01 * seed + effect[seed])
+        )
+    ]
+
+
+def test_the_effect_of_an_assistant_is_paired_by_seed():
+    effect = (0.02, 0.03, 0.05)
+    lines = measures.by_length(rows_of(effect), "value", Form("value (%)", 2, 100.0))
+    assert lines[0][1:4] == ["teacher", "no assistant", "1 assistant"]
+    wanted = metrics.paired_over_seeds(100 * np.array(effect), np.zeros(3))
+    value, low, high = wanted.difference
+    assert lines[-1][0] == "all T"
+    assert lines[-1][-1].startswith(f"{value:+.2f} [{low:+.2f}, {high:+.2f}]")
+    (_head, none, one) = measures.over_lengths(
+        rows_of(effect), {"value": Form("value (%)", 2, 100.0)}
+    )
+    assert none[1].startswith("81.00")
+    assert one[2] == lines[-1][-1]
+
+
+def test_one_seed_has_no_interval():
+    rows = [row for row in rows_of((0.02, 0.03, 0.05)) if row["seed"] == 0]
+    lines = measures.by_length(rows, "value", Form("value", 2))
+    assert lines[1] == ["T = 1", "0.90", "0.80", "0.82", "+0.02 (one seed)"]
+
+
+def test_the_slope_of_a_power_law():
+    rows = [
+        {"temperature": T, "seed": seed, "average": 2.0 * T**0.1}
+        for T in (1.0, 10.0, 100.0)
+        for seed in (0, 1)
+    ]
+    (lines,) = carlini.temperature_table(rows)
+    found = {line[0]: line[1] for line in lines}
+    assert found["slope of log distance on log T"].startswith("0.100 [0.100, 0.100]")
+    assert found["change from the lowest T to the highest (%)"].startswith("58.5 [")
+
+
+def test_failures_count_with_the_limit_in_robustness():
+    row = {"name": 5.0, "best": 78.4, "num_features": 784, "num_images": 4, "seed": 0}
+    row |= {"images_with_success": 2, "temperature": 5.0, "generation": 1}
+    ((_, line),) = papernot2016.robustness_table([row])
+    assert line[1:3] == ["12.25", "10.00"]
