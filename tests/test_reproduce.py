@@ -26,7 +26,7 @@ def reproduced(workdir, item):
     with contextlib.redirect_stdout(printed):
         reproduce.main([item, *SMOKE, "--workdir", str(workdir)])
     (path,) = (workdir / "smoke" / "tables").glob(f"{item}-*.csv")
-    return printed.getvalue(), list(csv.DictReader(path.open()))
+    return printed.getvalue(), list(csv.DictReader(path.read_text().splitlines()))
 
 
 @pytest.mark.slow
