@@ -6,8 +6,11 @@
 
 Each item measures networks of a training study, which is trained where it is not yet, and writes
 its table beside the published one. Everything can be stopped at any moment and goes on when called
-again. Scales: `full` has the papers' settings, for an accelerator; `cpu` is smaller, for two cores;
-`smoke` shows in a minute that it runs, and its numbers mean nothing.
+again: every epoch of training and every batch of an attack is kept. Scales: `full` has the papers'
+settings, for an accelerator; `cpu` is smaller, for two cores; `smoke` shows that it runs, and its
+numbers mean nothing. The next ten minutes of a long run:
+
+    timeout --signal TERM 10m python -m experiments.reproduce train mnist --scale full
 """
 
 import csv
@@ -16,7 +19,7 @@ import datetime
 import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import tyro
 from etils import epath
@@ -198,6 +201,8 @@ class Options:
     """Folder for the tables (none: WORKDIR/SCALE/tables)."""
     num_images: int | None = None
     """Test images for targeted attacks, each towards every class (none: 100, 20, 2 by scale)."""
+    parallel: Literal["jit", "pmap", "sweep"] | None = None
+    """How training is spread: see `jdistill defend --help` (none: sweep at full scale, else jit)."""
     data_dir: str | None = None
     """Folder of prepared TFDS sets (none: TFDS_DATA_DIR, else ~/tensorflow_datasets)."""
     list: bool = False
@@ -269,7 +274,8 @@ def run(options: Options, name: str) -> None:
     folder = _studies.workdir_path(options.workdir) / options.scale / name
     if options.item == "train" or not (folder / "report.html").exists():
         print(f"training {name}: {cost(training)}", flush=True)
-        studies.run(study, folder)
+        whole = "sweep" if options.scale == "full" else "jit"
+        studies.run(study, folder, parallel=options.parallel or whole)
     if options.item == "train":
         return
     item = ITEMS[str(options.item)]
