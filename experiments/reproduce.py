@@ -31,6 +31,8 @@ from jdistill import runtime
 from jdistill import study as studies
 from jdistill.commands import _studies
 
+Spread = Literal["jit", "pmap", "sweep"]
+
 
 class Item(NamedTuple):
     """A table of a paper.
@@ -201,8 +203,8 @@ class Options:
     """Folder for the tables (none: WORKDIR/SCALE/tables)."""
     num_images: int | None = None
     """Test images for targeted attacks, each towards every class (none: 100, 20, 2 by scale)."""
-    parallel: Literal["jit", "pmap", "sweep"] | None = None
-    """How training is spread: see `jdistill defend --help` (none: sweep at full scale, else jit)."""
+    parallel: Spread | None = None
+    """How training is spread, as in `jdistill defend` (none: sweep at full scale, else jit)."""
     data_dir: str | None = None
     """Folder of prepared TFDS sets (none: TFDS_DATA_DIR, else ~/tensorflow_datasets)."""
     list: bool = False
@@ -274,7 +276,7 @@ def run(options: Options, name: str) -> None:
     folder = _studies.workdir_path(options.workdir) / options.scale / name
     if options.item == "train" or not (folder / "report.html").exists():
         print(f"training {name}: {cost(training)}", flush=True)
-        whole = "sweep" if options.scale == "full" else "jit"
+        whole: Spread = "sweep" if options.scale == "full" else "jit"
         studies.run(study, folder, parallel=options.parallel or whole)
     if options.item == "train":
         return

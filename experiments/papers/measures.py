@@ -39,6 +39,7 @@ class Source(NamedTuple):
 
     def networks(self, **where: Any) -> list[Trained]:
         """Its trained networks; `where` as in `study.networks`."""
+        where = {"temperatures": self.study.temperatures, "seeds": self.study.seeds, **where}
         return studies.networks(self.study, self.folder, **where)
 
     def measured(self) -> list[Row]:
