@@ -15,8 +15,11 @@
 #   make reliability  damages every kind of file of a workdir, and kills runs; an hour; writes
 #                 docs/reliability.md
 #   make floor    the marked tests on the oldest supported versions, in .venv-floor
+#   make newest   the same on the newest, in .venv-newest (Python 3.12 or newer)
 
 PYTHON ?= python3
+# For Colab's versions and the newest: 3.13 or 3.12, where one is there and PYTHON is not set.
+LANE_PYTHON ?= $(or $(if $(filter file,$(origin PYTHON)),$(shell bash .ci/python)),$(PYTHON))
 PIP_OPTIONS := --quiet --disable-pip-version-check
 # The accelerator's own Python, whose JAX knows the accelerator.
 DEVICE_PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
@@ -24,7 +27,7 @@ DEVICE_OPTIONS ?=
 DEVICE_WHEELS := absl-py etils flax msgpack optax PyYAML rich typing_extensions
 
 .PHONY: demo test test-slow lint docs parity parity-small bench device device-reference \
-	device-wheels floor install clean reliability
+	device-wheels floor newest install clean reliability
 
 demo: .venv/installed
 	.venv/bin/python -m jdistill defend digits --workdir runs/demo
@@ -70,27 +73,35 @@ reliability: .venv/installed
 floor: .venv-floor/installed
 	.venv-floor/bin/python -m pytest -n 2 --dist loadgroup -m floor $(TEST_OPTIONS)
 
+newest: .venv-newest/installed
+	.venv-newest/bin/python -m pytest -n 2 --dist loadgroup -m floor $(TEST_OPTIONS)
+
 install: .venv/installed
 
 .venv/installed: requirements.txt pyproject.toml
-	$(call make-venv,.venv,requirements.txt)
+	$(call make-venv,.venv,requirements.txt,$(PYTHON),11)
 
 .venv-floor/installed: requirements-floor.txt pyproject.toml
-	$(call make-venv,.venv-floor,requirements-floor.txt)
+	$(call make-venv,.venv-floor,requirements-floor.txt,$(LANE_PYTHON),11)
+
+.venv-newest/installed: requirements-newest.txt pyproject.toml
+	$(call make-venv,.venv-newest,requirements-newest.txt,$(LANE_PYTHON),12)
 
 .venv/peers: .venv/installed requirements-peers.txt
 	@.venv/bin/python -m pip install $(PIP_OPTIONS) --no-deps -r requirements-peers.txt
 	@touch $@
 
+# Folder, file of versions, Python, and the least minor version of it. Another Python than the
+# folder's starts it anew.
 define make-venv
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "error: expected Python 3.11 or newer, got $$($(PYTHON) --version); run make PYTHON=python3.11"; exit 1; }
+	@$(3) -c 'import sys; sys.exit(sys.version_info < (3, $(4)))' || \
+		{ echo "error: expected Python 3.$(4) or newer, got $$($(3) --version); run make PYTHON=python3.$(4)"; exit 1; }
 	@echo "installing the pinned packages into $(1)"
-	@$(PYTHON) -m venv $(1)
+	@$(3) -m venv $$([ "$$($(1)/bin/python --version 2>&1)" = "$$($(3) --version 2>&1)" ] || echo --clear) $(1)
 	@$(1)/bin/python -m pip install $(PIP_OPTIONS) -r $(2)
 	@$(1)/bin/python -m pip install $(PIP_OPTIONS) --no-deps --no-build-isolation -e .
 	@touch $@
 endef
 
 clean:
-	rm -rf .venv .venv-floor build dist .jax_cache .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-floor .venv-newest build dist .jax_cache .pytest_cache .ruff_cache .mypy_cache

@@ -179,8 +179,8 @@ ITEMS: Mapping[str, Item] = {
         "Students that learn from standardized logits",
         students.students,
         students.grid_table,
-        ("standardized",),
-        ("standardized",),
+        ("standardized", "mnist"),
+        ("standardized", "digits"),
         "standardized",
     ),
 }

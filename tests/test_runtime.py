@@ -4,6 +4,7 @@ import getpass
 import importlib.metadata
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jdistill import _files, runtime
-from jdistill.runtime import _jax
+from jdistill.runtime import _flags, _jax
 
 CONVOLUTION_FLAG = (
     "--xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
@@ -43,22 +44,34 @@ def python(code: str, *arguments, **environment):
 
 
 @pytest.mark.floor
-def test_import_starts_no_backend_and_the_flags_added_are_accepted():
-    done = python("""
-import os
+@pytest.mark.slow
+def test_import_starts_no_backend_and_the_flags_added_are_accepted(tmp_path):
+    code = """
+import os, subprocess
 from jdistill import runtime
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized()
 added = runtime.add_cpu_flags()
 assert not xla_bridge.backends_are_initialized()
+subprocess.run = None  # nothing is asked again
+print(added, os.environ.get("XLA_FLAGS"), runtime.add_cpu_flags())
 import jax.numpy as jnp
 assert float(jnp.ones(3).sum()) == 3.0
-print(added, os.environ.get("XLA_FLAGS"), runtime.add_cpu_flags())
-""")
-    assert done.returncode == 0, done.stderr
-    known = importlib.metadata.version("jaxlib").startswith("0.10.")
-    flags = CONVOLUTION_FLAG if known else None
-    assert done.stdout.split() == [str(known), str(flags), "False"]
+"""
+    # What jaxlib does with the flag, without the library.
+    alone = python("import jax; jax.numpy.ones(3)", XLA_FLAGS=CONVOLUTION_FLAG)
+    known = alone.returncode == 0
+    assert known or "Unknown flag" in alone.stderr
+    for _ in range(2):
+        done = python(code, JDISTILL_CACHE=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        expected = [str(known), str(CONVOLUTION_FLAG if known else None), "False"]
+        assert done.stdout.split() == expected
+        assert done.stderr == ""
+        code = code.replace("\nadded", "\nsubprocess.run = None  # nor by the next process\nadded")
+    [kept] = tmp_path.iterdir()
+    assert importlib.metadata.version("jaxlib") in kept.name
+    assert json.loads(kept.read_text()) == {CONVOLUTION_FLAG: known}
 
 
 def test_flags_set_after_the_import_are_parsed_so_that_accepted_means_something():
@@ -75,7 +88,7 @@ jax.numpy.ones(3)
 def flag_is_wanted(monkeypatch):
     """All conditions for the flag hold; each test takes one away."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/nowhere")
-    monkeypatch.setattr(_jax.importlib.metadata, "version", lambda name: "0.10.2")
+    monkeypatch.setattr(_flags, "accepted", lambda flag: True)
     monkeypatch.setattr(_jax, "_backend_started", lambda: False)
     monkeypatch.setattr(_jax, "_only_cpu", lambda: True)
     return monkeypatch
@@ -87,11 +100,12 @@ def test_the_flag_is_appended_to_the_users(flag_is_wanted):
     assert not runtime.add_cpu_flags()  # once
 
 
-@pytest.mark.parametrize("version", ["0.7.2", "0.9.0", "0.11.0", "0.100.0", "1.0.10.0"])
-def test_the_flag_is_not_added_on_a_jaxlib_not_tried(version, flag_is_wanted):
-    flag_is_wanted.setattr(_jax.importlib.metadata, "version", lambda name: version)
+def test_the_flag_is_not_added_where_jaxlib_refuses_it(flag_is_wanted):
+    asked = []
+    flag_is_wanted.setattr(_flags, "accepted", asked.append)
     assert not runtime.add_cpu_flags()
     assert os.environ["XLA_FLAGS"] == "--xla_dump_to=/nowhere"
+    assert asked == [CONVOLUTION_FLAG]
 
 
 def test_the_flag_is_not_added_against_the_users_will(flag_is_wanted):
@@ -101,12 +115,106 @@ def test_the_flag_is_not_added_against_the_users_will(flag_is_wanted):
 
 
 def test_the_flag_is_not_added_too_late_or_beside_an_accelerator(flag_is_wanted):
+    flag_is_wanted.setattr(_flags, "accepted", None)  # no process is started in vain
     with flag_is_wanted.context() as patch:
         patch.setattr(_jax, "_backend_started", lambda: True)
         assert not runtime.add_cpu_flags()
     flag_is_wanted.setattr(_jax, "_only_cpu", lambda: False)
     assert not runtime.add_cpu_flags()
     assert os.environ["XLA_FLAGS"] == "--xla_dump_to=/nowhere"
+
+
+FLAG = "--xla_some_flag=1"
+COUNTED = "import os; open(os.environ['ASKED'], 'a').write('.'); "
+ACCEPTS = COUNTED + "print('a word'); print('accepted')"
+REFUSES = COUNTED + "raise SystemExit('Unknown flag in XLA_FLAGS: ' + os.environ['XLA_FLAGS'])"
+
+
+@pytest.fixture
+def asking(tmp_path, monkeypatch):
+    """Sets what the process does that asks jaxlib; gives the folder, and how often it was asked."""
+    monkeypatch.setenv("ASKED", str(tmp_path / "asked"))
+    monkeypatch.setenv("JDISTILL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/nowhere")
+    (tmp_path / "asked").touch()
+
+    def set_to(probe, **settings):
+        for name, value in {"_PROBE": probe, **settings}.items():
+            monkeypatch.setattr(_flags, name, value)
+        return tmp_path / "cache", lambda: (tmp_path / "asked").stat().st_size
+
+    return set_to
+
+
+@pytest.mark.parametrize(
+    ("probe", "answer"), [(ACCEPTS, True), (REFUSES, False)], ids=["yes", "no"]
+)
+def test_a_flag_is_asked_about_once_a_jaxlib(probe, answer, asking, monkeypatch, caplog):
+    folder, count = asking(probe)
+    assert [_flags.accepted(FLAG) for _ in range(3)] == [answer] * 3
+    assert count() == 1
+    assert os.environ["XLA_FLAGS"] == "--xla_dump_to=/nowhere"
+    [kept] = folder.iterdir()
+    assert importlib.metadata.version("jaxlib") in kept.name
+    assert _flags.accepted(f"{FLAG}0") is answer  # another flag, in the same file
+    assert [count(), list(folder.iterdir())] == [2, [kept]]
+    monkeypatch.setattr(_flags, "version", lambda name: "99.1")
+    assert _flags.accepted(FLAG) is answer
+    assert [count(), len(list(folder.iterdir()))] == [3, 2]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("probe", "reason"),
+    [
+        (COUNTED + "import time; time.sleep(60)", "gave no answer within 2 s"),
+        (COUNTED + "import no_such_module", r"a process that did ended with 1"),
+        (COUNTED + "os.kill(os.getpid(), 9)", r"a process that did ended with -9"),
+        (COUNTED, r"a process that did ended with 0"),  # without a word: not to be trusted
+    ],
+    ids=["slow", "without JAX", "killed", "silent"],
+)
+def test_without_an_answer_there_is_no_flag_for_a_day(probe, reason, asking, caplog, monkeypatch):
+    folder, count = asking(probe, _SECONDS=2.0 if "sleep" in probe else 30.0)
+    started = time.monotonic()
+    assert not _flags.accepted(FLAG)
+    assert not _flags.accepted(FLAG)
+    assert time.monotonic() - started < 30
+    assert count() == 1
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert re.search(rf"{FLAG}, .+ jaxlib .*{reason}", record.getMessage())
+    later = time.time() + 25 * 3600
+    monkeypatch.setattr(_flags.time, "time", lambda: later)
+    asking(ACCEPTS)
+    assert _flags.accepted(FLAG)
+    [kept] = folder.iterdir()
+    assert json.loads(kept.read_text()) == {FLAG: True}
+
+
+def test_no_python_to_ask_with_is_no_answer(asking, monkeypatch, caplog):
+    asking(ACCEPTS)
+    monkeypatch.setattr(_flags.sys, "executable", "/no/such/python")
+    assert not _flags.accepted(FLAG)
+    assert "could not be asked" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"--xla_some_flag=1": "yes"}', "\x00{"])
+def test_a_damaged_answer_is_asked_for_again(content, asking):
+    folder, count = asking(ACCEPTS)
+    assert _flags.accepted(FLAG)
+    [kept] = folder.iterdir()
+    kept.write_text(content)
+    assert _flags.accepted(FLAG)
+    assert count() == 2
+    assert json.loads(kept.read_text()) == {FLAG: True}
+
+
+def test_an_answer_that_cannot_be_kept_counts(asking):
+    folder, count = asking(ACCEPTS)
+    folder.touch()
+    assert [_flags.accepted(FLAG) for _ in range(2)] == [True, True]
+    assert count() == 2
 
 
 @pytest.mark.parametrize(

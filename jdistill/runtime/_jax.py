@@ -15,12 +15,12 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jdistill import _files
 from jdistill._jax import CPU_FLAG, CPU_FLAG_VALUE
+from jdistill.runtime import _flags
 from jdistill.runtime._records import check_writable
 
 logger = logging.getLogger("jdistill")
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-_CPU_FLAG_VERSIONS = ("0.10.",)  # jaxlib 0.7.2 aborts on the flag; extend it for a version tried
 
 
 def _setting(name: str) -> Any:
@@ -67,20 +67,26 @@ def add_cpu_flags() -> bool:
     """Adds to `XLA_FLAGS` what makes convolutions on CPU faster, where JAX accepts it.
 
     A lone convolution takes 50 ms in XLA's YNN library where Eigen takes 9 (26×26×32→32, batch
-    128), and a gradient is made of lone ones. The flag sends them to Eigen; it more than halves
-    a step of an attack. Call it before the first JAX computation.
+    128; jaxlib 0.10.2), and a gradient is made of lone ones. The flag sends them to Eigen; it more
+    than halves a step of an attack. Call it before the first JAX computation.
+
+    Whether this jaxlib knows the flag is tried once, in a process of its own, which takes about two
+    seconds; the answer is kept in `JDISTILL_CACHE`, or in jdistill's part of the user's cache
+    folder.
 
     Returns:
         Whether the flag was added. It is not where it might be unknown, since XLA aborts the
-        process on an unknown flag: on another jaxlib than 0.10, beside an accelerator's
-        plugin (which parses `XLA_FLAGS` with an XLA of its own), after a backend has started, or
-        where `XLA_FLAGS` already sets it.
+        process on an unknown flag: on a jaxlib that refused it (0.7 does) or could not be asked,
+        beside an accelerator's plugin (which parses `XLA_FLAGS` with an XLA of its own), after a
+        backend has started, or where `XLA_FLAGS` already sets it.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    known = importlib.metadata.version("jaxlib").startswith(_CPU_FLAG_VERSIONS)
-    if not known or CPU_FLAG in flags or not _only_cpu() or _backend_started():
+    if CPU_FLAG in flags or not _only_cpu() or _backend_started():
         return False
-    os.environ["XLA_FLAGS"] = f"{flags} {CPU_FLAG}={CPU_FLAG_VALUE}".strip()
+    flag = f"{CPU_FLAG}={CPU_FLAG_VALUE}"
+    if not _flags.accepted(flag):
+        return False
+    os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
     return True
 
 

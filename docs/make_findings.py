@@ -1,0 +1,123 @@
+"""Draw the figures of docs/findings.md from the tables in experiments/results."""
+
+import csv
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jdistill import metrics
+from jdistill.report._figures import INK, network_look, report_style
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "experiments" / "results"
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Draw every figure into docs/images."""
+    draw("chains", chains())
+    draw("standardized", standardized())
+
+
+def read(name: str) -> list[Row]:
+    """A table, numbers as floats where all of a column are."""
+    with (RESULTS / f"{name}.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [{column: _number(cell) for column, cell in row.items()} for row in rows]
+
+
+def _number(cell: str) -> Any:
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
+
+
+def chains() -> Any:
+    """Accuracy, distance, and AutoAttack of students on digits against T, by chain length."""
+    rows = read("mandal2023-multistep-digits")
+    figure, panels = _panels(3)
+    for axes, (column, scale, title) in zip(
+        panels,
+        (
+            ("test_accuracy", 100.0, "test accuracy (%)"),
+            ("average", 1.0, "C&W L2, mean over 9 targets"),
+            ("robust_accuracy", 100.0, "left under AutoAttack (%)"),
+        ),
+        strict=True,
+    ):
+        for generation, label in ((1, "no assistant"), (2, "1 assistant"), (7, "6 assistants")):
+            own = [row for row in rows if row["generation"] == generation]
+            look = network_look([1.0, 2.0, 7.0], {1: 1.0, 2: 2.0, 7: 7.0}[generation], generation)
+            _line(axes, own, "temperature", column, scale, label=label, **look)
+        axes.set(title=title, xlabel="temperature T", xscale="log")
+    panels[1].set_ylim(bottom=0)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure
+
+
+def standardized() -> Any:
+    """What is left under FGSM and AutoAttack, and the zero gradients, with and without scale."""
+    plain, other = (read(f"logit-standard-{name}") for name in ("digits", "standardized"))
+    figure, panels = _panels(3)
+    for axes, (column, title) in zip(
+        panels,
+        (
+            ("zero_gradient_fraction", "gradient exactly zero (%)"),
+            ("fgsm", "left under FGSM (%)"),
+            ("autoattack", "left under AutoAttack (%)"),
+        ),
+        strict=True,
+    ):
+        for rows, label, color, marker in (
+            (plain, "soft labels at T", "#7f2a72", "o"),
+            (other, "standardized logits", INK, "s"),
+        ):
+            own = [row for row in rows if row["chain"] == "1 assistant"]
+            _line(
+                axes, own, "temperature", column, 100.0, label=label, color=color, marker=marker
+            )
+        axes.set(title=title, xlabel="temperature T", xscale="log", ylim=(-4, 104))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    return figure
+
+
+def _panels(number: int) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.1 * number, 3.1), layout="constrained")
+    return figure, figure.subplots(1, number)
+
+
+def _line(
+    axes: Any, rows: Sequence[Mapping[str, Any]], x: str, y: str, scale: float, **look: Any
+) -> None:
+    """Means over the seeds with the band of their 95% t interval."""
+    places = sorted({row[x] for row in rows})
+    found = [
+        metrics.seed_interval(np.array([scale * row[y] for row in rows if row[x] == place]))
+        for place in places
+    ]
+    mean, low, high = (np.array([getattr(f, end) for f in found]) for end in ("value", "low", "high"))
+    axes.plot(places, mean, markersize=4.5, **look)
+    axes.fill_between(places, low, high, color=look["color"], alpha=0.15, linewidth=0)
+    ticks = places if len(places) < 5 else [1.0, 5.0, 20.0, 100.0]
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+
+
+def draw(name: str, figure: Any) -> None:
+    """One figure as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    figure.savefig(ROOT / "docs" / "images" / f"{name}.png", dpi=160, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    with report_style():
+        main()
