@@ -67,10 +67,10 @@ def carlini_wagner(source: Source) -> Any:
     if source.full:
         return attacks.carlini_wagner_l2
     few: dict[str, Any] = {
-        "num_searches": 5,
-        "num_steps": 100,
+        "num_searches": 9,
+        "num_steps": 200,
         "learning_rate": 0.1,
-        "initial_const": 0.1,
+        "initial_const": 0.01,
     }
     return functools.partial(attacks.carlini_wagner_l2, **few)
 
