@@ -13,6 +13,8 @@ from jdistill.report._figures import INK, network_look, report_style
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
 
+_TICKS = (1.0, 5.0, 20.0, 100.0)
+
 Row = dict[str, Any]
 
 
@@ -53,7 +55,7 @@ def chains() -> Any:
             own = [row for row in rows if row["generation"] == generation]
             look = network_look([1.0, 2.0, 7.0], {1: 1.0, 2: 2.0, 7: 7.0}[generation], generation)
             _line(axes, own, "temperature", column, scale, label=label, **look)
-        axes.set(title=title, xlabel="temperature T", xscale="log")
+        axes.set(title=title, xlabel="temperature T")
     panels[1].set_ylim(bottom=0)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
@@ -77,10 +79,8 @@ def standardized() -> Any:
             (other, "standardized logits", INK, "s"),
         ):
             own = [row for row in rows if row["chain"] == "1 assistant"]
-            _line(
-                axes, own, "temperature", column, 100.0, label=label, color=color, marker=marker
-            )
-        axes.set(title=title, xlabel="temperature T", xscale="log", ylim=(-4, 104))
+            _line(axes, own, "temperature", column, 100.0, label=label, color=color, marker=marker)
+        axes.set(title=title, xlabel="temperature T", ylim=(-4, 104))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
@@ -101,12 +101,13 @@ def _line(
         metrics.seed_interval(np.array([scale * row[y] for row in rows if row[x] == place]))
         for place in places
     ]
-    mean, low, high = (np.array([getattr(f, end) for f in found]) for end in ("value", "low", "high"))
+    mean, low, high = (
+        np.array([getattr(f, end) for f in found]) for end in ("value", "low", "high")
+    )
     axes.plot(places, mean, markersize=4.5, **look)
     axes.fill_between(places, low, high, color=look["color"], alpha=0.15, linewidth=0)
-    ticks = places if len(places) < 5 else [1.0, 5.0, 20.0, 100.0]
     axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
     axes.minorticks_off()
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import pathlib
 
 import numpy as np
 import pytest
@@ -140,3 +141,28 @@ def test_failures_count_with_the_limit_in_robustness():
     row |= {"images_with_success": 2, "temperature": 5.0, "generation": 1}
     ((_, line),) = papernot2016.robustness_table([row])
     assert line[1:3] == ["12.25", "10.00"]
+
+
+def test_the_findings_are_those_of_the_tables():
+    """The comparison at T = 100 in docs/findings.md, against the rows that it is made of."""
+    root = pathlib.Path(__file__).parents[1]
+    page = (root / "docs" / "findings.md").read_text(encoding="utf-8")
+    for column, name in ((1, "digits"), (2, "standardized")):
+        path = root / "experiments" / "results" / f"logit-standard-{name}.csv"
+        own = [
+            row
+            for row in csv.DictReader(path.read_text().splitlines())
+            if (float(row["temperature"]), row["chain"]) == (100.0, "1 assistant")
+        ]
+        for title, quantity, scale in (
+            ("size of the logits", "mean_abs_logit", 1.0),
+            ("images whose gradient is exactly zero", "zero_gradient_fraction", 100.0),
+            ("left under FGSM, l∞ ≤ 0.2", "fgsm", 100.0),
+            ("left under AutoAttack, l∞ ≤ 0.2", "autoattack", 100.0),
+            ("test accuracy", "test_accuracy", 100.0),
+        ):
+            (line,) = [line for line in page.splitlines() if line.startswith(f"| {title} |")]
+            shown = line.strip("| ").split(" | ")[column].rstrip("%")
+            mean = scale * sum(float(row[quantity]) for row in own) / len(own)
+            digits = len(shown.partition(".")[2])
+            assert float(shown) == round(mean, digits), title

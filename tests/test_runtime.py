@@ -192,9 +192,10 @@ def test_without_an_answer_there_is_no_flag_for_a_day(probe, reason, asking, cap
     assert json.loads(kept.read_text()) == {FLAG: True}
 
 
-def test_no_python_to_ask_with_is_no_answer(asking, monkeypatch, caplog):
+@pytest.mark.parametrize("executable", ["/no/such/python", "", None])
+def test_no_python_to_ask_with_is_no_answer(executable, asking, monkeypatch, caplog):
     asking(ACCEPTS)
-    monkeypatch.setattr(_flags.sys, "executable", "/no/such/python")
+    monkeypatch.setattr(_flags.sys, "executable", executable)
     assert not _flags.accepted(FLAG)
     assert "could not be asked" in caplog.text
 

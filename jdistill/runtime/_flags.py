@@ -98,7 +98,7 @@ def _ask(flag: str) -> bool | None:
         )
     except subprocess.TimeoutExpired:
         reason = f"gave no answer within {_SECONDS:g} s"
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:  # no Python to ask with
         reason = f"could not be asked ({error})"
     else:
         if done.returncode == 0 and done.stdout.split()[-1:] == ["accepted"]:

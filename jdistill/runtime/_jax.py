@@ -67,8 +67,8 @@ def add_cpu_flags() -> bool:
     """Adds to `XLA_FLAGS` what makes convolutions on CPU faster, where JAX accepts it.
 
     A lone convolution takes 50 ms in XLA's YNN library where Eigen takes 9 (26×26×32→32, batch
-    128; jaxlib 0.10.2), and a gradient is made of lone ones. The flag sends them to Eigen; it more
-    than halves a step of an attack. Call it before the first JAX computation.
+    128; jaxlib 0.10.2), and a gradient is made of lone ones. The flag sends them to Eigen; there it
+    more than halves a step of an attack. Call it before the first JAX computation.
 
     Whether this jaxlib knows the flag is tried once, in a process of its own, which takes about two
     seconds; the answer is kept in `JDISTILL_CACHE`, or in jdistill's part of the user's cache
