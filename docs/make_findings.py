@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jdistill import metrics
-from jdistill.report._figures import INK, network_look, report_style
+from jdistill.report._figures import INK, _look, report_style
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -40,7 +40,7 @@ def _number(cell: str) -> Any:
 
 def chains() -> Any:
     """Accuracy, distance, and AutoAttack of students on digits against T, by chain length."""
-    rows = read("mandal2023-multistep-digits")
+    rows = read("mandal2023-robustness-digits")
     figure, panels = _panels(3)
     for axes, (column, scale, title) in zip(
         panels,
@@ -51,10 +51,9 @@ def chains() -> Any:
         ),
         strict=True,
     ):
-        for generation, label in ((1, "no assistant"), (2, "1 assistant"), (7, "6 assistants")):
+        for generation, label in enumerate(("teacher", "no assistant", "1 assistant")):
             own = [row for row in rows if row["generation"] == generation]
-            look = network_look([1.0, 2.0, 7.0], {1: 1.0, 2: 2.0, 7: 7.0}[generation], generation)
-            _line(axes, own, "temperature", column, scale, label=label, **look)
+            _line(axes, own, "temperature", column, scale, label=label, **_look(generation))
         axes.set(title=title, xlabel="temperature T")
     panels[1].set_ylim(bottom=0)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)

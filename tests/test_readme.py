@@ -12,7 +12,13 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 TEXTS = [
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "experiments/README.md"),
-    *("docs/attacks.md", "docs/guide.md", "docs/honest-evaluation.md", "docs/performance.md"),
+    *(
+        "docs/attacks.md",
+        "docs/guide.md",
+        "docs/honest-evaluation.md",
+        "docs/performance.md",
+        "docs/findings.md",
+    ),
 ]
 README, GUIDE = (
     (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/guide.md")
