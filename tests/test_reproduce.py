@@ -166,3 +166,8 @@ def test_the_findings_are_those_of_the_tables():
             mean = scale * sum(float(row[quantity]) for row in own) / len(own)
             digits = len(shown.partition(".")[2])
             assert float(shown) == round(mean, digits), title
+
+
+def test_seeds_that_are_all_alike_have_no_interval():
+    assert measures.difference([0.5, 0.6], [0.4, 0.5], 2) == "+0.10 (every seed alike)"
+    assert measures.difference([0.5, 0.6], [0.5, 0.6], 2) == "+0.00 [+0.00, +0.00], p = 1"

@@ -265,6 +265,8 @@ def difference(first: Sequence[float], second: Sequence[float], digits: int) -> 
     if len(first) == 1:
         return f"{first[0] - second[0]:+.{digits}f} (one seed)"
     found = metrics.paired_over_seeds(np.array(first), np.array(second))
+    if not math.isfinite(found.p_value):
+        return f"{found.difference.value:+.{digits}f} (every seed alike)"
     value, low, high = (f"{each:+.{digits}f}" for each in found.difference)
     return f"{value} [{low}, {high}], p = {found.p_value:.2g}"
 
