@@ -61,7 +61,7 @@ def chains() -> Any:
 
 
 def standardized() -> Any:
-    """What is left under FGSM and AutoAttack, and the zero gradients, with and without scale."""
+    """Zero gradients, and accuracy under FGSM and AutoAttack, with the logits' scale and without."""
     plain, other = (read(f"logit-standard-{name}") for name in ("digits", "standardized"))
     figure, panels = _panels(3)
     for axes, (column, title) in zip(

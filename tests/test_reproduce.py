@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import pathlib
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -72,6 +73,8 @@ def test_the_papers_grid_costs_what_arithmetic_says():
     """6 N FLOPs per weight of a dense layer and application of a kernel, forward and backward."""
     cost = training.cost(training.TRAININGS["full"]["mnist"])
     assert cost.networks == 9 * 3 * 8
+    # Teachers that chains share are trained once: 3 of the equal chains, 5 less 1 of the others.
+    assert training.cost(training.TRAININGS["cpu"]["ladder"]).networks == 4 * 5 * (3 + 5 - 1)
     assert cost.steps == cost.networks * 50 * 430
     kernels = 26**2 * 9 * 32 + 24**2 * 9 * 32 * 32 + 10**2 * 9 * 32 * 64 + 8**2 * 9 * 64 * 64
     dense = 1024 * 200 + 200 * 200 + 200 * 10
@@ -82,8 +85,10 @@ def test_the_cases_of_targets():
     success = np.array([[True, True], [True, False], [False, False]])
     distance = np.where(success, [[1.0, 3.0], [2.0, 9.0], [9.0, 9.0]], np.inf)
 
-    class Network:
-        temperature, seed, generation = 1.0, 0, 0
+    class Network(NamedTuple):
+        temperature: float = 1.0
+        seed: int = 0
+        generation: int = 0
 
     row = Hits(Network(), success, distance).row()
     assert row["success"] == 0.5

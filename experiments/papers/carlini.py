@@ -112,6 +112,10 @@ def broken(source: Source) -> list[Row]:
     where = {"temperatures": [source.hottest], "generations": [1]}
     networks = [*source.networks(**source.plain), *source.networks(**where)]
     output = attacks.softmax_at(source.hottest)
+    sizes = {
+        network.stem: float(np.abs(train.predict(network.logits_fn, source.test.inputs)).mean())
+        for network in networks
+    }
     rows = []
     for name, attack in (
         ("softmax(z)", attacks.jsma),
@@ -119,8 +123,7 @@ def broken(source: Source) -> list[Row]:
     ):
         stored = "jsma" if attack is attacks.jsma else f"jsma at T={source.hottest:g}"
         for hit in targeted(source, networks, stored, attack):
-            logits = train.predict(hit.network.logits_fn, source.study.examples().test.inputs)
-            size = float(np.abs(logits).mean())
+            size = sizes[hit.network.stem]
             rows.append({**hit.row(), "saliency": name, "mean_abs_logit": size})
     return rows
 
@@ -157,15 +160,17 @@ def broken_table(rows: list[Row]) -> list[Any]:
 
 
 def transferred(source: Source) -> list[Row]:
-    """What is crafted on the ordinary network, judged by the students of plain distillation."""
-    few: dict[str, Any] = {} if source.full else {"num_searches": 5, "num_steps": 100}
+    """Inputs crafted on the ordinary network, judged by the students of plain distillation."""
+    released: dict[str, Any] = {"num_searches": 9, "num_steps": 1000}
+    released |= {"learning_rate": 0.01, "initial_const": 0.001}
     options = transfer.Options(
-        workdir=str(source.folder), num_examples=5 * source.num_images, **few
+        workdir=str(source.folder),
+        num_examples=5 * source.num_images,
+        **(released if source.full else {}),
     )
     crafted_on = source.networks(**source.plain)[0]
     judged = source.networks(generations=[1], seeds=[crafted_on.seed])
-    examples = source.study.examples().test
-    return transfer.measured(crafted_on, judged, examples, options, source.progress)
+    return transfer.measured(crafted_on, judged, source.test, options, source.progress)
 
 
 def transferred_table(rows: list[Row]) -> list[Any]:

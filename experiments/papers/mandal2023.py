@@ -8,13 +8,21 @@ assistant, is the control; seeds are pairs.
 import functools
 from typing import Any
 
-from experiments.papers.measures import Form, Hits, Row, Source, by_length, named, over_lengths
-from experiments.papers.measures import targeted as attack_targeted
+from experiments.papers.measures import (
+    Form,
+    Hits,
+    Row,
+    Source,
+    by_length,
+    named,
+    over_lengths,
+    targeted,
+)
 from jdistill import attacks
 from jdistill import study as studies
 
-PERCENT = 100.0
-_ACCURACY = Form("test accuracy (%)", 2, PERCENT)
+_PERCENT = 100.0
+_ACCURACY = Form("test accuracy (%)", 2, _PERCENT)
 _DISTANCE = Form("C&W L2, mean over 9 targets", 3)
 
 
@@ -22,7 +30,7 @@ def accuracy(source: Source) -> list[Row]:
     """Test accuracy of every network."""
     return [
         {
-            **_named(row),
+            **named(row),
             "test_accuracy": row["test_accuracy"],
             "mean_abs_logit": row["mean_abs_logit"],
         }
@@ -41,14 +49,14 @@ def accuracy_table(rows: list[Row]) -> list[Any]:
 def sensitivity(source: Source) -> list[Row]:
     """Sensitivity of the logits (the released code's) and of the softmax (Papernot et al.)."""
     return [
-        {**_named(row), **{name: row[name] for name in _SENSITIVITIES}} for row in source.measured()
+        {**named(row), **{name: row[name] for name in _SENSITIVITIES}} for row in source.measured()
     ]
 
 
 _SENSITIVITIES = {
     "sensitivity_logits": Form("mean abs. gradient of the summed logits", 3),
     "log10_sensitivity_softmax": Form("log10 of the mean abs. gradient of the softmax", 2),
-    "zero_gradient_fraction": Form("gradient exactly zero (% of images)", 1, PERCENT),
+    "zero_gradient_fraction": Form("gradient exactly zero (% of images)", 1, _PERCENT),
 }
 
 
@@ -78,7 +86,7 @@ def carlini_wagner(source: Source) -> Any:
 def hits(source: Source, **where: Any) -> list[Hits]:
     """C&W L2 on networks, towards every class."""
     networks = source.networks(**where)
-    return attack_targeted(source, networks, "carlini_wagner_l2", carlini_wagner(source))
+    return targeted(source, networks, "carlini_wagner_l2", carlini_wagner(source))
 
 
 def robustness(source: Source) -> list[Row]:
@@ -92,20 +100,19 @@ def multistep(source: Source) -> list[Row]:
 
 
 def _robustness(source: Source, **where: Any) -> list[Row]:
-    measured = {tuple(_named(row).values()): row for row in source.measured()}
+    measured = {tuple(named(row).values()): row for row in source.measured()}
     labels = {
-        tuple(_named(row).values()): row["verdict"].label
+        tuple(named(row).values()): row["verdict"].label
         for row in studies.load(source.folder).rows["verdicts"]
     }
     rows = []
     for hit in hits(source, **where):
-        place = tuple(named(hit.network).values())
-        # ρ_adv: the mean over the images of the least distance over the targets.
         row = hit.row()
+        place = tuple(named(row).values())
         rows.append(
             {
                 **row,
-                "rho_adv": row["best"],
+                "rho_adv": row["best"],  # the mean of the least distance over the targets
                 "test_accuracy": measured[place]["test_accuracy"],
                 "robust_accuracy": measured[place]["robust_accuracy"],
                 "verdict": labels.get(place, ""),
@@ -125,10 +132,10 @@ def robustness_table(rows: list[Row]) -> list[Any]:
         }
         verdicts.append([f"T = {temperature:g}", found.get(1, "–"), found.get(2, "–")])
     return [
-        by_length(rows, "success", Form("C&W L2 success (%)", 1, PERCENT)),
+        by_length(rows, "success", Form("C&W L2 success (%)", 1, _PERCENT)),
         by_length(rows, "average", _DISTANCE),
         by_length(rows, "rho_adv", Form("ρ_adv: C&W L2, least over targets", 3)),
-        by_length(rows, "robust_accuracy", Form("accuracy under AutoAttack (%)", 1, PERCENT)),
+        by_length(rows, "robust_accuracy", Form("accuracy under AutoAttack (%)", 1, _PERCENT)),
         verdicts,
     ]
 
@@ -138,10 +145,6 @@ def multistep_table(rows: list[Row]) -> list[Any]:
     forms = {
         "test_accuracy": _ACCURACY,
         "average": _DISTANCE,
-        "robust_accuracy": Form("accuracy under AutoAttack (%)", 1, PERCENT),
+        "robust_accuracy": Form("accuracy under AutoAttack (%)", 1, _PERCENT),
     }
     return [over_lengths(rows, forms)]
-
-
-def _named(row: Row) -> Row:
-    return {name: row[name] for name in ("temperature", "seed", "generation")}

@@ -1,5 +1,7 @@
-"""What the items share: a training study's networks, targeted attacks on them, and tables."""
+"""Networks of training studies, targeted attacks on them, and tables, which the items share."""
 
+import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from experiments.papers.training import Assistants, Training
-from jdistill import evaluate, metrics, nets, runtime, train
+from jdistill import data, evaluate, metrics, nets, runtime, train
 from jdistill import study as studies
 from jdistill.study import Study, Trained
 
@@ -16,7 +18,8 @@ Row = dict[str, Any]
 Line = list[str]
 
 
-class Source(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Source:
     """A training study that was run.
 
     Attributes:
@@ -42,18 +45,23 @@ class Source(NamedTuple):
         where = {"temperatures": self.study.temperatures, "seeds": self.study.seeds, **where}
         return studies.networks(self.study, self.folder, **where)
 
+    @functools.cached_property
+    def test(self) -> data.Split:
+        """Test examples of the study."""
+        return self.study.examples().test
+
     def measured(self) -> list[Row]:
-        """What the study itself measured: a row per network, with its accuracy under AutoAttack."""
+        """Rows of the study's own results, one per network, with its accuracy under AutoAttack."""
         rows = studies.load(self.folder).rows["results"]
-        robust = {_place(row): row for row in rows if row["attack"] == "autoattack"}
+        robust = [row for row in rows if row["attack"] == "autoattack"]
         return [
             {**row, "robust_accuracy": 1.0 - row["success_rate"]}
-            for row in (robust[place] for place in sorted(robust))
+            for row in sorted(robust, key=lambda row: tuple(named(row).values()))
         ]
 
     @property
     def plain(self) -> dict[str, Any]:
-        """Which networks are trained ordinarily: the teachers at T = 1."""
+        """Ordinary networks, the teachers at T = 1, as `networks` takes them."""
         return {"temperatures": [1.0], "generations": [0]}
 
     @property
@@ -62,15 +70,11 @@ class Source(NamedTuple):
         return max(self.study.temperatures)
 
 
-def _place(row: Row) -> tuple[float, int, int]:
-    return row["temperature"], row["seed"], row["generation"]
-
-
 class Hits(NamedTuple):
-    """What a targeted attack did to a network, over the images that it classifies correctly.
+    """Outcome of a targeted attack, over the images that the network classifies correctly.
 
     Attributes:
-        network: it.
+        network: that was attacked.
         success: `[N, K-1]`, by image and target.
         distance: `[N, K-1]`; `inf` where the attack failed.
     """
@@ -88,7 +92,7 @@ class Hits(NamedTuple):
         known = np.where(self.success, self.distance, np.nan)
         some, every = self.success.any(axis=1), self.success.all(axis=1)
         return {
-            **named(self.network),
+            **named(self.network._asdict()),
             "num_images": len(self.success),
             "images_with_success": int(some.sum()),
             "success": _mean(self.success),
@@ -98,9 +102,9 @@ class Hits(NamedTuple):
         }
 
 
-def named(network: Trained) -> Row:
+def named(row: Row) -> Row:
     """The columns that name a network."""
-    return {name: getattr(network, name) for name in ("temperature", "seed", "generation")}
+    return {name: row[name] for name in ("temperature", "seed", "generation")}
 
 
 def targeted(
@@ -115,9 +119,8 @@ def targeted(
         attack: with its settings bound; it takes `targets`.
         batch_size: pairs of image and target at a time.
     """
-    test = source.study.examples().test
-    num_classes = int(test.labels.max()) + 1
-    inputs, labels = (part[: source.num_images] for part in test)
+    num_classes = int(source.test.labels.max()) + 1
+    inputs, labels = (part[: source.num_images] for part in source.test)
     targets = np.array([np.delete(np.arange(num_classes), label) for label in labels])
     many, their = (np.repeat(part, num_classes - 1, axis=0) for part in (inputs, labels))
     found = []
@@ -163,64 +166,52 @@ class Form(NamedTuple):
     scale: float = 1.0
 
 
-def by_length(
-    rows: Sequence[Row], quantity: str, form: Form, *, lengths: Sequence[int] | None = None
-) -> list[Line]:
+def per_seed(rows: Iterable[Row], quantity: str, scale: float) -> list[float]:
+    """Each seed's mean of a quantity, in the order of the seeds."""
+    values: dict[int, list[float]] = {}
+    for row in rows:
+        values.setdefault(row["seed"], []).append(scale * row[quantity])
+    return [_mean(np.array(values[seed])) for seed in sorted(values)]
+
+
+def by_length(rows: Sequence[Row], quantity: str, form: Form) -> list[Line]:
     """A quantity by temperature and chain length, and what the first assistant changes.
 
     The last line is over all temperatures: each seed's mean.
     """
     generations = sorted({row["generation"] for row in rows})
-    if lengths is not None:
-        generations = [number for number in generations if number - 1 in lengths or number == 0]
-    values = {
-        (row["temperature"], row["seed"], row["generation"]): form.scale * row[quantity]
-        for row in rows
-    }
-    temperatures = sorted({place[0] for place in values})
-    seeds = sorted({place[1] for place in values})
+    temperatures = sorted({row["temperature"] for row in rows})
     lines = [[form.title, *map(_length, generations), "1 assistant − none"]]
-    for temperature in [*temperatures, None]:
-        chosen = temperatures if temperature is None else [temperature]
+    for T in [*temperatures, None]:
+        chosen = [row for row in rows if T is None or row["temperature"] == T]
         own = {
-            number: [_mean(np.array([values[T, seed, number] for T in chosen])) for seed in seeds]
+            number: per_seed(
+                (row for row in chosen if row["generation"] == number), quantity, form.scale
+            )
             for number in generations
         }
-        name = "all T" if temperature is None else f"T = {temperature:g}"
-        cells = [_interval(own[number], form.digits) for number in generations]
+        cells = [shown(own[number], form.digits) for number in generations]
         effect = difference(own[2], own[1], form.digits) if {1, 2} <= set(own) else "–"
-        lines.append([name, *cells, effect])
+        lines.append(["all T" if T is None else f"T = {T:g}", *cells, effect])
     return lines
 
 
 def over_lengths(rows: Sequence[Row], quantities: Mapping[str, Form]) -> list[Line]:
     """Quantities by chain length, over all temperatures, beside their change from no assistant."""
-    generations = sorted({row["generation"] for row in rows if row["generation"]})
-    seeds = sorted({row["seed"] for row in rows})
+    by_generation = {
+        number: [row for row in rows if row["generation"] == number]
+        for number in sorted({row["generation"] for row in rows if row["generation"]})
+    }
     heads = [head for form in quantities.values() for head in (form.title, "− no assistant")]
     lines = [["chain", *heads]]
-    for number in generations:
+    for number, chosen in by_generation.items():
         line = [_length(number)]
         for quantity, form in quantities.items():
             own, base = (
-                [
-                    _mean(
-                        np.array(
-                            [
-                                form.scale * row[quantity]
-                                for row in rows
-                                if row["generation"] == which and row["seed"] == seed
-                            ]
-                        )
-                    )
-                    for seed in seeds
-                ]
-                for which in (number, 1)
+                per_seed(each, quantity, form.scale) for each in (chosen, by_generation[1])
             )
-            line += [
-                _interval(own, form.digits),
-                difference(own, base, form.digits) if number > 1 else "",
-            ]
+            line.append(shown(own, form.digits))
+            line.append(difference(own, base, form.digits) if number > 1 else "")
         lines.append(line)
     return lines
 
@@ -233,8 +224,8 @@ def cases(rows: Sequence[Row], published: Mapping[str, Sequence[str]]) -> list[L
         lines.append(
             [
                 attack,
-                _interval([100 * row["success"] for row in own], 1),
-                *(_interval([row[case] for row in own], 3) for case in _CASES),
+                shown([100 * row["success"] for row in own], 1),
+                *(shown([row[case] for row in own], 3) for case in _CASES),
                 *published.get(attack, ["–"] * len(_CASES)),
             ]
         )
@@ -244,12 +235,8 @@ def cases(rows: Sequence[Row], published: Mapping[str, Sequence[str]]) -> list[L
 _CASES = ("best", "average", "worst")
 
 
-def shown(values: Iterable[float], digits: int) -> str:
+def shown(values: Sequence[float], digits: int) -> str:
     """A mean over seeds with its 95% interval; a single value where there is one seed."""
-    return _interval(list(values), digits)
-
-
-def _interval(values: Sequence[float], digits: int) -> str:
     if not values or not all(map(math.isfinite, values)):
         return "–"
     if len(values) == 1:

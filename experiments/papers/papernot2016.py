@@ -44,7 +44,7 @@ _ABOVE[100.0] = 2
 def jacobian(source: Source) -> list[Row]:
     """JSMA on the softmax at T = 1, towards 9 targets."""
     networks = [*source.networks(**source.plain), *source.networks(generations=[1])]
-    size = int(np.prod(source.study.examples().test.inputs.shape[1:]))
+    size = int(np.prod(source.test.inputs.shape[1:]))
     return [
         {**hit.row(), "name": _name(hit.network), "num_features": size}
         for hit in targeted(source, networks, "jsma", attacks.jsma)

@@ -6,10 +6,9 @@ distillation. The students of standardized logits learn from a loss that does no
 scale, which is what masks gradients after defensive distillation.
 """
 
-import math
 from typing import Any
 
-from experiments.papers.measures import Line, Row, Source, difference, shown
+from experiments.papers.measures import Line, Row, Source, difference, per_seed, shown
 from jdistill import study as studies
 from jdistill.study import _measure
 
@@ -28,7 +27,7 @@ _QUANTITIES = {
 
 
 def students(source: Source) -> list[Row]:
-    """What the study measured of each chain's student; a row per chain, temperature, and seed."""
+    """Rows of each chain's student, by temperature and seed, out of the study's own results."""
     tables = studies.load(source.folder).rows
     places = zip(source.study.chains, _measure.students(source.study), strict=True)
     rows: list[Row] = []
@@ -101,22 +100,16 @@ def grid_table(rows: list[Row]) -> list[Any]:
 
 def _effects(rows: list[Row], chains: list[str]) -> list[Line]:
     """Differences between chains over all temperatures, paired by seed."""
-    seeds = sorted({row["seed"] for row in rows})
     names = ("test_accuracy", "autoattack", "zero_gradient_fraction")
     lines = [["over all T", *(f"{_QUANTITIES[name][0]}" for name in names)]]
-    for chain, base in zip(chains[1:], chains, strict=False):
+    for pair in zip(chains[1:], chains, strict=False):
         cells = []
         for name in names:
             _, digits, scale = _QUANTITIES[name]
-            one, other = (
-                [
-                    scale
-                    * math.fsum(own := [r[name] for r in rows if (r["chain"], r["seed"]) == (c, s)])
-                    / len(own)
-                    for s in seeds
-                ]
-                for c in (chain, base)
+            one, base = (
+                per_seed((row for row in rows if row["chain"] == chain), name, scale)
+                for chain in pair
             )
-            cells.append(difference(one, other, digits))
-        lines.append([f"{chain} − {base}", *cells])
+            cells.append(difference(one, base, digits))
+        lines.append([" − ".join(pair), *cells])
     return lines

@@ -16,7 +16,7 @@ import numpy as np
 
 from jdistill import attacks, data, diagnose, distill, nets, train
 from jdistill.evaluate import AttackPlan
-from jdistill.study import Stage, Study
+from jdistill.study import Stage, Study, _training
 
 Scale = Literal["full", "cpu", "smoke"]
 
@@ -32,16 +32,14 @@ EPS = {"digits": 0.2, "mnist": 0.1, "fashion_mnist": 0.05, "cifar10": 8 / 255}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Training:
-    """Chains of equal networks at several temperatures and seeds.
+class _Sizes:
+    """Sizes of a training study.
 
     Attributes:
         dataset: a name that `data.load` knows.
-        width: factor on the hidden sizes of the papers' network.
         temperatures: T of training and soft labels.
         seeds: of initial weights, order of the examples, and dropout.
-        num_assistants: of the longest chain.
-        num_epochs: per generation.
+        num_epochs: per network.
         learning_rate: at T = 1; at T it is `learning_rate * T ** power`.
         power: 0 in the released code, whose 50 epochs need no larger rate at a high T.
         batch_size: examples per training step.
@@ -50,10 +48,8 @@ class Training:
     """
 
     dataset: str
-    width: float = 1.0
     temperatures: tuple[float, ...] = PAPER_TEMPERATURES
     seeds: tuple[int, ...] = (0, 1, 2)
-    num_assistants: int = 6
     num_epochs: int = 50
     learning_rate: float = 0.01
     power: float = 0.0
@@ -61,57 +57,83 @@ class Training:
     num_train: int | None = None
     num_attack: int = 200
 
-    def study(self, *, data_dir: str | None = None) -> Study:
-        """Chains without an assistant, with 1, 2, …, under AutoAttack, with their verdicts."""
-        stage = _stage(self, _NETWORKS[self.dataset](width=self.width))
-        names = ["no assistant", "1 assistant", *(f"{n} assistants" for n in range(2, 7))]
-        chains = {
-            names[number]: [stage] * (number + 2) for number in range(self.num_assistants + 1)
-        }
-        # From the epoch at T = 1 on labels that the released code starts every network with.
-        return dataclasses.replace(_measured(self, data_dir), chains=chains, initial_epochs=1)
+    def _stage(self, network: Any) -> Stage:
+        """A network, or the papers' at a width, with the released code's optimizer."""
+        if isinstance(network, float):
+            network = _NETWORKS[self.dataset](width=network)
+        return Stage(
+            model=network,
+            optimizer=train.sgd(self.learning_rate),
+            num_epochs=self.num_epochs,
+            hyperparams={"learning_rate": functools.partial(_rate, self.learning_rate, self.power)},
+        )
+
+    def _study(self, data_dir: str | None, chains: Mapping[str, Any], **more: Any) -> Study:
+        """The chains of networks, under AutoAttack, with their verdicts."""
+        eps = EPS[self.dataset]
+        return Study(
+            data=functools.partial(load, self.dataset, self.num_train, data_dir),
+            chains={name: [self._stage(each) for each in own] for name, own in chains.items()},
+            temperatures=self.temperatures,
+            seeds=self.seeds,
+            batch_size=self.batch_size,
+            attacks={
+                "fgsm": AttackPlan(functools.partial(attacks.fgsm, eps=eps), 1000),
+                "autoattack": AttackPlan(
+                    functools.partial(attacks.autoattack, eps=eps), self.num_attack, batch_size=100
+                ),
+            },
+            verdict=functools.partial(diagnose.masking, eps=eps),
+            num_verdict=self.num_attack,
+            **more,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Assistants:
+class Training(_Sizes):
+    """Chains of equal networks at several temperatures and seeds.
+
+    Attributes:
+        width: factor on the hidden sizes of the papers' network.
+        num_assistants: of the longest chain.
+    """
+
+    width: float = 1.0
+    num_assistants: int = 6
+
+    def study(self, *, data_dir: str | None = None) -> Study:
+        """Chains without an assistant, with 1, 2, …; they start as in the released code."""
+        names = ["no assistant", "1 assistant", *(f"{n} assistants" for n in range(2, 7))]
+        chains = {
+            names[number]: [self.width] * (number + 2) for number in range(self.num_assistants + 1)
+        }
+        return self._study(data_dir, chains, initial_epochs=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Assistants(_Sizes):
     """Chains that end in one small student, with and without larger teachers and assistants.
 
     Attributes:
-        dataset: a name that `data.load` knows.
         chains: by name, the networks from teacher to student: widths of the papers' network, or
             modules.
-        temperatures: T of the soft labels.
-        seeds: of initial weights, order of the examples, and dropout.
         hard_weight: λ of the labels in the students' loss.
         temperature_squared: whether its soft term is multiplied by T².
         defensive: whether the teacher learns at T too, as in defensive distillation; else at 1.
-        num_epochs: per network.
-        learning_rate: at T = 1; at T it is `learning_rate * T ** power`.
-        power: see there.
-        batch_size: examples per training step.
-        num_train: the first so many training examples; None takes all.
-        num_attack: test examples for AutoAttack and the verdict.
     """
 
-    dataset: str
     chains: Mapping[str, tuple[Any, ...]]
-    temperatures: tuple[float, ...]
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    num_attack: int = 100
     hard_weight: float = 0.0
     temperature_squared: bool = False
     defensive: bool = True
-    num_epochs: int = 10
-    learning_rate: float = 0.02
-    power: float = 0.0
-    batch_size: int = 128
-    num_train: int | None = None
-    num_attack: int = 100
 
     def study(self, *, data_dir: str | None = None) -> Study:
-        """The chains, under AutoAttack, with their verdicts."""
-        return dataclasses.replace(
-            _measured(self, data_dir),
-            chains={name: [self._stage(each) for each in own] for name, own in self.chains.items()},
+        """The chains, with their losses."""
+        return self._study(
+            data_dir,
+            self.chains,
             teacher_loss=distill.soft_loss if self.defensive else _at_one,
             student_loss=functools.partial(
                 distill.soft_loss,
@@ -119,11 +141,6 @@ class Assistants:
                 temperature_squared=self.temperature_squared,
             ),
         )
-
-    def _stage(self, network: Any) -> Stage:
-        if isinstance(network, float):
-            network = _NETWORKS[self.dataset](width=network)
-        return _stage(self, network)
 
 
 def _at_one(temperature: float) -> Any:
@@ -156,36 +173,6 @@ def _standardized(loss_temperature: float, temperature: float, teacher: Any) -> 
     return distill.standardized_loss(loss_temperature, teacher)
 
 
-def _stage(sizes: Any, network: Any) -> Stage:
-    """A network with the released code's optimizer."""
-    return Stage(
-        model=network,
-        optimizer=train.sgd(sizes.learning_rate),
-        num_epochs=sizes.num_epochs,
-        hyperparams={"learning_rate": functools.partial(_rate, sizes.learning_rate, sizes.power)},
-    )
-
-
-def _measured(sizes: Any, data_dir: str | None) -> Study:
-    """A study of equal stages with what is measured of all of them."""
-    eps = EPS[sizes.dataset]
-    return Study(
-        data=functools.partial(load, sizes.dataset, sizes.num_train, data_dir),
-        chains=[_stage(sizes, _NETWORKS[sizes.dataset]())],
-        temperatures=sizes.temperatures,
-        seeds=sizes.seeds,
-        batch_size=sizes.batch_size,
-        attacks={
-            "fgsm": AttackPlan(functools.partial(attacks.fgsm, eps=eps), 1000),
-            "autoattack": AttackPlan(
-                functools.partial(attacks.autoattack, eps=eps), sizes.num_attack, batch_size=100
-            ),
-        },
-        verdict=functools.partial(diagnose.masking, eps=eps),
-        num_verdict=sizes.num_attack,
-    )
-
-
 def _rate(learning_rate: float, power: float, temperature: float) -> float:
     return learning_rate * temperature**power
 
@@ -201,7 +188,7 @@ def load(name: str, num_train: int | None, data_dir: str | None) -> data.Dataset
 # Measured (docs/performance.md), two cores and an H100; a small step costs its start.
 _CORES_FLOPS, _H100_FLOPS, _STEP_SECONDS = 70e9, 15e12, 1.5e-3
 _SHAPES = {"digits": (8, 8, 1), "cifar10": (32, 32, 3)}
-_SIZES = {"digits": 1397, "cifar10": 45_000}
+_SIZES = {"digits": 1_197, "cifar10": 45_000}
 
 
 class Cost(NamedTuple):
@@ -231,23 +218,31 @@ class Cost(NamedTuple):
 def cost(training: Training | Assistants) -> Cost:
     """What a training study takes, from its networks' arithmetic; nothing is run."""
     study = training.study()
-    shape = _SHAPES.get(training.dataset, (28, 28, 1))
+    shape = (training.batch_size, *_SHAPES.get(training.dataset, (28, 28, 1)))
     size = training.num_train or _SIZES.get(training.dataset, 55_000)
     runs = len(study.temperatures) * len(study.seeds)
-    steps, flops, number = 0, 0.0, 0
-    for stage in {id(s): s for own in study.longest_chains().values() for s in own}.values():
-        used = sum(own.count(stage) for own in study.longest_chains().values())
-        own_steps = runs * used * stage.num_epochs * math.ceil(size / training.batch_size)
-        number += runs * used
-        steps += own_steps
-        flops += 3 * own_steps * _forward_flops(stage, (training.batch_size, *shape))
-    return Cost(number, steps, flops)
+    # A stage that chains share is trained once, by the first of them.
+    stages = [
+        stage
+        for chain in _training.chains_of(study)
+        for stage, owner in zip(chain.stages, chain.owners, strict=True)
+        if owner == chain.name
+    ]
+    forward = functools.cache(lambda model: _forward_flops(model, shape))
+    per_epoch = runs * math.ceil(size / training.batch_size)
+    return Cost(
+        networks=runs * len(stages),
+        steps=per_epoch * sum(stage.num_epochs for stage in stages),
+        flops=3 * per_epoch * sum(stage.num_epochs * forward(stage.model) for stage in stages),
+    )
 
 
-def _forward_flops(stage: Stage, shape: tuple[int, ...]) -> float:
-    weights = jax.eval_shape(lambda: stage.init(jax.random.key(0), shape[1:]))
-    forward = jax.jit(lambda weights, x: stage.apply_fn()(*weights, x, train=False, key=None)[0])
-    found = forward.lower(weights, jax.ShapeDtypeStruct(shape, np.float32)).cost_analysis()
+def _forward_flops(model: Any, shape: tuple[int, ...]) -> float:
+    params, state = jax.eval_shape(lambda: nets.init(model, jax.random.key(0), shape[1:]))
+    apply = nets.apply_fn(model)
+    forward = jax.jit(lambda params, state, x: apply(params, state, x, train=False, key=None)[0])
+    inputs = jax.ShapeDtypeStruct(shape, np.float32)
+    found = forward.lower(params, state, inputs).cost_analysis()
     return float((found or {}).get("flops", math.nan))
 
 
