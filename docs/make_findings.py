@@ -61,7 +61,7 @@ def chains() -> Any:
 
 
 def standardized() -> Any:
-    """Zero gradients, and accuracy under FGSM and AutoAttack, with the logits' scale and without."""
+    """Zero gradients, and accuracy under AutoAttack, with the logits' scale and without."""
     plain, other = (read(f"logit-standard-{name}") for name in ("digits", "standardized"))
     figure, panels = _panels(3)
     for axes, (column, title) in zip(
