@@ -128,7 +128,7 @@ def test_other_norms(norm):
     assert found.label == "no sign of masking", found
     assert found.worst_case.value < found.clean.value
     assert (found.check("black_box").outcome == "not run") == (norm == "l1")
-    assert found.budget.endswith(f"at {norm} 0.1, 48 examples")
+    assert found.budget.endswith(f"at {norm} ≤ 0.1, 48 examples")
     assert masking(linear(scale=1e4), KEY, INPUTS, LABELS, eps=0.1, norm=norm).label == "masked"
 
 

@@ -322,7 +322,7 @@ TRAININGS: Mapping[str, Mapping[str, Training | Assistants]] = {
             dataset="mnist",
             temperatures=(1.0, 5.0, 20.0, 100.0),
             seeds=(0,),
-            num_assistants=1,
+            num_assistants=0,
             **_FEW_EPOCHS,
         ),
         # Half of it, three seeds: for what assistants do.
@@ -331,7 +331,8 @@ TRAININGS: Mapping[str, Mapping[str, Training | Assistants]] = {
             width=0.5,
             temperatures=(1.0, 20.0, 100.0),
             num_assistants=3,
-            **_FEW_EPOCHS,
+            num_attack=100,
+            **{**_FEW_EPOCHS, "num_epochs": 3},
         ),
         # Five seeds, all temperatures and chain lengths: for the pooled effect.
         "digits": Training(
