@@ -431,7 +431,9 @@ def test_chains_that_begin_alike_share_their_beginnings():
     chains = {"a": [STAGE] * 2, "b": [STAGE] * 3, "c": [STAGE, other], "d": [STAGE, other]}
     own = dataclasses.replace(SMALL, chains=chains, transfer=())
     assert list(own.longest_chains()) == ["b", "c"]
-    assert own.places() == {"a": ("b", 1), "b": ("b", 2), "c": ("c", 1), "d": ("c", 1)}
+    assert own.students() == {"a": ("b", 1), "b": ("b", 2), "c": ("c", 1), "d": ("c", 1)}
+    assert own.trained_stages() == [STAGE, STAGE, STAGE, other]
+    assert SMALL.students() == {name: ("", len(it) - 1) for name, it in SMALL.chains.items()}
     found = _training.chains_of(own)
     one, other = (chain.prints[5.0] for chain in found)
     assert one[0] == other[0]

@@ -10,7 +10,6 @@ from typing import Any
 
 from experiments.papers.measures import Line, Row, Source, difference, per_seed, shown
 from jdistill import study as studies
-from jdistill.study import _measure
 
 # CIFAR-10 accuracy, of the tuner's best by test accuracy.
 PLAIN = {"no distillation": "70.16", "distillation": "72.57", "assistant": "73.51"}
@@ -29,9 +28,8 @@ _QUANTITIES = {
 def students(source: Source) -> list[Row]:
     """Rows of each chain's student, by temperature and seed, out of the study's own results."""
     tables = studies.load(source.folder).rows
-    places = zip(source.study.chains, _measure.students(source.study), strict=True)
     rows: list[Row] = []
-    for name, (chain, generation) in places:
+    for name, (chain, generation) in source.study.students().items():
         found: dict[Any, Row] = {}
         for row in tables["results"]:
             if ((row.get("chain") or ""), row["generation"]) != (chain, generation):

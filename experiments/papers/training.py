@@ -16,7 +16,7 @@ import numpy as np
 
 from jdistill import attacks, data, diagnose, distill, nets, train
 from jdistill.evaluate import AttackPlan
-from jdistill.study import Stage, Study, _training
+from jdistill.study import Stage, Study
 
 Scale = Literal["full", "cpu", "smoke"]
 
@@ -221,13 +221,7 @@ def cost(training: Training | Assistants) -> Cost:
     shape = (training.batch_size, *_SHAPES.get(training.dataset, (28, 28, 1)))
     size = training.num_train or _SIZES.get(training.dataset, 55_000)
     runs = len(study.temperatures) * len(study.seeds)
-    # A stage that chains share is trained once, by the first of them.
-    stages = [
-        stage
-        for chain in _training.chains_of(study)
-        for stage, owner in zip(chain.stages, chain.owners, strict=True)
-        if owner == chain.name
-    ]
+    stages = study.trained_stages()
     forward = functools.cache(lambda model: _forward_flops(model, shape))
     per_epoch = runs * math.ceil(size / training.batch_size)
     return Cost(

@@ -93,7 +93,8 @@ def num_stages(study: Study) -> int:
     ]
     judged = 0
     if study.verdict is not None:
-        judged = len(set(students(study))) * len(study.temperatures) + (1.0 in study.temperatures)
+        judged = len(set(study.students().values())) * len(study.temperatures)
+        judged += 1.0 in study.temperatures
     return runs * sum(architectures) + judged
 
 
@@ -170,7 +171,7 @@ def _compared(
 ) -> list[tuple[NetworkName, NetworkName]]:
     """Each chain's student beside that of the first chain, seed by seed."""
     there = {name for _, names in measured for name in names}
-    baseline, *others = students(study)
+    baseline, *others = study.students().values()
     pairs = [
         tuple(
             NetworkName(examples.name, temperature, seed, generation, chain)
@@ -197,7 +198,7 @@ def _verdicts(
     That teacher, an ordinary network, is what transferred examples are crafted on.
     """
     first = [network for network in networks if network.seed == study.seeds[0]]
-    places = students(study)
+    places = study.students().values()
     plain = [network for network in networks if is_plain(network)]
     judged = [n for n in first if (n.chain, n.generation) in places or n in plain[:1]]
     for place, network in enumerate(judged, start=number):
@@ -207,12 +208,6 @@ def _verdicts(
         verdict = judge(study, network, surrogate, examples, shards, callback=progress)
         row = _name(examples, network).columns()
         yield {**row, "verdict": verdict}
-
-
-def students(study: Study) -> list[tuple[str, int]]:
-    """Of each chain's student, the chain and generation that name it in the tables."""
-    single = len(study.longest_chains()) == 1
-    return [("" if single else chain, number) for chain, number in study.places().values()]
 
 
 def is_plain(network: Trained) -> bool:

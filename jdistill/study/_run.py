@@ -271,7 +271,7 @@ def networks(
     study = _with_held(study, config)
     _workdir.refuse_difference(folder, config, study.describe(examples))
     study = dataclasses.replace(study, temperatures=held["temperatures"], seeds=held["seeds"])
-    named = dict(zip(study.chains, _measure.students(study), strict=True))
+    named = study.students()
     all_chains = _training.chains_of(study)
     there = range(max(len(chain.stages) for chain in all_chains))
     homes = [named[name] for name in _chosen(folder, "chain", chains, list(named))]

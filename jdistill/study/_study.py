@@ -361,8 +361,11 @@ class Study:
         """Of each stage, the fingerprint of what it does at all temperatures."""
         return [_fingerprint.fingerprint(stage.describe(self.temperatures)) for stage in stages]
 
-    def places(self) -> dict[str, tuple[str, int]]:
-        """Of each chain's student, the longest chain that has it, and its generation there."""
+    def students(self) -> dict[str, tuple[str, int]]:
+        """Of each chain's student, the chain and the generation that name it in the tables.
+
+        The chain is the longest one that has it, and is named where there are several.
+        """
         longest = self.longest_chains()
         found = {}
         for name, stages in self.chains.items():
@@ -370,8 +373,17 @@ class Study:
             home = next(
                 n for n, other in longest.items() if self._described(other)[: len(own)] == own
             )
-            found[name] = home, len(stages) - 1
+            found[name] = home if len(longest) > 1 else "", len(stages) - 1
         return found
+
+    def trained_stages(self) -> list[Stage]:
+        """The stages trained at each temperature and seed; one that chains share counts once."""
+        found: dict[tuple[str, ...], Stage] = {}
+        for stages in self.longest_chains().values():
+            own = self._described(stages)
+            for number, stage in enumerate(stages, start=1):
+                found.setdefault(tuple(own[:number]), stage)
+        return [stage for stage in found.values() if stage.frozen is None]
 
     def describe(self, examples: Examples) -> dict[str, Any]:
         """What the study computes, as JSON-able content; grows along temperatures and chains."""
