@@ -28,19 +28,20 @@ IMAGE = {"mnist": (28, 28, 1), "fashion_mnist": (28, 28, 1), "cifar10": (32, 32,
 # A small set in TFDS's own prepared form: array_record files of tf.Example protos.
 
 
-def _png(image):
+def _encoded(image, image_format):
     from PIL import Image
 
     stream = io.BytesIO()
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(stream, "PNG")
+    image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    image.save(stream, image_format)
     return stream.getvalue()
 
 
-def _serialized(image, label, identifier):
+def _serialized(image, label, identifier, image_format):
     from tensorflow_datasets.proto import tf_example_pb2
 
     example = tf_example_pb2.Example()
-    example.features.feature["image"].bytes_list.value.append(_png(image))
+    example.features.feature["image"].bytes_list.value.append(_encoded(image, image_format))
     example.features.feature["label"].int64_list.value.append(int(label))
     if identifier is not None:
         example.features.feature["id"].bytes_list.value.append(identifier)
@@ -69,7 +70,16 @@ def _features(name):
 
 
 def prepare(
-    root, name, *, version="3.0.1", train=60, test=10, seed=0, file_format="array_record", top=10
+    root,
+    name,
+    *,
+    version="3.0.1",
+    train=60,
+    test=10,
+    seed=0,
+    file_format="array_record",
+    top=10,
+    image_format="PNG",
 ):
     """Writes the set; returns its images and labels in stored order, and its ids."""
     from array_record.python.array_record_module import ArrayRecordWriter
@@ -88,7 +98,7 @@ def prepare(
         writer = ArrayRecordWriter(str(path), "group_size:1")
         for image, label, identifier in zip(images, labels, ids, strict=True):
             identifier = identifier if name == "cifar10" else None
-            writer.write(_serialized(image, label, identifier))
+            writer.write(_serialized(image, label, identifier, image_format))
         writer.close()
         stored[split] = (images, labels, numbers)
         infos.append(
@@ -554,6 +564,14 @@ def test_a_name_server_that_hangs_does_not_hang_the_check(monkeypatch):
     assert not REACHABLE("http://example.org/", 0.2)
     assert time.perf_counter() - began < 2
     released.set()
+
+
+def test_images_that_went_through_jpeg_are_named(folders):
+    prepare(folders["data_dir"], "cifar10", image_format="JPEG")
+    prepare(folders["data_dir"], "mnist")
+    for _ in ("prepared", "cached"):
+        assert "went through JPEG" in data.load("cifar10", **folders).note
+        assert "JPEG" not in data.load("mnist", **folders).note
 
 
 @pytest.mark.parametrize("file_format", ["tfrecord", "riegeli", None])

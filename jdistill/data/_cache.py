@@ -12,7 +12,7 @@ from jdistill import _files
 from jdistill.data._types import SPLITS, Split, split_checksum
 
 # Raise it whenever the meaning of a cache file changes: older files are then rebuilt.
-_FORMAT = 1
+_FORMAT = 2
 _FILE_NAME = re.compile(r"(?P<name>.+)-(?P<version>\d+\.\d+\.\d+)-(?P<fingerprint>[0-9a-f]{12})")
 
 
@@ -40,13 +40,15 @@ class Entry(NamedTuple):
         key: what it is.
         source: the `data_dir` it was read from, for telling entries apart.
         splits: the three splits, inputs `[N, H, W, C]` uint8 and labels `[N]` int32.
-        checksums: one a split.
+        checksums: one per split.
+        image_format: in which the prepared set has its images: "PNG", or "JPEG", which is lossy.
     """
 
     key: Key
     source: str
     splits: dict[str, Split]
     checksums: dict[str, str]
+    image_format: str
 
 
 def cache_folder(cache_dir: _files.PathLike | None) -> epath.Path:
@@ -106,7 +108,7 @@ def read(folder: Any, key: Key) -> Entry | None:
         found, noted = split_checksum(splits[name]), metadata["checksums"].get(name)
         if found != noted:
             raise Damaged(f"expected checksum {noted} of the {name} split, got {found}")
-    return Entry(key, metadata["source"], splits, metadata["checksums"])
+    return Entry(key, metadata["source"], splits, metadata["checksums"], metadata["image_format"])
 
 
 def write(folder: Any, entry: Entry) -> None:
@@ -120,6 +122,7 @@ def write(folder: Any, entry: Entry) -> None:
         **entry.key._asdict(),
         "source": entry.source,
         "checksums": entry.checksums,
+        "image_format": entry.image_format,
     }
     arrays = {"metadata": np.array(json.dumps(metadata))}
     for name, split in entry.splits.items():

@@ -17,6 +17,8 @@ from jdistill.typing import Callback
 
 NAMES = ("digits", "mnist", "fashion_mnist", "cifar10")
 
+_NOTE_JPEG = "; the prepared images went through JPEG, so their values are not the original set's"
+
 _log = logging.getLogger("jdistill")
 
 
@@ -102,7 +104,7 @@ def load(
         version=entry.key.version,
         fingerprint=entry.key.fingerprint,
         checksum=joint_checksum(entry.checksums),
-        note=spec.note,
+        note=spec.note + (_NOTE_JPEG if entry.image_format == "JPEG" else ""),
     )
 
 
@@ -172,7 +174,8 @@ def _from_source(
         return entry
     splits = _prepared.read(source, progress)
     checksums = {split: split_checksum(splits[split]) for split in SPLITS}
-    entry = _cache.Entry(key, _identity(root), splits, checksums)
+    image_format = _prepared.image_format(source)
+    entry = _cache.Entry(key, _identity(root), splits, checksums, image_format)
     try:
         _cache.write(folder, entry)
     except OSError as error:

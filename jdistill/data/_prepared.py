@@ -21,6 +21,7 @@ from jdistill import _files
 from jdistill.data._types import Split, check_labels
 from jdistill.typing import Callback
 
+_JPEG = b"\xff\xd8"
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _RANDOM_ACCESS = ("array_record", "parquet")
 _CHUNK = 1000
@@ -222,6 +223,20 @@ def carve(train: Split, size: int) -> tuple[Split, Split]:
         )
     head = Split(train.inputs[:size], train.labels[:size])
     return Split(train.inputs[size:], train.labels[size:]), head
+
+
+def image_format(prepared: Prepared) -> str:
+    """The format in which the set has its images: "PNG", as TFDS prepares these, or "JPEG".
+
+    JPEG is lossy: the values are not the original set's.
+    """
+    with _explained(prepared):
+        import tensorflow_datasets as tfds
+
+        builder = tfds.builder_from_directory(os.fspath(prepared.folder))
+        undecoded = {"image": tfds.decode.SkipDecoding()}
+        [first] = builder.as_data_source("test", decoders=undecoded).__getitems__([0])
+    return "JPEG" if first["image"].startswith(_JPEG) else "PNG"
 
 
 def read(prepared: Prepared, progress: Callback | None = None) -> dict[str, Split]:

@@ -164,6 +164,7 @@ def _model(
     return {
         "title": _title(found),
         "lead": _lead(found),
+        "note": config.get("note", ""),
         "subjects": [
             _subject(
                 dataset,
