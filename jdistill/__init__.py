@@ -10,7 +10,8 @@ The library in one screen:
 * `diagnose`: whether a robust accuracy is to be believed, and why;
 * `parallel`: the step on one device or many;
 * `study`: studies of own data, networks, and losses, from training to a report;
-* `checkpoint`, `runtime`, `report`: storage, start-up and files. These four load on first use.
+* `export`: networks as files that later versions read;
+* `checkpoint`, `runtime`, `report`: storage, start-up and files. These five load on first use.
 
 Importing the library starts no device and imports no TensorFlow, TFDS, Orbax or matplotlib.
 """
@@ -36,11 +37,11 @@ from jdistill import (
 from jdistill.attacks import AttackResult
 
 if TYPE_CHECKING:
-    from jdistill import checkpoint, report, runtime, study
+    from jdistill import checkpoint, export, report, runtime, study
 
 __version__ = "0.1.0"
 
-_LAZY = ("checkpoint", "report", "runtime", "study")
+_LAZY = ("checkpoint", "export", "report", "runtime", "study")
 
 __all__ = [
     "AttackResult",
@@ -51,6 +52,7 @@ __all__ = [
     "diagnose",
     "distill",
     "evaluate",
+    "export",
     "losses",
     "metrics",
     "nets",

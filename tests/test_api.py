@@ -36,6 +36,7 @@ LEVELS = {
     "evaluate": 3,
     "diagnose": 3,
     "checkpoint": 4,
+    "export": 4,
     "runtime": 4,
     "report": 4,
     "study": 5,
