@@ -104,9 +104,17 @@ def test_an_evaluation_is_reported(tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_runs(tmp_path):
-    (code,) = blocks("python", GUIDE)[3:]
+    code = blocks("python", GUIDE)[3]
     printed = run(code, tmp_path)
     assert printed == "[False False False False False False] (6, 10)\n"
+
+
+def test_an_export_is_read_back(tmp_path):
+    (code,) = blocks("python", GUIDE)[4:]
+    said, *shares = run(code, tmp_path).splitlines()
+    assert said.startswith("runs/student: written with JAX ")
+    assert len(shares) == 3
+    assert len(set(shares)) == 1
 
 
 @pytest.mark.parametrize("name", TEXTS)
