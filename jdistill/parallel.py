@@ -6,12 +6,15 @@ all of them. `jit` is the one to use; `pmap` is there for programs that are writ
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jdistill import _validate
@@ -125,6 +128,9 @@ def compile_step(
     devices with rows of mask 0, and spreads them. States and metrics go in and come out whole,
     the same on every device. Equal steps, modes and devices share one compilation.
 
+    With several processes every one of them passes the same state and the same batch, the whole
+    one, and copies to its devices the rows that are theirs; so the result is that of one process.
+
     Args:
         step: a pure step, `jdistill.train.make_train_step` for one. A dataclass with a field
             `axis_name` gets the name of the data axis in mode `"pmap"` and None in `"jit"`; any
@@ -188,16 +194,17 @@ def _jit_step(step: StepFn, devices: tuple[jax.Device, ...]) -> Callable[..., An
     def run(state: PyTree, batch: Batch, loss_fn: LossFn) -> tuple[PyTree, Metrics]:
         state = _spread(state, everywhere)
         batch = pad_batch(batch, len(devices))
-        if jax.process_count() > 1:  # each process holds its own rows of the global batch
-            place = functools.partial(jax.make_array_from_process_local_data, by_example)
-            batch = jax.tree.map(place, batch)
+        if jax.process_count() > 1:
+            batch = jax.tree.map(lambda leaf: _placed(leaf, by_example), batch)
+            loss_fn = _spread(loss_fn, everywhere)
         return compiled(state, batch, loss_fn)
 
     return run
 
 
 def _pmap_step(step: StepFn, devices: tuple[jax.Device, ...]) -> Callable[..., Any]:
-    local = [device for device in devices if device.process_index == jax.process_index()]
+    here = [place for place, d in enumerate(devices) if d.process_index == jax.process_index()]
+    local = [devices[place] for place in here]
     everywhere = NamedSharding(make_mesh(local), PartitionSpec())
     compiled = jax.pmap(
         step,
@@ -210,11 +217,37 @@ def _pmap_step(step: StepFn, devices: tuple[jax.Device, ...]) -> Callable[..., A
     def run(state: PyTree, batch: Batch, loss_fn: LossFn) -> tuple[PyTree, Metrics]:
         if jax.__version_info__ >= (0, 8):  # before, pmap did not mind where its arguments lie
             state = _spread(state, everywhere)
-        batch = pad_batch(batch, len(local))
-        split = jax.tree.map(lambda leaf: leaf.reshape((len(local), -1, *leaf.shape[1:])), batch)
+        batch = pad_batch(batch, len(devices))
+        split = jax.tree.map(lambda leaf: leaf.reshape((len(devices), -1, *leaf.shape[1:])), batch)
+        if len(local) < len(devices):
+            split = jax.tree.map(lambda leaf: leaf[here], split)
         return compiled(state, split, loss_fn)
 
     return run
+
+
+def local(tree: PyTree) -> PyTree:
+    """The arrays of a tree as this process has them on one device.
+
+    A program over arrays that lie on the devices of several processes has to be run by all of
+    them; over local ones each process can go its own way.
+
+    Args:
+        tree: any pytree of arrays, those of several processes the same on every device.
+
+    Returns:
+        The same tree; arrays of this process alone stay what they are.
+
+    Example:
+        >>> local({"w": jnp.ones(2)})["w"].tolist()
+        [1.0, 1.0]
+    """
+    return jax.tree.map(
+        lambda leaf: (
+            leaf if getattr(leaf, "is_fully_addressable", True) else leaf.addressable_shards[0].data
+        ),
+        tree,
+    )
 
 
 def _spread(tree: PyTree, everywhere: NamedSharding) -> PyTree:
@@ -231,9 +264,20 @@ def _spread(tree: PyTree, everywhere: NamedSharding) -> PyTree:
             and not isinstance(sharding, SingleDeviceSharding)
             and sharding.device_set == everywhere.device_set
         )
-        return leaf if there else jax.device_put(leaf, everywhere)
+        return leaf if there else _placed(leaf, everywhere)
 
     return jax.tree.map(place, tree)
+
+
+def _placed(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """An array over devices, which may be those of several processes that all have the array."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if jnp.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+        data = _placed(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    host = np.asarray(leaf, dtype=jnp.asarray(leaf).dtype)
+    return jax.make_array_from_callback(host.shape, sharding, lambda rows: host[rows])
 
 
 def example_indices(num_rows: int, axis_name: str | None) -> jax.Array:
@@ -264,3 +308,56 @@ def example_indices(num_rows: int, axis_name: str | None) -> jax.Array:
             "inside pmap or shard_map over that axis"
         ) from None
     return local + device * num_rows
+
+
+def check_same(**values: Any) -> None:
+    """An error, on every host, where a host has another value than host 0.
+
+    Every process calls it with the same names in the same order; with one process it does nothing.
+    Arrays are compared by their bytes.
+
+    Args:
+        **values: JSON-able or arrays, by the name that a message gives them.
+
+    Raises:
+        ValueError: the hosts differ; names the first value that does, and the hosts.
+
+    Example:
+        >>> check_same(batch_size=128)
+    """
+    if jax.process_count() == 1:
+        return
+    digests = [np.frombuffer(bytes.fromhex(_digest(each)), np.uint8) for each in values.values()]
+    # [hosts, values, bytes]
+    found = np.asarray(multihost_utils.process_allgather(np.stack(digests)))
+    differs = (found != found[:1]).any(axis=2)
+    if not differs.any():
+        return
+    place = int(differs.any(axis=0).argmax())
+    hosts = ", ".join(map(str, np.flatnonzero(differs[:, place])))
+    name = list(values)[place].replace("_", " ")
+    raise ValueError(
+        f"expected the same {name} on all {len(found)} hosts, got another on host {hosts} than on "
+        "host 0; start the same command, with the same versions and data, on every host"
+    )
+
+
+def _digest(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        text = f"{value.dtype} {value.shape}".encode()
+        return hashlib.sha256(text + np.ascontiguousarray(value).tobytes()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def barrier(name: str) -> None:
+    """Wait until every process has come here; with one process, nothing.
+
+    Args:
+        name: of the place, the same in every process.
+
+    Example:
+        >>> barrier("tables written")
+    """
+    _validate.text(name=name)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"jdistill: {name}")

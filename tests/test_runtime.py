@@ -507,6 +507,32 @@ def test_other_endings():
         runtime.run_main(raising(RuntimeError("a bug")))
 
 
+def test_a_computation_that_python_cannot_interrupt_ends_in_time():
+    code = """
+import jax
+from jdistill import runtime
+from jdistill.runtime import _program
+
+def main():
+    endless = jax.jit(lambda x: jax.lax.fori_loop(0, 2**31 - 1, lambda i, x: jax.numpy.sin(x), x))
+    compiled = endless.lower(1.0).compile()
+    print("computing", flush=True)
+    compiled(1.0).block_until_ready()
+
+_program._GRACE = 1.0
+runtime.run_main(main)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as program:
+        assert program.stdout.readline() == "computing\n"
+        time.sleep(0.5)
+        program.send_signal(signal.SIGTERM)
+        _, errors = program.communicate(timeout=20)
+    assert program.returncode == 143
+    assert errors.endswith("stopped; run the same command again to go on\n")
+
+
 def test_a_program_stopped_while_it_trains_keeps_its_checkpoint(tmp_path):
     code = """
 import sys, jax, jax.numpy as jnp

@@ -13,10 +13,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from jdistill import _validate
+from jdistill import _validate, parallel
 from jdistill._files import PathLike, as_path, is_remote
 from jdistill.checkpoint import _packing
 from jdistill.checkpoint._quiet import silent_orbax, undisturbed
@@ -273,8 +272,7 @@ class Checkpointer:
                     if aside.exists():
                         aside.rmtree()
                     (self.directory / str(step)).rename(aside)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("jdistill: damaged checkpoints set aside")
+        parallel.barrier("damaged checkpoints set aside")
         self._damaged = []
 
     @contextlib.contextmanager

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import tyro
 
+from jdistill import runtime
 from jdistill import study as studies
 from jdistill.commands import _studies
 from jdistill.study import RECIPES, Recipe, _recipes
@@ -39,6 +40,21 @@ class Options:
     (jit, pmap), or by runs, all of them as one program (sweep: for accelerators)."""
     smoke: bool = False
     """Every size that is not given at its least: seconds, and numbers that mean nothing."""
+    distributed: bool = False
+    """Join the processes that run the same command on other hosts, which Cloud TPU, Slurm, and
+    Kubernetes name; elsewhere give the three below."""
+    coordinator_address: str | None = None
+    """host:port of process 0, which the others reach."""
+    num_processes: int | None = None
+    """Processes in all, one per host."""
+    process_id: int | None = None
+    """Number of this process, from 0."""
+
+    def join(self) -> None:
+        """Join the other hosts, where asked to."""
+        address = self.coordinator_address, self.num_processes, self.process_id
+        if self.distributed or address != (None, None, None):
+            runtime.initialize(*address)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +70,7 @@ def run(arguments: Sequence[str]) -> None:
     name = arguments[0] if arguments else "--help"
     of_file = name.endswith(".py")
     made, options = _parse_file(arguments) if of_file else parse(arguments)
+    options.join()
     suffix = "-smoke" if options.smoke else ""
     label = pathlib.Path(name).stem if of_file else name
     default = f"runs/defend-{label}{suffix}"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jdistill import _fingerprint, _validate, attacks, metrics, nets
+from jdistill import _fingerprint, _validate, attacks, metrics, nets, parallel
 from jdistill._entries import Store
 from jdistill._jax import jit
 from jdistill.attacks import AttackResult
@@ -403,9 +403,7 @@ def _job(
 
 def _of_all_hosts(units: list[Unit], kept: Shards) -> dict[Any, Piece]:
     """Every host's pieces, once all hosts are done."""
-    from jax.experimental import multihost_utils
-
-    multihost_utils.sync_global_devices("jdistill.evaluate: shards")
+    parallel.barrier("shards")
     pieces = {place: kept.read(place) for unit in units for place in unit.places}
     missing = [kept.names[place] for place, piece in pieces.items() if piece is None]
     if missing:

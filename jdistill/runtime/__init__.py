@@ -4,6 +4,7 @@ Importing this module initializes no JAX backend, so that `add_cpu_flags` can st
 The library logs to the logger `"jdistill"`; it adds no handler and sets no level: the program does.
 """
 
+from jdistill.runtime._distributed import initialize
 from jdistill.runtime._jax import (
     add_cpu_flags,
     describe,
@@ -31,6 +32,7 @@ __all__ = [
     "check_writable",
     "describe",
     "enable_compilation_cache",
+    "initialize",
     "is_main_process",
     "progress",
     "read_jsonl",

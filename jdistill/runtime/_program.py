@@ -9,9 +9,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+
 from jdistill import _validate
 
 _STOPPED = "stopped; run the same command again to go on"
+# Seconds that a program has after SIGTERM; supervisors send SIGKILL after 30 or more.
+_GRACE = 15.0
 
 
 class _TerminatedError(KeyboardInterrupt):
@@ -30,6 +34,11 @@ def run_main(main: Callable[..., int | None], *args: Any, **kwargs: Any) -> None
     | raises anything else | 1 | the traceback: a bug |
 
     With `JDISTILL_DEBUG=1` in the environment, the third and fourth show their traceback first.
+
+    SIGTERM ends the process within about 15 seconds, also in the middle of a compilation or of a
+    long computation, from which Python cannot be called back: then without cleaning up, which no
+    file needs. With processes on several hosts, an error ends this one at once; JAX's orderly end
+    would wait for those that may be the reason.
 
     Raises:
         SystemExit: with the exit code, unless that is 0.
@@ -50,6 +59,15 @@ def run_main(main: Callable[..., int | None], *args: Any, **kwargs: Any) -> None
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         _show(f"error: {' '.join(str(error).split()) or type(error).__name__}")
         code = 2
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        code = 1
+    if code and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     if code:
         sys.exit(code)
 
@@ -75,6 +93,37 @@ def _sigterm_raises() -> Iterator[None]:
 
     previous = signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        with _ended_in_time():
+            yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def _ended_in_time() -> Iterator[None]:
+    """A thread that ends the process where SIGTERM has not ended the block in time.
+
+    Python runs a handler between two of its own instructions, and a compilation is none. The
+    number of a signal is written to a file at once, and the thread reads there.
+    """
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    over = threading.Event()
+
+    def watch() -> None:
+        while received := os.read(heard, 1):
+            if received[0] == signal.SIGTERM and not over.wait(_GRACE):
+                _show(_STOPPED)
+                os._exit(143)
+
+    before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    thread = threading.Thread(target=watch, name="jdistill: SIGTERM", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        signal.set_wakeup_fd(before)
+        os.close(told)
+        thread.join()
+        os.close(heard)

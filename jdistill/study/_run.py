@@ -12,6 +12,7 @@ from etils import epath
 
 from jdistill import _files, _validate, attacks, nets, report, runtime
 from jdistill.evaluate._evaluate import check_classes
+from jdistill.parallel import barrier, check_same
 from jdistill.study import _measure, _training, _workdir
 from jdistill.study._study import Examples, Study
 from jdistill.study._training import Trained
@@ -72,7 +73,9 @@ def run(
         examples = study.examples()
         _check_examples(study, examples)
         with _workdir.held(folder):
+            check_same(versions=runtime.describe()["versions"], study=study.describe(examples))
             study = _extended(folder, study, examples, recipe)
+            barrier("the workdir's config")
             times = _workdir.Times(folder, parallel)
             before = _training.num_networks(study)
             num_stages = before + _measure.num_stages(study)
@@ -90,6 +93,7 @@ def run(
                 _save_pictures(folder, shown)
                 _workdir.seal(folder, _DERIVED)
                 write_report(folder)
+            barrier("report")
     return load(folder)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jdistill import _fingerprint, data, distill, nets, runtime, sweep
+from jdistill import _fingerprint, data, distill, nets, parallel, runtime, sweep
 from jdistill import train as training
 from jdistill.checkpoint import Checkpointer, Restored
 from jdistill.study import _workdir
@@ -210,6 +210,7 @@ def _networks(chain: Chain, run: Run, states: Sequence[TrainState]) -> list[Trai
             weights = _fingerprint.fingerprint(logits_fn)
         else:
             state = states[number - chain.first]
+            state = parallel.local(state)  # hosts attack different networks
             logits_fn, step = training.logits_fn(stage.step(), state), int(state.step)
             weights = weights_hash((state.params, state.model_state))
         where = (chain.name, run.temperature, run.seed, number)
@@ -451,10 +452,7 @@ class Keeper:
                     place.rmtree()
                 log = self.run.folder / "metrics.jsonl"
                 _workdir.forget_epochs(log, self._labels(number), after=0)
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            multihost_utils.sync_global_devices("jdistill: stale checkpoints removed")
+        parallel.barrier("stale checkpoints removed")
 
     def _log(self, number: int) -> _Log:
         if number not in self._open:

@@ -63,11 +63,13 @@ def fit(
     _validate.text(stage=stage)
     inputs, labels, targets = _validate.examples(examples, 3)
     check_examples(step, state, inputs, labels, targets)
+    seed = np.asarray(jax.random.key_data(state.key)).tolist()
+    columns = {"inputs": inputs, "labels": labels, "targets": targets}
+    parallel.check_same(**columns, key=seed, num_epochs=num_epochs, batch_size=batch_size)
     num_examples = len(inputs)
     steps_per_epoch = data.num_batches(num_examples, batch_size)
     num_steps = num_epochs * steps_per_epoch
     compiled = parallel.compile_step(step, mode, devices)
-    seed = np.asarray(jax.random.key_data(state.key)).tolist()
     done = int(state.step)
 
     while done < num_steps:

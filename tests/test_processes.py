@@ -1,0 +1,108 @@
+"""Processes on several hosts are as one, or end with an error that says which host and why."""
+
+import functools
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from jdistill import parallel, runtime
+from tests import one_of_several
+from tests.processes import address, finished, start
+
+
+def training(file, mode="jit", num_processes=2, changes=None, **options):
+    """Processes that train together; `changes` of one, by its number."""
+    where = address()
+    return [
+        start(
+            [one_of_several.__file__, where, num_processes, number, mode, file]
+            + (changes or {}).get(number, []),
+            **options,
+        )
+        for number in range(num_processes)
+    ]
+
+
+@functools.cache
+def by_one_process():
+    return one_of_several.trained("jit", jax.devices()[:4])
+
+
+@pytest.mark.slow
+@pytest.mark.floor
+@pytest.mark.parametrize(
+    ("mode", "num_processes", "num_devices"), [("jit", 2, 2), ("pmap", 2, 2), ("jit", 4, 1)]
+)
+def test_processes_train_as_one(mode, num_processes, num_devices, tmp_path):
+    file = tmp_path / "trained.npz"
+    found = finished(training(file, mode, num_processes, num_devices=num_devices))
+    for process, _, errors in found:
+        assert process.returncode == 0, errors
+    losses, weights = by_one_process()
+    with np.load(file) as content:
+        own, *arrays = (content[name] for name in content.files)
+    np.testing.assert_allclose(own, losses, rtol=1e-5)
+    for one, other in zip(arrays, weights, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4 * np.abs(other).max())
+
+
+@pytest.mark.slow
+def test_hosts_that_differ_are_named(tmp_path):
+    changes = {1: ["batch_size=10"]}
+    for process, _, errors in finished(training(tmp_path / "none.npz", changes=changes)):
+        assert process.returncode == 2
+        expected = (
+            "expected the same batch size on all 2 hosts, got another on host 1 than on host 0"
+        )
+        assert expected in errors
+    assert not (tmp_path / "none.npz").exists()
+
+
+@pytest.mark.slow
+def test_a_host_that_does_not_start_is_an_error(tmp_path):
+    alone = start([one_of_several.__file__, address(), 2, 0, "jit", tmp_path / "none.npz"])
+    [(process, _, errors)] = finished([alone], seconds=90)
+    assert process.returncode not in (0, None)
+    assert "start the same command on every host" in errors, errors
+
+
+@pytest.mark.slow
+def test_a_host_that_dies_ends_the_others(tmp_path):
+    first, second = training(tmp_path / "none.npz", changes={1: ["pause"]})
+    try:
+        while second.stdout.readline() != "pausing\n":
+            assert second.poll() is None
+        second.send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        [(process, _, errors)] = finished([first], seconds=90)
+        assert time.monotonic() - began < 60
+        assert process.returncode not in (0, None)
+        assert "closed by peer" in errors or "another task died" in errors, errors
+    finally:
+        finished([second])
+
+
+def test_alone_there_is_nobody_to_differ_from():
+    parallel.check_same(batch_size=3, inputs=np.zeros(3))
+    parallel.barrier("here")
+    state = {"w": jax.numpy.ones(3), "n": 3}
+    assert parallel.local(state) is not None
+    assert parallel.local(state)["w"] is state["w"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("localhost:1", 2, None), "got no process_id; pass all three"),
+        ((None, 2, 0), "got no coordinator_address; pass all three"),
+        (("localhost:1", 2, 2), "expected process_id in 0..1, got 2"),
+        (("localhost:1", 0, 0), "num_processes"),
+        (("localhost:1", 2, -1), "process_id"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        runtime.initialize(*arguments)
