@@ -35,7 +35,7 @@ demo: .venv/installed
 test: .venv/installed
 	.venv/bin/python -m pytest -n 2 --dist loadgroup -m "not parity and not slow" $(TEST_OPTIONS)
 
-test-slow: .venv/installed
+test-slow: .venv/tpu/installed
 	.venv/bin/python -m pytest -n 2 --dist loadgroup -m "slow and not parity" $(TEST_OPTIONS)
 
 lint: .venv/installed
@@ -89,6 +89,10 @@ install: .venv/installed
 
 .venv/peers: .venv/installed requirements-peers.txt
 	@.venv/bin/python -m pip install $(PIP_OPTIONS) --no-deps -r requirements-peers.txt
+	@touch $@
+
+.venv/tpu/installed: .venv/installed requirements-tpu.txt
+	@.venv/bin/python -m pip install $(PIP_OPTIONS) --no-deps --upgrade --target .venv/tpu -r requirements-tpu.txt
 	@touch $@
 
 # Folder, file of versions, Python, and the least minor version of it. Another Python than the

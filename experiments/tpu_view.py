@@ -9,19 +9,14 @@ to be installed beside JAX. It is that compiler's estimate and no measurement: n
 """
 
 import dataclasses
-import importlib.metadata
-import importlib.util
-import os
+import math
 import pathlib
-import re
 import sys
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import tyro
-from jax.experimental import topologies
 
 from experiments.bench import lowerings
 from experiments.bench.lowerings import LOWERINGS, PRECISIONS, Lowering, Step, StepName
@@ -29,19 +24,11 @@ from experiments.bench.options import check, command
 from experiments.bench.rows import Row, record, text
 from experiments.bench.timing import Timing
 from jdistill import runtime
+from jdistill.runtime import tpu
+from jdistill.runtime.tpu import Estimate
 from jdistill.typing import Event
 
 _TOPOLOGY = "v5e:1x1"
-# The shape, a tuple's too, and the operation.
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%\S+ = ((?:\(.*?\)|\S+) [\w-]+)\(", re.MULTILINE)
-# So that libtpu does not ask a cloud's metadata which TPU this is, nor insist on being the only
-# process that has it: there is no device to share.
-ENVIRONMENT = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
 ESTIMATE = (
     "the TPU compiler's estimate for one v5e chip and not a measurement: nothing was run on a TPU"
 )
@@ -68,42 +55,12 @@ class Options:
         check(self)
 
 
-class Estimate(NamedTuple):
-    """Estimate of a program by the compiler.
-
-    Attributes:
-        flops: floating-point operations.
-        bytes: from and to memory, and between operations.
-        seconds: the sum over the operations of what each takes at least.
-        cycles: the sum of its schedule's estimates for each operation, which, unlike the seconds,
-            grow with the passes that a precision takes.
-        memory: bytes on the chip: arguments, outputs and temporaries.
-        loops: loops in the program; the body of each is counted once.
-        instructions: how many there are of each operation and shape.
-    """
-
-    flops: float
-    bytes: float
-    seconds: float
-    cycles: int
-    memory: int
-    loops: int
-    instructions: Counter[str]
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and run."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    if importlib.util.find_spec("libtpu") is None:
-        raise ImportError(
-            "expected the package libtpu beside JAX, got none; do `pip install libtpu`, best in an "
-            "environment of its own: with libtpu there, JAX looks for a TPU wherever it starts"
-        )
+    tpu.check_compiler()
     # The host's own backend; the compiler for TPU is asked for by name.
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     run(options)
 
 
@@ -118,12 +75,10 @@ def run(options: Options) -> None:
     file = None if options.json is None else pathlib.Path(options.json).expanduser()
     if file is not None:
         runtime.check_writable(file.parent, remedy="choose another --json")
-    device: Any = topologies.get_topology_desc(
-        platform="tpu", topology_name=_TOPOLOGY, chips_per_host_bounds=[1, 1, 1]
-    ).devices[0]
+    device = tpu.topology(_TOPOLOGY).devices[0]
     found = estimates(options, lambda step: compiled(step, device))
     rows = [row for name in found for row in compared(options, name, found[name])]
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+    versions = tpu.versions()
     shown = ", ".join(f"{name} {version}" for name, version in versions.items())
     print(
         f"* This is {ESTIMATE}.\n* {shown}\n* seconds: the least that each operation takes by its"
@@ -166,45 +121,12 @@ def compiled(step: Step, device: Any) -> Estimate:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         step.arguments,
     )
-    program = jax.jit(step.call).lower(*arguments).compile()
-    sizes: Any = program.memory_analysis()
-    memory = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
-    memory += sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
-    return read(program.as_text() or "", program.cost_analysis() or {}, memory)
-
-
-def read(program: str, costs: Mapping[str, float], memory: int) -> Estimate:
-    """Estimate out of what the compiler gives.
-
-    Args:
-        program: its text.
-        costs: `cost_analysis`.
-        memory: bytes on the chip.
-
-    Raises:
-        RuntimeError: the compiler has no seconds.
-    """
-    # An operation that the compiler has no estimate for counts as -1 s. Only these are known to
-    # take no time: parts that were copied next to each other are called one array.
-    unknown = program.count('custom_call_target="ConcatBitcast"')
-    seconds = costs.get("optimal_seconds", -1.0)
-    seconds += unknown if seconds < 0 else 0
-    if seconds < 0:
+    found = tpu.compiled(jax.jit(step.call), *arguments)
+    if math.isnan(found.seconds):
         raise RuntimeError(
-            f"expected seconds of the compiler, got {costs.get('optimal_seconds')}; use the libtpu "
-            "that jax[tpu] asks for"
+            "expected seconds of the compiler, got none; use the libtpu that jax[tpu] asks for"
         )
-    # The computations before are the insides of the operations in it.
-    entry = program[program.find("\nENTRY") :]
-    return Estimate(
-        costs.get("flops", 0.0),
-        costs.get("bytes accessed", 0.0),
-        seconds,
-        sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', entry))),
-        memory,
-        len(re.findall(r" while\(", program)),
-        Counter(_INSTRUCTION.findall(program)),
-    )
+    return found
 
 
 def compared(

@@ -1,12 +1,13 @@
 """JAX's settings as the library uses them: precision, compiler options, functions as arguments."""
 
 import contextlib
+import contextvars
 import dis
 import functools
 import hashlib
 import inspect
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import jax
@@ -25,6 +26,26 @@ CPU_FLAG_VALUE = "-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
 _CPU_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+
+_planned: contextvars.ContextVar[str | None] = contextvars.ContextVar("planned", default=None)
+
+
+def backend() -> str:
+    """Platform that what is traced now is for: the default one, but under `planned_for`."""
+    return _planned.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def planned_for(platform: str) -> Iterator[None]:
+    """Context in which code is traced for a platform that need not be there.
+
+    JAX keeps traces without asking what they were for, so what is jitted inside must be new.
+    """
+    token = _planned.set(platform)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
 
 
 def full_precision() -> contextlib.AbstractContextManager[Any]:

@@ -1,10 +1,11 @@
-"""The command `jdistill`: defend, attack, verdict, report.
+"""The command `jdistill`: defend, attack, verdict, report, plan.
 
     jdistill defend digits                            train, measure, judge, report
     jdistill defend my_study.py --workdir runs/mine   the same for a study of your own
     jdistill attack runs/mine --attack pgd --eps 0.1  any attack on the networks of a workdir
     jdistill verdict runs/mine                        the masking verdict on them
     jdistill report runs/mine                         the page again, from the tables
+    jdistill plan mnist --topology v5e:1x1            what a study takes on a TPU; none is needed
     jdistill COMMAND --help                           options, with units, defaults, and costs
 
 Compiled programs are kept in JAX's cache on disk (JAX_COMPILATION_CACHE_DIR, else in the user's
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 
 from jdistill import runtime
 
-_COMMANDS = ("defend", "attack", "verdict", "report")
+_COMMANDS = ("defend", "attack", "verdict", "report", "plan")
 _NEEDED = ("tyro", "tqdm", "matplotlib", "jinja2", "sklearn")
 
 

@@ -21,7 +21,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 from jax.tree_util import Partial
 
 from jdistill import _validate
-from jdistill._jax import under_trace
+from jdistill._jax import backend, under_trace
 from jdistill.nets._convolution import conv_general_dilated
 from jdistill.nets._pooling import max_pool
 from jdistill.typing import Array
@@ -45,7 +45,7 @@ class Fast:
                 return self.fun(*args, **kwargs)
             finally:
                 _switched_off.reset(token)
-        if _switched_off.get() or jax.default_backend() != "cpu" or not under_trace(args, kwargs):
+        if _switched_off.get() or backend() != "cpu" or not under_trace(args, kwargs):
             return self.fun(*args, **kwargs)
         try:
             return _rewritten(self.fun, args, kwargs)

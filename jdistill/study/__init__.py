@@ -6,9 +6,11 @@
 A `Study` is a value: what is trained (chains of stages, at temperatures and seeds), and what is
 measured of it. `run` trains, measures, judges, and reports into a workdir, from which it goes on;
 `load` reads the tables again, `networks` the trained networks. `smoke` makes any study small.
-`RECIPES` are the studies of the data sets that `jdistill.data` knows.
+`plan` says what it takes on a TPU that
+need not be there. `RECIPES` are the studies of the data sets that `jdistill.data` knows.
 """
 
+from jdistill.study._plan import Plan, plan
 from jdistill.study._recipes import RECIPES, Recipe
 from jdistill.study._run import Tables, load, networks, run, write_report
 from jdistill.study._study import Stage, Study, smoke
@@ -16,6 +18,7 @@ from jdistill.study._training import Trained
 
 __all__ = [
     "RECIPES",
+    "Plan",
     "Recipe",
     "Stage",
     "Study",
@@ -23,6 +26,7 @@ __all__ = [
     "Trained",
     "load",
     "networks",
+    "plan",
     "run",
     "smoke",
     "write_report",

@@ -317,8 +317,30 @@ def _bytes_needed(
     size: int,
 ) -> int:
     """What the compiled program of that many runs needs on each device, by its own account."""
+    arguments = shapes_of(state, store, loss_fn, num_classes, options.batch_size, size)
+    return _memory.bytes_of(_program.steps_program(kind).lower(*arguments).compile())
+
+
+def shapes_of(
+    state: TrainState,
+    store: Store,
+    loss_fn: LossFn,
+    num_classes: int | None,
+    batch_size: int,
+    size: int,
+) -> tuple[Any, ...]:
+    """The shapes of the arguments of `steps_program` for a stack of that many runs.
+
+    Args:
+        state: a stack of any size.
+        store: the data.
+        loss_fn: a stack of any size.
+        num_classes: of the soft labels; None where there are none.
+        batch_size: examples a step of each run.
+        size: runs.
+    """
     num_examples = len(store.labels)
-    num_steps = data.num_batches(num_examples, options.batch_size)
+    num_steps = data.num_batches(num_examples, batch_size)
 
     def stacked(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype)
@@ -327,13 +349,13 @@ def _bytes_needed(
         return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype)
 
     number = jax.ShapeDtypeStruct((), np.int32)
-    mask = jax.ShapeDtypeStruct((num_steps, options.batch_size), np.float32)
-    rows = jax.ShapeDtypeStruct((size, num_steps, options.batch_size), np.int32)
+    mask = jax.ShapeDtypeStruct((num_steps, batch_size), np.float32)
+    rows = jax.ShapeDtypeStruct((size, num_steps, batch_size), np.int32)
     alive = jax.ShapeDtypeStruct((size,), bool)
     targets = None
     if num_classes is not None:
         targets = jax.ShapeDtypeStruct((size, num_examples, num_classes), np.float32)
-    arguments = (
+    return (
         (jax.tree.map(whole, store), mask, number, number, number),
         jax.tree.map(stacked, state),
         alive,
@@ -341,4 +363,3 @@ def _bytes_needed(
         targets,
         rows,
     )
-    return _memory.bytes_of(_program.steps_program(kind).lower(*arguments).compile())

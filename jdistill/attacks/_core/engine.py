@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, metrics, norms
-from jdistill._jax import full_precision, jit, unbound, under_trace
+from jdistill._jax import backend, full_precision, jit, unbound, under_trace
 from jdistill.attacks._core import rows
 from jdistill.attacks._core.problem import AttackResult, Problem
 from jdistill.typing import Array, Norm
@@ -339,7 +339,7 @@ def advance(method: Method, problem: Problem, carry: Carry, at_most: Array | Non
         work = rows.multiplications(problem.logits_fn, problem.inputs)
         sizes = rows.row_counts(problem.inputs.shape[0], steps, work)
     loop: Callable[..., Any] = functools.partial(rows.until_done, sizes=sizes)
-    if len(sizes) > 1 and method.passes.backward > 1 and jax.default_backend() == "cpu":
+    if len(sizes) > 1 and method.passes.backward > 1 and backend() == "cpu":
         loop = rows.in_turn
     _, carry = loop(
         one,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import losses
+from jdistill._jax import backend
 from jdistill.attacks._core.problem import Goal, Problem
 from jdistill.typing import Array, ArrayLike, Norm
 
@@ -74,7 +75,7 @@ def of_each(pull_back: Callable[[Array], tuple[Array]], cotangents: Array) -> Ar
     def one(cotangent: Array) -> Array:
         return pull_back(cotangent)[0]
 
-    if jax.default_backend() == "cpu":
+    if backend() == "cpu":
         # One after the other: what a pass of C times the rows holds does not fit into the cache,
         # and it takes twice as long.
         return jnp.moveaxis(jax.lax.map(one, jnp.moveaxis(cotangents, 1, 0)), 0, 1)

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -129,27 +129,40 @@ def _rows(tree: PyTree, rows: Array) -> PyTree:
 
 def multiplications(fun: Callable[..., Any], *args: Any) -> int:
     """Multiplications of `fun(*args)`, read off its trace; a `while` loop's body counts once."""
+    return executed_and_once(fun, *args)[0]
+
+
+def executed_and_once(fun: Callable[..., Any], *args: Any) -> tuple[int, int]:
+    """`multiplications`, and those with every loop's body once, as XLA's cost analysis counts."""
     return _count(jax.make_jaxpr(fun)(*args).jaxpr)
 
 
-def _count(jaxpr: Any) -> int:
-    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+def _count(jaxpr: Any) -> tuple[int, int]:
+    return _sum(_of_equation(equation) for equation in jaxpr.eqns)
 
 
-def _of_equation(equation: Any) -> int:
+def _sum(counts: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    counts = [(0, 0), *counts]
+    return sum(executed for executed, _ in counts), sum(once for _, once in counts)
+
+
+def _of_equation(equation: Any) -> tuple[int, int]:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         summed = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-        return math.prod(equation.outvars[0].aval.shape) * summed
+        count = math.prod(equation.outvars[0].aval.shape) * summed
+        return count, count
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
         features = kernel[params["dimension_numbers"].rhs_spec[0]]
-        return math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // features
+        count = math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // features
+        return count, count
     inner = [_count(jaxpr) for jaxpr in _jaxprs(params)]
-    if name == "cond":  # one of its branches runs
-        return max(inner)
-    return params.get("length", 1) * sum(inner) if name == "scan" else sum(inner)
+    if name == "cond":  # one of its branches runs; the last is that for any other platform
+        return max(reversed(inner), key=lambda counts: counts[1])
+    executed, once = _sum(inner)
+    return (params["length"] * executed if name == "scan" else executed), once
 
 
 def _jaxprs(params: dict[str, Any]) -> Iterator[Any]:
