@@ -273,7 +273,7 @@ def _placed(leaf: Any, sharding: NamedSharding) -> jax.Array:
     """An array over devices, which may be those of several processes that all have the array."""
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
-    if jnp.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = _placed(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     host = np.asarray(leaf, dtype=jnp.asarray(leaf).dtype)

@@ -465,7 +465,7 @@ count from 0: first_target num_epochs host epoch generation number successes num
 flag: enabled best_loss trace random_start abort_early minimum_norm temperature_squared vmapped
     online
 text: stage shard_name remedy report.write_picture_grid.attack report.write_picture_grid.norm
-    report.from_evaluation.dataset
+    report.from_evaluation.dataset parallel.barrier.name
 path: directory folder workdir data_dir cache_dir
 choice: norm decision_rule version mode name kind
 mapping: measures config run figures pictures eps_grids metadata
@@ -574,6 +574,8 @@ FINE = {
 }
 WITHOUT_CHECKS = {
     "nets.logits_of": "it takes whatever a network gives",
+    "parallel.local": "any tree may hold arrays of several processes, or none",
+    "runtime.initialize": "what fits starts JAX's runtime; tests/test_processes.py has its errors",
     "nets.conv_general_dilated": "its errors are those of jax.lax, whose place it takes",
 }
 

@@ -15,13 +15,9 @@ from tests.processes import address, finished, start
 
 def training(file, mode="jit", num_processes=2, changes=None, **options):
     """Processes that train together; `changes` of one, by its number."""
-    where = address()
+    shared, changes = (one_of_several.__file__, address(), num_processes), changes or {}
     return [
-        start(
-            [one_of_several.__file__, where, num_processes, number, mode, file]
-            + (changes or {}).get(number, []),
-            **options,
-        )
+        start([*shared, number, mode, file, *changes.get(number, [])], **options)
         for number in range(num_processes)
     ]
 
@@ -54,10 +50,7 @@ def test_hosts_that_differ_are_named(tmp_path):
     changes = {1: ["batch_size=10"]}
     for process, _, errors in finished(training(tmp_path / "none.npz", changes=changes)):
         assert process.returncode == 2
-        expected = (
-            "expected the same batch size on all 2 hosts, got another on host 1 than on host 0"
-        )
-        assert expected in errors
+        assert "the same batch size on all 2 hosts, got another on host 1 than on host 0" in errors
     assert not (tmp_path / "none.npz").exists()
 
 
