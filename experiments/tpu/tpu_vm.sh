@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# One TPU VM: made where it is not there, given this checkout, and the command run on it.
+#
+#   NAME=jdistill ZONE=us-central1-a TYPE=v5litepod-1 VERSION=v2-alpha-tpuv5-lite \
+#     experiments/tpu/tpu_vm.sh jdistill defend mnist --parallel sweep --workdir gs://BUCKET/mnist
+#   … experiments/tpu/tpu_vm.sh delete
+#
+# Called again, it finds the VM, copies the checkout anew, and the run goes on.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+: "${NAME:?expected NAME, of the VM}" "${ZONE:?expected ZONE, such as us-central1-a}"
+type="${TYPE:-v5litepod-1}"
+version="${VERSION:-v2-alpha-tpuv5-lite}"
+vm=(gcloud compute tpus tpu-vm)
+at=(--zone "$ZONE")
+
+if [ "${1:-}" = delete ]; then
+  exec "${vm[@]}" delete "$NAME" "${at[@]}" --quiet
+fi
+if [ $# = 0 ]; then
+  echo "expected a command for the VM, got none; add jdistill defend …, or delete" >&2
+  exit 2
+fi
+if ! "${vm[@]}" describe "$NAME" "${at[@]}" > /dev/null 2>&1; then
+  "${vm[@]}" create "$NAME" "${at[@]}" --accelerator-type "$type" --version "$version" \
+    ${SPOT:+--spot}
+fi
+source experiments/tpu/_copy_and_run.sh
+copy_and_run tpu "$@"
