@@ -497,7 +497,7 @@ def _check_flatbuffers() -> None:
     except ImportError:
         raise ImportError(
             "expected the package flatbuffers, with which JAX reads and writes programs, got none; "
-            "run pip install flatbuffers, or use save(..., stablehlo=False) and load"
+            "run pip install 'jdistill[export]', or use save(..., stablehlo=False) and load"
         ) from None
 
 
