@@ -5,6 +5,7 @@ The reference is JAX's own convolution and pooling, in values and in gradients.
 
 import dataclasses
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -714,3 +715,24 @@ def test_attacks_measures_and_training_use_the_rules_by_themselves(own):
         assert evaluated.step == 0
     for params in updated[:-1]:
         assert_close(params, updated[-1])
+
+
+@pytest.mark.floor
+def test_jacobians_of_a_stack_are_those_of_its_networks():
+    """They sum over arrays of rank 7, over which jaxlib 0.10 may crash or hang (jax#39257)."""
+    model = nets.digits_net(width=0.125)
+    networks = []
+    for seed in range(2):
+        params, state = nets.init(model, jax.random.key(seed), (8, 8, 1))
+        networks.append(nets.logits_fn(model, {"params": params, **state}))
+    inputs = jax.random.uniform(jax.random.key(2), (3, 8, 8, 1))
+
+    def jacobians(network, inputs):
+        return jax.vmap(jax.jacrev(lambda one: network(one[None])[0]))(inputs)
+
+    stacked = jax.jit(jax.vmap(jacobians, (0, None)))
+    program = stacked.lower(nets.stack(networks), inputs).as_text("hlo")
+    assert re.search(r"transpose\.\d+ = f32\[(\d+,){6}\d+\]", program)  # the case is there
+    found = stacked(nets.stack(networks), inputs)
+    for one, network in zip(found, networks, strict=True):
+        assert_close(one, jax.jit(jacobians)(network, inputs))
