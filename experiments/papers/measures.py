@@ -218,12 +218,13 @@ def over_lengths(rows: Sequence[Row], quantities: Mapping[str, Form]) -> list[Li
 
 def cases(rows: Sequence[Row], published: Mapping[str, Sequence[str]]) -> list[Line]:
     """Best, average, and worst case of the targets by attack, each beside the published figure."""
-    lines = [["attack", "success (%)", *_CASES, *(f"{case}, published" for case in _CASES)]]
+    lines = [["attack", "images", "success (%)", *_CASES, *(f"{case}, published" for case in _CASES)]]
     for attack in dict.fromkeys(row["attack"] for row in rows):
         own = [row for row in rows if row["attack"] == attack]
         lines.append(
             [
                 attack,
+                str(sum(row["num_images"] for row in own)),
                 shown([100 * row["success"] for row in own], 1),
                 *(shown([row[case] for row in own], 3) for case in _CASES),
                 *published.get(attack, ["–"] * len(_CASES)),
