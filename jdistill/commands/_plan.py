@@ -7,7 +7,7 @@
 The options of the study are those of `jdistill defend STUDY`, which --help there explains. Its own
 training steps, sweep, forward passes and attacks are compiled ahead of time by the TPU compiler in
 the package libtpu (pip install 'jdistill[tpu-plan]'). Nothing is trained: all numbers are
-estimates. Costs on 2 CPU cores: half a minute for the digits, minutes for mnist.
+estimates. Costs on 2 CPU cores: a minute for the digits, two or three for mnist.
 """
 
 import dataclasses

@@ -191,8 +191,9 @@ def compiled(program: Any, *arguments: Any, hasty: bool = False) -> Estimate:
     Args:
         program: of `jax.jit`.
         *arguments: pytrees of `jax.ShapeDtypeStruct` on the devices of a topology.
-        hasty: whether to compile with the least effort, in a tenth of the time for a program at
-            full precision; its numbers differ by some percent.
+        hasty: whether to compile with the least effort, in a fifth of the time and less. Of the
+            MNIST training step and sweep the operations are then the same to 0.2%, the bytes to
+            a fifth, and the memory 1.0 to 1.8 times as much, most in small programs.
 
     Raises:
         MemoryError: it does not fit into the chip's memory.

@@ -130,7 +130,8 @@ _LEGEND = (
     "a loop's body, which the compiler counts once, is multiplied by its steps; of attacks by the "
     "most that an example may take",
     "fits: in 90% of the memory; largest: batch of a step, or runs of a sweep; the compiler worked "
-    "in haste, which moves its numbers by some percent",
+    "in haste: with more effort small programs take up to half of the memory, and bytes and "
+    "seconds move by a fifth",
     "measuring takes one chip, whose idle neighbors are in the chip-hours; float32 products of "
     "attacks are six of bfloat16",
 )
