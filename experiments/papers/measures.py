@@ -218,7 +218,8 @@ def over_lengths(rows: Sequence[Row], quantities: Mapping[str, Form]) -> list[Li
 
 def cases(rows: Sequence[Row], published: Mapping[str, Sequence[str]]) -> list[Line]:
     """Best, average, and worst case of the targets by attack, each beside the published figure."""
-    lines = [["attack", "images", "success (%)", *_CASES, *(f"{case}, published" for case in _CASES)]]
+    published_too = (f"{case}, published" for case in _CASES)
+    lines = [["attack", "images", "success (%)", *_CASES, *published_too]]
     for attack in dict.fromkeys(row["attack"] for row in rows):
         own = [row for row in rows if row["attack"] == attack]
         lines.append(
