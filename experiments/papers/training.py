@@ -343,10 +343,10 @@ TRAININGS: Mapping[str, Mapping[str, Training | Assistants]] = {
             temperatures=(1.0, 20.0, 100.0),
             seeds=(0, 1),
             num_assistants=1,
-            num_epochs=10,
+            num_epochs=6,
             learning_rate=0.02,
             power=0.5,
-            num_train=20_000,
+            num_train=10_000,
             num_attack=100,
         ),
         # Students of a quarter of the teacher's width, on few examples, so that a teacher matters.
