@@ -247,9 +247,11 @@ def test_the_largest_size_fits_and_more_does_not(library):
         assert _plan.largest_of(program, found, 1.0) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_everything_lowers_for(platform):
-    planned = study_of(attacks={name: SMALL[name] for name in ("pgd", "cw")})
+    wide, narrow = stage(0.5), stage(0.25)
+    planned = study_of(chains=[wide, narrow, wide], attacks=SMALL)
     examples = planned.examples()
     device = jax.devices()[:1]
     with planned_for(platform):
@@ -260,7 +262,8 @@ def test_everything_lowers_for(platform):
             *_programs.forward_programs(planned, examples, networks, device),
             *_programs.attack_programs(planned, examples, device, []),
         ]
-        assert len(programs) == 2 + 2 + 2 + 3 * 2
+        # Of AutoAttack APGD on two losses, FAB, and Square.
+        assert len(programs) == 2 * (1 + 1 + 1 + 2 + 4)
         for program in programs:
             lowered = program.jitted.trace(*program.arguments).lower(lowering_platforms=(platform,))
             assert "stablehlo.dot_general" in lowered.as_text()
