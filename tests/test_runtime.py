@@ -243,11 +243,9 @@ import os, sys, jax, jax.numpy as jnp
 from jdistill import runtime
 jax.config.update("jax_compilation_cache_dir", sys.argv[1] + "-before")
 jnp.ones(3).block_until_ready()  # opens that one
-events = []
-jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
 print(runtime.enable_compilation_cache(*sys.argv[1:]))
 jax.jit(lambda x: jnp.tanh(x @ x.T).sum())(jnp.ones((7, 7))).block_until_ready()
-print(events.count("/jax/compilation_cache/cache_hits"))
+print(runtime.programs()["from_cache"], runtime.programs()["compiled"])
 """
 
 
@@ -256,9 +254,9 @@ def test_a_second_process_compiles_nothing(tmp_path):
     runs = [python(CACHED, tmp_path / "cache") for _ in range(2)]
     assert [done.returncode for done in runs] == [0, 0], runs[0].stderr
     first, second = (done.stdout.split() for done in runs)
-    assert first == [str(tmp_path / "cache"), "0"]
-    assert second[0] == str(tmp_path / "cache")
-    assert int(second[1]) >= 1
+    assert first[:2] == [str(tmp_path / "cache"), "0"]
+    assert int(first[2]) >= 1
+    assert second == [str(tmp_path / "cache"), first[2], "0"]
     assert any("lambda" in path.name for path in (tmp_path / "cache").iterdir())
     assert [done.stderr for done in runs] == ["", ""]
 

@@ -20,7 +20,7 @@ from jdistill.report._table import TABLES, Row, blank, read_table
 from jdistill.report._verdicts import read_verdicts
 
 _GENERATIONS = ("generation", "source_generation", "target_generation", "baseline_generation")
-_MACHINE = ("versions", "devices", "seconds", "seconds_all_starts")
+_MACHINE = ("versions", "devices", "programs", "seconds", "seconds_all_starts")
 
 
 def read_tables(folder: PathLike) -> dict[str, list[dict[str, Any]]]:

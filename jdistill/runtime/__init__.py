@@ -10,6 +10,7 @@ from jdistill.runtime._jax import (
     describe,
     enable_compilation_cache,
     is_main_process,
+    programs,
 )
 from jdistill.runtime._program import run_main
 from jdistill.runtime._progress import progress
@@ -34,6 +35,7 @@ __all__ = [
     "enable_compilation_cache",
     "initialize",
     "is_main_process",
+    "programs",
     "progress",
     "read_jsonl",
     "run_main",

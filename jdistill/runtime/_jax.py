@@ -20,6 +20,12 @@ from jdistill.runtime._records import check_writable
 
 logger = logging.getLogger("jdistill")
 
+_CACHE_EVENTS = {
+    "/jax/compilation_cache/cache_hits": "from_cache",
+    "/jax/compilation_cache/cache_misses": "compiled",
+}
+_programs: Counter[str] = Counter()
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -60,7 +66,25 @@ def enable_compilation_cache(directory: _files.PathLike | None = None) -> epath.
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     # JAX opens its cache once, at the first compilation, which may lie behind us.
     compilation_cache.reset_cache()
+    if not _programs:
+        _programs.update(dict.fromkeys(_CACHE_EVENTS.values(), 0))
+        jax.monitoring.register_event_listener(_count)
     return path
+
+
+def _count(event: str, **_: Any) -> None:
+    if event in _CACHE_EVENTS:
+        _programs[_CACHE_EVENTS[event]] += 1
+
+
+def programs() -> dict[str, int]:
+    """Programs since `enable_compilation_cache`: `compiled`, and read `from_cache`.
+
+    Example:
+        >>> sorted(programs()) in ([], ["compiled", "from_cache"])
+        True
+    """
+    return dict(_programs)
 
 
 def add_cpu_flags() -> bool:

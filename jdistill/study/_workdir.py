@@ -271,6 +271,7 @@ class Times:
             return
         seconds = round(time.monotonic() - self._started, 1)
         run = {**runtime.describe(), "parallel": self._parallel, "seconds": seconds}
+        run["programs"] = runtime.programs()
         run["seconds_all_starts"] = round(self._total + seconds, 1)
         runtime.write_json(self._path, {**run, "earlier_starts": self._earlier})
         self._written = time.monotonic()
