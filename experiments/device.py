@@ -366,6 +366,29 @@ PARTS: dict[str, Part] = {
         lambda run: device_checks.check_chain(run.reference()),
         least_s=20,
     ),
+    "export": Part(
+        "Networks written and read back: difference of a logit from the CPU's, over the largest",
+        {
+            "network": lambda row: row["network"],
+            "read by": lambda row: row["read"],
+            "save s": _number("save_s", ".2f"),
+            "read s": _number("read_s", ".2f"),
+            "difference": _number("difference", ".1e"),
+        },
+        lambda run: device_checks.check_export(run.reference()),
+        least_s=20,
+    ),
+    "cache": Part(
+        "Programs of a few training steps, compiled and then read from the cache on disk",
+        {
+            "compiled": _number("compiled", "d"),
+            "read": _number("from_cache", "d"),
+            "first s": _number("first_s", ".1f"),
+            "second s": _number("second_s", ".1f"),
+        },
+        lambda run: device_checks.check_cache(),
+        least_s=20,
+    ),
     "steps": Part(
         "Seconds of a step", _TIMES, lambda run: device_times.training_step(run.sizes), 20
     ),

@@ -8,11 +8,14 @@ import hashlib
 import json
 import os
 import pathlib
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from experiments.bench import subjects
 from experiments.bench.train import full_batches, our_training
@@ -27,7 +30,7 @@ from experiments.device_attacks import (
     logits_of,
     work,
 )
-from jdistill import data, distill, metrics, nets, runtime, train
+from jdistill import data, distill, export, metrics, nets, runtime, train
 
 NUM_IMAGES = 64  # of each network
 SHARE = 0.99  # of the flags must be equal
@@ -36,6 +39,7 @@ SHARE = 0.99  # of the flags must be equal
 LOSS_STEPS, LOSS_BATCH, LOSS_TOLERANCE = 12, 128, 2e-3
 TEMPERATURE, GENERATIONS, EPOCHS = 20.0, ("teacher", "assistant", "student"), 16
 ACCURACY_TOLERANCE = 0.03  # 1.5 points between those two releases
+LOGITS_TOLERANCE = 1e-4  # of the largest, at full precision
 
 Row = dict[str, Any]
 
@@ -339,3 +343,62 @@ def check_chain(reference: Reference) -> Iterator[Row]:
             "device_default": default,
             "passed": max(abs(ours - theirs), abs(default - theirs)) <= ACCURACY_TOLERANCE,
         }
+
+
+def check_export(reference: Reference) -> Iterator[Row]:
+    """A row per network and way of reading it back: its logits must be the CPU's.
+
+    Args:
+        reference: the CPU's.
+    """
+    there = work(reference.meta["num_images"])
+    for name in NETWORKS:
+        model, variables = there.networks[name]
+        theirs = reference.logits[name]
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.perf_counter()
+            export.save(
+                folder, nets.logits_fn(model, variables), input_shape=there.inputs.shape[1:]
+            )
+            saved = time.perf_counter() - began
+            for read in (export.load, export.load_stablehlo):
+                began = time.perf_counter()
+                network = read(folder)
+                seconds = time.perf_counter() - began
+                ours = train.predict(network, np.asarray(there.inputs))
+                difference = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+                yield {
+                    "network": name,
+                    "read": read.__name__,
+                    "save_s": saved,
+                    "read_s": seconds,
+                    "difference": difference,
+                    "passed": difference <= LOGITS_TOLERANCE,
+                }
+
+
+def check_cache() -> Iterator[Row]:
+    """One row: a program that was compiled is read back from the cache on disk."""
+    config: Any = jax.config
+    before = config.jax_compilation_cache_dir, config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", True)  # off where compiling is timed
+    with tempfile.TemporaryDirectory() as folder:
+        runtime.enable_compilation_cache(folder)
+        seconds, counts = [], []
+        for _ in range(2):
+            jax.clear_caches()
+            started, earlier = time.perf_counter(), runtime.programs()
+            training_losses("highest")
+            seconds.append(time.perf_counter() - started)
+            counts.append({key: n - earlier[key] for key, n in runtime.programs().items()})
+    jax.config.update("jax_compilation_cache_dir", before[0])
+    jax.config.update("jax_enable_compilation_cache", before[1])
+    compilation_cache.reset_cache()
+    first, second = counts
+    yield {
+        "compiled": first["compiled"],
+        "from_cache": second["from_cache"],
+        "first_s": seconds[0],
+        "second_s": seconds[1],
+        "passed": first["compiled"] > 0 and second["compiled"] == 0,
+    }

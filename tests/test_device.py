@@ -315,6 +315,26 @@ def test_known_devices(kind, float32):
     assert (peak and peak.float32) == float32
 
 
+@pytest.mark.slow
+def test_exports_and_the_cache(reference, tmp_path):
+    arguments = ["--reference", str(reference), "--output", str(tmp_path), "--size", "small"]
+    command = [sys.executable, "-m", "experiments.device", "run", "--parts", "export", "cache"]
+    done = subprocess.run(
+        [*command, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    content = json.loads((tmp_path / "device.json").read_text())
+    assert (done.returncode, content["failures"]) == (0, []), done.stderr
+    rows = content["parts"]["export"]["rows"]
+    assert [row["read"] for row in rows] == ["load", "load_stablehlo"] * len(NETWORKS)
+    [row] = content["parts"]["cache"]["rows"]
+    assert row["from_cache"] == row["compiled"] > 0
+
+
 def test_it_imports_what_a_bare_machine_has():
     """Of the declared dependencies, only those that the docstring lists."""
     code = """
