@@ -159,6 +159,17 @@ def compile_step(
     _validate.function(step=step)
     _validate.one_of(("jit", "pmap"), mode=mode)
     devices = tuple(jax.devices() if devices is None else _validate.devices(devices))
+    owners = {device.process_index for device in devices}
+    if jax.process_index() not in owners:
+        raise ValueError(
+            f"expected devices of this process, {jax.process_index()}, among devices, got none; "
+            "pass some, or do not call it in this process"
+        )
+    if mode == "pmap" and len(owners) > 1 and set(devices) != set(jax.devices()):
+        raise ValueError(
+            f"expected all {len(jax.devices())} devices for pmap over several processes, got "
+            f"{len(devices)}; leave devices out, or use mode='jit'"
+        )
     try:
         return _cached_compile(step, mode, devices)
     except TypeError:  # a step that cannot be hashed is compiled anew for each call
@@ -203,6 +214,10 @@ def _jit_step(step: StepFn, devices: tuple[jax.Device, ...]) -> Callable[..., An
 
 
 def _pmap_step(step: StepFn, devices: tuple[jax.Device, ...]) -> Callable[..., Any]:
+    if jax.process_count() > 1 and set(devices) == set(jax.devices()):
+        # The order of JAX's pmap, whatever that of `jax.devices()`: rows and axis indices agree.
+        each = (jax.local_devices(process_index=p) for p in range(jax.process_count()))
+        devices = tuple(device for own in each for device in own)
     here = [place for place, d in enumerate(devices) if d.process_index == jax.process_index()]
     local = [devices[place] for place in here]
     everywhere = NamedSharding(make_mesh(local), PartitionSpec())
@@ -276,7 +291,8 @@ def _placed(leaf: Any, sharding: NamedSharding) -> jax.Array:
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = _placed(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-    host = np.asarray(leaf, dtype=jnp.asarray(leaf).dtype)
+    host = np.asarray(leaf)
+    host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype), copy=False)
     return jax.make_array_from_callback(host.shape, sharding, lambda rows: host[rows])
 
 
@@ -343,7 +359,8 @@ def check_same(**values: Any) -> None:
 
 
 def _digest(value: Any) -> str:
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        value = np.asarray(value)
         text = f"{value.dtype} {value.shape}".encode()
         return hashlib.sha256(text + np.ascontiguousarray(value).tobytes()).hexdigest()
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

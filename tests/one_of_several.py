@@ -1,7 +1,8 @@
 """A process of several that train one network: ADDRESS, how many, its number, MODE, FILE, changes.
 
-A change is `name=value`, an argument of `fit` that this process alone has, or `pause`: it stops for
-ever in the middle. Process 0 writes the losses and the weights.
+A change is of this process alone: `name=value`, an argument of `fit`; `rate=value`, the learning
+rate; `temperature=value`, of the loss; `pause`: it stops for ever in the middle; `alone`: it trains
+on its own devices; `exit`: it ends instead of training. Process 0 writes the losses and weights.
 """
 
 import json
@@ -14,13 +15,13 @@ import numpy as np
 from jdistill import nets, parallel, runtime, train
 
 
-def trained(mode, devices=None, callback=None, **changed):
+def trained(mode, devices=None, callback=None, rate=0.1, temperature=2.0, **changed):
     """Losses of each epoch and weights of a network with dropout; the last batch is ragged."""
     rng = np.random.default_rng(0)
     inputs = rng.uniform(0, 1, (101, 8, 8, 1)).astype(np.float32)
     labels = rng.integers(0, 10, 101).astype(np.int32)
     model = nets.digits_net(width=0.125)
-    step = train.make_train_step(nets.apply_fn(model), train.sgd(0.1))
+    step = train.make_train_step(nets.apply_fn(model), train.sgd(rate))
     params, _ = jax.jit(nets.init, static_argnums=(0, 2))(model, jax.random.key(0), (8, 8, 1))
     losses = []
 
@@ -34,7 +35,7 @@ def trained(mode, devices=None, callback=None, **changed):
         step,
         train.create_state(step, params, jax.random.key(1)),
         (inputs, labels),
-        train.hard_loss(2.0),
+        train.hard_loss(temperature),
         mode=mode,
         devices=devices,
         callback=keep,
@@ -56,7 +57,10 @@ def main(address, num_processes, number, mode, file, *changes):
         name: json.loads(value)
         for name, _, value in (change.partition("=") for change in changes if "=" in change)
     }
-    losses, weights = trained(mode, callback=show, **changed)
+    if "exit" in changes:
+        sys.exit("ended by itself")
+    devices = jax.local_devices() if "alone" in changes else None
+    losses, weights = trained(changed.pop("mode", mode), devices, callback=show, **changed)
     if runtime.is_main_process():
         np.savez(file, losses, *weights)
 

@@ -46,12 +46,68 @@ def test_processes_train_as_one(mode, num_processes, num_devices, tmp_path):
 
 
 @pytest.mark.slow
-def test_hosts_that_differ_are_named(tmp_path):
-    changes = {1: ["batch_size=10"]}
-    for process, _, errors in finished(training(tmp_path / "none.npz", changes=changes)):
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ("batch_size=10", "batch size"),
+        ('mode="pmap"', "mode"),
+        ("rate=0.2", "state"),
+        ("temperature=3.0", "loss"),
+    ],
+)
+def test_hosts_that_differ_are_named(change, name, tmp_path):
+    for process, _, errors in finished(training(tmp_path / "none.npz", changes={1: [change]})):
         assert process.returncode == 2
-        assert "the same batch size on all 2 hosts, got another on host 1 than on host 0" in errors
+        assert f"the same {name} on all 2 hosts, got another on host 1 than on host 0" in errors
     assert not (tmp_path / "none.npz").exists()
+
+
+@pytest.mark.slow
+def test_on_its_own_devices_a_host_agrees_with_nobody(tmp_path):
+    changes = {0: ["alone", "num_epochs=1"], 1: ["alone", "temperature=3.0"]}
+    for process, _, errors in finished(training(tmp_path / "mine.npz", changes=changes)):
+        assert process.returncode == 0, errors
+    assert (tmp_path / "mine.npz").exists()
+
+
+@pytest.mark.slow
+def test_a_host_that_leaves_ends_the_others(tmp_path):
+    changes = {1: ["exit"]}
+    (first, _, _), (second, _, errors) = finished(
+        training(tmp_path / "none.npz", changes=changes), seconds=90
+    )
+    assert second.returncode == 1
+    assert "ended by itself" in errors
+    assert first.returncode not in (0, None)
+
+
+@pytest.mark.slow
+@pytest.mark.floor
+def test_sigterm_ends_a_host_that_has_saved_nothing(tmp_path):
+    first, second = training(tmp_path / "none.npz", changes={0: ["pause"], 1: ["pause"]})
+    while first.stdout.readline() != "pausing\n":
+        assert first.poll() is None
+    began = time.monotonic()
+    for process in (first, second):
+        process.send_signal(signal.SIGTERM)
+    found = finished([first, second], seconds=60)
+    assert time.monotonic() - began < 20
+    assert found[0][0].returncode == 143
+    assert "stopped; run the same command again" in found[0][2]
+
+
+@pytest.mark.slow
+def test_a_workdir_that_is_not_shared_is_refused(tmp_path):
+    where = address()
+    command = ["-m", "jdistill", "defend", "digits", "--smoke", "--coordinator-address", where]
+    command += ["--num-processes", 2]
+    processes = [
+        start([*command, "--process-id", number, "--workdir", tmp_path / str(number)])
+        for number in range(2)
+    ]
+    for process, _, errors in finished(processes):
+        assert process.returncode == 2
+        assert "expected one folder that all 2 hosts see" in errors
 
 
 @pytest.mark.slow

@@ -505,6 +505,29 @@ def test_other_endings():
         runtime.run_main(raising(RuntimeError("a bug")))
 
 
+def test_a_terminated_child_does_not_end_its_parent():
+    code = """
+import os, signal, time
+from jdistill import runtime
+from jdistill.runtime import _program
+
+def main():
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+    time.sleep(0.3)
+    os.kill(child, signal.SIGTERM)
+    os.waitpid(child, 0)
+    time.sleep(1.5)
+    print("alive", flush=True)
+
+_program._GRACE = 0.5
+runtime.run_main(main)
+"""
+    found = python(code)
+    assert (found.returncode, found.stdout) == (0, "alive\n"), found.stderr
+
+
 def test_a_computation_that_python_cannot_interrupt_ends_in_time():
     code = """
 import jax

@@ -184,7 +184,9 @@ class Checkpointer:
         self.wait()
         skipped: list[int] = []
         found = None
-        for step in reversed(self.steps()):
+        steps = self.steps()
+        parallel.check_same(checkpoints=steps)
+        for step in reversed(steps):
             try:
                 with silent_orbax():
                     found = self._restore(step, like, wanted)
@@ -193,6 +195,7 @@ class Checkpointer:
                 skipped.append(step)
                 _warn("skipped the damaged checkpoint %s (%s)", self.directory / str(step), error)
         self._damaged = skipped
+        parallel.check_same(whole_checkpoint=None if found is None else found.step)
         if skipped and found is not None:
             _warn("going on from the whole checkpoint of step %d", found.step)
         elif skipped:

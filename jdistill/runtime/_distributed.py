@@ -1,6 +1,7 @@
 """Processes on several hosts: JAX's own runtime, started with errors that say what to do."""
 
 import os
+import signal
 import sys
 import threading
 
@@ -29,7 +30,7 @@ def initialize(
 
     Args:
         coordinator_address: `"host:port"` of process 0; without a port, 8476. Where JAX finds the
-            host, the port is `JAX_COORDINATOR_PORT`, or 8476.
+            host, it finds the port too; `JAX_COORDINATOR_PORT` names another.
         num_processes: how many there are, one per host; at least 1.
         process_id: number of this process, from 0.
         timeout_s: seconds in which all processes have to be there.
@@ -73,8 +74,7 @@ def initialize(
             )
         if ":" not in coordinator_address:
             coordinator_address = f"{coordinator_address}:{_PORT}"
-    os.environ.setdefault("JAX_COORDINATOR_PORT", str(_PORT))
-    where = coordinator_address or f"the coordinator's port {os.environ['JAX_COORDINATOR_PORT']}"
+    where = coordinator_address or "the coordinator that JAX has found"
     missing_ones = (
         f"expected {num_processes or 'all'} processes at {where} within {timeout_s} s, got fewer; "
         "start the same command on every host, let the port through the firewall, and name a "
@@ -104,6 +104,11 @@ def initialize(
         ) from error
     finally:
         watch.cancel()
+    if threading.current_thread() is threading.main_thread():
+        # JAX has put a handler of its own, which does not end the process, over this one.
+        handler = signal.getsignal(signal.SIGTERM)
+        if handler is not None:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _end(message: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax import monitoring
 from jax.experimental.compilation_cache import compilation_cache
 
 from jdistill import _files
@@ -68,7 +69,7 @@ def enable_compilation_cache(directory: _files.PathLike | None = None) -> epath.
     compilation_cache.reset_cache()
     if not _programs:
         _programs.update(dict.fromkeys(_CACHE_EVENTS.values(), 0))
-        jax.monitoring.register_event_listener(_count)
+        monitoring.register_event_listener(_count)
     return path
 
 

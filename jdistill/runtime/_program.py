@@ -1,6 +1,7 @@
 """How a program starts and ends: signals, exit codes, errors in one line."""
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -16,6 +17,17 @@ from jdistill import _validate
 _STOPPED = "stopped; run the same command again to go on"
 # Seconds that a program has after SIGTERM; supervisors send SIGKILL after 30 or more.
 _GRACE = 15.0
+_watching = False
+
+
+def _stop_watching() -> None:
+    """In a forked child: its signals are not its parent's."""
+    if _watching:
+        signal.set_wakeup_fd(-1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_stop_watching)
 
 
 class _TerminatedError(KeyboardInterrupt):
@@ -59,14 +71,22 @@ def run_main(main: Callable[..., int | None], *args: Any, **kwargs: Any) -> None
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         _show(f"error: {' '.join(str(error).split()) or type(error).__name__}")
         code = 2
+    except SystemExit as error:
+        if not jax.distributed.is_initialized():
+            raise
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if code and not isinstance(error.code, int):
+            print(error.code, file=sys.stderr)
     except Exception:
         if not jax.distributed.is_initialized():
             raise
         traceback.print_exc()
         code = 1
     if code and jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
         os._exit(code)
     if code:
         sys.exit(code)
@@ -96,7 +116,8 @@ def _sigterm_raises() -> Iterator[None]:
         with _ended_in_time():
             yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        # None: a handler that was not set from Python, and cannot be set back.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
 
 
 @contextlib.contextmanager
@@ -106,6 +127,7 @@ def _ended_in_time() -> Iterator[None]:
     Python runs a handler between two of its own instructions, and a compilation is none. The
     number of a signal is written to a file at once, and the thread reads there.
     """
+    global _watching
     heard, told = os.pipe()
     os.set_blocking(told, False)
     over = threading.Event()
@@ -119,10 +141,12 @@ def _ended_in_time() -> Iterator[None]:
     before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
     thread = threading.Thread(target=watch, name="jdistill: SIGTERM", daemon=True)
     thread.start()
+    outer, _watching = _watching, True
     try:
         yield
     finally:
         over.set()
+        _watching = outer
         signal.set_wakeup_fd(before)
         os.close(told)
         thread.join()

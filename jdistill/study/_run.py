@@ -73,9 +73,10 @@ def run(
         examples = study.examples()
         _check_examples(study, examples)
         with _workdir.held(folder):
-            check_same(versions=runtime.describe()["versions"], study=study.describe(examples))
+            _workdir.check_shared(folder)
+            check_same(versions=runtime.describe()["versions"])
             study = _extended(folder, study, examples, recipe)
-            barrier("the workdir's config")
+            check_same(study=study.describe(examples), parallel=parallel)
             times = _workdir.Times(folder, parallel)
             before = _training.num_networks(study)
             num_stages = before + _measure.num_stages(study)
@@ -166,6 +167,7 @@ def _extended(
 ) -> Study:
     """The study with what the workdir holds beside it; the workdir is the study's from now on."""
     config = _workdir.read_config(folder)
+    check_same(workdir=config)  # all have read it before the first host writes it
     if config is not None:
         study = _with_held(study, config)
     elif (folder / "checkpoints").exists():

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from jdistill import _files, _fingerprint, runtime
+from jdistill import _files, _fingerprint, parallel, runtime
 
 _FORMAT = 1
 # A workdir may grow along these; everything else about it is fixed when it is made.
@@ -37,9 +37,32 @@ def reserved(path: _files.PathLike) -> Iterator[epath.Path]:
     try:
         yield folder
     except BaseException:
-        if made and not any(folder.iterdir()):
-            folder.rmdir()
+        with contextlib.suppress(OSError):  # another host may have removed it
+            if made and not any(folder.iterdir()):
+                folder.rmdir()
         raise
+
+
+def check_shared(folder: epath.Path) -> None:
+    """Check that all hosts see one folder.
+
+    Raises:
+        OSError: this one does not see what the first host has written.
+    """
+    if jax.process_count() == 1:
+        return
+    path = folder / ".hosts"
+    if runtime.is_main_process():
+        runtime.atomic_write_text(path, uuid.uuid4().hex)
+    parallel.barrier("hosts' file")
+    seen = path.read_text() if path.exists() else ""
+    try:
+        parallel.check_same(workdir=seen)
+    except ValueError as error:
+        raise OSError(
+            f"expected one folder that all {jax.process_count()} hosts see, got {folder}, whose "
+            f"content differs ({error}); pass a bucket or a shared file system as --workdir"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -1,12 +1,13 @@
 """The host loop over epochs, and predictions for a whole set."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jdistill import _validate, data, nets, parallel
+from jdistill import _fingerprint, _validate, data, nets, parallel
 from jdistill._jax import call, full_precision, logits_shape
 from jdistill.train._step import TrainState, TrainStep, check_state, check_step, logits_fn
 from jdistill.typing import Callback, Event, LogitsFn, LossFn, Metrics
@@ -64,8 +65,16 @@ def fit(
     inputs, labels, targets = _validate.examples(examples, 3)
     check_examples(step, state, inputs, labels, targets)
     seed = np.asarray(jax.random.key_data(state.key)).tolist()
-    columns = {"inputs": inputs, "labels": labels, "targets": targets}
-    parallel.check_same(**columns, key=seed, num_epochs=num_epochs, batch_size=batch_size)
+    if jax.process_count() > 1:
+        _check_hosts(
+            {"inputs": inputs, "labels": labels, "targets": targets, "key": seed},
+            state,
+            loss_fn,
+            devices,
+            num_epochs=int(num_epochs),
+            batch_size=int(batch_size),
+            mode=mode,
+        )
     num_examples = len(inputs)
     steps_per_epoch = data.num_batches(num_examples, batch_size)
     num_steps = num_epochs * steps_per_epoch
@@ -106,6 +115,26 @@ def fit(
             accuracy = totals["correct"] / totals["count"]
             callback({**progress, "event": "epoch", "loss": loss, "accuracy": accuracy})
     return state
+
+
+def _check_hosts(
+    columns: dict[str, Any],
+    state: TrainState,
+    loss_fn: LossFn,
+    devices: Sequence[jax.Device] | None,
+    **options: Any,
+) -> None:
+    """What differed between hosts would train other weights on each, or hang."""
+    chosen = jax.devices() if devices is None else devices
+    if all(device.process_index == jax.process_index() for device in chosen):
+        return  # on its own, it need not agree with anybody
+    parallel.check_same(
+        **options,
+        devices=[device.id for device in chosen],
+        **columns,
+        state=_fingerprint.fingerprint(jax.tree.leaves(parallel.local(state))),
+        loss=_fingerprint.fingerprint(parallel.local(loss_fn)),
+    )
 
 
 def check_examples(
