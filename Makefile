@@ -24,7 +24,7 @@ PIP_OPTIONS := --quiet --disable-pip-version-check
 # The accelerator's own Python, whose JAX knows the accelerator.
 DEVICE_PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 DEVICE_OPTIONS ?=
-DEVICE_WHEELS := absl-py etils flax msgpack optax PyYAML rich typing_extensions
+DEVICE_WHEELS := absl-py etils flatbuffers flax msgpack optax PyYAML rich typing_extensions
 
 .PHONY: demo test test-slow lint docs parity parity-small bench device device-reference \
 	device-wheels floor newest install clean reliability

@@ -15,7 +15,7 @@ from tests.processes import address, finished, start
 
 def training(file, mode="jit", num_processes=2, changes=None, **options):
     """Processes that train together; `changes` of one, by its number."""
-    shared, changes = (one_of_several.__file__, address(), num_processes), changes or {}
+    shared, changes = ("-m", one_of_several.__name__, address(), num_processes), changes or {}
     return [
         start([*shared, number, mode, file, *changes.get(number, [])], **options)
         for number in range(num_processes)
@@ -112,7 +112,7 @@ def test_a_workdir_that_is_not_shared_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_a_host_that_does_not_start_is_an_error(tmp_path):
-    alone = start([one_of_several.__file__, address(), 2, 0, "jit", tmp_path / "none.npz"])
+    alone = start(["-m", one_of_several.__name__, address(), 2, 0, "jit", tmp_path / "none.npz"])
     [(process, _, errors)] = finished([alone], seconds=90)
     assert process.returncode not in (0, None)
     assert "start the same command on every host" in errors, errors
@@ -129,7 +129,7 @@ def test_a_host_that_dies_ends_the_others(tmp_path):
         [(process, _, errors)] = finished([first], seconds=90)
         assert time.monotonic() - began < 60
         assert process.returncode not in (0, None)
-        assert "closed by peer" in errors or "another task died" in errors, errors
+        assert "by peer" in errors or "another task died" in errors, errors
     finally:
         finished([second])
 
