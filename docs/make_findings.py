@@ -15,12 +15,15 @@ RESULTS = ROOT / "experiments" / "results"
 
 _TICKS = (1.0, 5.0, 20.0, 100.0)
 
+_LABELS = ("teacher", "no assistant", "1 assistant", "2 assistants", "3 assistants")
+
 Row = dict[str, Any]
 
 
 def main() -> None:
     """Draw every figure into docs/images."""
-    draw("chains", chains())
+    draw("chains", chains("mandal2023-robustness-digits"))
+    draw("chains-mnist", chains("mandal2023-multistep-mnist-half"))
     draw("standardized", standardized())
 
 
@@ -38,9 +41,9 @@ def _number(cell: str) -> Any:
         return cell
 
 
-def chains() -> Any:
-    """Accuracy, distance, and AutoAttack of students on digits against T, by chain length."""
-    rows = read("mandal2023-robustness-digits")
+def chains(name: str) -> Any:
+    """Accuracy, distance, and AutoAttack of students against T, by chain length."""
+    rows = read(name)
     figure, panels = _panels(3)
     for axes, (column, scale, title) in zip(
         panels,
@@ -51,12 +54,13 @@ def chains() -> Any:
         ),
         strict=True,
     ):
-        for generation, label in enumerate(("teacher", "no assistant", "1 assistant")):
+        for generation in sorted({int(row["generation"]) for row in rows}):
+            label = _LABELS[generation]
             own = [row for row in rows if row["generation"] == generation]
             _line(axes, own, "temperature", column, scale, label=label, **_look(generation))
         axes.set(title=title, xlabel="temperature T")
     panels[1].set_ylim(bottom=0)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     return figure
 
 

@@ -357,6 +357,7 @@ TRAININGS: Mapping[str, Mapping[str, Training | Assistants]] = {
             num_epochs=30,
             learning_rate=0.005,
             num_train=6_000,
+            num_attack=20,
             **_TAKD,
         ),
         "ladder": Assistants(
