@@ -98,7 +98,7 @@ def _panels(number: int) -> tuple[Any, Any]:
 def _line(
     axes: Any, rows: Sequence[Mapping[str, Any]], x: str, y: str, scale: float, **look: Any
 ) -> None:
-    """Means over the seeds with the band of their 95% t interval."""
+    """Means over the seeds, with the band of their 95% t interval, or with three each seed."""
     places = sorted({row[x] for row in rows})
     found = [
         metrics.seed_interval(np.array([scale * row[y] for row in rows if row[x] == place]))
@@ -108,7 +108,11 @@ def _line(
         np.array([getattr(f, end) for f in found]) for end in ("value", "low", "high")
     )
     axes.plot(places, mean, markersize=4.5, **look)
-    axes.fill_between(places, low, high, color=look["color"], alpha=0.15, linewidth=0)
+    if len({row["seed"] for row in rows}) > 3:
+        axes.fill_between(places, low, high, color=look["color"], alpha=0.15, linewidth=0)
+    else:
+        dots = {"s": 9, "color": look["color"], "marker": look["marker"], "alpha": 0.4}
+        axes.scatter([row[x] for row in rows], [scale * row[y] for row in rows], **dots)
     axes.set_xscale("log")
     axes.set_xticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
     axes.minorticks_off()
