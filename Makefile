@@ -67,7 +67,7 @@ device-wheels:
 		--platform manylinux2014_x86_64 -d runs/device/wheels $(DEVICE_WHEELS)
 
 reliability: .venv/installed
-	.venv/bin/python -m experiments.reliability --num-random 2000 --num-kills 20 \
+	.venv/bin/python -m experiments.reliability --num-random 2000 --num-kills 20 --num-kills-of-two 20 \
 		--output docs/reliability.md
 
 floor: .venv-floor/installed

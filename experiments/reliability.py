@@ -16,6 +16,7 @@ import functools
 import pathlib
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -83,6 +84,8 @@ class Options:
     """Further random damages: a bit, a cut, or a byte of any file."""
     num_kills: int = 3
     """SIGKILLs of a running command."""
+    num_kills_of_two: int = 0
+    """SIGKILLs of two processes that run it together."""
     seed: int = 0
     """Of the random damages and the moments of the kills."""
     output: str | None = None
@@ -186,28 +189,58 @@ def at_random(
         yield name, outcome(own, reference, name, content)
 
 
-def kills(count: int, draw: random.Random) -> str:
-    """Outcome of a command that is killed again and again: `"same bytes"`, or what differs."""
+def kills(count: int, draw: random.Random, num_processes: int = 1) -> str:
+    """Outcome of a command that is killed again and again: `"same bytes"`, or what differs.
+
+    Args:
+        count: kills.
+        draw: of their moments.
+        num_processes: which run the command together, and are killed at once.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
-        command = [sys.executable, "-m", "jdistill", "defend", "digits", "--smoke", "--workdir"]
         started = time.monotonic()
-        subprocess.run([*command, folder / "whole"], check=True, capture_output=True)
+        errors = _ended(_started(folder / "whole", num_processes))
         took = time.monotonic() - started
         for _ in range(count):
-            process = subprocess.Popen(
-                [*command, folder / "killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
+            processes = _started(folder / "killed", num_processes)
             time.sleep(draw.uniform(0.2 * took, 0.9 * took))
-            process.kill()
-            process.wait()
-        done = subprocess.run([*command, folder / "killed"], capture_output=True, text=True)
-        if done.returncode:
-            return f"WRONG: {done.stderr[-300:]}"
+            for process in processes:
+                process.kill()
+            _ended(processes)
+        errors = errors or _ended(_started(folder / "killed", num_processes))
+        if errors:
+            return f"WRONG: {errors[-300:]}"
         names = (*_TABLES, "metrics.jsonl")
         pairs = [(folder / "killed" / name, folder / "whole" / name) for name in names]
         different = [one.name for one, other in pairs if _bytes(one) != _bytes(other)]
         return f"WRONG: other {different}" if different else "same bytes"
+
+
+def _started(workdir: pathlib.Path, num_processes: int) -> list[subprocess.Popen]:
+    """The command, in processes of one host that know of each other."""
+    command = [sys.executable, "-m", "jdistill", "defend", "digits", "--smoke"]
+    command += ["--workdir", str(workdir)]
+    if num_processes > 1:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        command += ["--coordinator-address", address, "--num-processes", str(num_processes)]
+    own = [["--process-id", str(n)] if num_processes > 1 else [] for n in range(num_processes)]
+    return [
+        subprocess.Popen(
+            [*command, *each], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        for each in own
+    ]
+
+
+def _ended(processes: Sequence[subprocess.Popen]) -> str:
+    """Once all have ended, what those that failed said."""
+    said = [process.communicate()[1] for process in processes]
+    return "".join(
+        text for process, text in zip(processes, said, strict=True) if process.returncode
+    )
 
 
 def run(options: Options) -> int:
@@ -242,6 +275,10 @@ def run(options: Options) -> int:
         found = kills(options.num_kills, draw)
         lines.append(f"{options.num_kills} SIGKILLs of `jdistill defend digits --smoke`: {found}.")
         others.append(("kills", found))
+    if options.num_kills_of_two:
+        found = kills(options.num_kills_of_two, draw, num_processes=2)
+        lines.append(f"{options.num_kills_of_two} of two processes of it at once: {found}.")
+        others.append(("kills of two processes", found))
     text = "\n".join(lines) + "\n"
     if options.output:
         runtime.atomic_write_text(options.output, text)

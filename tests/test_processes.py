@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jdistill import parallel, runtime
+from jdistill import parallel, report, runtime
 from tests import one_of_several
 from tests.processes import address, finished, start
 
@@ -155,3 +155,23 @@ def test_alone_there_is_nobody_to_differ_from():
 def test_arguments_that_do_not_fit_are_named(arguments, message):
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
         runtime.initialize(*arguments)
+
+
+@pytest.mark.slow
+def test_a_study_of_two_processes_is_that_of_one(tmp_path):
+    command = ["-m", "jdistill", "defend", "digits", "--smoke", "--workdir"]
+    where = ["--coordinator-address", address(), "--num-processes", 2, "--process-id"]
+    both = [start([*command, tmp_path / "two", *where, number]) for number in range(2)]
+    found = finished([*both, start([*command, tmp_path / "one"], num_devices=4)], seconds=600)
+    for process, _, errors in found:
+        assert process.returncode == 0, errors
+    two, one = (report.read_tables(tmp_path / name) for name in ("two", "one"))
+    assert [len(rows) for rows in two.values()] == [len(rows) for rows in one.values()]
+    for kind in ("results", "transfer", "distances"):
+        for ours, theirs in zip(two[kind], one[kind], strict=True):
+            for name, value in theirs.items():
+                expected = pytest.approx(value, rel=1e-3, abs=1e-6, nan_ok=True)
+                assert ours[name] == (expected if isinstance(value, float) else value), (kind, name)
+    labels = [[row["verdict"].label for row in each["verdicts"]] for each in (two, one)]
+    assert labels[0] == labels[1]
+    assert (tmp_path / "two" / "report.html").exists()
