@@ -173,6 +173,29 @@ def test_the_findings_are_those_of_the_tables():
             assert float(shown) == round(mean, digits), title
 
 
+RESULTS = pathlib.Path(reproduce.__file__).parent / "results"
+_WHOLE = ("seed", "generation", "num_images", "images_with_success", "num_features", "count")
+
+
+def cell(column, text):
+    """A number of a table as it was written, or its text."""
+    with contextlib.suppress(ValueError):
+        return int(text) if column in _WHOLE else float(text)
+    return text
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.csv")), ids=lambda path: path.stem)
+def test_a_committed_table_is_that_of_its_rows(path):
+    item = max((name for name in reproduce.ITEMS if path.stem.startswith(f"{name}-")), key=len)
+    rows = [
+        {column: cell(column, text) for column, text in row.items()}
+        for row in csv.DictReader(path.read_text().splitlines())
+    ]
+    written = path.with_suffix(".md").read_text()
+    for lines in reproduce.ITEMS[item].table(rows):
+        assert measures.markdown(lines) in written
+
+
 def test_seeds_that_are_all_alike_have_no_interval():
     assert measures.difference([0.5, 0.6], [0.4, 0.5], 2) == "+0.10 (every seed alike)"
     assert measures.difference([0.5, 0.6], [0.5, 0.6], 2) == "+0.00 [+0.00, +0.00], p = 1"

@@ -157,7 +157,7 @@ def broken_table(rows: list[Row]) -> list[Any]:
                     [
                         "plain" if generation == 0 else f"student at T = {T:g}",
                         saliency,
-                        shown([100 * row["success"] for row in own], 1),
+                        shown([100 * row["success"] for row in own], 1, share=True),
                         shown([row["average"] for row in own], 1),
                         shown([row["mean_abs_logit"] for row in own], 1),
                         *published.get((generation, saliency == "softmax(z)"), ("–", "–")),

@@ -190,7 +190,7 @@ def by_length(rows: Sequence[Row], quantity: str, form: Form) -> list[Line]:
             )
             for number in generations
         }
-        cells = [shown(own[number], form.digits) for number in generations]
+        cells = [shown(own[number], form.digits, share=form.scale == 100) for number in generations]
         effect = difference(own[2], own[1], form.digits) if {1, 2} <= set(own) else "–"
         lines.append(["all T" if T is None else f"T = {T:g}", *cells, effect])
     return lines
@@ -210,7 +210,7 @@ def over_lengths(rows: Sequence[Row], quantities: Mapping[str, Form]) -> list[Li
             own, base = (
                 per_seed(each, quantity, form.scale) for each in (chosen, by_generation[1])
             )
-            line.append(shown(own, form.digits))
+            line.append(shown(own, form.digits, share=form.scale == 100))
             line.append(difference(own, base, form.digits) if number > 1 else "")
         lines.append(line)
     return lines
@@ -226,7 +226,7 @@ def cases(rows: Sequence[Row], published: Mapping[str, Sequence[str]]) -> list[L
             [
                 attack,
                 str(sum(row["num_images"] for row in own)),
-                shown([100 * row["success"] for row in own], 1),
+                shown([100 * row["success"] for row in own], 1, share=True),
                 *(shown([row[case] for row in own], 3) for case in _CASES),
                 *published.get(attack, ["–"] * len(_CASES)),
             ]
@@ -237,14 +237,18 @@ def cases(rows: Sequence[Row], published: Mapping[str, Sequence[str]]) -> list[L
 _CASES = ("best", "average", "worst")
 
 
-def shown(values: Sequence[float], digits: int) -> str:
-    """A mean over seeds with its 95% interval; a single value where there is one seed."""
+def shown(values: Sequence[float], digits: int, *, share: bool = False) -> str:
+    """A mean over seeds with its 95% interval; a single value where there is one seed.
+
+    The interval of a share in percent is cut at 0 and 100.
+    """
     if not values or not all(map(math.isfinite, values)):
         return "–"
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
     found = metrics.seed_interval(np.array(values))
-    return f"{found.value:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+    low, high = np.clip([found.low, found.high], *((0.0, 100.0) if share else (-np.inf, np.inf)))
+    return f"{found.value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def difference(first: Sequence[float], second: Sequence[float], digits: int) -> str:

@@ -58,7 +58,7 @@ def success_table(rows: list[Row]) -> list[Any]:
         lines.append(
             [
                 _shown(name),
-                shown([100 * row["success"] for row in own], 1),
+                shown([100 * row["success"] for row in own], 1, share=True),
                 *(str(_SUCCESS[dataset].get(name, "–")) for dataset in ("mnist", "cifar10")),
             ]
         )
@@ -120,7 +120,9 @@ def sensitivity_table(rows: list[Row]) -> list[Any]:
             shares["below"].append(100 * below / total)
             shares["above"].append(100 * above / total)
         published = [str(found.get(name, "–")) for found in (_BELOW, _ABOVE)]
-        lines.append([_shown(name), *(shown(each, 1) for each in shares.values()), *published])
+        lines.append(
+            [_shown(name), *(shown(each, 1, share=True) for each in shares.values()), *published]
+        )
     return [lines]
 
 

@@ -58,7 +58,7 @@ def takd_table(rows: list[Row], published: dict[str, str]) -> list[Any]:
     before = None
     for chain, own in values.items():
         against = difference(own, values[before], 2) if before else ""
-        lines.append([chain, shown(own, 2), against, published.get(chain, "–")])
+        lines.append([chain, shown(own, 2, share=True), against, published.get(chain, "–")])
         before = chain
     return [lines]
 
@@ -89,7 +89,7 @@ def grid_table(rows: list[Row]) -> list[Any]:
             own = [row for row in rows if (row["temperature"], row["chain"]) == (T, chain)]
             labels = [row["verdict"] for row in own if row["verdict"]]
             cells = [
-                shown([scale * row[name] for row in own], digits)
+                shown([scale * row[name] for row in own], digits, share=scale == 100)
                 for name, (_, digits, scale) in _QUANTITIES.items()
             ]
             lines.append([f"{T:g}", chain, *cells, labels[0] if labels else "–"])
