@@ -332,7 +332,7 @@ def test_exports_and_the_cache(reference, tmp_path):
     rows = content["parts"]["export"]["rows"]
     assert [row["read"] for row in rows] == ["load", "load_stablehlo"] * len(NETWORKS)
     [row] = content["parts"]["cache"]["rows"]
-    assert row["from_cache"] == row["compiled"] > 0
+    assert row["from_cache"] >= row["compiled"] > 0  # equal programs are compiled once
 
 
 def test_it_imports_what_a_bare_machine_has():

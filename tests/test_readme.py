@@ -74,7 +74,7 @@ def test_quick_start_shows_the_contrast(tmp_path):
     # Another machine rounds otherwise, so the README's numbers are held to within some examples.
     (shown,) = blocks("text")
     for row, shown_row in zip(found, numbers(shown), strict=True):
-        assert row == pytest.approx(shown_row, abs=15)
+        assert row == pytest.approx(shown_row, abs=25)
     assert printed.splitlines()[-1] == shown.splitlines()[-1] == "masked"
 
 
