@@ -313,7 +313,7 @@ class _Parts(NamedTuple):
         return weights if self.model is None else nets.logits_fn(self.model, weights)
 
     def record(self) -> dict[str, Any]:
-        """What the configuration says of it, in the types of JSON."""
+        """Entry of the configuration, in the types of JSON."""
         if self.model is None:
             return {"kind": "pytree"}
         kind: Any = type(self.model)

@@ -124,7 +124,7 @@ def _check_hosts(
     devices: Sequence[jax.Device] | None,
     **options: Any,
 ) -> None:
-    """What differed between hosts would train other weights on each, or hang."""
+    """Check that hosts agree; where they differ, each would train other weights, or hang."""
     chosen = jax.devices() if devices is None else devices
     if all(device.process_index == jax.process_index() for device in chosen):
         return  # on its own, it need not agree with anybody
