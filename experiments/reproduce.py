@@ -5,8 +5,9 @@
     python -m experiments.reproduce carlini2017-plain --scale cpu --workdir runs/papers
 
 Each item measures networks of a training study, which is trained where it is not yet, and writes
-its table beside the published one. Everything can be stopped at any moment and goes on when called
-again: every epoch of training and every batch of an attack is kept. Scales: `full` has the papers'
+its table beside the published one. `train` trains, and nothing else; the study's own attacks run
+for the items that need them. Everything can be stopped at any moment and goes on when called again:
+every epoch of training and every batch of an attack is kept. Scales: `full` has the papers'
 settings, for an accelerator; `cpu` is smaller, for two cores; `smoke` shows that it runs, and its
 numbers mean nothing. The next ten minutes of a long run:
 
@@ -44,6 +45,8 @@ class Item(NamedTuple):
         full: names of its training studies at the papers' scale.
         cpu: at the scale of two cores.
         smoke: at the least scale.
+        attacked: whether its rows have the training study's own attacks and verdicts in them; else
+            the networks are enough.
     """
 
     title: str
@@ -52,6 +55,7 @@ class Item(NamedTuple):
     full: tuple[str, ...]
     cpu: tuple[str, ...]
     smoke: str = "digits"
+    attacked: bool = False
 
 
 _BOTH = ("mnist", "cifar10")
@@ -78,6 +82,7 @@ ITEMS: Mapping[str, Item] = {
         mandal2023.robustness_table,
         _BOTH,
         _SEEDS,
+        attacked=True,
     ),
     "mandal2023-multistep": Item(
         "Accuracy and robustness by chain length",
@@ -85,6 +90,7 @@ ITEMS: Mapping[str, Item] = {
         mandal2023.multistep_table,
         _BOTH,
         _SEEDS,
+        attacked=True,
     ),
     "papernot2016-success": Item(
         "JSMA success against T",
@@ -144,7 +150,7 @@ ITEMS: Mapping[str, Item] = {
     ),
     "mirzadeh2019-plain": Item(
         "A small student alone, distilled, and through an assistant: plain CNNs",
-        students.students,
+        students.accuracies,
         students.plain_table,
         ("takd-plain",),
         ("takd-fashion",),
@@ -152,7 +158,7 @@ ITEMS: Mapping[str, Item] = {
     ),
     "mirzadeh2019-resnet": Item(
         "The same for ResNets 110, 20, 8",
-        students.students,
+        students.accuracies,
         students.resnet_table,
         ("takd-resnet",),
         (),
@@ -160,7 +166,7 @@ ITEMS: Mapping[str, Item] = {
     ),
     "mirzadeh2019-resnet26": Item(
         "The same for ResNets 26, 14, 8",
-        students.students,
+        students.accuracies,
         students.resnet26_table,
         ("takd-resnet26",),
         (),
@@ -173,6 +179,7 @@ ITEMS: Mapping[str, Item] = {
         ("ladder",),
         ("ladder",),
         "takd",
+        attacked=True,
     ),
     "logit-standard": Item(
         "Students that learn from standardized logits",
@@ -181,6 +188,7 @@ ITEMS: Mapping[str, Item] = {
         ("standardized", "mnist"),
         ("standardized", "digits"),
         "standardized",
+        attacked=True,
     ),
 }
 _IMAGES = {"full": 100, "cpu": 20, "smoke": 2}
@@ -191,7 +199,7 @@ class Options:
     """Which table, at which scale."""
 
     item: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="ITEM")]] = None
-    """An item of --list, or `train` with the name of a training study."""
+    """An item of --list, or `train` with the name of a training study, whose networks it trains."""
     training: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="TRAINING")]] = None
     """Only networks of this training study (none: of all that the item has at the scale)."""
     scale: Scale = "cpu"
@@ -273,13 +281,15 @@ def run(options: Options, name: str) -> None:
     training = TRAININGS[options.scale][name]
     study = training.study(data_dir=options.data_dir)
     folder = _studies.workdir_path(options.workdir) / options.scale / name
-    if options.item == "train" or not (folder / "report.html").exists():
+    spread = options.parallel or ("sweep" if options.scale == "full" else "jit")
+    item = ITEMS.get(str(options.item))
+    if item is None or not _trained(study, folder):
         print(f"training {name}: {cost(training)}", flush=True)
-        whole: Spread = "sweep" if options.scale == "full" else "jit"
-        studies.run(study, folder, parallel=options.parallel or whole)
-    if options.item == "train":
+        studies.train(study, folder, parallel=spread)
+    if item is None:
         return
-    item = ITEMS[str(options.item)]
+    if item.attacked and not (folder / "report.html").exists():
+        studies.run(study, folder, parallel=spread)
     with runtime.progress() as progress:
         source = Source(
             name=name,
@@ -295,6 +305,15 @@ def run(options: Options, name: str) -> None:
     where = tables or folder.parent / "tables"
     written = _write(where, f"{options.item}-{name}", rows, page(options, source, rows))
     print(written.read_text())
+
+
+def _trained(study: studies.Study, folder: epath.Path) -> bool:
+    """Whether all its networks are there; what is wrong with them, if not, training says."""
+    try:
+        found = studies.networks(study, folder, temperatures=study.temperatures, seeds=study.seeds)
+    except (FileNotFoundError, ValueError):
+        return False
+    return bool(found)
 
 
 def page(options: Options, source: Source, rows: list[Row]) -> str:

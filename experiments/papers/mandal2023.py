@@ -30,11 +30,11 @@ def accuracy(source: Source) -> list[Row]:
     """Test accuracy of every network."""
     return [
         {
-            **named(row),
-            "test_accuracy": row["test_accuracy"],
-            "mean_abs_logit": row["mean_abs_logit"],
+            **named(network._asdict()),
+            "test_accuracy": found.accuracy[0].value,
+            "mean_abs_logit": float(found.mean_abs_logit[0]),
         }
-        for row in source.measured()
+        for network, found in source.clean()
     ]
 
 
@@ -49,7 +49,11 @@ def accuracy_table(rows: list[Row]) -> list[Any]:
 def sensitivity(source: Source) -> list[Row]:
     """Sensitivity of the logits (the released code's) and of the softmax (Papernot et al.)."""
     return [
-        {**named(row), **{name: row[name] for name in _SENSITIVITIES}} for row in source.measured()
+        {
+            **named(network._asdict()),
+            **{name: float(getattr(found, name)[0]) for name in _SENSITIVITIES},
+        }
+        for network, found in source.clean()
     ]
 
 

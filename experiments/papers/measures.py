@@ -50,6 +50,27 @@ class Source:
         """Test examples of the study."""
         return self.study.examples().test
 
+    def clean(self, **where: Any) -> list[tuple[Trained, evaluate.CleanMeasures]]:
+        """What there is to measure of its networks without an attack, kept as the study keeps it.
+
+        Networks come by temperature, seed, and generation.
+        """
+        networks = sorted(self.networks(**where), key=lambda network: network[1:4])
+        return [
+            (
+                network,
+                evaluate.clean(
+                    nets.stack([network.logits_fn]),
+                    *self.test,
+                    num_sensitivity=self.study.num_sensitivity,
+                    callback=self.progress,
+                    shards=runtime.ShardFolder(self.folder / "shards"),
+                    names=[network.stem],
+                ),
+            )
+            for network in networks
+        ]
+
     def measured(self) -> list[Row]:
         """Rows of the study's own results, one per network, with its accuracy under AutoAttack."""
         rows = studies.load(self.folder).rows["results"]

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.papers.measures import Row, Source, shown, targeted
-from jdistill import attacks
-from jdistill import study as studies
+from experiments.papers.measures import Row, Source, named, shown, targeted
+from jdistill import attacks, metrics
 
 # JSMA success (%), at most 112 changed features, read off a picture of their table.
 _SUCCESS = {
@@ -92,15 +91,21 @@ def _robustness(row: Row) -> float:
 
 def sensitivity(source: Source) -> list[Row]:
     """The histogram of mean absolute gradients of the softmax, in ten bins."""
-    rows = studies.load(source.folder).rows["sensitivity"]
-    chosen = [
-        row
-        for row in rows
-        if row["generation"] == 1 or (row["temperature"], row["generation"]) == (1, 0)
-    ]
-    return [
-        {**row, "name": "none" if row["generation"] == 0 else row["temperature"]} for row in chosen
-    ]
+    rows = []
+    for network, found in [*source.clean(**source.plain), *source.clean(generations=[1])]:
+        histogram = metrics.sensitivity_histogram(found.log10_sensitivity_softmax_examples[0])
+        bins = zip(histogram.edges, histogram.edges[1:], histogram.counts, strict=False)
+        rows += [
+            {
+                **named(network._asdict()),
+                "name": _name(network),
+                "low": float(low),
+                "high": float(high),
+                "count": int(count),
+            }
+            for low, high, count in bins
+        ]
+    return rows
 
 
 def sensitivity_table(rows: list[Row]) -> list[Any]:
@@ -113,10 +118,8 @@ def sensitivity_table(rows: list[Row]) -> list[Any]:
         for seed in sorted({row["seed"] for row in own}):
             bins = [row for row in own if row["seed"] == seed]
             total = sum(row["count"] for row in bins)
-            below = sum(
-                row["count"] for row in bins if row["high"] is not None and row["high"] <= -40
-            )
-            above = sum(row["count"] for row in bins if row["low"] is not None and row["low"] >= -3)
+            below = sum(row["count"] for row in bins if row["high"] <= -40)
+            above = sum(row["count"] for row in bins if row["low"] >= -3)
             shares["below"].append(100 * below / total)
             shares["above"].append(100 * above / total)
         published = [str(found.get(name, "–")) for found in (_BELOW, _ABOVE)]

@@ -8,7 +8,15 @@ scale, which is what masks gradients after defensive distillation.
 
 from typing import Any
 
-from experiments.papers.measures import Line, Row, Source, difference, per_seed, shown
+from experiments.papers.measures import (
+    Line,
+    Row,
+    Source,
+    difference,
+    named,
+    per_seed,
+    shown,
+)
 from jdistill import study as studies
 
 # CIFAR-10 accuracy, of the tuner's best by test accuracy.
@@ -23,6 +31,20 @@ _QUANTITIES = {
     "fgsm": ("accuracy under FGSM (%)", 1, 100.0),
     "autoattack": ("under AutoAttack (%)", 1, 100.0),
 }
+
+
+def accuracies(source: Source) -> list[Row]:
+    """Test accuracy of each chain's student, by seed."""
+    clean = {
+        (network.chain, *named(network._asdict()).values()): found.accuracy[0].value
+        for network, found in source.clean()
+    }
+    return [
+        {"chain": name, "temperature": T, "seed": seed, "test_accuracy": accuracy}
+        for name, place in source.study.students().items()
+        for (chain, T, seed, generation), accuracy in clean.items()
+        if (chain, generation) == place
+    ]
 
 
 def students(source: Source) -> list[Row]:

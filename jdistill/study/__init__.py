@@ -5,14 +5,14 @@
 
 A `Study` is a value: what is trained (chains of stages, at temperatures and seeds), and what is
 measured of it. `run` trains, measures, judges, and reports into a workdir, from which it goes on;
-`load` reads the tables again, `networks` the trained networks. `smoke` makes any study small.
-`plan` says what it takes on a TPU that
-need not be there. `RECIPES` are the studies of the data sets that `jdistill.data` knows.
+`train` does the first of it alone. `load` reads the tables again, `networks` the trained networks.
+`smoke` makes any study small. `plan` says what it takes on a TPU that need not be there. `RECIPES`
+are the studies of the data sets that `jdistill.data` knows.
 """
 
 from jdistill.study._plan import Plan, plan
 from jdistill.study._recipes import RECIPES, Recipe
-from jdistill.study._run import Tables, load, networks, run, write_report
+from jdistill.study._run import Tables, load, networks, run, train, write_report
 from jdistill.study._study import Stage, Study, smoke
 from jdistill.study._training import Trained
 
@@ -29,5 +29,6 @@ __all__ = [
     "plan",
     "run",
     "smoke",
+    "train",
     "write_report",
 ]

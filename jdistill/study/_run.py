@@ -1,9 +1,10 @@
 """Running a study into a workdir, and reading what is there."""
 
+import contextlib
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jdistill.study._training import Trained
 from jdistill.typing import Event
 
 Row = dict[str, Any]
+Parallel = Literal["jit", "pmap", "sweep"]
 
 
 class Tables(NamedTuple):
@@ -42,7 +44,7 @@ def run(
     study: Study,
     workdir: _files.PathLike,
     *,
-    parallel: Literal["jit", "pmap", "sweep"] = "jit",
+    parallel: Parallel = "jit",
     recipe: Mapping[str, Any] | None = None,
 ) -> Tables:
     """Train what is not trained, measure what is not measured, and write the report.
@@ -66,9 +68,84 @@ def run(
         FloatingPointError: a network has diverged.
         ModuleNotFoundError: a package that the report needs is missing.
     """
-    _validate.instance(Study, "a Study", remedy="pass study.Study(...)", study=study)
-    _validate.one_of(("jit", "pmap", "sweep"), parallel=parallel)
     report.check_packages()
+    with _begun(study, workdir, parallel, recipe) as job:
+        networks = job.train()
+        shown = _measure.measure(
+            job.folder, job.study, networks, job.examples, first=job.first, progress=job.follower
+        )
+        if runtime.is_main_process():
+            _save_pictures(job.folder, shown)
+            _workdir.seal(job.folder, _DERIVED)
+            write_report(job.folder)
+        barrier("report")
+    return load(job.folder)
+
+
+def train(
+    study: Study,
+    workdir: _files.PathLike,
+    *,
+    parallel: Parallel = "jit",
+    recipe: Mapping[str, Any] | None = None,
+) -> list[Trained]:
+    """Train what is not trained of a study, and measure nothing.
+
+    `run` goes on from such a workdir: training and attacks can be two jobs, on two machines.
+
+    Args:
+        study: what to train.
+        workdir: as of `run`, like the other arguments.
+        parallel: likewise.
+        recipe: likewise.
+
+    Returns:
+        All trained networks of the workdir, as of `networks`.
+
+    Raises:
+        ValueError: the workdir belongs to another study.
+        OSError: it cannot be written, or another job writes it.
+        FloatingPointError: a network has diverged.
+    """
+    with _begun(study, workdir, parallel, recipe) as job:
+        return job.train()
+
+
+class _Job(NamedTuple):
+    """A study whose workdir is held, to be trained and measured.
+
+    Attributes:
+        folder: the workdir.
+        study: with what the workdir holds beside it.
+        examples: of the study.
+        parallel: how training is spread.
+        follower: of its progress.
+        first: number of the first stage after training.
+    """
+
+    folder: epath.Path
+    study: Study
+    examples: Examples
+    parallel: Parallel
+    follower: "_Follower"
+    first: int
+
+    def train(self) -> list[Trained]:
+        return _training.train(
+            self.folder, self.study, self.examples, parallel=self.parallel, progress=self.follower
+        )
+
+
+@contextlib.contextmanager
+def _begun(
+    study: Study,
+    workdir: _files.PathLike,
+    parallel: Parallel,
+    recipe: Mapping[str, Any] | None,
+) -> Iterator[_Job]:
+    """Hold the workdir, check that it is the study's, and keep the time to the end."""
+    _validate.instance(Study, "a Study", remedy="pass study.Study(...)", study=study)
+    _validate.one_of(get_args(Parallel), parallel=parallel)
     with _workdir.reserved(workdir) as folder, runtime.progress() as progress:
         examples = study.examples()
         _check_examples(study, examples)
@@ -79,23 +156,11 @@ def run(
             check_same(study=study.describe(examples), parallel=parallel)
             times = _workdir.Times(folder, parallel)
             before = _training.num_networks(study)
-            num_stages = before + _measure.num_stages(study)
-            follower = _Follower(progress, times, num_stages)
+            follower = _Follower(progress, times, before + _measure.num_stages(study))
             try:
-                networks = _training.train(
-                    folder, study, examples, parallel=parallel, progress=follower
-                )
-                shown = _measure.measure(
-                    folder, study, networks, examples, first=before + 1, progress=follower
-                )
+                yield _Job(folder, study, examples, parallel, follower, before + 1)
             finally:
                 times.write()
-            if runtime.is_main_process():
-                _save_pictures(folder, shown)
-                _workdir.seal(folder, _DERIVED)
-                write_report(folder)
-            barrier("report")
-    return load(folder)
 
 
 # What a report is made of.
