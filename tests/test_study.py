@@ -142,6 +142,21 @@ def test_running_again_changes_and_computes_nothing(finished, tmp_path, monkeypa
     assert read(folder) == read(finished)
 
 
+def test_trained_first_and_measured_later_is_one_run(finished, tmp_path):
+    folder = tmp_path / "run"
+    networks = study.train(SMALL, folder)
+    assert {(n.temperature, n.generation) for n in networks} == {
+        (T, g) for T in (1.0, 5.0) for g in range(3)
+    }
+    assert set(read(folder)) == {"metrics.jsonl"}
+    with pytest.raises(FileNotFoundError, match="expected"):
+        study.load(folder)
+    again = study.train(SMALL, folder)
+    assert [network.weights for network in again] == [network.weights for network in networks]
+    study.run(SMALL, folder)
+    assert read(folder) == read(finished)
+
+
 class Stop(Exception):
     pass
 
