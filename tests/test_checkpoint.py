@@ -20,8 +20,19 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jdistill.checkpoint import Checkpointer
+from jdistill.checkpoint import Checkpointer, _orbax
 from jdistill.checkpoint import _checkpointer as checkpoint
+from tests import processes
+
+pytestmark = pytest.mark.floor  # interfaces of Orbax move from version to version
+
+
+@pytest.fixture(scope="module", params=["V0", "V1"], autouse=True)
+def interface(request):
+    """Every test, by each interface of Orbax."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_orbax, "INTERFACE", getattr(_orbax, request.param))
+        yield request.param
 
 
 class State(NamedTuple):
@@ -94,7 +105,6 @@ def restore(folder, like=None):
 # --- Round trip ---
 
 
-@pytest.mark.floor
 def test_round_trip_is_bit_exact_for_every_kind_of_leaf(tmp_path):
     odd = np.array([np.nan, -0.0, np.inf, 1e-45], np.float32)
     odd.view(np.uint32)[0] |= 0x123  # a NaN with a payload
@@ -122,7 +132,6 @@ def test_round_trip_is_bit_exact_for_every_kind_of_leaf(tmp_path):
     assert all(found.state[name].flags.writeable for name in ("int8", "wide"))
 
 
-@pytest.mark.floor
 def test_restores_from_shapes_alone(two_steps):
     found = restore(two_steps, jax.eval_shape(make_state))
     assert found.step == 2
@@ -217,6 +226,19 @@ def test_orbax_is_quiet(tmp_path, caplog, capfd):
     assert caplog.records[-1].getMessage() == "others are heard"
 
 
+def test_each_interface_goes_on_with_what_the_other_wrote(interface, tmp_path, monkeypatch):
+    own, other = _orbax.INTERFACE, {"V0": _orbax.V1, "V1": _orbax.V0}[interface]
+    for step, writer, reader in ((1, own, other), (2, other, own)):
+        monkeypatch.setattr(_orbax, "INTERFACE", writer)
+        with Checkpointer(tmp_path) as checkpointer:
+            checkpointer.save(step, make_state(step), {"step": step})
+        monkeypatch.setattr(_orbax, "INTERFACE", reader)
+        found = restore(tmp_path)
+        assert (found.step, found.metadata) == (step, {"step": step})
+        assert bits(found.state) == bits(make_state(step))
+    assert Checkpointer(tmp_path).steps() == [1, 2]
+
+
 # --- Damage ---
 
 
@@ -267,7 +289,6 @@ def test_a_damaged_file_gives_a_whole_state_or_the_one_before(
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.floor
 def test_values_that_orbax_finds_whole_are_checked_too(damageable, tmp_path, caplog):
     with Checkpointer(tmp_path / "other") as checkpointer:
         checkpointer.save(2, make_state(9), {"step": 2})
@@ -424,7 +445,7 @@ def test_a_missing_right_stays_a_permission_error(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(checkpoint.ocp, "CheckpointManager", refuse)
+    monkeypatch.setattr(_orbax.INTERFACE, "__init__", refuse)
     refused = pytest.raises(PermissionError, match=r"writable workdir.*Permission denied")
     with Checkpointer(tmp_path) as checkpointer, refused:
         checkpointer.save(1, make_state())
@@ -462,7 +483,7 @@ def test_leaving_by_ctrl_c_keeps_the_save_on_its_way(tmp_path):
 
 @pytest.mark.parametrize(("presses", "saved"), [(1, True), (2, False)])
 def test_ctrl_c_waits_for_orbax_and_a_second_one_does_not(presses, saved, tmp_path, monkeypatch):
-    save = checkpoint.ocp.CheckpointManager.save
+    save = _orbax.INTERFACE.save
 
     def pressed(*arguments, **keywords):
         for _ in range(presses):
@@ -475,7 +496,7 @@ def test_ctrl_c_waits_for_orbax_and_a_second_one_does_not(presses, saved, tmp_pa
             pytest.fail("Ctrl-C got lost")
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", pressed)
+    monkeypatch.setattr(_orbax.INTERFACE, "save", pressed)
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert signal.getsignal(signal.SIGINT) is before
@@ -503,7 +524,8 @@ def test_a_failing_close_hides_no_other_error(tmp_path, monkeypatch, caplog):
 
 KILLED = """
 import sys, numpy as np
-from jdistill.checkpoint import Checkpointer
+from jdistill.checkpoint import Checkpointer, _orbax
+_orbax.INTERFACE = getattr(_orbax, sys.argv[2])
 checkpointer = Checkpointer(sys.argv[1])
 like = {"w": np.zeros(300_000, np.int32)}
 found = checkpointer.restore_latest(like)
@@ -516,8 +538,8 @@ while True:
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.03])
-def test_a_killed_process_leaves_a_whole_checkpoint(delay, tmp_path, caplog):
-    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+def test_a_killed_process_leaves_a_whole_checkpoint(delay, interface, tmp_path, caplog):
+    command = [sys.executable, "-c", KILLED, str(tmp_path), interface]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if int(line) == 4:
@@ -532,3 +554,28 @@ def test_a_killed_process_leaves_a_whole_checkpoint(delay, tmp_path, caplog):
         checkpointer.save(step + 1, state)
     # What the killed process left half-written is gone.
     assert {path.name for path in tmp_path.iterdir()} <= {str(step), str(step + 1)}
+
+
+TOGETHER = """
+import sys, numpy as np
+from jdistill import runtime
+from jdistill.checkpoint import Checkpointer, _orbax
+address, number, folder, interface = sys.argv[1:]
+runtime.initialize(address, 2, int(number), timeout_s=20, heartbeat_s=10)
+_orbax.INTERFACE = getattr(_orbax, interface)
+with Checkpointer(folder) as checkpointer:
+    for step in (1, 2, 3):
+        checkpointer.save(step, {"w": np.full(1000, step)}, {"step": step})
+    step, state, metadata = checkpointer.restore_latest({"w": np.zeros(1000, int)})
+    assert (state["w"] == step).all(), state
+    print(step, metadata, checkpointer.steps())
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_save_and_restore_together(interface, tmp_path):
+    where = processes.address()
+    arguments = [("-c", TOGETHER, where, number, tmp_path, interface) for number in range(2)]
+    for process, output, errors in processes.finished([*map(processes.start, arguments)]):
+        assert (process.returncode, errors) == (0, "")
+        assert "3 {'step': 3} [2, 3]" in output

@@ -9,8 +9,7 @@ A checkpoint is a numbered folder with two Orbax items:
   checksum of the bytes. Storage that changed a byte is found out at restore, and the checkpoint
   before is used instead.
 
-Orbax's v0 interface is used here (`CheckpointManager`, `StandardSave`); moving to v1 touches
-nothing but this package.
+What is called of Orbax is in one private module, once for each of its interfaces, v0 and v1.
 """
 
 from jdistill.checkpoint._checkpointer import Checkpointer, Restored

@@ -5,19 +5,17 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint import checkpoint_managers
 
 from jdistill import _validate, parallel
 from jdistill._files import PathLike, as_path, is_remote
-from jdistill.checkpoint import _packing
+from jdistill.checkpoint import _orbax, _packing
 from jdistill.checkpoint._quiet import silent_orbax, undisturbed
 from jdistill.typing import PyTree
 
@@ -76,7 +74,7 @@ class Checkpointer:
         _validate.count(max_to_keep=max_to_keep)
         self.directory = _absolute(directory)
         self._max_to_keep = max_to_keep
-        self._manager: ocp.CheckpointManager | None = None
+        self._manager: _orbax.V0 | _orbax.V1 | None = None
         self._damaged: list[int] = []
 
     def __enter__(self) -> "Checkpointer":
@@ -125,18 +123,14 @@ class Checkpointer:
         self.wait()
         self._set_damaged_aside()
         manager = self._open()
-        latest = manager.latest_step()
+        latest = manager.latest()
         if latest is not None and step <= latest:
             raise ValueError(
                 f"expected step > {latest}, the latest in {self.directory}, got {step}; "
                 "go on from restore_latest(), or choose another folder"
             )
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave({"bytes": packed}), metadata=ocp.args.JsonSave(sealed)
-        )
         with self._explained():
-            # `force`, because the step is checked above: no policy of Orbax may skip it in silence.
-            manager.save(step, args=args, force=True)
+            manager.save(step, packed, sealed)
 
     def wait(self) -> None:
         """Waits until everything saved so far is durable.
@@ -146,7 +140,7 @@ class Checkpointer:
         """
         if self._manager is not None:
             with self._explained():
-                self._manager.wait_until_finished()
+                self._manager.wait()
 
     def close(self) -> None:
         """Waits for the last save and frees the threads; saving again reopens.
@@ -158,7 +152,7 @@ class Checkpointer:
         if manager is not None:
             with self._explained():
                 try:
-                    manager.wait_until_finished()
+                    manager.wait()
                 finally:
                     manager.close()
 
@@ -239,29 +233,24 @@ class Checkpointer:
         """One checkpoint, or `_DamagedError`."""
         folder = self.directory / str(step)
         with _damage():
-            content = _unseal(_read(folder, "metadata", ocp.args.JsonRestore()))
+            content = _unseal(folder)
         _packing.check_same(folder, content["leaves"], wanted)
         with _damage():
-            packed = np.asarray(_read(folder, "state", ocp.args.StandardRestore())["bytes"])
+            packed = _read(folder)
             if _digest(packed.data) != content["bytes"]:
                 raise _DamagedError("the checksum of the state differs")
         return Restored(step, _packing.unpack(packed, like), content["metadata"])
 
-    def _open(self) -> ocp.CheckpointManager:
+    def _open(self) -> _orbax.V0 | _orbax.V1:
         if self._manager is None:
-            with self._explained():
+            with self._explained(), silent_orbax():
                 self.directory.mkdir(parents=True, exist_ok=True)
-                self._manager = ocp.CheckpointManager(
-                    self.directory,
-                    options=ocp.CheckpointManagerOptions(
-                        preservation_policy=checkpoint_managers.LatestN(self._max_to_keep),
-                        cleanup_tmp_directories=True,
-                        save_root_metadata=False,
-                        # Reads no old step, and so cannot complain of a damaged one.
-                        lightweight_initialize=True,
-                    ),
-                )
+                self._manager = _orbax.INTERFACE(self.directory, self._kept)
         return self._manager
+
+    def _kept(self, steps: Sequence[int]) -> list[bool]:
+        """Which of the checkpoints there are stay."""
+        return [step in steps[-self._max_to_keep :] for step in steps]
 
     def _set_damaged_aside(self) -> None:
         """Makes room for the steps to come, and loses nothing that somebody could still repair."""
@@ -324,10 +313,10 @@ def _absolute(directory: PathLike) -> epath.Path:
     return path if is_remote(path) else epath.Path(os.path.abspath(path))
 
 
-def _read(folder: epath.Path, item: str, args: Any) -> Any:
-    """One item of a checkpoint; not through the manager, which must not create the folder."""
-    with undisturbed(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        return reader.restore(folder, args=ocp.args.Composite(**{item: args}))[item]
+def _read(folder: epath.Path) -> np.ndarray:
+    """The bytes of a checkpoint's state."""
+    with undisturbed():
+        return _orbax.INTERFACE.read(folder)
 
 
 def _digest(data: memoryview | bytes) -> str:
@@ -355,9 +344,9 @@ def _seal(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, "checksum": _content_digest(content)}
 
 
-def _unseal(item: dict[str, Any]) -> dict[str, Any]:
-    """The content of the metadata item, which is as it was written."""
-    content = dict(item)
+def _unseal(folder: epath.Path) -> dict[str, Any]:
+    """The content of a checkpoint's metadata item, which is as it was written."""
+    content = json.loads((folder / "metadata" / "metadata").read_text())
     if content.pop("checksum") != _content_digest(content):
         raise _DamagedError("the checksum of the metadata differs")
     if content["format"] != _FORMAT:

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class _OrbaxFilter(logging.Filter):
-    """Drops Orbax's chatter, and nothing else that goes through absl's logger.
+    """Drops Orbax's chatter, and nothing else that goes through the same loggers.
 
     Orbax logs a dozen INFO lines a save, some of them from threads of its own, so that raising
     the level around a call would miss them: whoever shows INFO would lose the progress bars.
@@ -24,6 +24,7 @@ class _OrbaxFilter(logging.Filter):
 
 _orbax_filter = _OrbaxFilter()
 logging.getLogger("absl").addFilter(_orbax_filter)
+logging.getLogger().addFilter(_orbax_filter)  # some of its modules log there
 
 
 @contextlib.contextmanager
