@@ -323,6 +323,7 @@ def test_soft_labels_may_be_every_runs_own():
     assert np.abs(own.params["first"][0] - shared.params["first"][0]).max() > 1e-4
 
 
+@pytest.mark.floor
 @pytest.mark.slow
 def test_convolutional_networks_and_images():
     digits = data.load("digits")

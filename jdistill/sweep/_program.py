@@ -145,6 +145,9 @@ def mesh(devices: tuple[jax.Device, ...]) -> Mesh:
 
 def placed(kind: Kind, tree: Any, *, stacked: bool) -> Any:
     """The tree's arrays on the devices: each with its runs, or all with everything."""
+    if len(kind.devices) == 1:
+        # No mesh: with one, JAX 0.7 refuses `vmap` of a convolution's gradient.
+        return jax.device_put(tree, kind.devices[0])
     spec = PartitionSpec(RUN_AXIS) if stacked else PartitionSpec()
     return jax.device_put(tree, NamedSharding(mesh(kind.devices), spec))
 
