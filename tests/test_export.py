@@ -20,6 +20,7 @@ import pytest
 from flax import nnx
 
 from jdistill import _fingerprint, attacks, evaluate, export, nets, train
+from jdistill.export import _folder
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "export"
@@ -340,8 +341,8 @@ def test_pickles_are_not_read(tmp_path, folder):
     config = json.loads((tmp_path / "config.json").read_text())
     arrays = {name: np.array([{}], object) for name in config["weights"]["arrays"]}
     np.savez(tmp_path / "weights.npz", allow_pickle=True, **arrays)
-    config["weights"]["sha256"] = export._sha256((tmp_path / "weights.npz").read_bytes())
-    config["sha256"] = export._checksum(config)
+    config["weights"]["sha256"] = _folder.sha256((tmp_path / "weights.npz").read_bytes())
+    config["sha256"] = _folder.checksum(config)
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"weights.npz as .*Object arrays cannot be loaded"):
         export.load(tmp_path)
@@ -445,7 +446,7 @@ def rewritten(folder, **changes):
     place = folder / "config.json"
     config = json.loads(place.read_text())
     config["program"] |= changes
-    config["sha256"] = export._checksum(config)
+    config["sha256"] = _folder.checksum(config)
     place.write_text(json.dumps(config))
 
 
