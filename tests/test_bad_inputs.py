@@ -114,12 +114,12 @@ report.write_table(FILES["t.csv"], "calibration", CALIBRATION)
 report.write_table(FOLDER / "w" / "results.csv", "results", ROWS)
 report.write_verdicts(FILES["v.json"], VERDICTS)
 with checkpoint.Checkpointer(FOLDER / "kept") as KEPT:
-    KEPT.save(1, SAVED)
+    KEPT.save(1, SAVED, score=1.0)
 
 
-def save(step, state, metadata=None):
+def save(step, state, metadata=None, score=None):
     with checkpoint.Checkpointer(tempfile.mkdtemp(dir=FOLDER)) as keeper:
-        keeper.save(step, state, metadata)
+        keeper.save(step, state, metadata, score=score)
 
 
 def nnx_module():
@@ -461,7 +461,7 @@ depth: depth
 logits: teacher_logits
 count from 2: num_candidates num_classes max_features
 count from 0: first_target num_epochs host epoch generation number successes num_rows data.start
-    data.num_examples place checkpoint.step
+    data.num_examples place checkpoint.step keep_best
 flag: enabled best_loss trace random_start abort_early minimum_norm temperature_squared vmapped
     online
 text: stage shard_name remedy report.write_picture_grid.attack report.write_picture_grid.norm
@@ -472,7 +472,7 @@ mapping: measures config run figures pictures eps_grids metadata
 one above 0: loss_cap width train_temperature attacks.softmax_at.temperature diagnose.eps
     distill.soft_labels.temperature distill.chain.temperature
     metrics.temperature metrics.log10_sensitivity_softmax.temperature train.sgd.learning_rate
-any: fill shift
+any: fill shift checkpoint.save.score
 own: start step state params outcome distill.initial_weights.start report.result
     report.pictures.result report.from_evaluation.result
 judged: report.from_evaluation.verdicts
@@ -598,6 +598,7 @@ def public():
     yield "checkpoint.save", save
     yield "checkpoint.restore", KEPT.restore
     yield "checkpoint.restore_latest", KEPT.restore_latest
+    yield "checkpoint.restore_best", KEPT.restore_best
 
 
 def value_of(value, module):

@@ -239,6 +239,97 @@ def test_each_interface_goes_on_with_what_the_other_wrote(interface, tmp_path, m
     assert Checkpointer(tmp_path).steps() == [1, 2]
 
 
+# --- The best ---
+
+
+def scored(folder, scores, **options):
+    """A folder in which a state was saved for each score, and those that stay."""
+    with Checkpointer(folder, **options) as checkpointer:
+        for step, score in enumerate(scores, start=1):
+            checkpointer.save(step, {"w": np.full(9, step)}, {"step": step}, score=score)
+    return checkpointer
+
+
+NINE = {"w": np.zeros(9, int)}
+
+
+@pytest.mark.parametrize(
+    ("scores", "options", "kept", "best"),
+    [
+        ([0.1, 0.9, 0.2, 0.3, 0.4], {"keep_best": 1}, [2, 4, 5], 2),
+        ([0.1, 0.9, 0.2, 0.3, 0.4], {"keep_best": 2, "max_to_keep": 1}, [2, 5], 2),
+        ([0.1, 0.9, 0.2, 0.3, 0.4], {"keep_best": 3, "max_to_keep": 1}, [2, 4, 5], 2),
+        ([0.5, 0.5, 0.5, 0.5], {"keep_best": 1, "max_to_keep": 1}, [1, 4], 1),  # the earliest
+        ([0.0, -1.0, None, -2.0], {"keep_best": 1, "max_to_keep": 1}, [1, 4], 1),
+        ([None, None, None], {"keep_best": 1}, [2, 3], None),
+        ([0.9, 0.1, 0.2, 0.2], {}, [3, 4], 3),  # the best of those that are there
+    ],
+)
+def test_the_best_stay_beside_the_latest(scores, options, kept, best, tmp_path):
+    checkpointer = scored(tmp_path, scores, **options)
+    assert checkpointer.steps() == kept
+    assert checkpointer.restore_latest(NINE).step == len(scores)
+    found = checkpointer.restore_best(NINE)
+    assert (found and found.step) == best
+    if best is not None:
+        assert found.metadata == {"step": best}
+        assert (found.state["w"] == best).all()
+
+
+def test_the_best_is_known_in_a_new_process(tmp_path):
+    scored(tmp_path, [0.1, 0.9, 0.2, 0.3], keep_best=1)
+    with Checkpointer(tmp_path, keep_best=1) as checkpointer:
+        for step, score in ((5, 0.9), (6, 0.2), (7, 0.3)):
+            checkpointer.save(step, NINE, score=score)
+    assert checkpointer.steps() == [2, 6, 7]
+    with Checkpointer(tmp_path, keep_best=1) as checkpointer:
+        for step, score in ((8, 0.95), (9, 0.1), (10, 0.1)):
+            checkpointer.save(step, NINE, score=score)
+    assert checkpointer.steps() == [8, 9, 10]
+
+
+@pytest.mark.parametrize("item", ["metadata/metadata", "state/manifest.ocdbt"])
+def test_a_damaged_best_leaves_its_place_to_the_next(item, tmp_path, caplog):
+    scored(tmp_path, [0.1, 0.9, 0.2, 0.4, 0.3], keep_best=1)
+    (tmp_path / "2" / item).write_bytes(b"")
+    with Checkpointer(tmp_path, keep_best=1) as checkpointer:
+        assert checkpointer.restore_best(NINE).step == 4
+        assert str(tmp_path / "2") in caplog.messages[0]
+        assert "step 4 as the best" in caplog.messages[1]
+        for step in (6, 7, 8):
+            checkpointer.save(step, NINE, score=0.0)
+    assert checkpointer.steps() == [4, 7, 8]
+    assert (tmp_path / "damaged-2").exists()
+    assert restore(tmp_path, NINE).step == 8
+    assert len(caplog.messages) == 2
+
+
+def test_no_whole_checkpoint_is_no_best(tmp_path, caplog):
+    scored(tmp_path, [0.1])
+    (tmp_path / "1/state/manifest.ocdbt").write_bytes(b"")
+    assert Checkpointer(tmp_path).restore_best(NINE) is None
+    assert "damaged" in caplog.text
+    assert Checkpointer(tmp_path / "absent").restore_best(NINE) is None
+
+
+def test_a_score_that_was_edited_is_damage(tmp_path, caplog):
+    scored(tmp_path, [0.1, 0.2])
+    item = tmp_path / "1/metadata/metadata"
+    item.write_text(json.dumps({**json.loads(item.read_text()), "score": 0.9}))
+    assert Checkpointer(tmp_path).restore_best(NINE).step == 2
+    assert "checksum of the metadata differs" in caplog.text
+
+
+@pytest.mark.parametrize("score", [np.nan, np.inf, "high", [1.0, 2.0]])
+def test_a_score_that_is_no_number_is_refused(score, tmp_path):
+    with (
+        Checkpointer(tmp_path / "new") as checkpointer,
+        pytest.raises(ValueError, match=r"expected .*score"),
+    ):
+        checkpointer.save(1, NINE, score=score)
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- Damage ---
 
 
@@ -415,9 +506,11 @@ def test_a_step_that_is_not_the_latest_is_refused(step, damageable):
     assert bits(restore(damageable).state) == bits(make_state(2))
 
 
-def test_max_to_keep_is_checked(tmp_path):
+def test_how_many_to_keep_is_checked(tmp_path):
     with pytest.raises(ValueError, match="max_to_keep to be a whole number >= 1, got 0"):
         Checkpointer(tmp_path, max_to_keep=0)
+    with pytest.raises(ValueError, match="keep_best to be a whole number >= 0, got -1"):
+        Checkpointer(tmp_path, keep_best=-1)
 
 
 def test_relative_folders_and_home_are_understood(tmp_path, monkeypatch):

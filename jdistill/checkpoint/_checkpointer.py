@@ -42,7 +42,7 @@ class _DamagedError(Exception):
 
 
 class Checkpointer:
-    """Saves states under growing step numbers in one folder, and restores the latest whole one.
+    """Saves states under growing step numbers in one folder, and restores the latest or best one.
 
     Nothing is written before the first `save`. `save` returns once the state is copied and writes
     it in the background: it is durable when the next `save`, `wait` or `close` has returned, and
@@ -54,9 +54,11 @@ class Checkpointer:
         directory: the folder of this one sequence of checkpoints; a local path or `gs://…`.
         max_to_keep: how many of the latest checkpoints stay. With 1 there is nothing to fall
             back to when it gets damaged.
+        keep_best: how many of those with the highest score stay as well; they may be among the
+            latest.
 
     Raises:
-        ValueError: `max_to_keep` is below 1.
+        ValueError: `max_to_keep` is below 1, or `keep_best` below 0.
 
     Example:
         >>> import tempfile, jax
@@ -68,12 +70,24 @@ class Checkpointer:
         ...     step, state, metadata = checkpointer.restore_latest(state)
         >>> step, int(state["step"]), metadata
         (3, 3, {'stage': 'teacher'})
+
+        The best of six by a score, which is neither the last nor the one before:
+
+        >>> with Checkpointer(tempfile.mkdtemp(), max_to_keep=1, keep_best=1) as checkpointer:
+        ...     for step, accuracy in enumerate([0.5, 0.8, 0.9, 0.7, 0.9, 0.6], start=1):
+        ...         checkpointer.save(step, state, score=accuracy)
+        ...     best = checkpointer.restore_best(state)
+        >>> best.step, checkpointer.steps()
+        (3, [3, 6])
     """
 
-    def __init__(self, directory: PathLike, *, max_to_keep: int = 2) -> None:
+    def __init__(self, directory: PathLike, *, max_to_keep: int = 2, keep_best: int = 0) -> None:
         _validate.count(max_to_keep=max_to_keep)
+        _validate.count(minimum=0, keep_best=keep_best)
         self.directory = _absolute(directory)
         self._max_to_keep = max_to_keep
+        self._keep_best = keep_best
+        self._scores: dict[int, float] = {}
         self._manager: _orbax.V0 | _orbax.V1 | None = None
         self._damaged: list[int] = []
 
@@ -100,26 +114,41 @@ class Checkpointer:
             return []
         return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
 
-    def save(self, step: int, state: PyTree, metadata: Mapping[str, Any] | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        score: float | None = None,
+    ) -> None:
         """Saves a state; older checkpoints go once the new one is whole.
 
         Args:
             step: a whole number above that of every checkpoint there is.
             state: a pytree of arrays, typed PRNG keys and Python numbers.
             metadata: whatever JSON can hold.
+            score: a finite number, the higher the better, such as the accuracy on validation
+                examples; None for a state that can never be the best.
 
         Raises:
             ValueError: the step is not above the latest one, a leaf is neither an array nor a
-                number, or the metadata is not JSON-able. Nothing is written.
+                number, the metadata is not JSON-able, or the score is not finite. Nothing is
+                written.
             OSError: the folder cannot be written (PermissionError where that is why), or an
                 earlier save failed in the background.
         """
         _validate.count(minimum=0, step=step)
         step = int(step)
         packed, specs = _packing.pack(state)
-        sealed = _seal(
-            {"metadata": _jsonable(metadata), "leaves": specs, "bytes": _digest(packed.data)}
-        )
+        content: dict[str, Any] = {"metadata": _jsonable(metadata), "leaves": specs}
+        content["bytes"] = _digest(packed.data)
+        if score is not None:
+            _validate.scalar(score=score)
+            _validate.finite(score=score)
+            content["score"] = float(score)
+            parallel.check_same(score=content["score"])  # by it each host says what stays
+        sealed = _seal(content)
         self.wait()
         self._set_damaged_aside()
         manager = self._open()
@@ -129,6 +158,8 @@ class Checkpointer:
                 f"expected step > {latest}, the latest in {self.directory}, got {step}; "
                 "go on from restore_latest(), or choose another folder"
             )
+        if score is not None:
+            self._scores[step] = content["score"]
         with self._explained():
             manager.save(step, packed, sealed)
 
@@ -174,27 +205,74 @@ class Checkpointer:
             ValueError: the latest whole checkpoint is of another state; says what differs.
             OSError: the folder cannot be read.
         """
-        wanted = [_packing.spec(name, leaf) for name, leaf in _packing.named_leaves(like)]
         self.wait()
-        skipped: list[int] = []
+        self._damaged = []
+        found = self._first_whole(self.steps()[::-1], like)
+        if self._damaged and found is not None:
+            _warn("going on from the whole checkpoint of step %d", found.step)
+        elif self._damaged:
+            _warn("no whole checkpoint in %s: starting afresh", self.directory)
+        return found
+
+    def restore_best(self, like: PyTree) -> Restored | None:
+        """Restores the whole checkpoint of the highest score, of equal ones the earliest.
+
+        A damaged checkpoint is skipped and set aside as by `restore_latest`, and the next best of
+        those that are there takes its place.
+
+        Args:
+            like: as for `restore_latest`.
+
+        Returns:
+            Step, state and metadata; None where no whole checkpoint has a score.
+
+        Raises:
+            ValueError: the best checkpoint is of another state; says what differs.
+            OSError: the folder cannot be read.
+        """
+        self.wait()
+        scores, damaged = self._read_scores()
+        for step, error in damaged.items():
+            self._skip(step, error)
+        best = _by_score(scores)
+        found = self._first_whole(best, like)
+        if found is not None and (damaged or found.step != best[0]):
+            _warn("taking the whole checkpoint of step %d as the best", found.step)
+        return found
+
+    def _first_whole(self, steps: Sequence[int], like: PyTree) -> Restored | None:
+        """The first of these steps that is not damaged."""
+        wanted = [_packing.spec(name, leaf) for name, leaf in _packing.named_leaves(like)]
         found = None
-        steps = self.steps()
         parallel.check_same(checkpoints=steps)
-        for step in reversed(steps):
+        for step in steps:
             try:
                 with silent_orbax():
                     found = self._restore(step, like, wanted)
                 break
             except _DamagedError as error:
-                skipped.append(step)
-                _warn("skipped the damaged checkpoint %s (%s)", self.directory / str(step), error)
-        self._damaged = skipped
+                self._skip(step, error)
         parallel.check_same(whole_checkpoint=None if found is None else found.step)
-        if skipped and found is not None:
-            _warn("going on from the whole checkpoint of step %d", found.step)
-        elif skipped:
-            _warn("no whole checkpoint in %s: starting afresh", self.directory)
         return found
+
+    def _skip(self, step: int, error: _DamagedError) -> None:
+        """Says once that a checkpoint is damaged, and notes it for the next `save`."""
+        if step not in self._damaged:
+            _warn("skipped the damaged checkpoint %s (%s)", self.directory / str(step), error)
+            self._damaged.append(step)
+
+    def _read_scores(self) -> tuple[dict[int, float], dict[int, _DamagedError]]:
+        """Scores by step, and why those that are damaged have none."""
+        scores, damaged = {}, {}
+        for step in self.steps():
+            try:
+                content = self._unsealed(step)
+            except _DamagedError as error:
+                damaged[step] = error
+                continue
+            if "score" in content:
+                scores[step] = content["score"]
+        return scores, damaged
 
     def restore(self, step: int, like: PyTree) -> Restored:
         """Restores the checkpoint of one step.
@@ -232,8 +310,7 @@ class Checkpointer:
     def _restore(self, step: int, like: PyTree, wanted: list[_packing.Spec]) -> Restored:
         """One checkpoint, or `_DamagedError`."""
         folder = self.directory / str(step)
-        with _damage():
-            content = _unseal(folder)
+        content = self._unsealed(step)
         _packing.check_same(folder, content["leaves"], wanted)
         with _damage():
             packed = _read(folder)
@@ -241,16 +318,25 @@ class Checkpointer:
                 raise _DamagedError("the checksum of the state differs")
         return Restored(step, _packing.unpack(packed, like), content["metadata"])
 
+    def _unsealed(self, step: int) -> dict[str, Any]:
+        """What the metadata item of a checkpoint holds, or `_DamagedError`."""
+        with _damage():
+            return _unseal(self.directory / str(step))
+
     def _open(self) -> _orbax.V0 | _orbax.V1:
         if self._manager is None:
             with self._explained(), silent_orbax():
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._manager = _orbax.INTERFACE(self.directory, self._kept)
+            if self._keep_best:
+                self._scores, _ = self._read_scores()
         return self._manager
 
     def _kept(self, steps: Sequence[int]) -> list[bool]:
         """Which of the checkpoints there are stay."""
-        return [step in steps[-self._max_to_keep :] for step in steps]
+        scores = {step: self._scores[step] for step in steps if step in self._scores}
+        kept = {*steps[-self._max_to_keep :], *_by_score(scores)[: self._keep_best]}
+        return [step in kept for step in steps]
 
     def _set_damaged_aside(self) -> None:
         """Makes room for the steps to come, and loses nothing that somebody could still repair."""
@@ -282,6 +368,11 @@ class Checkpointer:
                 f"expected a writable workdir, got {self.directory} ({reason}); "
                 "make room or change its permissions, or choose another `--workdir`"
             ) from error
+
+
+def _by_score(scores: Mapping[int, float]) -> list[int]:
+    """Steps, the best first; of equal ones the earlier."""
+    return sorted(scores, key=lambda step: (-scores[step], step))
 
 
 def _warn(message: str, *values: Any) -> None:
