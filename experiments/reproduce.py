@@ -2,14 +2,16 @@
 
     python -m experiments.reproduce --list
     python -m experiments.reproduce train mnist --scale cpu --workdir runs/papers
+    python -m experiments.reproduce plan mnist --scale full --topology v5e:1x1
     python -m experiments.reproduce carlini2017-plain --scale cpu --workdir runs/papers
 
 Each item measures networks of a training study, which is trained where it is not yet, and writes
 its table beside the published one. `train` trains, and nothing else; the study's own attacks run
-for the items that need them. Everything can be stopped at any moment and goes on when called again:
-every epoch of training and every batch of an attack is kept. Scales: `full` has the papers'
-settings, for an accelerator; `cpu` is smaller, for two cores; `smoke` shows that it runs, and its
-numbers mean nothing. The next ten minutes of a long run:
+for the items that need them; `plan` says what both take on a TPU, which need not be there.
+Everything can be stopped at any moment and goes on when called again: every epoch of training and
+every batch of an attack is kept. Scales: `full` has the papers' settings, for an accelerator; `cpu`
+is smaller, for two cores; `smoke` shows that it runs, and its numbers mean nothing. The next ten
+minutes of a long run:
 
     timeout --signal TERM 10m python -m experiments.reproduce train mnist --scale full
 """
@@ -30,7 +32,7 @@ from experiments.papers.measures import Line, Row, Source, markdown
 from experiments.papers.training import TRAININGS, Scale, cost
 from jdistill import runtime
 from jdistill import study as studies
-from jdistill.commands import _studies
+from jdistill.commands import _plan, _studies
 
 Spread = Literal["jit", "pmap", "sweep"]
 
@@ -191,6 +193,8 @@ ITEMS: Mapping[str, Item] = {
         attacked=True,
     ),
 }
+# Done to a training study, and not to a table.
+_OF_TRAININGS = ("train", "plan")
 _IMAGES = {"full": 100, "cpu": 20, "smoke": 2}
 
 
@@ -199,7 +203,7 @@ class Options:
     """Which table, at which scale."""
 
     item: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="ITEM")]] = None
-    """An item of --list, or `train` with the name of a training study, whose networks it trains."""
+    """An item of --list; or `train` or `plan`, with the name of a training study."""
     training: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="TRAINING")]] = None
     """Only networks of this training study (none: of all that the item has at the scale)."""
     scale: Scale = "cpu"
@@ -212,6 +216,8 @@ class Options:
     """Test images for targeted attacks, each towards every class (none: 100, 20, 2 by scale)."""
     parallel: Spread | None = None
     """How training is spread, as in `jdistill defend` (none: sweep at full scale, else jit)."""
+    topology: str = "v5e:1x1"
+    """Of `plan`: chip and how many along each axis, as in `jdistill plan`."""
     data_dir: str | None = None
     """Folder of prepared TFDS sets (none: TFDS_DATA_DIR, else ~/tensorflow_datasets)."""
     list: bool = False
@@ -221,10 +227,10 @@ class Options:
         """Name what is wrong."""
         if self.list:
             return
-        if self.item != "train" and self.item not in ITEMS:
+        if self.item not in (*_OF_TRAININGS, *ITEMS):
             raise ValueError(
-                f"expected an item among train, {', '.join(ITEMS)}, got {self.item!r}; --list "
-                "says what they show"
+                f"expected an item among train, plan, {', '.join(ITEMS)}, got {self.item!r}; "
+                "--list says what they show"
             )
         known = trainings(self)
         if not known:
@@ -237,13 +243,13 @@ class Options:
                 f"expected one of the training studies {', '.join(known)}, got "
                 f"{self.training!r}; choose one"
             )
-        if self.item == "train" and self.training is None:
+        if self.item in _OF_TRAININGS and self.training is None:
             raise ValueError(f"expected the name of one of {', '.join(known)}, got none; add it")
 
 
 def trainings(options: Options) -> tuple[str, ...]:
     """The training studies of an item at a scale."""
-    if options.item == "train":
+    if options.item in _OF_TRAININGS:
         return tuple(TRAININGS[options.scale])
     item = ITEMS[str(options.item)]
     return {"full": item.full, "cpu": item.cpu, "smoke": (item.smoke,)}[options.scale]
@@ -257,6 +263,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     if options.list:
         print(listing())
+        return
+    if options.item == "plan":
+        _plan.show(
+            TRAININGS[options.scale][str(options.training)].study(data_dir=options.data_dir),
+            options.topology,
+        )
         return
     runtime.add_cpu_flags()
     runtime.enable_compilation_cache()

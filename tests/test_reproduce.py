@@ -47,10 +47,11 @@ def test_every_item_runs_at_the_least_scale(workdir, item):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["mandal"], "expected an item among train, mandal2023-accuracy"),
+        (["mandal"], "expected an item among train, plan, mandal2023-accuracy"),
         (["mirzadeh2019-resnet"], "which has none; use --scale full"),
         (["ladder", "digits"], "expected one of the training studies ladder, got 'digits'"),
         (["train"], "expected the name of one of mnist, mnist-half"),
+        (["plan"], "expected the name of one of mnist, mnist-half"),
     ],
 )
 def test_what_is_not_there_is_refused(arguments, message):

@@ -51,9 +51,7 @@ def run(arguments: Sequence[str]) -> None:
         if file.suffix != ".json":
             raise ValueError(f"expected --json to end in .json, got {options.json!r}; name it so")
         runtime.check_writable(file.parent, remedy="choose another --json")
-    tpu.check_compiler()
-    # What is at hand is not asked for: neither a TPU nor a GPU is needed, nor taken.
-    jax.config.update("jax_platforms", "cpu")
+    _without_accelerator()
     of_file = name.endswith(".py")
     made, given = _defend._parse_file([name, *rest]) if of_file else _defend.parse([name, *rest])
     if given.workdir is not None:
@@ -62,8 +60,21 @@ def run(arguments: Sequence[str]) -> None:
         study = _studies.of_recipe(made, given.data_dir).study
     else:
         study = studies.smoke(made.study) if given.smoke else made.study
-    with runtime.progress() as progress:
-        plan = studies.plan(study, options.topology, largest=options.largest, callback=progress)
-    print(plan)
+    plan = show(study, options.topology, largest=options.largest)
     if file is not None:
         runtime.write_json(file, plan.as_dict())
+
+
+def show(study: studies.Study, topology: str, *, largest: bool = True) -> studies.Plan:
+    """The plan of a study, made with a progress bar and printed."""
+    _without_accelerator()
+    with runtime.progress() as progress:
+        plan = studies.plan(study, topology, largest=largest, callback=progress)
+    print(plan)
+    return plan
+
+
+def _without_accelerator() -> None:
+    """Ask for nothing at hand: neither a TPU nor a GPU is needed, nor taken."""
+    tpu.check_compiler()
+    jax.config.update("jax_platforms", "cpu")
