@@ -37,6 +37,9 @@ class Generation:
         model_state: its initial model state; `{}` where there is none.
         num_epochs: passes over the data, at least 0.
         hyperparams: numbers for the optimizer, such as `{"learning_rate": 0.1}`.
+        select: given the state after the last epoch, the one that the generation ends with, such
+            as that of its best epoch; None takes the last. `start` of a later run wants the last
+            all the same. `sweep.chain` refuses it.
     """
 
     step: TrainStep
@@ -44,6 +47,7 @@ class Generation:
     num_epochs: int
     model_state: PyTree = dataclasses.field(default_factory=dict)
     hyperparams: Mapping[str, ArrayLike] = dataclasses.field(default_factory=dict)
+    select: Callable[[TrainState], TrainState] | None = None
 
 
 def soft_labels(
@@ -371,6 +375,9 @@ def chain(
             mode=mode,
             devices=devices,
         )
+        if generation.select is not None:
+            state = generation.select(state)
+            check_state(state, "the state that select gives")
         states.append(state)
         before = train.logits_fn(generation.step, state)
         if callback is not None:
@@ -425,6 +432,8 @@ def _check_chain(generations: Sequence[Generation], start: Sequence[TrainState])
         )
     for generation in generations:
         _validate.instance(Generation, "of distill.Generation", generations=generation)
+        if generation.select is not None:
+            _validate.function(select=generation.select)
     for state in start:
         check_state(state, "start")
 

@@ -16,7 +16,19 @@ import optax
 import pytest
 from flax import nnx
 
-from jdistill import attacks, data, diagnose, distill, evaluate, nets, report, runtime, study, train
+from jdistill import (
+    attacks,
+    data,
+    diagnose,
+    distill,
+    evaluate,
+    nets,
+    report,
+    runtime,
+    study,
+    sweep,
+    train,
+)
 from jdistill.study import Stage, Study, _training, _workdir
 
 PGD = evaluate.AttackPlan(functools.partial(attacks.pgd, eps=0.1, num_steps=2), 8)
@@ -161,7 +173,7 @@ class Stop(Exception):
     pass
 
 
-def stopped_at(count, folder, monkeypatch, parallel="jit"):
+def stopped_at(count, folder, monkeypatch, parallel="jit", own=SMALL):
     """Run until the event of this number, and stop there."""
     seen = 0
     original = study._run._Follower.__call__
@@ -176,7 +188,7 @@ def stopped_at(count, folder, monkeypatch, parallel="jit"):
     with monkeypatch.context() as patch:
         patch.setattr(study._run._Follower, "__call__", follow)
         with pytest.raises(Stop):
-            study.run(SMALL, folder, parallel=parallel)
+            study.run(own, folder, parallel=parallel)
 
 
 @pytest.mark.parametrize("count", [2, 9, 23, 41, 50, 60])
@@ -491,7 +503,7 @@ def test_bad_studies(options, message):
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ((1, 2, 3), "test_inputs"),
+        ((1, 2, 3, 4), "test_inputs"),
         ((1, 2), "train split"),
         ((blobs()[0], blobs(shape=(5,))[1]), "one shape"),
         (((np.full((2, 6), np.nan), np.arange(2)), blobs()[1]), "finite"),
@@ -628,6 +640,170 @@ def test_a_rate_written_otherwise_is_the_same_study(tmp_path):
     study.run(of(0.05), tmp_path / "one")
     study.run(of(lambda T: T * 0.05), tmp_path / "run")
     assert json.loads((tmp_path / "run/config.json").read_text())["recipe"] == {"kept": 1}
+
+
+# The best epoch instead of the last.
+
+
+def with_validation(seed=3):
+    """Blobs that one can hardly tell apart, so that the accuracy goes up and down."""
+    rng = np.random.default_rng(seed)
+    (inputs, labels), test = blobs(90)
+    noisy = np.clip(inputs + rng.normal(0, 0.4, inputs.shape), 0, 1).astype(np.float32)
+    return (noisy[:48], labels[:48]), (noisy[48:], labels[48:]), test
+
+
+BEST = dataclasses.replace(
+    SMALL,
+    data=with_validation(),
+    chains=[stage(optimizer=train.sgd(0.5), num_epochs=8, select="best")] * 2,
+    temperatures=(1.0,),
+    attacks={"pgd": PGD},
+    transfer=(),
+)
+
+
+@pytest.fixture(scope="module")
+def selected(tmp_path_factory):
+    """The workdir of a study of best epochs, never to be written."""
+    folder = tmp_path_factory.mktemp("best") / "run"
+    study.run(BEST, folder)
+    return folder
+
+
+def weights(own, folder):
+    return [(network.step, network.weights) for network in study.networks(own, folder)]
+
+
+@pytest.mark.floor
+def test_the_best_epoch_is_that_of_the_validation_examples(selected):
+    """Against both generations by hand, epoch by epoch."""
+    examples, (inputs, labels), _ = with_validation()
+    (own,) = BEST.chains.values()
+    weights_key, key = jax.random.split(jax.random.key(0))
+    step, teacher = own[0].step(), None
+    params = own[0].init(weights_key, (6,))[0]
+    start = distill.initial_weights(step, params, examples, key, batch_size=16)
+    generation = distill.Generation(step=step, params=start.params, num_epochs=8)
+    for network in study.networks(BEST, selected):
+        epochs = []
+
+        def keep(event, epochs=epochs):
+            if event["event"] == "epoch":
+                logits = train.logits_fn(step, event["state"])(inputs)
+                epochs.append(((np.argmax(logits, 1) == labels).mean(), event["state"]))
+
+        distill.chain(
+            [generation],
+            examples,
+            key,
+            temperature=1.0,
+            teacher=teacher,
+            batch_size=16,
+            callback=keep,
+        )
+        accuracies = [accuracy for accuracy, _ in epochs]
+        best = accuracies.index(max(accuracies))
+        assert best < 7  # another than the last, or the test would say nothing
+        assert network.step == 3 * (best + 1)
+        teacher = train.logits_fn(step, epochs[best][1])
+        for leaf, same in zip(
+            jax.tree.leaves(network.logits_fn), jax.tree.leaves(teacher), strict=True
+        ):
+            np.testing.assert_array_equal(leaf, same)
+        logged = [
+            line["validation_accuracy"]
+            for line in runtime.read_jsonl(selected / "metrics.jsonl")
+            if line.get("generation") == network.generation
+        ]
+        assert logged == pytest.approx(accuracies)
+    rows = study.load(selected).rows["results"]
+    test_inputs, test_labels = BEST.data[2]
+    right = [
+        (np.asarray(network.logits_fn(test_inputs)).argmax(1) == test_labels).mean()
+        for network in study.networks(BEST, selected)
+    ]
+    assert [row["test_accuracy"] for row in rows] == pytest.approx(right)
+
+
+@pytest.mark.parametrize("count", [22, 36, 60])
+def test_a_best_epoch_stopped_and_resumed_is_the_same(selected, tmp_path, monkeypatch, count):
+    stopped_at(count, tmp_path / "run", monkeypatch, own=BEST)
+    study.run(BEST, tmp_path / "run")
+    assert weights(BEST, tmp_path / "run") == weights(BEST, selected)
+    assert read(tmp_path / "run") == read(selected)
+
+
+@pytest.mark.parametrize("item", ["state/manifest.ocdbt", "metadata/metadata"])
+def test_a_damaged_best_epoch_is_learned_again(selected, tmp_path, item):
+    folder = tmp_path / "run"
+    shutil.copytree(selected, folder)
+    teacher, _ = study.networks(BEST, selected)
+    (place,) = folder.glob(f"checkpoints/seed0/T1/generation0-*/{teacher.step}")
+    (place / item).write_bytes(b"")
+    with pytest.raises(ValueError, match="without a whole checkpoint of its best epoch"):
+        study.networks(BEST, folder)
+    study.run(BEST, folder)
+    assert weights(BEST, folder) == weights(BEST, selected)
+
+
+def test_the_best_epoch_is_part_of_what_a_workdir_is(selected, finished, tmp_path):
+    def refused(own, named, **options):
+        with pytest.raises(ValueError, match=named):
+            study.run(own, tmp_path / "run", **options)
+
+    shutil.copytree(selected, tmp_path / "run")
+    (own,) = BEST.chains.values()
+    last = [dataclasses.replace(each, select="last") for each in own]
+    refused(dataclasses.replace(BEST, chains=last), "select 'best', not None")
+    one, (inputs, labels), other = with_validation()
+    refused(
+        dataclasses.replace(BEST, data=(one, (inputs[::-1], labels[::-1]), other)),
+        "validation_checksum",
+    )
+    refused(BEST, r"select='last' in a sweep, got one with 'best'", parallel="sweep")
+    # What does not ask for it is described as before there was any choice.
+    assert "select" not in (finished / "config.json").read_text()
+    assert "validation" not in (finished / "config.json").read_text()
+
+
+def test_the_best_epoch_wants_validation_examples():
+    without = dataclasses.replace(BEST, data=blobs(), name="own")
+    with pytest.raises(
+        ValueError, match=r"validation examples for select='best', got none in .*own"
+    ):
+        without.examples()
+    one, _, other = with_validation()
+    empty = np.zeros((0, 6), np.float32), np.zeros(0, int)
+    with pytest.raises(ValueError, match=r"validation|empty|at least one"):
+        dataclasses.replace(BEST, data=(one, empty, other)).examples()
+    with pytest.raises(ValueError, match=r"select to be one of 'last', 'best', got 'first'"):
+        stage(select="first")
+    digits = dataclasses.replace(BEST, data=functools.partial(data.load, "digits"))
+    assert digits.examples().validation is not None
+    assert dataclasses.replace(digits, chains=SMALL.chains).examples().validation is None
+    assert len(study.smoke(BEST).examples().validation.labels) == 32
+
+
+def test_a_generation_ends_with_the_state_that_it_selects():
+    (own,) = BEST.chains.values()
+    params = own[0].init(jax.random.key(0), (6,))[0]
+    first = []
+
+    def keep(event):
+        if event["event"] == "epoch" and event["epoch"] == 1:
+            first.append(event["state"])
+
+    generation = distill.Generation(
+        step=own[0].step(), params=params, num_epochs=3, select=lambda _: first[-1]
+    )
+    arguments = [generation] * 2, BEST.data[0], jax.random.key(1)
+    states = distill.chain(*arguments, temperature=1.0, callback=keep)
+    assert [int(state.step) for state in states] == [1, 1]
+    with pytest.raises(ValueError, match="without select in a sweep"):
+        sweep.chain(*arguments, temperature=1.0)
+    with pytest.raises(ValueError, match="select"):
+        distill.chain([dataclasses.replace(generation, select=3)], *arguments[1:], temperature=1.0)
 
 
 def test_smoke_is_small_and_keeps_the_kinds():

@@ -274,7 +274,10 @@ def _check_examples(study: Study, examples: Examples) -> None:
         return nets.logits_of(outputs)
 
     num_classes = jax.eval_shape(logits, jax.random.key(0)).shape[-1]
-    for name, split in (("train", examples.train), ("test", examples.test)):
+    for name in ("train", "validation", "test"):
+        split = getattr(examples, name)
+        if split is None:
+            continue
         size = len(split.labels)
         checked = {"batch_size": size, "num_classes": num_classes}
         _validate.class_indices(split.labels, name=f"{name} labels", **checked)

@@ -5,7 +5,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from jdistill.train import TrainStep
 from jdistill.typing import Array, LogitsFn, LossFn, PyTree
 
 Hyperparams = Mapping[str, float | Callable[[float], float]]
+Select = Literal["last", "best"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,9 @@ class Stage:
         augment: of the inputs, see `train.make_train_step`.
         make_step: `(apply_fn, optimizer) -> TrainStep`, for training that is no plain loss;
             `functools.partial(train.make_train_step, objective=...)` for one.
+        select: the epoch whose network is the stage's: the `"last"`, or the `"best"` by the
+            accuracy on the data's validation examples at T = 1, of equal ones the earliest. The
+            network that learns from it learns from that one. Not in a sweep.
 
     Example:
         >>> from jdistill import nets, train
@@ -57,9 +61,11 @@ class Stage:
     frozen: LogitsFn | None = None
     augment: Callable[[Array, Array], Array] | None = None
     make_step: Callable[..., TrainStep] | None = None
+    select: Select = "last"
 
     def __post_init__(self) -> None:
         """Check what does not need the data."""
+        _validate.one_of(get_args(Select), select=self.select)
         if self.frozen is not None:
             _validate.function(frozen=self.frozen)
             if self.model is not None or self.optimizer is not None:
@@ -131,6 +137,8 @@ class Stage:
             "hyperparams": {at(T): self.hyperparams_at(T) for T in temperatures},
             "augment": _fingerprint.describe(self.augment),
             "step": _fingerprint.describe(self.make_step),
+            # Named where it is not the default, so that workdirs from before it stay their own.
+            **({} if self.select == "last" else {"select": self.select}),
         }
 
 
@@ -171,8 +179,9 @@ class Examples(NamedTuple):
         name: of the data set.
         train: `(inputs [N, ...], labels [N])` to learn from.
         test: those that everything is measured on.
-        checksum: of all of them.
+        checksum: of training and test examples.
         note: how they were made, for a report.
+        validation: those that the best epoch is chosen by; None where no stage asks, or none are.
     """
 
     name: str
@@ -180,6 +189,7 @@ class Examples(NamedTuple):
     test: data.Split
     checksum: str
     note: str
+    validation: data.Split | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -187,8 +197,9 @@ class Study:
     """Chains of networks at several temperatures and seeds, and what is measured of them.
 
     Attributes:
-        data: `((inputs, labels), (test_inputs, test_labels))` in NumPy, or a `data.Dataset`, or a
-            function without arguments that gives either.
+        data: `((inputs, labels), (test_inputs, test_labels))` in NumPy, between these two
+            `(validation_inputs, validation_labels)` where a stage selects its best epoch; or a
+            `data.Dataset`; or a function without arguments that gives either.
         chains: by name, stages from teacher to student. Chains that begin alike share these
             stages: each is trained once. A chain that is the beginning of a longer one is reported
             within it. A single sequence stands for one chain.
@@ -335,16 +346,28 @@ class Study:
         """The examples, loaded where they have to be, and checked.
 
         Raises:
-            ValueError: what is given is no data set, or its arrays do not belong together.
+            ValueError: what is given is no data set, its arrays do not belong together, or a stage
+                selects its best epoch and there are no validation examples.
             MemoryError: the training set does not fit into this machine's memory.
         """
         found = self.data() if callable(self.data) else self.data
         if isinstance(found, data.Dataset):
-            examples = _from_arrays(NamedArrays(found.name, found.train, found.test, found.note))
-        else:
-            examples = _from_arrays(found)
+            wanted = found.validation if self.selects_best() else None
+            found = NamedArrays(found.name, found.train, found.test, found.note, wanted)
+        examples = _from_arrays(found)
+        validation = examples.validation
+        if self.selects_best() and (validation is None or len(validation.labels) == 0):
+            raise ValueError(
+                "expected validation examples for select='best', got none in the data "
+                f"{self.name or examples.name!r}; pass data=((inputs, labels), (validation_inputs, "
+                "validation_labels), (test_inputs, test_labels)) or a data.Dataset"
+            )
         _check_memory(examples.train)
         return examples if self.name is None else examples._replace(name=self.name)
+
+    def selects_best(self) -> bool:
+        """Whether a stage ends with the network of its best epoch."""
+        return any(stage.select == "best" for stages in self.chains.values() for stage in stages)
 
     def longest_chains(self) -> dict[str, tuple[Stage, ...]]:
         """The chains that are not the beginning of a longer one."""
@@ -388,6 +411,9 @@ class Study:
     def describe(self, examples: Examples) -> dict[str, Any]:
         """What the study computes, as JSON-able content; grows along temperatures and chains."""
         plans = {**self.attacks, **{f"distance {n}": plan for n, plan in self.distances.items()}}
+        held_out = {}
+        if examples.validation is not None:
+            held_out["validation_checksum"] = _fingerprint.fingerprint(examples.validation)
         return {
             "dataset": examples.name,
             "dataset_checksum": examples.checksum,
@@ -395,7 +421,10 @@ class Study:
             "seeds": list(self.seeds),
             "chains": {
                 name: {
-                    f"stage {number}": stage.describe(self.temperatures)
+                    f"stage {number}": {
+                        **stage.describe(self.temperatures),
+                        **(held_out if stage.select == "best" else {}),
+                    }
                     for number, stage in enumerate(stages)
                 }
                 for name, stages in self.chains.items()
@@ -461,11 +490,11 @@ def smoke(study: Study) -> Study:
 def _few(study: Study) -> Any:
     """The study's first examples."""
     examples = study.examples()
-    train_split, test_split = (
-        data.Split(*(column[:size] for column in split))
-        for split, size in ((examples.train, 64), (examples.test, 32))
+    train_split, test_split, validation = (
+        split and data.Split(*(column[:size] for column in split))
+        for split, size in ((examples.train, 64), (examples.test, 32), (examples.validation, 32))
     )
-    return NamedArrays(examples.name, train_split, test_split)
+    return NamedArrays(examples.name, train_split, test_split, validation=validation)
 
 
 class NamedArrays(NamedTuple):
@@ -475,6 +504,7 @@ class NamedArrays(NamedTuple):
     train: Any
     test: Any
     note: str = ""
+    validation: Any = None
 
 
 def _few_steps(plan: Any) -> evaluate.AttackPlan:
@@ -532,17 +562,20 @@ def _chain(name: Any, stages: Any) -> tuple[Stage, ...]:
 
 
 def _from_arrays(found: Any) -> Examples:
-    """Examples out of `((inputs, labels), (test_inputs, test_labels))`."""
+    """Examples out of `((inputs, labels), (test_inputs, test_labels))`, or three such pairs."""
     name, note = "data", ""
     if isinstance(found, NamedArrays):
-        name, *found, note = found
-    if not isinstance(found, Sequence) or len(found) != 2:
+        name, note = found.name, found.note
+        splits_there = [found.train, found.validation, found.test]
+        found = [split for split in splits_there if split is not None]
+    if not isinstance(found, Sequence) or len(found) not in (2, 3):
         raise ValueError(
             "expected data to be ((inputs, labels), (test_inputs, test_labels)) or a data.Dataset, "
             f"got {type(found).__name__}; pass the training and the test arrays"
         )
     splits = []
-    for which, split in zip(("train", "test"), found, strict=True):
+    names = ("train", "validation", "test") if len(found) == 3 else ("train", "test")
+    for which, split in zip(names, found, strict=True):
         if not isinstance(split, Sequence) or len(split) != 2:
             raise ValueError(
                 f"expected the {which} split to be (inputs, labels), got {type(split).__name__}; "
@@ -552,14 +585,15 @@ def _from_arrays(found: Any) -> Examples:
         _validate.inputs_in_box(inputs, (-np.inf, np.inf))
         _validate.class_indices(labels, batch_size=len(inputs))
         splits.append(data.Split(inputs.astype(np.float32, copy=False), labels))
-    train_split, test_split = splits
-    if train_split.inputs.shape[1:] != test_split.inputs.shape[1:]:
-        raise ValueError(
-            "expected training and test inputs of one shape, got "
-            f"{train_split.inputs.shape[1:]} and {test_split.inputs.shape[1:]}; pass the same kind"
-        )
+    train_split, *validation, test_split = splits
+    for split in (*validation, test_split):
+        if train_split.inputs.shape[1:] != split.inputs.shape[1:]:
+            raise ValueError(
+                "expected training and test inputs of one shape, got "
+                f"{train_split.inputs.shape[1:]} and {split.inputs.shape[1:]}; pass the same kind"
+            )
     checksum = _fingerprint.fingerprint([*train_split, *test_split])
-    return Examples(name, train_split, test_split, checksum, note)
+    return Examples(name, train_split, test_split, checksum, note, *validation)
 
 
 def _check_memory(split: data.Split) -> None:

@@ -157,6 +157,10 @@ def train(
             f"expected one process for a sweep, got {jax.process_count()}; start it on one "
             "host, whose devices share the runs, or use parallel='jit'"
         )
+    if parallel == "sweep" and study.selects_best():
+        raise ValueError(
+            "expected stages with select='last' in a sweep, got one with 'best'; use parallel='jit'"
+        )
     mode = "jit" if parallel == "sweep" else parallel
     starts = {seed: _Starts(folder, study, examples, seed, mode, progress) for seed in study.seeds}
     runs = [
@@ -179,7 +183,11 @@ def train(
             start = starts[run.seed]
             with Keeper(chain, run, progress, first=number) as keeper:
                 states = distill.chain(
-                    [_generation(stage, start, run) for stage in chain.stages[chain.first :]],
+                    [
+                        _generation(stage, start, run, keeper.selector(place))
+                        for place, stage in enumerate(chain.stages)
+                        if place >= chain.first
+                    ],
                     examples.train,
                     start.key,
                     temperature=run.temperature,
@@ -218,7 +226,12 @@ def _networks(chain: Chain, run: Run, states: Sequence[TrainState]) -> list[Trai
     return networks
 
 
-def _generation(stage: Stage, start: "_Starts", run: Run) -> distill.Generation:
+def _generation(
+    stage: Stage,
+    start: "_Starts",
+    run: Run,
+    select: Callable[[TrainState], TrainState] | None = None,
+) -> distill.Generation:
     params, model_state = start(stage)
     return distill.Generation(
         step=stage.step(),
@@ -226,6 +239,7 @@ def _generation(stage: Stage, start: "_Starts", run: Run) -> distill.Generation:
         model_state=model_state,
         num_epochs=stage.num_epochs,
         hyperparams=stage.hyperparams_at(run.temperature),
+        select=select,
     )
 
 
@@ -310,11 +324,14 @@ class _Log:
         labels: Mapping[str, Any],
         identity: Mapping[str, Any],
         progress: Any,
+        *,
+        keep_best: int = 0,
     ) -> None:
         self._log = folder / "metrics.jsonl"
         self._labels = dict(labels)
         self._identity = dict(identity)
-        self._checkpointer = Checkpointer(checkpoints)
+        self._checkpointer = Checkpointer(checkpoints, keep_best=keep_best)
+        self._best: tuple[float, int] | None = None  # score and step of the best epoch so far
         self._progress = progress
 
     def __enter__(self) -> "_Log":
@@ -325,6 +342,9 @@ class _Log:
 
     def restore(self, like: TrainState) -> Restored | None:
         """The latest whole state; what was logged after it is forgotten.
+
+        None where the best epoch up to it was damaged: another would take its place, and the
+        network be another one than without the damage.
 
         Raises:
             ValueError: the checkpoint is of another study.
@@ -340,7 +360,16 @@ class _Log:
                     f"expected a checkpoint of this study in {self._checkpointer.directory}, got "
                     f"one with {different[0]}; delete it, or choose another workdir"
                 )
+            if best := found.metadata.get("best"):
+                self._best = best[0], best[1]
+                whole = self.best(like)
+                if whole is None or whole.step != best[1]:
+                    return None
         return found
+
+    def best(self, like: TrainState) -> Restored | None:
+        """The state of the best epoch; None where none has a score."""
+        return self._checkpointer.restore_best(like)
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Show every step; log and save every epoch."""
@@ -348,18 +377,27 @@ class _Log:
         if event["event"] == "epoch":
             self.record(event)
 
-    def record(self, event: Mapping[str, Any], **metadata: Any) -> None:
-        """Log and save an epoch."""
+    def record(
+        self, event: Mapping[str, Any], *, score: float | None = None, **metadata: Any
+    ) -> None:
+        """Log and save an epoch, and where it has a score which one is the best so far."""
         # Logged first: of what a resumed run finds logged and not saved, it repeats the log.
         record = {name: event[name] for name in ("epoch", "step", "loss", "accuracy")}
+        if score is not None:
+            record["validation_accuracy"] = score
+            if self._best is None or score > self._best[0]:
+                self._best = score, int(event["state"].step)
+            metadata["best"] = self._best
         if runtime.is_main_process():
             runtime.append_jsonl(self._log, {**self._labels, **record})
-        self.keep(event["state"], epoch=event["epoch"], **metadata)
+        self.keep(event["state"], epoch=event["epoch"], score=score, **metadata)
 
-    def keep(self, state: TrainState, *, epoch: int, **metadata: Any) -> None:
+    def keep(
+        self, state: TrainState, *, epoch: int, score: float | None = None, **metadata: Any
+    ) -> None:
         """Save a state."""
         metadata = {**self._identity, **metadata, "epoch": epoch}
-        self._checkpointer.save(int(state.step), state, metadata)
+        self._checkpointer.save(int(state.step), state, metadata, score=score)
 
     def keep_first(self, state: TrainState, **metadata: Any) -> None:
         """Save the state of a network that stays as it was drawn, unless it is there."""
@@ -402,7 +440,8 @@ class Keeper:
                 self._forget(range(number, numbers.stop))
                 break
             states.append(found.state)
-            self._learned(number, found.state)
+            select = self.selector(number)
+            self._learned(number, found.state if select is None else select(found.state))
             if int(found.state.step) < self.run.num_steps(stage):
                 # What had learned from it, before its last checkpoints were damaged.
                 self._forget(range(number + 1, numbers.stop))
@@ -423,6 +462,18 @@ class Keeper:
         if event["event"] == "epoch":
             self.record(event)
 
+    def selector(self, number: int) -> Callable[[TrainState], TrainState] | None:
+        """From a generation's last state to that of its best epoch, where its stage asks for it."""
+        if self.chain.stages[number].select == "last":
+            return None
+
+        def select(state: TrainState) -> TrainState:
+            # Its shapes alone, so that the state lies where a resumed run has it as well.
+            found = self._log(number).best(jax.eval_shape(lambda leaves: leaves, state))
+            return state if found is None else found.state
+
+        return select
+
     def end(self, number: int, state: TrainState) -> None:
         """A generation has ended in a state."""
         if int(state.step) == 0:  # as it was drawn, which no epoch has kept
@@ -434,7 +485,16 @@ class Keeper:
     def record(self, event: Mapping[str, Any]) -> None:
         """Log and save an epoch of a generation."""
         number = event["generation"]
-        self._log(number).record(event, teacher=self._teacher_of(number))
+        score = None
+        if self.chain.stages[number].select == "best":
+            score = self._validation_accuracy(number, event["state"])
+        self._log(number).record(event, score=score, teacher=self._teacher_of(number))
+
+    def _validation_accuracy(self, number: int, state: TrainState) -> float:
+        split = self.run.examples.validation
+        assert split is not None  # `Study.examples` has seen to it
+        network = training.logits_fn(self.chain.stages[number].step(), parallel.local(state))
+        return float(np.mean(training.predict(network, split.inputs).argmax(-1) == split.labels))
 
     def _learned(self, number: int, state: TrainState) -> None:
         self._teachers[number] = weights_hash((state.params, state.model_state))
@@ -464,7 +524,12 @@ class Keeper:
             }
             place = self.chain.folder(run, number)
             self._open[number] = _Log(
-                run.folder, place, self._labels(number), identity, self._progress
+                run.folder,
+                place,
+                self._labels(number),
+                identity,
+                self._progress,
+                keep_best=int(self.chain.stages[number].select == "best"),
             )
         return self._open[number]
 
@@ -628,15 +693,20 @@ def _restored(chain: Chain, run: Run, number: int, step: int | None) -> tuple[Tr
     where = (chain.name, run.temperature, run.seed, number)
     if found is None:
         return Trained(*where, 0, "", lambda inputs: inputs), "without a whole checkpoint"
-    state = found.state
-    weights = weights_hash((state.params, state.model_state))
-    logits_fn = training.logits_fn(train_step, state)
-    network = Trained(*where, found.step, weights, logits_fn)
     missing = ""
     if step is None and found.step < run.num_steps(stage):
         epoch = found.metadata["epoch"]
         missing = f"after epoch {epoch} of {stage.num_epochs} (step {found.step})"
-    return network, missing
+    if step is None and "best" in found.metadata:
+        best = saved.restore_best(like)
+        if best is None or best.step != found.metadata["best"][1]:
+            missing = missing or "without a whole checkpoint of its best epoch"
+        else:
+            found = best
+    state = found.state
+    weights = weights_hash((state.params, state.model_state))
+    logits_fn = training.logits_fn(train_step, state)
+    return Trained(*where, found.step, weights, logits_fn), missing
 
 
 def _fresh(step: TrainStep, stage: Stage, key: Array, shape: Sequence[int]) -> TrainState:

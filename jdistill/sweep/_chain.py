@@ -56,7 +56,8 @@ def chain(
 
     Args:
         generations: teacher first, student last; as in `distill.chain`, with `params` and
-            `model_state` stacked (every leaf `[R, ...]`) and `hyperparams` scalars or `[R]`.
+            `model_state` stacked (every leaf `[R, ...]`), `hyperparams` scalars or `[R]`, and
+            without `select`.
         examples: `(inputs [N, ...], labels [N])`, NumPy.
         keys: `[R]` PRNG keys, `jax.vmap(jax.random.key)(seeds)` for one.
         temperature: a scalar or `[R]`, above 0.
@@ -104,6 +105,11 @@ def chain(
         Mandal & Gao 2023, released code `train_models_multidistill.py`: a run for each.
     """
     distill._check_chain(generations, start)
+    if any(generation.select is not None for generation in generations):
+        # The runs of a stack end at one epoch each, which would have to be put together.
+        raise ValueError(
+            "expected generations without select in a sweep, got one with it; use distill.chain"
+        )
     inputs, labels = _validate.examples(examples, 2)
     _validate.callback(callback)
     options = Options(
