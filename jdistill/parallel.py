@@ -6,8 +6,6 @@ all of them. `jit` is the one to use; `pmap` is there for programs that are writ
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jdistill import _validate
+from jdistill._fingerprint import fingerprint
 from jdistill.typing import Batch, LossFn, Metrics, PyTree, StepFn
 
 DATA_AXIS = "data"
@@ -159,16 +158,10 @@ def compile_step(
     _validate.function(step=step)
     _validate.one_of(("jit", "pmap"), mode=mode)
     devices = tuple(jax.devices() if devices is None else _validate.devices(devices))
-    owners = {device.process_index for device in devices}
-    if jax.process_index() not in owners:
+    if jax.process_index() not in {device.process_index for device in devices}:
         raise ValueError(
             f"expected devices of this process, {jax.process_index()}, among devices, got none; "
             "pass some, or do not call it in this process"
-        )
-    if mode == "pmap" and len(owners) > 1 and set(devices) != set(jax.devices()):
-        raise ValueError(
-            f"expected all {len(jax.devices())} devices for pmap over several processes, got "
-            f"{len(devices)}; leave devices out, or use mode='jit'"
         )
     try:
         return _cached_compile(step, mode, devices)
@@ -214,7 +207,12 @@ def _jit_step(step: StepFn, devices: tuple[jax.Device, ...]) -> Callable[..., An
 
 
 def _pmap_step(step: StepFn, devices: tuple[jax.Device, ...]) -> Callable[..., Any]:
-    if jax.process_count() > 1 and set(devices) == set(jax.devices()):
+    if len({device.process_index for device in devices}) > 1:
+        if set(devices) != set(jax.devices()):
+            raise ValueError(
+                f"expected all {len(jax.devices())} devices for pmap over several processes, got "
+                f"{len(devices)}; leave devices out, or use mode='jit'"
+            )
         # The order of JAX's pmap, whatever that of `jax.devices()`: rows and axis indices agree.
         each = (jax.local_devices(process_index=p) for p in range(jax.process_count()))
         devices = tuple(device for own in each for device in own)
@@ -330,10 +328,10 @@ def check_same(**values: Any) -> None:
     """An error, on every host, where a host has another value than host 0.
 
     Every process calls it with the same names in the same order; with one process it does nothing.
-    Arrays are compared by their bytes.
+    Arrays are compared by their bytes, functions by their code.
 
     Args:
-        **values: JSON-able or arrays, by the name that a message gives them.
+        **values: settings, arrays, or networks, by the name that a message gives them.
 
     Raises:
         ValueError: the hosts differ; names the first value that does, and the hosts.
@@ -343,9 +341,9 @@ def check_same(**values: Any) -> None:
     """
     if jax.process_count() == 1:
         return
-    digests = [np.frombuffer(bytes.fromhex(_digest(each)), np.uint8) for each in values.values()]
+    digests = [list(bytes.fromhex(fingerprint(each))) for each in values.values()]
     # [hosts, values, bytes]
-    found = np.asarray(multihost_utils.process_allgather(np.stack(digests)))
+    found = np.asarray(multihost_utils.process_allgather(np.array(digests, np.uint8)))
     differs = (found != found[:1]).any(axis=2)
     if not differs.any():
         return
@@ -356,14 +354,6 @@ def check_same(**values: Any) -> None:
         f"expected the same {name} on all {len(found)} hosts, got another on host {hosts} than on "
         "host 0; start the same command, with the same versions and data, on every host"
     )
-
-
-def _digest(value: Any) -> str:
-    if isinstance(value, np.ndarray | np.generic | jax.Array):
-        value = np.asarray(value)
-        text = f"{value.dtype} {value.shape}".encode()
-        return hashlib.sha256(text + np.ascontiguousarray(value).tobytes()).hexdigest()
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def barrier(name: str) -> None:

@@ -15,14 +15,14 @@ from jdistill import attacks, losses, metrics, nets, norms
 ROOT = pathlib.Path(__file__).parents[1] / "jdistill"
 # Modules import those of lower levels only; inside a level they do not know each other.
 LEVELS = {
+    "_validate": -2,
+    "_jax": -1,
     "typing": 0,
-    "_validate": -1,
     "_files": 0,
     "_words": 0,
     "_order": 0,
-    "_jax": 0,
-    "_fingerprint": 1,
-    "_entries": 2,
+    "_fingerprint": 0,
+    "_entries": 1,
     "losses": 1,
     "metrics": 1,
     "norms": 1,
