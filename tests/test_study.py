@@ -675,7 +675,6 @@ def weights(own, folder):
     return [(network.step, network.weights) for network in study.networks(own, folder)]
 
 
-@pytest.mark.floor
 def test_the_best_epoch_is_that_of_the_validation_examples(selected):
     """Against both generations by hand, epoch by epoch."""
     examples, (inputs, labels), _ = with_validation()
@@ -732,6 +731,14 @@ def test_a_best_epoch_stopped_and_resumed_is_the_same(selected, tmp_path, monkey
     study.run(BEST, tmp_path / "run")
     assert weights(BEST, tmp_path / "run") == weights(BEST, selected)
     assert read(tmp_path / "run") == read(selected)
+
+
+def test_the_best_epoch_under_pmap_goes_on_under_jit(tmp_path):
+    networks = study.train(BEST, tmp_path / "run", parallel="pmap")
+    again = study.train(BEST, tmp_path / "run")
+    own = [(network.step, network.weights) for network in networks]
+    assert own == [(network.step, network.weights) for network in again]
+    assert own == weights(BEST, tmp_path / "run")
 
 
 @pytest.mark.parametrize("item", ["state/manifest.ocdbt", "metadata/metadata"])
