@@ -7,9 +7,10 @@
 It compares with a CPU's numbers, which the first command computes: the success flags of every
 attack (with products in float32, as they always are, and then in TF32 and bf16, to show what these
 would change), the losses of the first training steps, and the accuracies of a distillation chain.
-Then it times steps, attacks and a sweep. A table is printed row by row, and `device.json` is
-written anew after every row, so a run that is cut loses nothing. A part that fails does not stop
-the others; the exit code is 1 if anything failed. Parts for which no time is left are skipped.
+Then it times steps, attacks and a sweep, and trains chains below full precision over several seeds.
+A table is printed row by row, and `device.json` is written anew after every row, so a run that is
+cut loses nothing. A part that fails does not stop the others; the exit code is 1 if anything
+failed. Parts for which no time is left are skipped.
 
 The device's machine needs Python 3.11 or newer, its own JAX, this checkout, the reference, and
 
@@ -29,7 +30,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments import device_checks, device_times
+from experiments import device_checks, device_precisions, device_times
 from experiments.bench.rows import table
 from experiments.device_attacks import PRECISIONS
 from experiments.device_checks import Reference, Row
@@ -247,6 +248,10 @@ def _range(row: Row) -> str:
     return f"{low:.3g}–{high:.3g}"
 
 
+def _megabytes(size: float | None) -> str:
+    return "–" if size is None else f"{size:,.1f}"
+
+
 def _rate(key: str) -> Callable[[Row], str]:
     def text(row: Row) -> str:
         return "–" if row[key] is None else f"{row[key] / 1e9:,.0f} G{row['unit']}"
@@ -273,6 +278,30 @@ _TIMES: Mapping[str, Callable[[Row], str]] = {
     "peer": lambda row: row["peer"],
     "peer s": _number("theirs_s"),
     "ratio": _number("ratio", ".2f"),
+}
+_SWEEP: Mapping[str, Callable[[Row], str]] = {
+    "what": lambda row: row["name"],
+    "s": _number("ours_s"),
+    "from–to": _range,
+    "compile s": _number("compile_s", ".1f"),
+    "MB": lambda row: _megabytes(row["facts"]["megabytes"][0]),
+    "peer": lambda row: row["peer"],
+    "peer s": _number("theirs_s"),
+    "peer compile s": _number("theirs_compile_s", ".1f"),
+    "peer MB": lambda row: _megabytes(row["facts"]["megabytes"][1]),
+    "ratio": _number("ratio", ".2f"),
+}
+_PRECISIONS: Mapping[str, Callable[[Row], str]] = {
+    "training in": lambda row: row["precision"],
+    "what": lambda row: row["quantity"],
+    "seeds": _number("seeds", "d"),
+    "float32": _number("float32", ".4f"),
+    "here": _number("here", ".4f"),
+    "difference": _number("difference", "+.4f"),
+    "95% interval": lambda row: (
+        "–" if row["interval"] is None else "{:+.4f} to {:+.4f}".format(*row["interval"])
+    ),
+    "note": lambda row: row["note"],
 }
 _ROOFLINE: Mapping[str, Callable[[Row], str]] = {
     "what": lambda row: row["name"],
@@ -392,7 +421,15 @@ PARTS: dict[str, Part] = {
     "steps": Part(
         "Seconds of a step", _TIMES, lambda run: device_times.training_step(run.sizes), 20
     ),
-    "sweep": Part("Seconds of a sweep", _TIMES, lambda run: device_times.sweep(run.sizes), 40),
+    "sweep": Part(
+        "Seconds and memory of a sweep", _SWEEP, lambda run: device_times.sweep(run.sizes), 40
+    ),
+    "precisions": Part(
+        "Training below full precision beside float32: chains on the digits, paired over seeds",
+        _PRECISIONS,
+        lambda run: device_precisions.compare(run.reference().digits, *run.sizes.precisions),
+        60,
+    ),
     "pgd": Part("Seconds of PGD", _TIMES, lambda run: device_times.pgd(run.sizes), 20),
     "roofline": Part(
         "Rates beside what the device's maker states",

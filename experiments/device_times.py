@@ -37,6 +37,7 @@ class Sizes(NamedTuple):
         autoattack_images: attacked at once, on the small network.
         sweep: temperatures, seeds, steps per run, images per step.
         sweep_width: of the network that is swept.
+        precisions: seeds, and epochs per generation, of the chains at each precision.
         roofline: images per step, rows of the matrices, megabytes of the array.
     """
 
@@ -49,6 +50,7 @@ class Sizes(NamedTuple):
     autoattack_images: int
     sweep: tuple[int, int, int, int]
     sweep_width: float
+    precisions: tuple[int, int]
     roofline: tuple[int, int, int]
 
 
@@ -63,6 +65,7 @@ SIZES = {
         autoattack_images=500,
         sweep=(9, 3, 8, 128),
         sweep_width=1.0,
+        precisions=(5, 16),
         roofline=(512, 8192, 1024),
     ),
     "small": Sizes(
@@ -75,6 +78,7 @@ SIZES = {
         autoattack_images=8,
         sweep=(3, 1, 2, 16),
         sweep_width=0.25,
+        precisions=(3, 4),
         roofline=(32, 256, 8),
     ),
 }
@@ -116,11 +120,14 @@ def training_step(sizes: Sizes) -> Iterator[Row]:
     """A training step, and steps along an input gradient."""
     params, images = _files(sizes.network)
     options = bench_train.Train(
-        num_steps=sizes.num_steps, batch_size=sizes.batch_size, repeats=sizes.repeats
+        num_steps=sizes.num_steps,
+        batch_size=sizes.batch_size,
+        repeats=sizes.repeats,
+        peers=False,
     )
     calls = bench_train.calls(options, params, images, beside_torch=False)
     for row in bench_train.rows(options, calls):
-        yield _row(row._replace(peer="none", target=None, command=""))
+        yield _row(row._replace(command=""))
     # What is left of a training step without a call and an upload per step.
     what = f"training step in a scan, batch {sizes.batch_size}"
     call = bench_train.scanned_training(options, params, images)
@@ -156,7 +163,7 @@ def autoattack(sizes: Sizes) -> Iterator[Row]:
 
 
 def sweep(sizes: Sizes) -> Iterator[Row]:
-    """A sweep as one program against its runs one by one."""
+    """A sweep as one program, under `lax.map` and under `vmap`, against its runs one by one."""
     num_temperatures, num_seeds, num_steps, batch_size = sizes.sweep
     options = stacks.Sweep(
         num_temperatures=num_temperatures,

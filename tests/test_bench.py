@@ -480,6 +480,25 @@ def test_train_writes_rows(files, tmp_path, capsys):
     assert "| training step, dropout on, batch 4 " in capsys.readouterr().out
 
 
+def test_without_peers_nothing_of_torch_is_needed(files, tmp_path, monkeypatch, capsys):
+    for module in ("torch", "foolbox"):
+        monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    own = ["--network", files / "network.npz", "--images", files / "images.npz", "--no-peers"]
+    sizes = ["--batch-size", 4, "--repeats", 1, "--json", tmp_path / "rows.json"]
+    bench.run(bench.parse([*map(str, ["attacks", "--attacks", "fgsm", "jsma", *own, *sizes])]))
+    rows = check_rows(tmp_path / "rows.json")
+    assert [(row["name"].split()[0], row["peer"]) for row in rows] == [
+        ("fgsm", "none"),
+        ("jsma", "none"),
+    ]
+    assert {(row["theirs_s"], row["target"], row["note"]) for row in rows} == {(None, None, "")}
+    assert "torch" not in rows[0]["versions"]
+    options = bench_attacks.Attacks(attacks=("autoattack",), peers=False, long=False)
+    with pytest.raises(ValueError, match="expected an attack that is not long, got autoattack"):
+        next(bench_attacks.run(options, lambda done, total: None))
+    assert capsys.readouterr().out
+
+
 # Networks
 
 
@@ -544,13 +563,26 @@ def test_all_ways_of_a_sweep_train_the_same_networks():
         assert np.abs(kernels[one] - kernels[other]).max() > 1e-4
 
 
-def test_the_target_is_that_of_the_default_way():
-    calls = dict.fromkeys((stacks.LOOPED, stacks.VMAPPED, stacks.SINGLES), int)
+@pytest.mark.parametrize("looped", [stacks.MAPPED, stacks.LOOPED])
+def test_the_target_is_that_of_the_default_way(looped):
+    calls = dict.fromkeys((looped, stacks.VMAPPED, stacks.SINGLES), int)
     rows = stacks.rows(stacks.Sweep(repeats=1), "runs", calls, {"cpu": 0.5, "gpu": 0.1})
     assert [(row.name, row.peer, row.target) for row in rows] == [
-        ("runs, as one, looped", "one at a time", 0.5),
-        ("runs, as one, vmapped", "one at a time", None),
+        (f"runs, {looped}", "one at a time", 0.5),
+        ("runs, as one, under vmap", "one at a time", None),
     ]
+
+
+def test_the_bytes_of_what_a_call_compiles():
+    array = np.ones((1000, 3), np.float32)
+    told = []
+    product = jax.jit(lambda x: x @ x.T)
+    call = stacks._watched(functools.partial(product, array), told.append)
+    assert call().shape == (1000, 1000)
+    (size,) = told
+    assert 4 * (3_000 + 1_000_000) <= size < 2 * 4 * (3_000 + 1_000_000)
+    call()
+    assert len(told) == 1  # it compiled nothing
 
 
 @pytest.mark.slow

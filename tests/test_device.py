@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import device, device_attacks, device_checks, device_times
+from experiments import device, device_attacks, device_checks, device_precisions, device_times
 from experiments.device import Part
 from experiments.device_attacks import NETWORKS, Outcome
 from experiments.device_checks import Reference
@@ -359,11 +359,65 @@ def test_times_at_small_size(tmp_path, capsys):
     for name in parts:
         for row in content["parts"][name]["rows"]:
             assert row["ours_s"] > 0
+    swept = content["parts"]["sweep"]["rows"]
+    assert [row["name"].split(", ")[-1] for row in swept] == ["under lax.map", "under vmap"]
+    mapped, vmapped = (row["facts"]["megabytes"] for row in swept)
+    assert 0 < mapped[0] < vmapped[0]  # one run's activations, or those of all
+    assert 0 < mapped[1] == vmapped[1]
     assert len(content["parts"]["pgd"]["rows"]) == 2
     rates = content["parts"]["roofline"]["rows"]
     assert len(rates) == 5
     assert all(row["rate"] > 0 and row["peak"] is None for row in rates)
     assert "– " in capsys.readouterr().out
+
+
+def test_differences_are_paired_over_seeds(reference, tmp_path, monkeypatch, capsys):
+    """And where all seeds differ alike, there is no interval."""
+    found = {
+        device_precisions.FULL: [0.9, 0.8, 0.7],
+        device_precisions.TF32: [0.9, 0.8, 0.7],
+        device_precisions.BF16: [0.8, 0.7, 0.6],
+        device_precisions.HALF: [0.7, 0.8, 0.6],
+    }
+
+    def chains(examples, precision, *sizes):
+        assert len(examples["labels"]) > 1000
+        assert sizes == device_times.SIZES["small"].precisions
+        return {"accuracy": np.array(found[precision])}
+
+    monkeypatch.setattr(device_precisions, "chains", chains)
+    code, content = run(tmp_path, reference, "precisions")
+    assert (code, content["failures"]) == (0, [])
+    rows = {row["precision"]: row for row in content["parts"]["precisions"]["rows"]}
+    assert [rows[name]["difference"] for name in found if name in rows] == pytest.approx(
+        [0, -0.1, -0.1]
+    )
+    assert rows[device_precisions.TF32]["interval"] == [0, 0]
+    assert rows[device_precisions.BF16]["interval"] is None
+    low, high = rows[device_precisions.HALF]["interval"]
+    assert (low + high) / 2 == pytest.approx(-0.1)
+    assert high - low == pytest.approx(2 * 4.303 * 0.1 / 3**0.5, rel=1e-3)  # Student's t
+    assert all("not measured on an accelerator" in row["note"] for row in rows.values())
+    assert "| -0.1000 | – |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_training_at_precisions():
+    """On a CPU the products are float32's to the bit, and rounded activations are not."""
+    few = {name: value[:64] for name, value in device_checks.digits().items()}
+    full, tf32, half = (
+        device_precisions.chains(few, precision, 2, 1)
+        for precision in (device_precisions.FULL, device_precisions.TF32, device_precisions.HALF)
+    )
+    assert list(full) == [
+        "teacher's training loss, epoch 1",
+        *(f"test accuracy, {name}" for name in device_checks.GENERATIONS),
+    ]
+    for quantity, values in full.items():
+        assert values.shape == (2,)
+        np.testing.assert_array_equal(tf32[quantity], values)
+    loss = next(iter(full))
+    assert 0 < np.abs(half[loss] - full[loss]).max() < 0.05
 
 
 def test_shares_of_a_stated_peak(monkeypatch):

@@ -123,14 +123,15 @@ def conditions_of(options: Options) -> dict[str, Any]:
     first = described["devices"][0]
     device = "CPU" if first["platform"] == "cpu" else f"{first['count']} × {first['kind']}"
     threads = None
-    if options.beside_torch and torch_side.missing() is None:
+    beside_torch = getattr(options, "peers", False)
+    if beside_torch and torch_side.missing() is None:
         import torch
 
         torch.set_num_threads(_cores())
         threads = torch.get_num_threads()
     return {
         "device": f"{device}, {_cores()} cores, {described['platform']}",
-        "versions": described["versions"] | (peers.versions() if options.beside_torch else {}),
+        "versions": described["versions"] | (peers.versions() if beside_torch else {}),
         "xla_flags": described["xla_flags"],
         "torch_threads": threads,
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,

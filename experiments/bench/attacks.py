@@ -7,14 +7,14 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import peers, subjects, timing, torch_side
-from experiments.bench.options import NetworkOptions, command
+from experiments.bench.options import TorchOptions, command
 from experiments.bench.peers import Comparison
 from experiments.bench.rows import Row
 from experiments.bench.subjects import Images, Params
@@ -59,21 +59,20 @@ TARGETS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Attacks(NetworkOptions):
+class Attacks(TorchOptions):
     """Attacks beside the toolkits for PyTorch that have them too: same network, images, budget.
 
     A row for each toolkit, the fastest first, with success rates, and mean distances over the
     images that both fool: an attack can be fast by finding less.
     """
 
-    on_cpu: ClassVar[bool] = True
-    beside_torch: ClassVar[bool] = True
-
     attacks: tuple[Literal[_NAMES], ...] = _NAMES  # type: ignore[valid-type]
     """Attacks to time."""
     batch_size: int = 100
     """Images per call: the first so many that the network classifies correctly. AutoAttack and
     the longest of Carlini & Wagner's have their own number, and are timed once."""
+    long: bool = True
+    """Also these two, which take minutes."""
     slow_seconds: float = 120.0
     """Seconds; a toolkit whose first call takes longer is not called again."""
 
@@ -85,7 +84,7 @@ class Subject(NamedTuple):
         logits_fn: the network for us.
         inputs: `[B, H, W, C]` in [0, 1].
         labels: `[B]`.
-        model: the network for the others.
+        model: the network for the others; None where there are none.
         tensors: the inputs and labels for the others.
     """
 
@@ -98,10 +97,21 @@ class Subject(NamedTuple):
 
 def run(options: Attacks, after_call: AfterCall) -> Iterator[list[Row]]:
     """Rows of the command, attack by attack."""
-    missing = missing_toolkits()
+    missing = missing_toolkits() if options.peers else {}
     params, images = subjects.load(options)
-    subject_of = functools.cache(functools.partial(make_subject, params, images))
-    chosen = [comparison for comparison in COMPARISONS if comparison.attack in options.attacks]
+    subject_of = functools.cache(
+        functools.partial(make_subject, params, images, beside_torch=options.peers)
+    )
+    chosen = [
+        comparison if options.peers else comparison._replace(peers={})
+        for comparison in COMPARISONS
+        if comparison.attack in options.attacks and (options.long or not comparison.num_images)
+    ]
+    if not chosen:
+        raise ValueError(
+            f"expected an attack that is not long, got {', '.join(options.attacks)}; "
+            "leave out --no-long"
+        )
     for comparison in chosen:  # or too few images would be noticed after the first attacks
         subject_of(comparison.num_images or options.batch_size)
     for comparison in chosen:
@@ -133,7 +143,9 @@ def missing_toolkits(
     return missing
 
 
-def make_subject(params: Params, images: Images, batch_size: int) -> Subject:
+def make_subject(
+    params: Params, images: Images, batch_size: int, *, beside_torch: bool = True
+) -> Subject:
     """Network, and the first `batch_size` images that it classifies correctly.
 
     Raises:
@@ -142,6 +154,8 @@ def make_subject(params: Params, images: Images, batch_size: int) -> Subject:
     logits_fn = subjects.logits_fn(params, images.inputs.shape[1:])
     right = subjects.correct_images(logits_fn, images, batch_size)
     inputs, labels = (jnp.asarray(column) for column in right)
+    if not beside_torch:
+        return Subject(logits_fn, inputs, labels, None, (inputs, labels))
     model = torch_side.torch_network(params)
     return Subject(logits_fn, inputs, labels, model, torch_side.torch_batch(*right))
 
@@ -208,6 +222,8 @@ def rows(
 ) -> list[Row]:
     """Rows of the toolkits, the fastest first and with the target, those without a result last.
 
+    Of none at all there is one row, of ours alone.
+
     Args:
         comparison: the attack.
         timings: of ours, and by toolkit.
@@ -237,7 +253,7 @@ def rows(
                 ),
             },
         )
-        for peer in [*ranked, *skipped]
+        for peer in [*ranked, *skipped] or ["none"]
     ]
 
 

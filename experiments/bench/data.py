@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,27 +24,29 @@ class Data(Options):
     TensorDataset of the same floats, in this process.
     """
 
-    beside_torch: ClassVar[bool] = True
-
     num_examples: int = 60_000
     """Random images of 28 x 28 pixels."""
     batch_size: int = 128
     """Images per batch."""
+    peers: bool = True
+    """Time PyTorch beside us."""
 
 
 def run(options: Data, after_call: AfterCall) -> Iterator[list[Row]]:
     """Rows of the command."""
-    found = calls(options, (28, 28, 1), beside_torch=torch_side.missing() is None)
+    missing = torch_side.missing() if options.peers else None
+    beside_torch = options.peers and missing is None
+    found = calls(options, (28, 28, 1), beside_torch=beside_torch)
     timed = timing.interleaved(found, repeats=options.repeats, after_call=after_call)
     yield [
         Row(
             f"an epoch of {options.num_examples} images in batches of {options.batch_size}",
             timed.timings[OURS],
-            LOADER,
+            LOADER if options.peers else "none",
             timed.timings.get(LOADER),
             command(options),
             compiles=False,
-            note=torch_side.missing() or "",
+            note=missing or "",
         )
     ]
 

@@ -11,7 +11,6 @@ class Options:
     """Options of every command."""
 
     on_cpu: ClassVar[bool] = False  # even where JAX has an accelerator
-    beside_torch: ClassVar[bool] = False
 
     repeats: int = 5
     """Timed calls of each side, in turn, after one that warms up."""
@@ -45,6 +44,16 @@ class NetworkOptions(Options):
                 f"expected a width or a network of your own, got width {self.width} and "
                 f"{self.network!r}; leave one of them out"
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TorchOptions(NetworkOptions):
+    """Options of the commands that PyTorch, too, can do on a network and images, on the CPU."""
+
+    on_cpu: ClassVar[bool] = True
+
+    peers: bool = True
+    """Time PyTorch and its toolkits beside us; without them they need not be installed."""
 
 
 def check(options: Any) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,15 +16,17 @@ from experiments.bench.timing import AfterCall, Calls
 from jdistill import attacks, evaluate, nets, sweep, train
 from jdistill.typing import LogitsFn
 
-LOOPED, VMAPPED, SINGLES = "as one, looped", "as one, vmapped", "one at a time"
+MAPPED, VMAPPED, SINGLES = "as one, under lax.map", "as one, under vmap", "one at a time"
+LOOPED = "as one, looped"  # an evaluation's, over networks in Python
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep(Options):
     """Training of all temperatures and seeds as one program against one run at a time.
 
-    An epoch of one generation. The program is timed both ways: run after run inside the compiled
-    loop, which is the default on a CPU, and all runs at once under `vmap`, the default elsewhere.
+    An epoch of one generation. The program is timed both ways: run after run under `lax.map`, which
+    is the default on a CPU, and all runs at once under `vmap`, the default elsewhere. Megabytes are
+    those of the largest program that a way compiles, by the compiler's own account.
     """
 
     num_temperatures: int = 9
@@ -61,17 +63,31 @@ class Evaluate(NetworkOptions):
 
 def run_sweep(options: Sweep, after_call: AfterCall) -> Iterator[list[Row]]:
     """Rows of a sweep."""
-    calls = sweep_calls(options, nets.mnist_net(width=options.width), (28, 28, 1))
+    megabytes: dict[str, float] = {}
+
+    def keep(way: str, size: int) -> None:
+        megabytes[way] = size / 1e6
+
+    calls = {
+        way: _watched(call, functools.partial(keep, way))
+        for way, call in sweep_calls(
+            options, nets.mnist_net(width=options.width), (28, 28, 1)
+        ).items()
+    }
     grid = options.num_temperatures, options.num_seeds
     name = f"sweep of {grid[0]} temperatures and {grid[1]} seeds, {options.num_steps} steps each"
     targets = {(9, 1, "cpu"): 1.0, (9, 3, "gpu"): 0.15}
-    yield rows(
+    found = rows(
         options,
         name,
         calls,
         {key[2]: targets[key] for key in targets if key[:2] == grid},
         after_call,
     )
+    yield [
+        row._replace(facts={"megabytes": [megabytes.get(way), megabytes.get(SINGLES)]})
+        for way, row in zip((MAPPED, VMAPPED), found, strict=True)
+    ]
 
 
 def run_evaluate(options: Evaluate, after_call: AfterCall) -> Iterator[list[Row]]:
@@ -101,7 +117,8 @@ def rows(
     """
     timings = timing.interleaved(calls, repeats=options.repeats, after_call=after_call).timings
     platform = jax.default_backend()
-    default = LOOPED if platform == "cpu" else VMAPPED
+    looped = LOOPED if LOOPED in calls else MAPPED
+    default = looped if platform == "cpu" else VMAPPED
     return [
         Row(
             f"{name}, {way}",
@@ -112,7 +129,7 @@ def rows(
             target=targets.get(platform) if way == default else None,
             peer_compiles=True,
         )
-        for way in (LOOPED, VMAPPED)
+        for way in (looped, VMAPPED)
     ]
 
 
@@ -144,8 +161,38 @@ def sweep_calls(options: Sweep, model: nets.ConvNet, input_shape: tuple[int, ...
         ]
         return jax.block_until_ready([state.params for state in states])
 
-    looped, vmapped = functools.partial(together, False), functools.partial(together, True)
-    return {LOOPED: looped, VMAPPED: vmapped, SINGLES: one_by_one}
+    mapped, vmapped = functools.partial(together, False), functools.partial(together, True)
+    return {MAPPED: mapped, VMAPPED: vmapped, SINGLES: one_by_one}
+
+
+def _watched(call: Callable[[], Any], tell: Callable[[int], Any]) -> Callable[[], Any]:
+    """The call, which tells the bytes of the largest program that it compiled."""
+
+    def watched() -> Any:
+        before = _programs()
+        result = call()
+        new = [program for program in _programs() if not any(program is one for one in before)]
+        if new:
+            tell(max(map(_bytes_of, new)))
+        return result
+
+    return watched
+
+
+def _programs() -> list[Any]:
+    """The compiled programs that are alive; JAX does not say which of them a call has made."""
+    return jax.devices()[0].client.live_executables()
+
+
+def _bytes_of(program: Any) -> int:
+    """Arguments, results, and what is between, on a device."""
+    sizes = program.get_compiled_memory_stats()
+    return int(
+        sizes.argument_size_in_bytes
+        + sizes.output_size_in_bytes
+        + sizes.temp_size_in_bytes
+        - sizes.alias_size_in_bytes
+    )
 
 
 def disturbed(params: Params, input_shape: tuple[int, ...], count: int) -> list[LogitsFn]:

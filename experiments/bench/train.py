@@ -4,14 +4,14 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import subjects, timing, torch_side
-from experiments.bench.options import NetworkOptions, command
+from experiments.bench.options import TorchOptions, command
 from experiments.bench.rows import Row
 from experiments.bench.subjects import Images, Params
 from experiments.bench.timing import AfterCall, Calls
@@ -27,16 +27,13 @@ RESISTED_EPS = 1e-4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Train(NetworkOptions):
+class Train(TorchOptions):
     """Training step and input gradient beside the same in eager PyTorch, on the CPU.
 
     The step is that of `train.fit`: dropout on, SGD with Nesterov momentum. The gradient is that
     of an attack's compiled loop, once in a scan of sign steps that no image ends early, and once
     in `attacks.pgd`, in a ball so small that no image is misclassified.
     """
-
-    on_cpu: ClassVar[bool] = True
-    beside_torch: ClassVar[bool] = True
 
     num_steps: int = 20
     """Steps per timed call; the seconds printed are those of one step."""
@@ -47,8 +44,8 @@ class Train(NetworkOptions):
 def run(options: Train, after_call: AfterCall) -> Iterator[list[Row]]:
     """Rows of the command."""
     params, images = subjects.load(options)
-    missing = torch_side.missing() or ""
-    found = calls(options, params, images, beside_torch=not missing)
+    missing = (options.peers and torch_side.missing()) or ""
+    found = calls(options, params, images, beside_torch=options.peers and not missing)
     yield rows(options, found, missing, after_call)
 
 
@@ -99,11 +96,11 @@ def rows(
         Row(
             f"{name}, batch {options.batch_size}",
             timed.timings[name],
-            "PyTorch",
+            "PyTorch" if options.peers else "none",
             timed.timings.get(peer),
             command(options),
             each=options.num_steps,
-            target=target,
+            target=target if options.peers else None,
             note=missing or (fooled(timed.results[PGD]) if name == PGD else ""),
         )
         for name, peer, target in (
