@@ -215,7 +215,8 @@ class Options:
     num_images: int | None = None
     """Test images for targeted attacks, each towards every class (none: 100, 20, 2 by scale)."""
     parallel: Spread | None = None
-    """How training is spread, as in `jdistill defend` (none: sweep at full scale, else jit)."""
+    """How training is spread, as in `jdistill defend`; a sweep has no best epochs (none: sweep at
+    full scale where it can be, else jit)."""
     topology: str = "v5e:1x1"
     """Of `plan`: chip and how many along each axis, as in `jdistill plan`."""
     data_dir: str | None = None
@@ -293,7 +294,8 @@ def run(options: Options, name: str) -> None:
     training = TRAININGS[options.scale][name]
     study = training.study(data_dir=options.data_dir)
     folder = _studies.workdir_path(options.workdir) / options.scale / name
-    spread = options.parallel or ("sweep" if options.scale == "full" else "jit")
+    whole = options.scale == "full" and not study.selects_best()
+    spread = options.parallel or ("sweep" if whole else "jit")
     item = ITEMS.get(str(options.item))
     if item is None or not _trained(study, folder):
         print(f"training {name}: {cost(training)}", flush=True)
