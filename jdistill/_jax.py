@@ -88,6 +88,15 @@ def jit(fun: _F, **options: Any) -> _F:
     return cast(_F, call)
 
 
+def shapes(tree: Any, sharding: Any = None) -> Any:
+    """The arrays of a tree as shapes, on devices that need not be there."""
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf), sharding=sharding)
+
+    return jax.tree.map(shape, tree)
+
+
 def under_trace(*values: Any) -> bool:
     """Tracing of the caller: True with tracers among the values, or under `jit` without any."""
     # Under `jit` a new array is a tracer as well.

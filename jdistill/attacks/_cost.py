@@ -3,14 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jdistill import _validate
-from jdistill.attacks._core import engine
 from jdistill.attacks._core.engine import Passes
-from jdistill.attacks._core.handlers import Counter
-from jdistill.attacks._core.traits import traits
+from jdistill.attacks._core.handlers import Counter, rehearse
 from jdistill.typing import Array
 
 
@@ -43,15 +40,11 @@ def cost(attack: Callable[..., Any], *, shape: tuple[int, ...], num_classes: int
     shape = _validate.shape(shape=shape)
     _validate.count(num_classes=num_classes, minimum=2)
     counter = Counter()
-    low, high = traits(attack).settings.get("bounds", (0.0, 1.0))
-    inputs = jnp.clip(jnp.zeros((1, *shape), jnp.float32), low, high)
-    labels = jnp.zeros((1,), jnp.int32)
 
     def logits_fn(inputs: Array) -> Array:
         return jnp.zeros((inputs.shape[0], num_classes))
 
-    with engine.handled_by(counter):
-        attack(logits_fn, jax.random.key(0), inputs, labels)
+    rehearse(attack, counter, logits_fn, shape)
     if counter.total == (0, 0):
         raise ValueError(
             f"expected an attack that runs one of jdistill.attacks, got {attack!r}; count its "

@@ -1,14 +1,11 @@
 """Plan of a study on a TPU slice: what its programs take, by the TPU compiler's estimate."""
 
-import functools
 import math
 from typing import Any, NamedTuple
 
-import jax
-
 from jdistill import data
-from jdistill._jax import full_precision, planned_for
-from jdistill.attacks._core import engine
+from jdistill._jax import planned_for
+from jdistill.attacks._core import planning
 from jdistill.attacks._core.rows import executed_and_once
 from jdistill.runtime import tpu
 from jdistill.runtime.tpu import Estimate, Topology
@@ -19,7 +16,6 @@ from jdistill.study._programs import (
     networks_of,
     sweep_programs,
     training_programs,
-    whole,
 )
 from jdistill.study._study import Study
 from jdistill.sweep import _memory
@@ -280,20 +276,9 @@ def largest_of(program: Program, found: Estimate | None, budget: float) -> int:
 
 def _executed_over_once(program: Program) -> float:
     """Multiplications of a call, over those of its program with every loop's body once."""
-    methods = [] if program.methods is None else program.methods()
-    if not methods:
-        # What is jitted may have loops of the user's own.
-        executed, once = executed_and_once(program.jitted, *program.arguments)
-        return executed / once if once else 1.0
-    total = total_once = 0
-    begin, end = (functools.partial(each, trace=False) for each in (engine.start, engine.finish))
-    with full_precision():
-        for method, problem in methods:
-            carry = jax.eval_shape(begin, method, problem)
-            total += executed_and_once(begin, method, problem)[0]
-            if events := method.most_events():  # at most: an example that is done costs less
-                each = executed_and_once(engine._event, method, problem, carry)[0]
-                total += events * each
-            total += executed_and_once(end, method, problem, carry)[0]
-            total_once += executed_and_once(whole, method, problem)[1]
-    return total / total_once if total_once else 1.0
+    calls = [] if program.methods is None else program.methods()
+    counts = [planning.multiplications(*call) for call in calls]
+    # What is jitted may have loops of the user's own.
+    counts = counts or [executed_and_once(program.jitted, *program.arguments)]
+    executed, once = (sum(each) for each in zip(*counts, strict=True))
+    return executed / once if once else 1.0

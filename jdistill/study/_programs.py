@@ -2,7 +2,6 @@
 
 import functools
 import math
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -13,13 +12,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jdistill import attacks, data, nets, parallel, train
-from jdistill._jax import full_precision, unbound
-from jdistill.attacks._core import engine
-from jdistill.attacks._core.handlers import untried
+from jdistill._jax import full_precision, shapes
+from jdistill.attacks._core import planning
 from jdistill.runtime import tpu
 from jdistill.study import _training
 from jdistill.study._study import Examples, Stage, Study
-from jdistill.sweep import _fit, _program
+from jdistill.sweep._fit import planned
+from jdistill.sweep._program import Kind, Store, store
 from jdistill.typing import Batch
 
 _FORWARD = 512  # examples of a call of `train.predict`
@@ -62,22 +61,20 @@ class Network(NamedTuple):
         return f"{', '.join(roles)} ({weights:,} weights)"
 
 
+def _num_runs(study: Study) -> int:
+    return len(study.temperatures) * len(study.seeds)
+
+
 def _passes(default: str) -> int:
     configured = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     return tpu.PASSES.get(configured or default, 6)
 
 
-def _placed(tree: Any, sharding: Any) -> Any:
-    """The shapes of a tree's arrays, on devices."""
-
-    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf), sharding=sharding)
-
-    return jax.tree.map(shape, tree)
-
-
-def _everywhere(devices: Sequence[Any]) -> NamedSharding:
-    return NamedSharding(parallel.make_mesh(devices), PartitionSpec())
+def _placements(devices: Sequence[Any]) -> tuple[NamedSharding, NamedSharding]:
+    """Whole on each of the devices, and split over them by example."""
+    mesh = parallel.make_mesh(devices)
+    specs = PartitionSpec(), PartitionSpec(parallel.DATA_AXIS)
+    return NamedSharding(mesh, specs[0]), NamedSharding(mesh, specs[1])
 
 
 def stacked(tree: Any, size: int) -> Any:
@@ -123,8 +120,8 @@ def networks_of(study: Study, examples: Examples) -> list[Network]:
                 continue
             role = "teacher" if number == 0 else "student" if last else "assistant"
             loss = _loss(study, teacher, online=study.online and number > 0)
-            shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves((state, loss)))
-            own = (step.apply_fn, jax.tree.structure((state, loss)), shapes)
+            leaves, structure = jax.tree.flatten((state, loss))
+            own = (step.apply_fn, structure, tuple((x.shape, x.dtype) for x in leaves))
             known = found.get(own)
             before_that = (Counter(), 0, 0) if known is None else (known.roles, *known[-2:])
             found[own] = Network(
@@ -144,95 +141,91 @@ def _loss(study: Study, teacher: Any, *, online: bool) -> Any:
     """The loss of a network, as shapes; the temperature compiles nothing."""
     temperature = study.temperatures[0]
     if teacher is None:
-        return _placed(study.teacher_loss(temperature), None)
+        return shapes(study.teacher_loss(temperature))
     make = study.student_losses()
     if not online:
-        return _placed(make(temperature), None)
-    return jax.eval_shape(lambda network: make(temperature, network), _placed(teacher, None))
+        return shapes(make(temperature))
+    return jax.eval_shape(lambda network: make(temperature, network), shapes(teacher))
 
 
 def training_programs(
     study: Study, examples: Examples, networks: Sequence[Network], devices: Sequence[Any]
-) -> Iterator[Program]:
+) -> list[Program]:
     """The step of each architecture, its batch split over the chips."""
-    mesh = parallel.make_mesh(devices)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    by_example = NamedSharding(mesh, PartitionSpec(parallel.DATA_AXIS))
-    runs = len(study.temperatures) * len(study.seeds)
-    size = len(examples.train.labels)
-    for network in networks:
-        jitted = jax.jit(network.step, out_shardings=everywhere)
-        num_classes = None if study.online else network.num_classes
+    return [
+        _training_program(study, examples, network, devices, study.batch_size)
+        for network in networks
+    ]
 
-        def made(
-            batch: int, network: Any = network, jitted: Any = jitted, K: Any = num_classes
-        ) -> Any:
-            batch = -(-batch // len(devices)) * len(devices)
-            columns = _batch(examples.train.inputs.shape[1:], K, batch)
-            return Program(
-                f"training step: {network.name}",
-                "training",
-                batch,
-                len(devices),
-                network.num_steps * runs,
-                jitted,
-                (
-                    _placed(network.state, everywhere),
-                    _placed(columns, by_example),
-                    _placed(network.loss, everywhere),
-                ),
-                _passes("default"),
-                most=max(batch, size // len(devices) * len(devices)),
-            )
 
-        yield made(study.batch_size)._replace(resized=made)
+def _training_program(
+    study: Study, examples: Examples, network: Network, devices: Sequence[Any], batch_size: int
+) -> Program:
+    everywhere, by_example = _placements(devices)
+    count = len(devices)
+    batch_size = -(-batch_size // count) * count
+    num_classes = None if study.online else network.num_classes
+    return Program(
+        f"training step: {network.name}",
+        "training",
+        batch_size,
+        count,
+        network.num_steps * _num_runs(study),
+        jax.jit(network.step, out_shardings=everywhere),
+        (
+            shapes(network.state, everywhere),
+            shapes(_batch(examples.train.inputs.shape[1:], num_classes, batch_size), by_example),
+            shapes(network.loss, everywhere),
+        ),
+        _passes("default"),
+        resized=functools.partial(_training_program, study, examples, network, devices),
+        most=max(batch_size, len(examples.train.labels) // count * count),
+    )
 
 
 def sweep_programs(
     study: Study, examples: Examples, networks: Sequence[Network], devices: Sequence[Any]
-) -> Iterator[Program]:
+) -> list[Program]:
     """All runs of each architecture as one stack, a share on each chip."""
-    runs = len(study.temperatures) * len(study.seeds)
-    store = _program.store(*examples.train)
-    mesh = _program.mesh(tuple(devices))
-    spread = NamedSharding(mesh, PartitionSpec(_program.RUN_AXIS))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    for network in networks:
-        jitted = _program.steps_program(_program.Kind(network.step, True, tuple(devices)))
-        state, loss = stacked(network.state, 1), stacked(network.loss, 1)
-        num_classes = None if study.online else network.num_classes
+    held = store(*examples.train)
+    return [
+        _sweep_program(study, held, network, tuple(devices), _num_runs(study))
+        for network in networks
+    ]
 
-        def made(
-            size: int,
-            network: Any = network,
-            jitted: Any = jitted,
-            stacks: Any = (state, loss),
-            K: Any = num_classes,
-        ) -> Any:
-            size = -(-size // len(devices)) * len(devices)
-            state, loss = stacks
-            shared, *others = _fit.shapes_of(state, store, loss, K, study.batch_size, size)
-            return Program(
-                f"sweep step: {network.name}",
-                "sweep",
-                size,
-                len(devices),
-                network.num_steps,
-                jitted,
-                (_placed(shared, everywhere), *(_placed(each, spread) for each in others)),
-                _passes("default"),
-                most=max(size, _MOST_RUNS * len(devices)),
-            )
 
-        yield made(runs)._replace(resized=made)
+def _sweep_program(
+    study: Study, held: Store, network: Network, devices: tuple[Any, ...], size: int
+) -> Program:
+    size = -(-size // len(devices)) * len(devices)
+    jitted, arguments = planned(
+        Kind(network.step, True, devices),
+        stacked(network.state, 1),
+        held,
+        stacked(network.loss, 1),
+        None if study.online else network.num_classes,
+        study.batch_size,
+        size,
+    )
+    return Program(
+        f"sweep step: {network.name}",
+        "sweep",
+        size,
+        len(devices),
+        network.num_steps,
+        jitted,
+        arguments,
+        _passes("default"),
+        resized=functools.partial(_sweep_program, study, held, network, devices),
+        most=max(size, _MOST_RUNS * len(devices)),
+    )
 
 
 def forward_programs(
     study: Study, examples: Examples, networks: Sequence[Network], devices: Sequence[Any]
 ) -> Iterator[Program]:
     """Soft labels of the training set, and logits of the test set."""
-    runs = len(study.temperatures) * len(study.seeds)
-    sharding = _everywhere(devices)
+    everywhere, _ = _placements(devices)
     num_train, num_test = (len(split.labels) for split in (examples.train, examples.test))
     for network in networks:
         inputs = _batch(examples.train.inputs.shape[1:], None, _FORWARD).inputs
@@ -243,9 +236,9 @@ def forward_programs(
             "forward",
             _FORWARD,
             1,
-            calls * runs,
+            calls * _num_runs(study),
             jax.jit(_forward),
-            _placed((train.logits_fn(network.step, network.state), inputs), sharding),
+            shapes((train.logits_fn(network.step, network.state), inputs), everywhere),
             _passes("highest"),
         )
 
@@ -259,14 +252,13 @@ def attack_programs(
     study: Study, examples: Examples, devices: Sequence[Any], notes: list[str]
 ) -> Iterator[Program]:
     """Each attack on the networks of one run that have one architecture, as a stack."""
-    runs = len(study.temperatures) * len(study.seeds)
     plans = {**study.attacks, **{f"distance {n}": each for n, each in study.distances.items()}}
     for (logits_fn, size), count in stacks(study, examples).items():
         tree = jax.tree.unflatten(logits_fn[0], [jax.ShapeDtypeStruct(*x) for x in logits_fn[1]])
         for name, each in plans.items():
             num_examples = min(each.num_examples or math.inf, len(examples.test.labels))
             batch = int(min(each.batch_size, num_examples))
-            calls = -(-int(num_examples) // batch) * count * runs
+            calls = -(-int(num_examples) // batch) * count * _num_runs(study)
             shape = examples.test.inputs.shape[1:]
             if not attacks.traits(each.attack).host_loop:
                 made = attack_program(each.attack, stacked(tree, size), batch, shape, devices)
@@ -297,29 +289,6 @@ def stacks(study: Study, examples: Examples) -> Counter[Any]:
     return found
 
 
-def whole(method: Any, problem: Any) -> Any:
-    """A method from its start to its end, as `engine.run` compiles it."""
-    carry = engine.start(method, problem, trace=False)
-    return engine.finish(method, problem, engine.advance(method, problem, carry), trace=False)
-
-
-class _Recorder:
-    """Handler that keeps the methods of an attack as shapes, and runs them where it is asked to."""
-
-    on_host = False
-
-    def __init__(self, *, runs: bool) -> None:
-        self.methods: list[tuple[Any, Any]] = []
-        self._runs = runs
-
-    def __call__(self, method: Any, problem: Any, trace: bool, /) -> Any:
-        """The method's result, or the clean inputs."""
-        del trace
-        self.methods.append(_placed((method, problem), None))
-        # Not jitted: that would give the trace for the device at hand.
-        return whole(method, problem) if self._runs else untried(problem)
-
-
 def attack_program(
     attack: Any, stack: Any, batch_size: int, shape: Sequence[int], devices: Sequence[Any]
 ) -> Program:
@@ -332,15 +301,8 @@ def attack_program(
         shape: of one.
         devices: a study measures on one.
     """
-    recorder = _Recorder(runs=True)
-
-    def call(stack: Any, keys: Any, inputs: Any, labels: Any) -> Any:
-        recorder.methods.clear()
-        with engine.handled_by(recorder):
-            return jax.vmap(lambda network: attack(network, keys, inputs, labels))(stack)
-
-    mesh = parallel.make_mesh(devices)
-    split = NamedSharding(mesh, PartitionSpec(parallel.DATA_AXIS))
+    everywhere, by_example = _placements(devices)
+    call, methods = planning.on_stack(attack)
     columns = _batch(shape, None, batch_size)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
     return Program(
@@ -351,56 +313,30 @@ def attack_program(
         1,
         jax.jit(call),
         (
-            _placed(stack, NamedSharding(mesh, PartitionSpec())),
-            *_placed((keys, columns.inputs, columns.labels), split),
+            shapes(stack, everywhere),
+            *shapes((keys, columns.inputs, columns.labels), by_example),
         ),
         _passes("highest"),
-        methods=lambda: recorder.methods,
+        methods=methods,
     )
 
 
 def attack_parts(
     attack: Any, logits_fn: Any, batch_size: int, shape: Sequence[int], devices: Sequence[Any]
 ) -> list[Program]:
-    """The programs of an attack that is a loop on the host, such as AutoAttack's parts.
-
-    It is called with weights of zero and methods that do nothing, to see what it would run.
-    Programs that differ in numbers alone are one, with as many calls.
-    """
-    settings = attacks.traits(attack).settings
-    batch_size = min(batch_size, settings.get("batch_size") or batch_size)
-    low, high = settings.get("bounds", (0.0, 1.0))
-    inputs = np.clip(np.zeros((batch_size, *shape), np.float32), low, high)
-    network = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), logits_fn)
-    recorder = _Recorder(runs=False)
-    with engine.handled_by(recorder), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about what the zero network's logits are
-        attack(network, jax.random.key(0), inputs, np.zeros(batch_size, np.int32))
-    found: dict[Any, tuple[Any, int]] = {}
-    for each in recorder.methods:
-        method = each[0]
-        name = type(method).__name__.strip("_")
-        if (loss := getattr(method, "loss", None)) is not None:
-            name += f" on {getattr(unbound(loss)[0], '__name__', 'a loss')}"
-        own = (name, method.num_events, tuple(x.shape for x in jax.tree.leaves(each)))
-        found[own] = found.get(own, (each, 0))[0], found.get(own, (each, 0))[1] + 1
-    everywhere = _everywhere(devices)
+    """The programs of an attack that is a loop on the host, such as AutoAttack's parts."""
+    everywhere, _ = _placements(devices)
     return [
         Program(
             name if count == 1 else f"{name}, {count} times",
             "attack",
-            batch_size,
+            call[1].inputs.shape[0],
             1,
             count,
-            jax.jit(_at_full_precision),
-            _placed(each, everywhere),
+            jax.jit(planning.program),
+            shapes(call, everywhere),
             _passes("highest"),
-            methods=functools.partial(list, (each,)),
+            methods=functools.partial(list, (call,)),
         )
-        for (name, *_), (each, count) in found.items()
+        for name, count, call in planning.of_host_loop(attack, logits_fn, batch_size, shape)
     ]
-
-
-def _at_full_precision(method: Any, problem: Any) -> Any:
-    with full_precision():
-        return whole(method, problem)

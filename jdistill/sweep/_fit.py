@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jdistill import _validate, data, nets
+from jdistill._jax import shapes
 from jdistill.sweep import _memory, _program
 from jdistill.sweep._program import Kind, Store
 from jdistill.sweep._states import check_runs
@@ -317,11 +318,36 @@ def _bytes_needed(
     size: int,
 ) -> int:
     """What the compiled program of that many runs needs on each device, by its own account."""
-    arguments = shapes_of(state, store, loss_fn, num_classes, options.batch_size, size)
+    arguments = _shapes_of(state, store, loss_fn, num_classes, options.batch_size, size)
     return _memory.bytes_of(_program.steps_program(kind).lower(*arguments).compile())
 
 
-def shapes_of(
+def planned(
+    kind: Kind,
+    state: TrainState,
+    store: Store,
+    loss_fn: LossFn,
+    num_classes: int | None,
+    batch_size: int,
+    size: int,
+) -> tuple[Any, tuple[Any, ...]]:
+    """The program of a stack of that many runs, jitted, and its arguments as shapes on the devices.
+
+    Args:
+        kind: what is compiled, for devices that need not be there.
+        state: a stack of any size.
+        store: the data.
+        loss_fn: a stack of any size.
+        num_classes: of the soft labels; None where there are none.
+        batch_size: examples a step of each run.
+        size: runs, a multiple of the number of devices.
+    """
+    shared, *stacked = _shapes_of(state, store, loss_fn, num_classes, batch_size, size)
+    everywhere, spread = (_program.placement(kind, stacked=each) for each in (False, True))
+    return _program.steps_program(kind), (shapes(shared, everywhere), *shapes(stacked, spread))
+
+
+def _shapes_of(
     state: TrainState,
     store: Store,
     loss_fn: LossFn,
@@ -329,24 +355,12 @@ def shapes_of(
     batch_size: int,
     size: int,
 ) -> tuple[Any, ...]:
-    """The shapes of the arguments of `steps_program` for a stack of that many runs.
-
-    Args:
-        state: a stack of any size.
-        store: the data.
-        loss_fn: a stack of any size.
-        num_classes: of the soft labels; None where there are none.
-        batch_size: examples a step of each run.
-        size: runs.
-    """
+    """The shapes of the arguments of `steps_program` for a stack of that many runs."""
     num_examples = len(store.labels)
     num_steps = data.num_batches(num_examples, batch_size)
 
     def stacked(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype)
-
-    def whole(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype)
 
     number = jax.ShapeDtypeStruct((), np.int32)
     mask = jax.ShapeDtypeStruct((num_steps, batch_size), np.float32)
@@ -356,7 +370,7 @@ def shapes_of(
     if num_classes is not None:
         targets = jax.ShapeDtypeStruct((size, num_examples, num_classes), np.float32)
     return (
-        (jax.tree.map(whole, store), mask, number, number, number),
+        (shapes(store), mask, number, number, number),
         jax.tree.map(stacked, state),
         alive,
         jax.tree.map(stacked, loss_fn),

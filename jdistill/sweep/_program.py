@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 
 from jdistill import data
 from jdistill._jax import full_precision
@@ -143,13 +150,18 @@ def mesh(devices: tuple[jax.Device, ...]) -> Mesh:
     return Mesh(np.asarray(devices), (RUN_AXIS,), axis_types=(AxisType.Auto,))
 
 
-def placed(kind: Kind, tree: Any, *, stacked: bool) -> Any:
-    """The tree's arrays on the devices: each with its runs, or all with everything."""
+def placement(kind: Kind, *, stacked: bool) -> Sharding:
+    """Each device has its runs, or all have everything."""
     if len(kind.devices) == 1:
         # No mesh: with one, JAX 0.7 refuses `vmap` of a convolution's gradient.
-        return jax.device_put(tree, kind.devices[0])
+        return SingleDeviceSharding(kind.devices[0])
     spec = PartitionSpec(RUN_AXIS) if stacked else PartitionSpec()
-    return jax.device_put(tree, NamedSharding(mesh(kind.devices), spec))
+    return NamedSharding(mesh(kind.devices), spec)
+
+
+def placed(kind: Kind, tree: Any, *, stacked: bool) -> Any:
+    """The tree's arrays on the devices: each with its runs, or all with everything."""
+    return jax.device_put(tree, placement(kind, stacked=stacked))
 
 
 def placed_stack(kind: Kind, tree: Any, runs: np.ndarray) -> Any:

@@ -266,6 +266,11 @@ def _broken(loss: Callable[..., Array], problem: Problem, result: AttackResult) 
 
 @functools.partial(jit, static_argnames="trace")
 def _run(method: Method, problem: Problem, *, trace: bool) -> AttackResult:
+    return whole(method, problem, trace=trace)
+
+
+def whole(method: Method, problem: Problem, *, trace: bool = False) -> AttackResult:
+    """The result of a method from its start to its end; what `run` compiles."""
     carry = start(method, problem, trace=trace)
     return finish(method, problem, advance(method, problem, carry), trace=trace)
 
@@ -286,7 +291,7 @@ def start(method: Method, problem: Problem, *, trace: bool) -> Carry:
     )
 
 
-def _event(method: Method, problem: Problem, carry: Carry) -> Carry:
+def event(method: Method, problem: Problem, carry: Carry) -> Carry:
     """One step of every example that is not done."""
     state, progress = carry
     active = ~progress.done
@@ -331,7 +336,7 @@ def advance(method: Method, problem: Problem, carry: Carry, at_most: Array | Non
 
     def one(fixed: tuple[Method, Problem], carry: tuple[Array, Carry]) -> tuple[Array, Carry]:
         turn, inner = carry
-        return turn + 1, _event(*fixed, inner)
+        return turn + 1, event(*fixed, inner)
 
     sizes = [0]
     steps = rows.LEAST_STEPS if method.num_events is None else method.num_events

@@ -1,5 +1,6 @@
 """Handlers of methods: the maximizing form of adversarial training, and counting alone."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -7,8 +8,9 @@ import jax.numpy as jnp
 
 from jdistill._jax import jit
 from jdistill.attacks._core import engine
-from jdistill.attacks._core.engine import Method, Passes
+from jdistill.attacks._core.engine import Handler, Method, Passes
 from jdistill.attacks._core.problem import AttackResult, Problem
+from jdistill.attacks._core.traits import traits
 from jdistill.typing import Array
 
 
@@ -80,3 +82,17 @@ def untried(problem: Problem) -> AttackResult:
     nothing = jnp.zeros(problem.inputs.shape[:1], jnp.int32)
     distance = nothing.astype(problem.inputs.dtype)
     return AttackResult(problem.inputs, nothing.astype(bool), distance, nothing, {})
+
+
+def rehearse(
+    attack: Callable[..., Any],
+    handler: Handler,
+    logits_fn: Any,
+    shape: Sequence[int],
+    batch_size: int = 1,
+) -> None:
+    """Call an attack on inputs `[batch_size, *shape]` that mean nothing, for the handler alone."""
+    low, high = traits(attack).settings.get("bounds", (0.0, 1.0))
+    inputs = jnp.clip(jnp.zeros((batch_size, *shape), jnp.float32), low, high)
+    with engine.handled_by(handler):
+        attack(logits_fn, jax.random.key(0), inputs, jnp.zeros(batch_size, jnp.int32))
