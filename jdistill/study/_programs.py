@@ -45,7 +45,6 @@ class Network(NamedTuple):
     """An architecture of a study, as shapes."""
 
     roles: Counter[str]
-    stage: Stage
     step: Any
     state: Any
     loss: Any
@@ -78,6 +77,7 @@ def _placements(devices: Sequence[Any]) -> tuple[NamedSharding, NamedSharding]:
 
 
 def stacked(tree: Any, size: int) -> Any:
+    """The shapes of a stack of that many trees."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype), tree)
 
 
@@ -122,17 +122,11 @@ def networks_of(study: Study, examples: Examples) -> list[Network]:
             loss = _loss(study, teacher, online=study.online and number > 0)
             leaves, structure = jax.tree.flatten((state, loss))
             own = (step.apply_fn, structure, tuple((x.shape, x.dtype) for x in leaves))
-            known = found.get(own)
-            before_that = (Counter(), 0, 0) if known is None else (known.roles, *known[-2:])
-            found[own] = Network(
-                before_that[0] + Counter([role]),
-                stage,
-                step,
-                state,
-                loss,
-                num_classes,
-                before_that[1] + stage.num_epochs * per_epoch,
-                before_that[2] + (0 if last or study.online else 1),
+            known = found.get(own) or Network(Counter(), step, state, loss, num_classes, 0, 0)
+            found[own] = known._replace(
+                roles=known.roles + Counter([role]),
+                num_steps=known.num_steps + stage.num_epochs * per_epoch,
+                num_labeled=known.num_labeled + (0 if last or study.online else 1),
             )
     return list(found.values())
 
