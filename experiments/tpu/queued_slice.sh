@@ -8,24 +8,15 @@
 #
 # SPOT=1 may be preempted; FLEX=4h is Flex-start, for at most that long. Called again, it finds the
 # request; one that was preempted or has failed is deleted and made anew, and the run goes on.
-set -euo pipefail
-cd "$(dirname "$0")/../.."
-: "${NAME:?expected NAME, of the slice}" "${ZONE:?expected ZONE, such as us-west4-a}"
+source "$(dirname "$0")/_cloud.sh"
 type="${TYPE:-v5litepod-16}"
-version="${VERSION:-v2-alpha-tpuv5-lite}"
-vm=(gcloud compute tpus tpu-vm)
 queue=(gcloud alpha compute tpus queued-resources)
-at=(--zone "$ZONE")
 
 state() {
   "${queue[@]}" describe "$NAME" "${at[@]}" --format 'value(state.state)' 2> /dev/null || true
 }
-if [ "${1:-}" = delete ]; then
+if [ "$1" = delete ]; then
   exec "${queue[@]}" delete "$NAME" "${at[@]}" --quiet --force
-fi
-if [ $# = 0 ]; then
-  echo "expected a command for the slice, got none; add jdistill defend …, or delete" >&2
-  exit 2
 fi
 while true; do
   case "$(state)" in
@@ -39,5 +30,4 @@ while true; do
     *) sleep "${POLL_SECONDS:-30}" ;;
   esac
 done
-source experiments/tpu/_copy_and_run.sh
-copy_and_run tpu "$@"
+copy_and_run "$@"

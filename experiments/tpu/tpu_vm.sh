@@ -6,24 +6,14 @@
 #   … experiments/tpu/tpu_vm.sh delete
 #
 # Called again, it finds the VM, copies the checkout anew, and the run goes on.
-set -euo pipefail
-cd "$(dirname "$0")/../.."
-: "${NAME:?expected NAME, of the VM}" "${ZONE:?expected ZONE, such as us-central1-a}"
+source "$(dirname "$0")/_cloud.sh"
 type="${TYPE:-v5litepod-1}"
-version="${VERSION:-v2-alpha-tpuv5-lite}"
-vm=(gcloud compute tpus tpu-vm)
-at=(--zone "$ZONE")
 
-if [ "${1:-}" = delete ]; then
+if [ "$1" = delete ]; then
   exec "${vm[@]}" delete "$NAME" "${at[@]}" --quiet
-fi
-if [ $# = 0 ]; then
-  echo "expected a command for the VM, got none; add jdistill defend …, or delete" >&2
-  exit 2
 fi
 if ! "${vm[@]}" describe "$NAME" "${at[@]}" > /dev/null 2>&1; then
   "${vm[@]}" create "$NAME" "${at[@]}" --accelerator-type "$type" --version "$version" \
     ${SPOT:+--spot}
 fi
-source experiments/tpu/_copy_and_run.sh
-copy_and_run tpu "$@"
+copy_and_run "$@"
