@@ -20,18 +20,21 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jdistill.checkpoint import Checkpointer, _orbax
+from jdistill.checkpoint import Checkpointer, _orbax, _orbax_v1
 from jdistill.checkpoint import _checkpointer as checkpoint
 from tests import processes
 
 pytestmark = pytest.mark.floor  # interfaces of Orbax move from version to version
 
 
-@pytest.fixture(scope="module", params=["V0", "V1"], autouse=True)
+INTERFACES = {"V0": _orbax.V0, "V1": _orbax_v1.V1}
+
+
+@pytest.fixture(scope="module", params=INTERFACES, autouse=True)
 def interface(request):
     """Every test, by each interface of Orbax."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_orbax, "INTERFACE", getattr(_orbax, request.param))
+        patch.setattr(_orbax, "INTERFACE", INTERFACES[request.param])
         yield request.param
 
 
@@ -227,7 +230,8 @@ def test_orbax_is_quiet(tmp_path, caplog, capfd):
 
 
 def test_each_interface_goes_on_with_what_the_other_wrote(interface, tmp_path, monkeypatch):
-    own, other = _orbax.INTERFACE, {"V0": _orbax.V1, "V1": _orbax.V0}[interface]
+    own = INTERFACES[interface]
+    (other,) = set(INTERFACES.values()) - {own}
     for step, writer, reader in ((1, own, other), (2, other, own)):
         monkeypatch.setattr(_orbax, "INTERFACE", writer)
         with Checkpointer(tmp_path) as checkpointer:
@@ -617,8 +621,8 @@ def test_a_failing_close_hides_no_other_error(tmp_path, monkeypatch, caplog):
 
 KILLED = """
 import sys, numpy as np
-from jdistill.checkpoint import Checkpointer, _orbax
-_orbax.INTERFACE = getattr(_orbax, sys.argv[2])
+from jdistill.checkpoint import Checkpointer, _orbax, _orbax_v1
+_orbax.INTERFACE = {"V0": _orbax.V0, "V1": _orbax_v1.V1}[sys.argv[2]]
 checkpointer = Checkpointer(sys.argv[1])
 like = {"w": np.zeros(300_000, np.int32)}
 found = checkpointer.restore_latest(like)
@@ -652,10 +656,10 @@ def test_a_killed_process_leaves_a_whole_checkpoint(delay, interface, tmp_path, 
 TOGETHER = """
 import sys, numpy as np
 from jdistill import runtime
-from jdistill.checkpoint import Checkpointer, _orbax
+from jdistill.checkpoint import Checkpointer, _orbax, _orbax_v1
 address, number, folder, interface = sys.argv[1:]
 runtime.initialize(address, 2, int(number), timeout_s=20, heartbeat_s=10)
-_orbax.INTERFACE = getattr(_orbax, interface)
+_orbax.INTERFACE = {"V0": _orbax.V0, "V1": _orbax_v1.V1}[interface]
 with Checkpointer(folder) as checkpointer:
     for step in (1, 2, 3):
         checkpointer.save(step, {"w": np.full(1000, step)}, {"step": step})

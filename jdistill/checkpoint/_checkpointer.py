@@ -88,7 +88,7 @@ class Checkpointer:
         self._max_to_keep = max_to_keep
         self._keep_best = keep_best
         self._scores: dict[int, float] = {}
-        self._manager: _orbax.V0 | _orbax.V1 | None = None
+        self._manager: _orbax.Interface | None = None
         self._damaged: list[int] = []
 
     def __enter__(self) -> "Checkpointer":
@@ -323,7 +323,7 @@ class Checkpointer:
         with _damage():
             return _unseal(self.directory / str(step))
 
-    def _open(self) -> _orbax.V0 | _orbax.V1:
+    def _open(self) -> _orbax.Interface:
         if self._manager is None:
             with self._explained(), silent_orbax():
                 self.directory.mkdir(parents=True, exist_ok=True)
