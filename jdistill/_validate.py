@@ -73,53 +73,43 @@ def _dtype(name: str, value: Any) -> np.dtype:
         ) from None
 
 
-def positive(*, remedy: str = "pass a number above 0", **named: Any) -> None:
-    """Each value (scalar or array) is finite and above 0."""
+def _check(named: Mapping[str, Any], holds: Any, wanted: str, remedy: str) -> None:
+    """Each value (scalar or array) is numbers of which `holds` is true; `{}` is the name."""
     for name, value in named.items():
         if is_traced(value):
             continue
-        array = _numbers(name, value)
-        bad = ~(np.isfinite(array) & (array > 0))
+        bad = ~holds(_numbers(name, value))
         if bad.any():
-            raise ValueError(f"expected {name} > 0, got {_first_bad(value, bad)}; {remedy}")
+            raise ValueError(
+                f"expected {wanted.format(name)}, got {_first_bad(value, bad)}; {remedy}"
+            )
+
+
+def positive(*, remedy: str = "pass a number above 0", **named: Any) -> None:
+    """Each value (scalar or array) is finite and above 0."""
+    _check(named, lambda x: np.isfinite(x) & (x > 0), "{} > 0", remedy)
 
 
 def non_negative(*, remedy: str = "pass 0 or a number above it", **named: Any) -> None:
     """Each value (scalar or array) is finite and not below 0."""
-    for name, value in named.items():
-        if is_traced(value):
-            continue
-        array = _numbers(name, value)
-        bad = ~(np.isfinite(array) & (array >= 0))
-        if bad.any():
-            raise ValueError(f"expected {name} >= 0, got {_first_bad(value, bad)}; {remedy}")
+    _check(named, lambda x: np.isfinite(x) & (x >= 0), "{} >= 0", remedy)
 
 
 def non_zero(*, remedy: str = "pass any other number", **named: Any) -> None:
     """Each value (scalar or array) is finite and not 0."""
-    for name, value in named.items():
-        if is_traced(value):
-            continue
-        array = _numbers(name, value)
-        bad = ~(np.isfinite(array) & (array != 0))
-        if bad.any():
-            raise ValueError(
-                f"expected {name} finite and not 0, got {_first_bad(value, bad)}; {remedy}"
-            )
+    _check(named, lambda x: np.isfinite(x) & (x != 0), "{} finite and not 0", remedy)
 
 
 def within(low: float, high: float, **named: Any) -> None:
     """Each value (scalar or array) lies in `[low, high]`."""
-    for name, value in named.items():
-        if is_traced(value):
-            continue
-        array = _numbers(name, value)
-        bad = ~((array >= low) & (array <= high))
-        if bad.any():
-            raise ValueError(
-                f"expected {name} in [{low:g}, {high:g}], got {_first_bad(value, bad)}; "
-                "pass a number inside that range"
-            )
+    wanted = f"{{}} in [{low:g}, {high:g}]"
+    remedy = "pass a number inside that range"
+    _check(named, lambda x: (x >= low) & (x <= high), wanted, remedy)
+
+
+def finite(**named: Any) -> None:
+    """Each value (scalar or array) is finite."""
+    _check(named, np.isfinite, "finite {}", "pass another")
 
 
 def count(*, minimum: int = 1, **named: Any) -> None:
@@ -146,16 +136,6 @@ def scalar(**named: Any) -> None:
     for name, value in named.items():
         if not is_traced(value):
             _numbers(name, value)
-
-
-def finite(**named: Any) -> None:
-    """Each value (scalar or array) is finite."""
-    for name, value in named.items():
-        if is_traced(value):
-            continue
-        bad = ~np.isfinite(_numbers(name, value))
-        if bad.any():
-            raise ValueError(f"expected finite {name}, got {_first_bad(value, bad)}; pass another")
 
 
 def numbers(**named: Any) -> np.ndarray:
@@ -436,13 +416,7 @@ def class_indices(
 def floats(num_axes: int, **named: Any) -> None:
     """Each value is an array of floats with so many axes; `-n` is n or more."""
     for name, value in named.items():
-        axes = len(_shape(name, value))
-        if axes != num_axes and not axes >= -num_axes > 0:
-            more = " or more" if num_axes < 0 else ""
-            raise ValueError(
-                f"expected {name} of rank {abs(num_axes)}{more}, got shape {np.shape(value)}; "
-                "reshape it or add the missing axis"
-            )
+        rank(num_axes, **{name: value})
         if not jax.numpy.issubdtype(_dtype(name, value), jax.numpy.floating):
             raise ValueError(
                 f"expected floating-point {name}, got dtype {_dtype(name, value)}; convert it with "
@@ -515,12 +489,14 @@ def per_example(batch: tuple[int, ...], **named: Any) -> None:
             )
 
 
-def rank(expected: int, **named: Any) -> None:
-    """Each array has the given number of axes."""
+def rank(num_axes: int, **named: Any) -> None:
+    """Each array has so many axes; `-n` is n or more."""
     for name, value in named.items():
-        if len(_shape(name, value)) != expected:
+        axes = len(_shape(name, value))
+        if axes != num_axes and not axes >= -num_axes > 0:
+            more = " or more" if num_axes < 0 else ""
             raise ValueError(
-                f"expected {name} of rank {expected}, got shape {np.shape(value)}; "
+                f"expected {name} of rank {abs(num_axes)}{more}, got shape {np.shape(value)}; "
                 "reshape it or add the missing axis"
             )
 
