@@ -204,7 +204,7 @@ def _class(kind: type) -> Any:
 
 
 def _code(code: types.CodeType) -> list[Any]:
-    """What a piece of code does, without where it stands."""
+    """A piece of code as content, without where it stands."""
     constants = [
         _code(each) if isinstance(each, types.CodeType) else describe(each)
         for each in code.co_consts

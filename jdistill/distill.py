@@ -445,7 +445,7 @@ def _one_key(key: Array) -> Array:
 
 
 def stage_name(generation: int, num_generations: int) -> str:
-    """What a generation is in a chain of that many: `teacher`, `assistant 1`, `student`.
+    """Name of a generation in a chain of that many: `teacher`, `assistant 1`, `student`.
 
     Example:
         >>> [stage_name(g, 3) for g in range(3)]

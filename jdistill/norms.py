@@ -382,7 +382,7 @@ def _l1_project(delta: AnyArray, eps: AnyArray) -> Array:
     cut = jnp.minimum(gap, eps)
 
     def kept_by(rest: Array) -> Array:
-        """What the largest entry keeps if just these entries keep something."""
+        """Amount that the largest entry keeps if just these entries keep something."""
         total = eps + jnp.sum(jnp.where(rest, cut, 0.0), axis=1, keepdims=True)
         return total / jnp.sum(rest, axis=1, keepdims=True, dtype=total.dtype)
 

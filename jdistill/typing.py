@@ -103,7 +103,7 @@ class AttackFn(Protocol):
 
 
 class Event(TypedDict, total=False):
-    """What a host loop of the library tells its callback.
+    """Event that a host loop of the library tells its callback.
 
     Attributes:
         event: what happened: a training `"step"`, an `"epoch"`, the end of a `"generation"`; or

@@ -330,7 +330,7 @@ def _best_pair(alpha: Array, beta: Array, movable: Array) -> tuple[Array, Array,
     index = jnp.arange(num_features)
 
     def products(row: Array) -> Array:
-        """Of the features `row [B]` with all others, `[B, D]`."""
+        """Products of the features `row [B]` with all others, `[B, D]`."""
         own = functools.partial(jnp.take_along_axis, indices=row[:, None], axis=1)
         up, down = own(alpha) + alpha, own(beta) + beta
         allowed = movable & own(movable) & (index[None] != row[:, None])

@@ -245,7 +245,7 @@ def _argument_helps(function: Callable[..., Any]) -> dict[str, str]:
 
 
 def _value(option: Option, given: Any) -> Any:
-    """What was given, as a value of the option's kind."""
+    """The given value, as one of the option's kind."""
     if option.kind == "flag":
         return given
     if option.kind == "choice":

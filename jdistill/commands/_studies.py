@@ -63,7 +63,7 @@ def extended(recipe: Recipe, folder: epath.Path) -> Recipe:
 
 
 def in_file(path: str) -> Study | Made:
-    """What a file calls `study`: a study, or a function that returns one.
+    """The `study` of a file: a study, or a function that returns one.
 
     Raises:
         ValueError: it has no such thing, or cannot be run.

@@ -21,7 +21,7 @@ class Damaged(Exception):
 
 
 class Key(NamedTuple):
-    """What a cache file is found by."""
+    """Key of a cache file."""
 
     name: str
     version: str

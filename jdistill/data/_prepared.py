@@ -29,7 +29,7 @@ _VALIDATION = 5000
 
 
 class Spec(NamedTuple):
-    """What is known of a TFDS set beforehand.
+    """Facts of a TFDS set that are known beforehand.
 
     Attributes:
         shape: of one image, `(H, W, C)`.
@@ -105,7 +105,7 @@ def find(root: Any, name: str) -> Prepared | None:
 
 
 def how_to_prepare(name: str) -> str:
-    """What to do on a machine that lacks the set, for error messages."""
+    """Remedy on a machine that lacks the set, for error messages."""
     return (
         f"prepare it once on a machine with TensorFlow and a network "
         f"(pip install tensorflow tensorflow-datasets; tfds build {name} "

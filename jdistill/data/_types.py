@@ -1,4 +1,4 @@
-"""What `load` returns, and the small pure functions on it."""
+"""The types that `load` returns, and small pure functions on them."""
 
 import hashlib
 from collections.abc import Mapping

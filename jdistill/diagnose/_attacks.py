@@ -26,7 +26,7 @@ Loss = Callable[..., Array]
 
 
 class Settings(NamedTuple):
-    """What is asked, beside the examples.
+    """Settings of a diagnosis, beside the examples.
 
     Attributes:
         eps: the radius.
@@ -134,7 +134,7 @@ def usual(problem: Problem, settings: Settings) -> Planned:
 def others(
     problem: Problem, settings: Settings, probe_temperature: float, num_classes: int
 ) -> list[Planned]:
-    """What else is tried on the examples that the usual attack left, cheap and comparable first.
+    """Further attacks on the examples that the usual one left, cheap and comparable first.
 
     The first ones see all of these examples, so that what each breaks there is its gap to the
     usual attack, and differ from it in one thing alone.

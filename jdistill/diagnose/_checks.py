@@ -78,7 +78,7 @@ def _gap(evidence: Evidence, by: np.ndarray) -> tuple[str, dict[str, float]]:
 
 
 def _gap_finding(figures: Mapping[str, float], by: str) -> str:
-    """What the figures of a gap say."""
+    """The figures of a gap, as a sentence."""
     if figures["gap"] == 0:
         return f"Of what the usual attack left, {by} breaks nothing."
     text = f"Of what the usual attack left, {by} breaks {percent(figures['gap'])} of all examples"
@@ -318,7 +318,7 @@ def still_moving(evidence: Evidence) -> Check:
 
 
 def silent_success(evidence: Evidence) -> Check:
-    """What the usual attack's path says against what its result says."""
+    """The usual attack's path, against its result."""
     outcome, figures = _doubt(evidence.on_path | evidence.lapsed)
     figures |= {"not_returned": _share(evidence.on_path), "lapsed": _share(evidence.lapsed)}
     return Check(

@@ -1,4 +1,4 @@
-"""What came of everything that is tried on a network, example by example."""
+"""Evidence from everything that is tried on a network, example by example."""
 
 import math
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from jdistill.typing import Array
 
 
 class Evidence(NamedTuple):
-    """What is known of each example, NumPy arrays `[N]`, bool unless said otherwise.
+    """Findings on each example, NumPy arrays `[N]`, bool unless said otherwise.
 
     Attributes:
         labels: int.
@@ -195,7 +195,7 @@ def _unbounded(
     left: np.ndarray,
     broken: dict[str, np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What stands in the whole box against the usual attack, and what against any.
+    """Examples that stand in the whole box against the usual attack, and against any.
 
     From the input itself: a random point of the box is of another class without any attack.
     """

@@ -1,4 +1,4 @@
-"""What is asked of the network itself, without an attack: its gradients, and what they promise."""
+"""Probes of the network itself, without an attack: its gradients, and what they promise."""
 
 import functools
 from typing import Any, NamedTuple

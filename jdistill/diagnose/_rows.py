@@ -15,7 +15,7 @@ _SMALLEST = 16  # fewer rows are not worth a program of their own
 
 
 class Found(NamedTuple):
-    """What an attack returned, on the host.
+    """Result of an attack, on the host.
 
     Attributes:
         success: `[N]` bool; False where it was not run.

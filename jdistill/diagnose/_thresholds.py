@@ -1,4 +1,4 @@
-"""What the checks compare with, and why. Shares are of all examples: points of the naive number."""
+"""Thresholds of the checks, and why. Shares are of all examples: points of the naive number."""
 
 # A check says "masked" where at least this share of the naive robust accuracy rests on examples
 # that it casts doubt on. On undefended and on adversarially trained networks PGD-40 stays within a

@@ -1,4 +1,4 @@
-"""What a diagnosis returns: the verdict, its checks, and the attacks behind it."""
+"""Result of a diagnosis: the verdict, its checks, and the attacks behind it."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""What an attack does to a stack of networks."""
+"""Evaluation of a stack of networks under an attack."""
 
 import dataclasses
 import functools
@@ -55,7 +55,7 @@ Plan = AttackPlan | AttackFn
 
 
 class AttackOutcome(NamedTuple):
-    """What an attack did to each network of a stack, over the first `M` examples.
+    """Outcome of an attack on each network of a stack, over the first `M` examples.
 
     Attributes:
         success: `[R, M]` bool; examples misclassified to begin with count as successes.
@@ -108,7 +108,7 @@ def under_attack(
     shard_name: str | None = None,
     names: Sequence[str] | None = None,
 ) -> AttackOutcome:
-    """What one attack does to every network of a stack.
+    """Evaluate every network of a stack under one attack.
 
     With `shards` it can be stopped at any moment and called again: what is there is read, and the
     outcome is that of a run without a stop. Networks that are attacked one by one are also kept
@@ -334,7 +334,7 @@ class _Job(NamedTuple):
         return Shards(store, called, settings)
 
     def _examples(self, unit: Unit) -> dict[str, Any]:
-        """What a shard says of its examples."""
+        """Fingerprints of a unit's examples, for its shard."""
         rows = unit.rows[: unit.num_real]
         names = ("inputs", "labels", "key", "targets")
         return {

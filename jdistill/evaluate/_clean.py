@@ -1,4 +1,4 @@
-"""What there is to measure without an attack."""
+"""Measures without an attack."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

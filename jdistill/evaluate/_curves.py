@@ -1,4 +1,4 @@
-"""What several attacks left standing, and robust accuracy against a budget, from one run each."""
+"""Worst cases over several attacks, and robust accuracy against a budget, from one run each."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple

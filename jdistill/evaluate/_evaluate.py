@@ -231,12 +231,12 @@ _distances = distances
 
 
 def _of_norm(norm: str) -> str:
-    """What the attack for distances in a norm is called beside the others."""
+    """Name of the attack for distances in a norm beside the others."""
     return f"distance {norm}"
 
 
 def _worst_cases(outcomes: Mapping[str, AttackOutcome]) -> dict[Budget, list[metrics.WorstCase]]:
-    """What all attacks in a norm leave within each radius that one of them was given."""
+    """Worst cases over all attacks in a norm, within each radius that one of them was given."""
     budgets = dict.fromkeys(
         Budget(outcome.norm, outcome.eps)
         for outcome in outcomes.values()

@@ -15,7 +15,7 @@ Place = tuple[int, int]  # (network, batch)
 
 
 class Unit(NamedTuple):
-    """What one call of a compiled function does: one batch, under one network or under all."""
+    """Work of one call of a compiled function: one batch, under one network or under all."""
 
     networks: tuple[int, ...]  # several under vmap
     batch: int
@@ -24,7 +24,7 @@ class Unit(NamedTuple):
 
     @property
     def places(self) -> list[Place]:
-        """Whose results the call gives, in their order."""
+        """Networks and batches whose results the call gives, in their order."""
         return [(network, self.batch) for network in self.networks]
 
 
@@ -80,7 +80,7 @@ class Runs(NamedTuple):
     def computer(
         self, fun: Callable[..., Any], *columns: Any, eager: bool = False
     ) -> Callable[[Unit], dict[Place, Any]]:
-        """What computes a unit: for each network, every output leaf as NumPy, real rows only.
+        """Function that computes a unit: for each network, every output leaf as NumPy, real rows.
 
         `eager` is for functions that check concrete values and are compiled inside. A column that
         is None stays None.
@@ -180,7 +180,7 @@ def _over_runs(fun: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def made_by() -> dict[str, Any]:
-    """What a shard says of the library that made it."""
+    """Library and precision that made a shard, for its header."""
     from jdistill import __version__
 
     precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]

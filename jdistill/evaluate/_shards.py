@@ -1,4 +1,4 @@
-"""What an attack did to one network on one batch, kept so that it is done only once."""
+"""Results of attacks on one network and one batch, kept so that each is computed once."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ _PART = ".part"  # of a shard's name: how far the attack is that makes it
 
 
 class Piece(NamedTuple):
-    """What an attack did to one network on one batch; every leaf leads with its rows."""
+    """Result of an attack on one network and one batch; every leaf leads with its rows."""
 
     result: AttackResult
     finite: np.ndarray  # whether the network's logits are, on what the attack returned

@@ -1,4 +1,4 @@
-"""What is crafted on one network of a chain, judged on all of them."""
+"""Transfer: inputs crafted on one network of a chain, judged on all of them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from jdistill.typing import Array, ArrayLike, Callback, LogitsFn
 
 
 class TransferMatrix(NamedTuple):
-    """What transfers between `G` networks.
+    """Transfer of crafted inputs between `G` networks.
 
     Attributes:
         success_rate: `[G][G]` intervals over the examples: `success_rate[g][h]` of what was

@@ -206,7 +206,7 @@ def accuracy(
 
 
 class WorstCase(NamedTuple):
-    """What is left of a network under several attacks on the same examples.
+    """Robust accuracy of a network under several attacks on the same examples.
 
     Attributes:
         robust_accuracy: the share of examples that no attack broke.

@@ -95,7 +95,7 @@ def answer(network: Network, judged: Sequence[Judged]) -> Claim:
 
 
 def seeds_differ(network: Network, judged: Sequence[Judged]) -> Claim | None:
-    """Of a network whose seeds were judged unlike, how many got which label."""
+    """How many seeds of a network got which label, where they were judged unlike."""
     own = verdict_of(network, judged)
     labels = [verdict.label for verdict in own.verdicts] if own else []
     if len(set(labels)) < 2:
@@ -209,7 +209,7 @@ def unbounded(
 def failing(
     found: Sequence[Network], distances: Sequence[Row]
 ) -> dict[str, list[tuple[Network, Stat]]]:
-    """Of `unbounded` those that do not succeed.
+    """Those of `unbounded` that do not succeed.
 
     By the upper end of one seed's interval; by the lowest of several seeds.
     """
@@ -276,7 +276,7 @@ def support(row: Row, number: int) -> str:
 
 
 def effect(made: Sequence[Comparison]) -> Claim | None:
-    """What all comparisons say together."""
+    """Claim of all comparisons together."""
     if not made:
         return None
     tested = [each for each in made if each.case != "untested"]
@@ -300,7 +300,7 @@ _QUANTITY = re.compile(r"robust_accuracy: (?P<attack>.+) at (?P<norm>\S+) (?P<ep
 
 
 def quantity(row: Row) -> str:
-    """What was compared, in words.
+    """The compared quantity, in words.
 
     >>> quantity({"quantity": "test_accuracy"})
     'test accuracy'
@@ -318,7 +318,7 @@ def quantity(row: Row) -> str:
 def limits(
     found: Sequence[Network], judged: Sequence[Judged], measures: Mapping[str, Sequence[Row]]
 ) -> list[Claim]:
-    """What the page does not show, from what was and was not run."""
+    """Limits of what the page shows, from what was and was not run."""
     keys = attack_keys(found)
     claims = [Claim("proof", {})]
     missing = [words for kind, words in _KINDS.items() if not measures[kind]]

@@ -414,7 +414,7 @@ def _points(network: _Network, curve: evaluate.Curve, about: Row) -> list[Row]:
 
 
 def _transfer(result: evaluate.Evaluation, names: Sequence[NetworkName]) -> Iterable[Row]:
-    """What was crafted on each network, judged by those of the same chain and run."""
+    """Rows of what was crafted on each network, judged by those of the same chain and run."""
     facts = _facts(result.attacks)
     for attack, matrices in result.transfer.items():
         if len(matrices) != 1:
@@ -483,7 +483,7 @@ def _comparisons(
 
 
 def _quantities(network: _Network) -> dict[_Quantity, np.ndarray]:
-    """Of each quantity `[N]` flags."""
+    """Flags `[N]` of each quantity."""
     result, place = network.result, network.place
     found = {_Quantity("test_accuracy", None): result.clean.correct[place]}
     facts = _facts(result.attacks)

@@ -75,7 +75,7 @@ class Stat:
 
     @property
     def kind(self) -> str:
-        """What its ends are."""
+        """Meaning of its ends."""
         return "interval" if self.seeds == 1 else "intervals" if self.over_all else "seeds"
 
     def __html_format__(self, spec: str) -> Any:
@@ -173,7 +173,7 @@ class AttackKey:
 
     @property
     def limit(self) -> str:
-        """What it was allowed."""
+        """Limit of what it may change."""
         if self.has_no_norm:
             return "any size"
         if self.eps is None:
@@ -221,7 +221,7 @@ class Network:
 
     @property
     def subject(self) -> str:
-        """What it is a network of: the data set, and the chain where there are several."""
+        """Data set, and the chain where there are several."""
         return f"{self.dataset}: {self.chain}" if self.chain else self.dataset
 
     @property

@@ -64,7 +64,7 @@ def read_tables(folder: PathLike) -> dict[str, list[dict[str, Any]]]:
 
 
 def _place(row: Row, generation: str) -> tuple[Any, ...]:
-    """What names a network in a row; without a seed where the row is over all seeds."""
+    """Key of a row's network; without a seed where the row is over all seeds."""
     chain = "baseline_chain" if generation == "baseline_generation" else "chain"
     network = (
         str(row["dataset"]),
@@ -319,7 +319,7 @@ def _sections(
 
 
 def _small(found: Sequence[Network]) -> str:
-    """What the small print of a table is."""
+    """Meaning of the small print of a table."""
     if any(len(network.seeds) > 1 for network in found):
         return "Means over the seeds; in small print where the seeds, or their 95% intervals, lie."
     return "In small print 95% intervals over the examples."

@@ -69,7 +69,7 @@ _WHOLE = frozenset(
 
 @dataclass(frozen=True)
 class _Format:
-    """What a kind of table must hold.
+    """Format of a kind of table.
 
     Attributes:
         columns: The columns, in the file's order.
@@ -288,7 +288,7 @@ def blank(value: Any) -> bool:
 
 
 def sort_key(kind: str, row: Row) -> tuple[Any, ...]:
-    """What tells a row from the others of its table, so that it can be sorted by."""
+    """Key that tells a row from the others of its table, to sort by."""
     values: list[Any] = [str(row.get(name) or "") for name in ("chain", "baseline_chain")]
     for name in _FORMATS[kind].key:
         value = row[name]

@@ -1,4 +1,4 @@
-"""What a program around the library needs: caches, flags, files that survive a crash, exit codes.
+"""Helpers for programs around the library: caches, flags, files that survive a crash, exit codes.
 
 Importing this module initializes no JAX backend, so that `add_cpu_flags` can still take effect.
 The library logs to the logger `"jdistill"`; it adds no handler and sets no level: the program does.

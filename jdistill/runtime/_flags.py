@@ -63,7 +63,7 @@ def accepted(flag: str) -> bool:
 
 
 def _jaxlib() -> str:
-    """What an answer holds for."""
+    """Library and machine that an answer holds for."""
     return f"{version('jaxlib')}-{platform.system()}-{platform.machine()}".lower()
 
 

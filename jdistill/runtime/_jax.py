@@ -145,7 +145,7 @@ def is_main_process() -> bool:
 
 
 def describe() -> dict[str, Any]:
-    """What a result may depend on, JSON-able, for `run.json`. Starts the backend.
+    """Versions and devices that a result may depend on, for `run.json`. Starts the backend.
 
     Returns:
         `versions`; `platform`; `devices`, a list of `platform`, `kind` and `count`;

@@ -56,7 +56,7 @@ class Progress:
     def begin(
         self, number: int, num_stages: int | None = None, *, prefix: str = "", num_parts: int = 1
     ) -> None:
-        """What comes is of stage `number`, from 1, which has parts that their `stage`s name."""
+        """Begin stage `number`, from 1, which has parts that their `stage`s name."""
         self.prefix = prefix
         if num_stages is not None:
             self._place = _Place(number, num_stages, num_parts, [])

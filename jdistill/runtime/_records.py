@@ -178,7 +178,7 @@ def _dumps(content: Any, **options: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON does not know, as what it does."""
+    """A value that JSON does not know, as one that it does."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, (np.ndarray, np.generic, jax.Array)):

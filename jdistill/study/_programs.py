@@ -268,7 +268,7 @@ def attack_programs(
 
 
 def stacks(study: Study, examples: Examples) -> Counter[Any]:
-    """Of each run, how many stacks of networks of one architecture are measured, and their size."""
+    """How many stacks of networks of one architecture each run has, and their size."""
     found: Counter[Any] = Counter()
     for chain in _training.chains_of(study):
         own: Counter[Any] = Counter()

@@ -219,7 +219,7 @@ class _Follower:
         self.say = progress.say
 
     def begin(self, number: int, **options: Any) -> None:
-        """What comes is of the stage of this number, from 1."""
+        """Begin the stage of this number, from 1."""
         self._progress.begin(number, self._num_stages, **options)
 
     def __call__(self, event: Event) -> None:

@@ -254,7 +254,7 @@ def refuse_difference(
 
 
 def _within(wanted: Any, held: Any, growing: bool = False) -> Any:
-    """What is wanted, without what has grown: further chains, and values at further T."""
+    """The wanted content without what has grown: further chains, and values at further T."""
     if not isinstance(wanted, Mapping) or not isinstance(held, Mapping):
         return wanted
     kept = {}

@@ -19,7 +19,7 @@ from jdistill.typing import Array, ArrayLike, Callback, LogitsFn, LossFn
 
 
 class SweepResult(NamedTuple):
-    """What `chain` returns.
+    """Result of `chain`.
 
     Attributes:
         states: one stack a generation, every leaf `[R, ...]`.

@@ -42,7 +42,7 @@ class Options:
                 _validate.count(**{name: value})
 
     def kind(self, step: TrainStep) -> Kind:
-        """What is compiled."""
+        """Kind of program that is compiled."""
         devices = tuple(jax.local_devices() if self.devices is None else self.devices)
         vmapped = devices[0].platform != "cpu" if self.vmapped is None else self.vmapped
         return Kind(step, vmapped, devices)
@@ -317,7 +317,7 @@ def _bytes_needed(
     options: Options,
     size: int,
 ) -> int:
-    """What the compiled program of that many runs needs on each device, by its own account."""
+    """Memory of the compiled program of that many runs on each device, by its own account."""
     arguments = _shapes_of(state, store, loss_fn, num_classes, options.batch_size, size)
     return _memory.bytes_of(_program.steps_program(kind).lower(*arguments).compile())
 

@@ -40,7 +40,7 @@ class Plan(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What a program is compiled for, beside the shapes of its arguments."""
+    """Static arguments of a program, which is compiled for them and for shapes."""
 
     step: TrainStep
     vmapped: bool

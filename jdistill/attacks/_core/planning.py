@@ -76,7 +76,7 @@ def on_stack(attack: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[[
 def of_host_loop(
     attack: Callable[..., Any], logits_fn: Any, batch_size: int, shape: Sequence[int]
 ) -> list[tuple[str, int, Call]]:
-    """What a loop on the host runs, such as AutoAttack's parts: name, how often, and what.
+    """Methods that a loop on the host runs, such as AutoAttack's: name, how often, and what.
 
     It is called with weights of zero and methods that do nothing. What differs in numbers alone is
     one, as it is compiled once.
