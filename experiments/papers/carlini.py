@@ -4,6 +4,8 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
@@ -114,6 +116,44 @@ def temperature_table(rows: list[Row]) -> list[Any]:
     return [lines]
 
 
+def one_at_a_time(
+    logits_fn: Any,
+    key: Any,
+    inputs: Any,
+    labels: Any,
+    *,
+    targets: Any,
+    temperature: float,
+    max_features: int = 112,
+) -> attacks.AttackResult:
+    """JSMA on softmax(z / T), a feature at a time, as Carlini & Wagner 2016 have it.
+
+    Shares sum to 1, so that the feature which raises the target's most lowers the others' most.
+    """
+    del key, labels
+    rows = jnp.arange(len(inputs))
+
+    def fooled(x: Any) -> Any:
+        return jnp.argmax(logits_fn(x), axis=1) == targets
+
+    def share(x: Any) -> Any:
+        return jax.nn.softmax(logits_fn(x) / temperature)[rows, targets].sum()
+
+    def step(_: Any, x: Any) -> Any:
+        flat = x.reshape(len(x), -1)
+        gain = jnp.where(flat < 1, jax.grad(share)(x).reshape(flat.shape), -jnp.inf)
+        place = jnp.argmax(gain, axis=1)
+        moves = (gain[rows, place] > 0) & ~fooled(x)
+        moved = flat.at[rows, place].set(jnp.where(moves, 1, flat[rows, place]))
+        return moved.reshape(x.shape)
+
+    found = jax.lax.fori_loop(0, max_features, step, jnp.asarray(inputs))
+    changed = (found != inputs).reshape(len(inputs), -1).sum(axis=1)
+    success = fooled(found)
+    queries = jnp.full(len(inputs), 2 * max_features + 1, jnp.int32)
+    return attacks.AttackResult(found, success, jnp.where(success, changed, jnp.inf), queries, {})
+
+
 def broken(source: Source) -> list[Row]:
     """JSMA on softmax(z / T) of the student at the highest temperature, and its logits."""
     where = {"temperatures": [source.hottest], "generations": [1]}
@@ -123,12 +163,18 @@ def broken(source: Source) -> list[Row]:
         network.stem: float(np.abs(train.predict(network.logits_fn, source.test.inputs)).mean())
         for network in networks
     }
+    single = functools.partial(one_at_a_time, temperature=source.hottest)
+    at = f"{source.hottest:g}"
     rows = []
-    for name, attack in (
-        ("softmax(z)", attacks.jsma),
-        (f"softmax(z / {source.hottest:g})", functools.partial(attacks.jsma, output=output)),
+    for name, stored, attack in (
+        ("softmax(z)", "jsma", attacks.jsma),
+        (
+            f"softmax(z / {at})",
+            f"jsma at T={at}",
+            functools.partial(attacks.jsma, output=output),
+        ),
+        (f"softmax(z / {at}), one pixel at a time", f"jsma one by one at T={at}", single),
     ):
-        stored = "jsma" if attack is attacks.jsma else f"jsma at T={source.hottest:g}"
         for hit in targeted(source, networks, stored, attack):
             size = sizes[hit.network.stem]
             rows.append({**hit.row(), "saliency": name, "mean_abs_logit": size})
@@ -138,9 +184,9 @@ def broken(source: Source) -> list[Row]:
 def broken_table(rows: list[Row]) -> list[Any]:
     """Beside the 2016 paper's figures."""
     published = {
-        (0, True): ("–", "5.8"),
-        (1, True): ("–", "482"),
-        (1, False): ("96.4, with about 35 pixels", "482"),
+        (0, "softmax(z)"): ("–", "5.8"),
+        (1, "softmax(z)"): ("–", "482"),
+        (1, "one"): ("96.4, with about 35 pixels", "482"),
     }
     heads = ["network", "saliency of", "JSMA success (%)", "features changed", "mean abs. logit"]
     lines = [[*heads, "success, published", "logit, published"]]
@@ -160,7 +206,9 @@ def broken_table(rows: list[Row]) -> list[Any]:
                         shown([100 * row["success"] for row in own], 1, share=True),
                         shown([row["average"] for row in own], 1),
                         shown([row["mean_abs_logit"] for row in own], 1),
-                        *published.get((generation, saliency == "softmax(z)"), ("–", "–")),
+                        *published.get(
+                            (generation, "one" if "one pixel" in saliency else saliency), ("–", "–")
+                        ),
                     ]
                 )
     return [lines]
