@@ -24,7 +24,7 @@ _FORMAT = 1
 
 
 class Restored(NamedTuple):
-    """What `Checkpointer.restore_latest` found.
+    """A checkpoint that was restored.
 
     Attributes:
         step: the number that the checkpoint was saved under.
@@ -319,7 +319,7 @@ class Checkpointer:
         return Restored(step, _packing.unpack(packed, like), content["metadata"])
 
     def _unsealed(self, step: int) -> dict[str, Any]:
-        """What the metadata item of a checkpoint holds, or `_DamagedError`."""
+        """Content of the metadata item of a checkpoint, or `_DamagedError`."""
         with _damage():
             return _unseal(self.directory / str(step))
 

@@ -15,7 +15,7 @@ Keep = Callable[[Sequence[int]], Sequence[bool]]
 
 
 class Preservation:
-    """What stays, as both interfaces ask for it."""
+    """Policy of the steps that stay, as both interfaces ask for it."""
 
     def __init__(self, keep: Keep) -> None:
         self._keep = keep

@@ -43,7 +43,7 @@ def _is_number(leaf: Any) -> bool:
 
 
 def spec(name: str, leaf: Any) -> Spec:
-    """Of a leaf what is compared between a checkpoint and the state it is restored to."""
+    """Name, shape, and dtype of a leaf: the same in a checkpoint and the state it restores."""
     if _is_number(leaf):
         return {"name": name, "shape": [], "dtype": type(leaf).__name__}
     return {"name": name, "shape": list(leaf.shape), "dtype": str(leaf.dtype)}

@@ -1,4 +1,4 @@
-"""What stands around calls of Orbax: its chatter dropped, signals held back."""
+"""Guards around calls of Orbax: its chatter dropped, signals held back."""
 
 import contextlib
 import logging

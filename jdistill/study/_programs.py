@@ -97,7 +97,7 @@ def _abstract(stage: Stage, examples: Examples) -> tuple[Any, Any, Any, int]:
     """Step, state, network, and number of classes of a stage."""
     shape = examples.train.inputs.shape[1:]
     step = stage.step()
-    fresh = functools.partial(_training._fresh, step, stage, shape=shape)
+    fresh = functools.partial(_training.fresh_state, step, stage, shape=shape)
     state = jax.eval_shape(lambda key: fresh(key=key), jax.random.key(0))
     logits_fn = train.logits_fn(step, state)
     logits = jax.eval_shape(_forward, logits_fn, jax.ShapeDtypeStruct((1, *shape), np.float32))

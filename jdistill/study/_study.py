@@ -127,7 +127,7 @@ class Stage:
         return found
 
     def describe(self, temperatures: Sequence[float]) -> dict[str, Any]:
-        """What the stage computes, as JSON-able content, not what it is called."""
+        """JSON-able content of all that the stage computes, without its names."""
         if self.frozen is not None:
             return {"frozen": _fingerprint.describe(nets.callable_logits_fn(self.frozen))}
         return {
@@ -334,7 +334,7 @@ class Study:
         return distill._check_losses(self.teacher_loss, self.student_loss, self.online, None)
 
     def loss_at(self, temperature: float) -> Any:
-        """What the losses at a temperature compute, as JSON-able content."""
+        """JSON-able content of what the losses at a temperature compute."""
         student = self.student_losses()
         return {
             "teacher": _fingerprint.describe(self.teacher_loss(temperature)),
@@ -381,11 +381,11 @@ class Study:
         return kept
 
     def _described(self, stages: Sequence[Stage]) -> list[str]:
-        """Of each stage, the fingerprint of what it does at all temperatures."""
+        """Fingerprint of each stage at all temperatures."""
         return [_fingerprint.fingerprint(stage.describe(self.temperatures)) for stage in stages]
 
     def students(self) -> dict[str, tuple[str, int]]:
-        """Of each chain's student, the chain and the generation that name it in the tables.
+        """Chain and generation that name each chain's student in the tables.
 
         The chain is the longest one that has it, and is named where there are several.
         """

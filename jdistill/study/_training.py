@@ -687,7 +687,7 @@ def _restored(chain: Chain, run: Run, number: int, step: int | None) -> tuple[Tr
     if stage.frozen is not None:
         return _networks(chain._replace(stages=chain.stages[:1]), run, [])[0], ""
     train_step = stage.step()
-    like = jax.eval_shape(lambda key: _fresh(train_step, stage, key, shape), jax.random.key(0))
+    like = jax.eval_shape(lambda key: fresh_state(train_step, stage, key, shape), jax.random.key(0))
     saved = Checkpointer(chain.folder(run, number))
     found = saved.restore_latest(like) if step is None else saved.restore(step, like)
     where = (chain.name, run.temperature, run.seed, number)
@@ -709,6 +709,7 @@ def _restored(chain: Chain, run: Run, number: int, step: int | None) -> tuple[Tr
     return Trained(*where, found.step, weights, logits_fn), missing
 
 
-def _fresh(step: TrainStep, stage: Stage, key: Array, shape: Sequence[int]) -> TrainState:
+def fresh_state(step: TrainStep, stage: Stage, key: Array, shape: Sequence[int]) -> TrainState:
+    """State of a stage at step 0, as a key draws it."""
     params, model_state = stage.init(key, shape)
     return training.create_state(step, params, key, model_state=model_state)

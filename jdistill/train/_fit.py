@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jdistill import _fingerprint, _validate, data, nets, parallel
+from jdistill import _validate, data, nets, parallel
 from jdistill._jax import call, full_precision, logits_shape
 from jdistill.train._step import TrainState, TrainStep, check_state, check_step, logits_fn
 from jdistill.typing import Callback, Event, LogitsFn, LossFn, Metrics
@@ -132,15 +132,15 @@ def _check_hosts(
         **options,
         devices=[device.id for device in chosen],
         **columns,
-        state=_fingerprint.fingerprint(jax.tree.leaves(parallel.local(state))),
-        loss=_fingerprint.fingerprint(parallel.local(loss_fn)),
+        state=jax.tree.leaves(parallel.local(state)),
+        loss=parallel.local(loss_fn),
     )
 
 
 def check_examples(
     step: TrainStep, state: TrainState, inputs: Any, labels: Any, targets: Any
 ) -> None:
-    """What the loop could not see: a wrong label or row would train on silently, or as NaN."""
+    """Refuse wrong labels and rows, with which the loop would train on silently, or as NaN."""
     _validate.inputs_in_box(inputs, (-np.inf, np.inf))
     inputs = np.asarray(inputs)
     num_examples = inputs.shape[0]
