@@ -9,6 +9,8 @@
 #   make parity   the attacks beside other toolkits at full size; writes docs/parity.md
 #                 (parity-small: a few images and steps, minutes)
 #   make bench    the attacks' speed beside other toolkits; writes runs/bench-attacks.json
+#   make bench-lanes  the cheap part of the bench on the oldest, pinned, and newest versions by turns;
+#                 writes runs/bench-lanes.json; about half an hour
 #   make device   checks and times an accelerator in at most 8 minutes, with the machine's own JAX;
 #                 writes runs/device/device.json (before, on a CPU: make device-reference; and
 #                 make device-wheels, if that machine lacks packages)
@@ -26,8 +28,8 @@ DEVICE_PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 DEVICE_OPTIONS ?=
 DEVICE_WHEELS := absl-py etils flatbuffers flax msgpack optax PyYAML rich typing_extensions
 
-.PHONY: demo test test-slow lint docs parity parity-small bench device device-reference \
-	device-wheels floor newest install clean reliability
+.PHONY: demo test test-slow lint docs parity parity-small bench bench-lanes device \
+	device-reference device-wheels floor newest install clean reliability
 
 demo: .venv/installed
 	.venv/bin/python -m jdistill defend digits --workdir runs/demo
@@ -54,6 +56,9 @@ parity: .venv/peers
 
 bench: .venv/peers
 	.venv/bin/python -m experiments.bench attacks --json runs/bench-attacks.json
+
+bench-lanes: .venv/installed .venv-floor/installed .venv-newest/installed
+	.venv/bin/python -m experiments.bench.lanes --json runs/bench-lanes.json
 
 device:
 	$(DEVICE_PYTHON) -m experiments.device run $(DEVICE_OPTIONS)

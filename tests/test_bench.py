@@ -22,7 +22,7 @@ import experiments.bench.__main__ as bench
 import experiments.bench.attacks as bench_attacks
 import experiments.bench.data as bench_data
 import experiments.bench.train as bench_train
-from experiments.bench import networks, peers, stacks, startup, subjects, timing
+from experiments.bench import lanes, networks, peers, stacks, startup, subjects, timing
 from experiments.bench.options import command
 from experiments.bench.peers import Comparison
 from experiments.bench.rows import Row, record, text
@@ -625,3 +625,76 @@ def test_seconds_of_statements_in_fresh_processes():
     assert record(row, {})["compile_s"] is None
     assert row.ours_s >= 0.2 > row.theirs_s >= 0.1
     assert steps[-1] == (4, 4)
+
+
+# The lanes
+
+
+def lane_row(name, seconds, compile_s=None, peer="none", theirs=None, jax="1"):
+    timings = Timing(seconds + (compile_s or 0), (seconds,)), theirs and Timing(theirs, (theirs,))
+    row = Row(name, timings[0], peer, timings[1], compiles=compile_s is not None)
+    return record(row, {"versions": {"jax": jax}, "xla_flags": "", "load": 1.0, "device": "CPU"})
+
+
+def test_rows_of_lanes_become_columns():
+    """Of two works, one of which a lane lacks, and a peer that two rows share."""
+
+    def lane(factor, version):
+        pair = (("mapped", 2), ("vmapped", 3))
+        rows = [lane_row(n, s * factor, s, "singles", 8 * factor, version) for n, s in pair]
+        return [*rows, lane_row("import", factor)][: 3 if factor > 1 else 2]
+
+    rounds = [
+        {"floor": lane(8, "0"), "pinned": lane(4, "1"), "newest": lane(1, "2")},
+        {"floor": lane(8, "0"), "pinned": lane(2, "1"), "newest": lane(1, "2")},
+        {"floor": lane(8, "0"), "pinned": lane(3, "1")},  # stopped here
+    ]
+    works = lanes.merged(rounds)
+    assert list(works) == [
+        *("mapped", "vmapped", "singles", "import"),
+        *("compiling: mapped", "compiling: vmapped"),
+    ]
+    assert works["mapped"] == {"floor": [16] * 3, "pinned": [8, 4, 6], "newest": [2, 2]}
+    assert works["singles"] == {"floor": [64] * 3, "pinned": [32, 16, 24], "newest": [8, 8]}
+    assert works["compiling: vmapped"]["pinned"] == [3, 3, 3]
+    conditions, table = lanes.text(rounds).split("\n\n")
+    assert "* floor: jax 0; no flags\n* pinned: jax 1; no flags\n" in conditions
+    assert "over 3 round(s)" in conditions
+    shown = {row["what"]: row for row in cells(table)}
+    assert shown["mapped"] == {
+        **{"what": "mapped", "floor s": "16 (16–16)", "pinned s": "6 (4–8)"},
+        **{"newest s": "2 (2–2)", "floor / pinned": "2.67", "newest / pinned": "0.33"},
+    }
+    assert (shown["import"]["newest s"], shown["import"]["newest / pinned"]) == ("–", "–")
+
+
+def test_lanes_take_turns(tmp_path, monkeypatch, capsys):
+    called, path = [], tmp_path / "new" / "lanes.json"
+
+    def rows_of(lane, command):
+        called.append((lane, command))
+        if len(called) == 2 * len(lanes.LANES) * len(lanes.COMMANDS):
+            raise RuntimeError("out of memory")
+        return [lane_row(command, 1.0)]
+
+    monkeypatch.setattr(lanes, "rows_of", rows_of)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        lanes.main(["--num-rounds", "2", "--json", str(path)])
+    turns = [(lane, command) for command in lanes.COMMANDS for lane in lanes.LANES]
+    assert called == turns * 2
+    printed = capsys.readouterr().out
+    lanes.main(["--read", str(path)])  # what was done before it failed is there
+    assert capsys.readouterr().out == printed
+    assert f"| {lanes.COMMANDS[-1]} " in printed
+
+
+@pytest.mark.parametrize("line", lanes.COMMANDS)
+def test_commands_of_the_lanes_need_no_torch(line):
+    options = bench.parse(shlex.split(line))
+    assert not getattr(options, "peers", False)
+
+
+def test_a_lane_that_is_not_there_says_how_to_make_it(monkeypatch):
+    monkeypatch.setitem(lanes.LANES, "floor", ".venv-nowhere")
+    with pytest.raises(FileNotFoundError, match=r"\.venv-nowhere.*run make bench-lanes"):
+        lanes.rows_of("floor", "startup")
