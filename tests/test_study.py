@@ -109,6 +109,7 @@ def finished(tmp_path_factory):
     return folder
 
 
+@pytest.mark.floor
 def test_tables_hold_every_network_and_attack(finished):
     tables = study.load(finished)
     rows = tables.rows["results"]
@@ -154,6 +155,7 @@ def test_running_again_changes_and_computes_nothing(finished, tmp_path, monkeypa
     assert read(folder) == read(finished)
 
 
+@pytest.mark.floor
 def test_trained_first_and_measured_later_is_one_run(finished, tmp_path):
     folder = tmp_path / "run"
     networks = study.train(SMALL, folder)
@@ -675,6 +677,7 @@ def weights(own, folder):
     return [(network.step, network.weights) for network in study.networks(own, folder)]
 
 
+@pytest.mark.floor
 def test_the_best_epoch_is_that_of_the_validation_examples(selected):
     """Against both generations by hand, epoch by epoch."""
     examples, (inputs, labels), _ = with_validation()
