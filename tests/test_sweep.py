@@ -1,6 +1,7 @@
 """A stack of runs against the same runs one at a time, and what happens to one that diverges."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from jdistill import data, distill, nets, sweep, train
-from jdistill.sweep import _memory, _program
+from jdistill.sweep import _fit, _memory, _program
 
 ONE = jax.devices()[:1]
 N, D, H, K, BATCH, EPOCHS = 37, 5, 8, 3, 8, 2
@@ -506,3 +507,13 @@ def test_all_runs_diverging_ends_the_sweep_at_once():
 def test_bad_input_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         changed(**changes)
+
+
+@pytest.mark.floor
+@pytest.mark.parametrize(("num_devices", "oldest"), [(1, (0, 0)), (2, (0, 10))])
+def test_accelerators_run_all_at_once_where_jax_can(num_devices, oldest):
+    """On several devices JAX 0.7 has no `vmap` of a convolution's gradient."""
+    devices = [types.SimpleNamespace(platform="tpu") for _ in range(num_devices)]
+    options = _fit.Options()
+    object.__setattr__(options, "devices", devices)
+    assert options.kind(STEP).vmapped == (jax.__version_info__ >= oldest)

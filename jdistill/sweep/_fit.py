@@ -44,7 +44,11 @@ class Options:
     def kind(self, step: TrainStep) -> Kind:
         """Kind of program that is compiled."""
         devices = tuple(jax.local_devices() if self.devices is None else self.devices)
-        vmapped = devices[0].platform != "cpu" if self.vmapped is None else self.vmapped
+        vmapped = self.vmapped
+        if vmapped is None:
+            # JAX 0.7 has no `vmap` of a convolution's gradient over a mesh.
+            over_mesh = len(devices) == 1 or jax.__version_info__ >= (0, 10)
+            vmapped = devices[0].platform != "cpu" and over_mesh
         return Kind(step, vmapped, devices)
 
     def steps_at_once(self, kind: Kind, num_runs: int) -> int | None:
@@ -89,7 +93,8 @@ def fit(
         num_epochs: of the whole run, those already done included; at least 0.
         batch_size: examples a step of each run; the last, smaller batch is padded and masked.
         vmapped: all runs at once, or one after the other inside the compiled loop. None is what
-            is fastest: at once, but on CPU one after the other.
+            is fastest: at once, but on CPU one after the other, as on several devices before JAX
+            0.10, where convolutions have no other way.
         devices: which share the runs between them; None takes all of this process.
         memory_limit: bytes a device may use. None asks the device; where it does not know (CPU),
             all runs are taken at once. Runs that do not fit go in equal chunks.
