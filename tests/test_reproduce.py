@@ -185,7 +185,18 @@ def cell(column, text):
     return text
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.csv")), ids=lambda path: path.stem)
+OF_ITEMS = [path for path in sorted(RESULTS.glob("*.csv")) if path.stem != "epochs-mnist"]
+
+
+def test_the_findings_epochs_are_those_of_their_rows():
+    page = (RESULTS.parents[1] / "docs" / "findings.md").read_text()
+    for row in csv.DictReader((RESULTS / "epochs-mnist.csv").read_text().splitlines()):
+        accuracy, logit = 100 * float(row["test_accuracy"]), float(row["mean_abs_logit"])
+        distances = " | ".join(f"{float(row[case]):.3f}" for case in ("best", "average", "worst"))
+        assert f"| {row['epochs']} | {accuracy:.2f}% | {logit:.2f} | {distances} |" in page
+
+
+@pytest.mark.parametrize("path", OF_ITEMS, ids=lambda path: path.stem)
 def test_a_committed_table_is_that_of_its_rows(path):
     item = max((name for name in reproduce.ITEMS if path.stem.startswith(f"{name}-")), key=len)
     rows = [
