@@ -525,6 +525,7 @@ def test_bad_data(own, message):
         ({"model": BatchNormNet(), "optimizer": 3}, "optax"),
         ({"model": BatchNormNet(), "optimizer": optax.sgd(1.0), "num_epochs": -1}, "num_epochs"),
         ({"model": BatchNormNet(), "frozen": jnp.asarray}, "either frozen"),
+        ({"frozen": jnp.asarray, "select": "best"}, "select='last' with frozen"),
     ],
 )
 def test_bad_stages(options, message):
@@ -734,6 +735,29 @@ def test_a_best_epoch_stopped_and_resumed_is_the_same(selected, tmp_path, monkey
     study.run(BEST, tmp_path / "run")
     assert weights(BEST, tmp_path / "run") == weights(BEST, selected)
     assert read(tmp_path / "run") == read(selected)
+
+
+def test_a_best_epoch_damaged_while_its_network_learns_is_no_other(selected, tmp_path, monkeypatch):
+    """Refused, and learned again by the next call."""
+    folder = tmp_path / "run"
+    best = weights(BEST, selected)[1][0]
+    assert best < 21  # so that its checkpoint is on the disk before the last epoch
+    damaged = []
+
+    def follow(self, event, original=study._run._Follower.__call__):
+        original(self, event)
+        if event["event"] == "epoch" and event["step"] == 24 and not damaged:
+            damaged.extend(folder.glob(f"checkpoints/*/*/generation1-*/{best}/metadata/metadata"))
+            for path in damaged:
+                path.write_bytes(b"")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study._run._Follower, "__call__", follow)
+        with pytest.raises(OSError, match=f"best epoch, step {best}, in .* run the same command"):
+            study.train(BEST, folder)
+    assert len(damaged) == 1
+    study.run(BEST, folder)
+    assert weights(BEST, folder) == weights(BEST, selected)
 
 
 def test_the_best_epoch_under_pmap_goes_on_under_jit(tmp_path):

@@ -328,8 +328,8 @@ class Checkpointer:
             with self._explained(), silent_orbax():
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._manager = _orbax.INTERFACE(self.directory, self._kept)
-            if self._keep_best:
-                self._scores, _ = self._read_scores()
+                if self._keep_best:
+                    self._scores, _ = self._read_scores()
         return self._manager
 
     def _kept(self, steps: Sequence[int]) -> list[bool]:

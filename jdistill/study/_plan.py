@@ -90,6 +90,7 @@ class Plan(NamedTuple):
         totals = [
             f"at least {_number(hours)} hours, {_number(hours * count)} chip-hours, trained {way}"
             for way, part in ways.items()
+            if any(row.part == part for row in self.rows)
             for hours in [measured + self.hours(part)]
         ]
         shown = ", ".join(f"{name} {version}" for name, version in tpu.versions().items())
@@ -184,13 +185,22 @@ def plan(
         "not counted: sensitivities, transfer, and verdict; compiling, loading, and the start of "
         "each call"
     ]
+    if study.selects_best():
+        notes.append(
+            "not counted either: the accuracy on the validation examples after each epoch; stages "
+            "that end with their best epoch are not trained as a sweep"
+        )
     per_epoch = data.num_batches(len(examples.train.labels), study.batch_size)
     initial = study.initial_epochs * per_epoch * len(study.seeds)
     with planned_for("tpu"):
         networks = networks_of(study, examples)
         programs = [
             *training_programs(study, examples, networks, slice_.devices),
-            *sweep_programs(study, examples, networks, slice_.devices),
+            *(
+                []
+                if study.selects_best()
+                else sweep_programs(study, examples, networks, slice_.devices)
+            ),
             *forward_programs(study, examples, networks, slice_.devices[:1]),
             *attack_programs(study, examples, slice_.devices[:1], notes),
         ]

@@ -69,7 +69,7 @@ def run(
         ModuleNotFoundError: a package that the report needs is missing.
     """
     report.check_packages()
-    with _begun(study, workdir, parallel, recipe) as job:
+    with _begun(study, workdir, parallel, recipe, measures=True) as job:
         networks = job.train()
         shown = _measure.measure(
             job.folder, job.study, networks, job.examples, first=job.first, progress=job.follower
@@ -107,7 +107,7 @@ def train(
         OSError: it cannot be written, or another job writes it.
         FloatingPointError: a network has diverged.
     """
-    with _begun(study, workdir, parallel, recipe) as job:
+    with _begun(study, workdir, parallel, recipe, measures=False) as job:
         return job.train()
 
 
@@ -142,6 +142,8 @@ def _begun(
     workdir: _files.PathLike,
     parallel: Parallel,
     recipe: Mapping[str, Any] | None,
+    *,
+    measures: bool,
 ) -> Iterator[_Job]:
     """Hold the workdir, check that it is the study's, and keep the time to the end."""
     _validate.instance(Study, "a Study", remedy="pass study.Study(...)", study=study)
@@ -156,7 +158,8 @@ def _begun(
             check_same(study=study.describe(examples), parallel=parallel)
             times = _workdir.Times(folder, parallel)
             before = _training.num_networks(study)
-            follower = _Follower(progress, times, before + _measure.num_stages(study))
+            later = _measure.num_stages(study) if measures else 0
+            follower = _Follower(progress, times, before + later)
             try:
                 yield _Job(folder, study, examples, parallel, follower, before + 1)
             finally:

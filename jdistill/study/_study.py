@@ -68,6 +68,11 @@ class Stage:
         _validate.one_of(get_args(Select), select=self.select)
         if self.frozen is not None:
             _validate.function(frozen=self.frozen)
+            if self.select != "last":
+                raise ValueError(
+                    f"expected select='last' with frozen, got {self.select!r}; a frozen network "
+                    "does not learn: drop one"
+                )
             if self.model is not None or self.optimizer is not None:
                 raise ValueError(
                     "expected either frozen or a model with its optimizer, got both; a frozen "

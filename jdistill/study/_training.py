@@ -362,14 +362,33 @@ class _Log:
                 )
             if best := found.metadata.get("best"):
                 self._best = best[0], best[1]
-                whole = self.best(like)
-                if whole is None or whole.step != best[1]:
+                if self._whole_best(like) is None:
                     return None
         return found
 
-    def best(self, like: TrainState) -> Restored | None:
-        """The state of the best epoch; None where none has a score."""
-        return self._checkpointer.restore_best(like)
+    def best(self, state: TrainState) -> TrainState:
+        """The state of the best epoch, given the last one; that where no epoch has a score.
+
+        Raises:
+            OSError: its checkpoint has been damaged since it was written.
+        """
+        if self._best is None:
+            return state
+        # Its shapes alone, so that the state lies where a resumed run has it as well.
+        found = self._whole_best(jax.eval_shape(lambda leaves: leaves, state))
+        if found is None:
+            raise OSError(
+                f"expected the checkpoint of the best epoch, step {self._best[1]}, in "
+                f"{self._checkpointer.directory}, got a damaged one; run the same command again, "
+                "which learns the network anew"
+            )
+        return found.state
+
+    def _whole_best(self, like: TrainState) -> Restored | None:
+        """The checkpoint of the best epoch; None where that one is damaged."""
+        assert self._best is not None
+        found = self._checkpointer.restore_best(like)
+        return found if found is not None and found.step == self._best[1] else None
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Show every step; log and save every epoch."""
@@ -463,16 +482,10 @@ class Keeper:
             self.record(event)
 
     def selector(self, number: int) -> Callable[[TrainState], TrainState] | None:
-        """From a generation's last state to that of its best epoch, where its stage asks for it."""
+        """Function from a generation's last state to that of its best epoch, or None."""
         if self.chain.stages[number].select == "last":
             return None
-
-        def select(state: TrainState) -> TrainState:
-            # Its shapes alone, so that the state lies where a resumed run has it as well.
-            found = self._log(number).best(jax.eval_shape(lambda leaves: leaves, state))
-            return state if found is None else found.state
-
-        return select
+        return lambda state: self._log(number).best(state)
 
     def end(self, number: int, state: TrainState) -> None:
         """A generation has ended in a state."""

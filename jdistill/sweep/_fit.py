@@ -47,8 +47,8 @@ class Options:
         vmapped = self.vmapped
         if vmapped is None:
             # JAX 0.7 has no `vmap` of a convolution's gradient over a mesh.
-            over_mesh = len(devices) == 1 or jax.__version_info__ >= (0, 10)
-            vmapped = devices[0].platform != "cpu" and over_mesh
+            possible = len(devices) == 1 or jax.__version_info__ >= (0, 10)
+            vmapped = devices[0].platform != "cpu" and possible
         return Kind(step, vmapped, devices)
 
     def steps_at_once(self, kind: Kind, num_runs: int) -> int | None:
