@@ -19,7 +19,9 @@ import tyro
 from etils import epath
 
 from experiments.papers.mandal2023 import FEW_STEPS
+from experiments.papers.measures import Hits
 from jdistill import data, evaluate, metrics, nets, runtime, train
+from jdistill import study as studies
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,18 +64,18 @@ def rows(options: Options) -> Iterator[dict[str, Any]]:
         outcome = evaluate.under_attack(
             nets.stack([network]), many, their, plan, targets=targets.ravel()
         )
-        distance = np.where(outcome.success[0], outcome.distance[0], np.nan).reshape(-1, 9)
-        distance = distance[right[: len(images)]]
+        success, distance = (
+            part[0].reshape(targets.shape)[right[: len(images)]]
+            for part in (outcome.success, outcome.distance)
+        )
+        trained = studies.Trained("", 1.0, options.seed, 0, int(state.step), "", network)
         yield {
             "width": options.width,
             "learning_rate": options.learning_rate,
-            "seed": options.seed,
             "epochs": epochs,
             "test_accuracy": float(right.mean()),
             "mean_abs_logit": float(np.abs(logits).mean()),
-            "best": float(np.nanmin(distance, axis=1).mean()),
-            "average": float(np.nanmean(distance)),
-            "worst": float(np.nanmax(distance, axis=1).mean()),
+            **Hits(trained, success, distance).row(),
         }
 
 

@@ -30,9 +30,10 @@ from etils import epath
 from experiments.papers import carlini, mandal2023, papernot2016, students
 from experiments.papers.measures import Line, Row, Source, markdown
 from experiments.papers.training import TRAININGS, Scale, cost
-from jdistill import runtime
+from jdistill import _validate, runtime
 from jdistill import study as studies
 from jdistill.commands import _plan, _studies
+from jdistill.study import _workdir
 
 Spread = Literal["jit", "pmap", "sweep"]
 
@@ -228,6 +229,8 @@ class Options:
         """Name what is wrong."""
         if self.list:
             return
+        if self.num_images is not None:
+            _validate.count(num_images=self.num_images)
         if self.item not in (*_OF_TRAININGS, *ITEMS):
             raise ValueError(
                 f"expected an item among train, plan, {', '.join(ITEMS)}, got {self.item!r}; "
@@ -302,15 +305,15 @@ def run(options: Options, name: str) -> None:
         studies.train(study, folder, parallel=spread)
     if item is None:
         return
-    if item.attacked and not (folder / "report.html").exists():
+    if item.attacked:  # what is measured already is read
         studies.run(study, folder, parallel=spread)
-    with runtime.progress() as progress:
+    with _workdir.held(folder), runtime.progress() as progress:
         source = Source(
             name=name,
             training=training,
             study=study,
             folder=folder,
-            num_images=options.num_images or _IMAGES[options.scale],
+            num_images=_IMAGES[options.scale] if options.num_images is None else options.num_images,
             full=options.scale == "full",
             progress=progress,
         )
@@ -322,7 +325,7 @@ def run(options: Options, name: str) -> None:
 
 
 def _trained(study: studies.Study, folder: epath.Path) -> bool:
-    """Whether all its networks are there; what is wrong with them, if not, training says."""
+    """True where every network is finished; training names what is wrong with a workdir."""
     try:
         found = studies.networks(study, folder, temperatures=study.temperatures, seeds=study.seeds)
     except (FileNotFoundError, ValueError):
@@ -334,7 +337,7 @@ def page(options: Options, source: Source, rows: list[Row]) -> str:
     """The item as Markdown: its tables, and what they were measured on."""
     item = ITEMS[str(options.item)]
     about = runtime.describe()
-    seeds = len(source.study.seeds)
+    seeds = len({row["seed"] for row in rows})
     note = (
         f"{source.study.examples().note or source.training.dataset}, training study "
         f"`{source.name}` at scale {options.scale}, {seeds} seed{'s' * (seeds > 1)}; "

@@ -106,7 +106,7 @@ def measured(
     options: Options,
     progress: Any = None,
 ) -> list[Row]:
-    """What is crafted on the source at each confidence, judged by each network."""
+    """Rows of inputs crafted on the source at each confidence, judged by each network."""
     rows: list[Row] = []
     examples = data.Split(*(column[: options.num_examples] for column in examples))
     for confidence in sorted(options.confidences):

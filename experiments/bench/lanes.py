@@ -130,7 +130,7 @@ def rows_of(lane: str, command: str) -> list[dict[str, Any]]:
 
 
 def text(rounds: Rounds) -> str:
-    """What the lanes are, and the table in Markdown: a row per work, a column per lane."""
+    """Markdown of the lanes and the table: a row per work, a column per lane."""
     others = [lane for lane in LANES if lane != BASE]
     head = ["what", *(f"{lane} s" for lane in LANES), *(f"{lane} / {BASE}" for lane in others)]
     cells = []

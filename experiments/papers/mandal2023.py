@@ -19,7 +19,6 @@ from experiments.papers.measures import (
     targeted,
 )
 from jdistill import attacks
-from jdistill import study as studies
 
 _PERCENT = 100.0
 _ACCURACY = Form("test accuracy (%)", 2, _PERCENT)
@@ -100,10 +99,7 @@ def multistep(source: Source) -> list[Row]:
 
 def _robustness(source: Source, **where: Any) -> list[Row]:
     measured = {tuple(named(row).values()): row for row in source.measured()}
-    labels = {
-        tuple(named(row).values()): row["verdict"].label
-        for row in studies.load(source.folder).rows["verdicts"]
-    }
+    labels = {tuple(named(row).values()): row["verdict"].label for row in source.rows("verdicts")}
     rows = []
     for hit in hits(source, **where):
         row = hit.row()

@@ -51,7 +51,7 @@ class Source:
         return self.study.examples().test
 
     def clean(self, **where: Any) -> list[tuple[Trained, evaluate.CleanMeasures]]:
-        """What there is to measure of its networks without an attack, kept as the study keeps it.
+        """Measures of its networks without an attack, kept as the study keeps them.
 
         Networks come by temperature, seed, and generation.
         """
@@ -71,10 +71,17 @@ class Source:
             for network in networks
         ]
 
+    def rows(self, kind: str) -> list[Row]:
+        """Rows of a table of the study, `"results"` for one; a workdir may hold more than it."""
+        return [
+            row
+            for row in studies.load(self.folder).rows[kind]
+            if row["temperature"] in self.study.temperatures and row["seed"] in self.study.seeds
+        ]
+
     def measured(self) -> list[Row]:
         """Rows of the study's own results, one per network, with its accuracy under AutoAttack."""
-        rows = studies.load(self.folder).rows["results"]
-        robust = [row for row in rows if row["attack"] == "autoattack"]
+        robust = [row for row in self.rows("results") if row["attack"] == "autoattack"]
         return [
             {**row, "robust_accuracy": 1.0 - row["success_rate"]}
             for row in sorted(robust, key=lambda row: tuple(named(row).values()))

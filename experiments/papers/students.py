@@ -17,7 +17,6 @@ from experiments.papers.measures import (
     per_seed,
     shown,
 )
-from jdistill import study as studies
 
 # CIFAR-10 accuracy, of the tuner's best by test accuracy.
 PLAIN = {"no distillation": "70.16", "distillation": "72.57", "assistant": "73.51"}
@@ -49,11 +48,11 @@ def accuracies(source: Source) -> list[Row]:
 
 def students(source: Source) -> list[Row]:
     """Rows of each chain's student, by temperature and seed, out of the study's own results."""
-    tables = studies.load(source.folder).rows
+    results, verdicts = source.rows("results"), source.rows("verdicts")
     rows: list[Row] = []
     for name, (chain, generation) in source.study.students().items():
         found: dict[Any, Row] = {}
-        for row in tables["results"]:
+        for row in results:
             if ((row.get("chain") or ""), row["generation"]) != (chain, generation):
                 continue
             place = row["temperature"], row["seed"]
@@ -62,7 +61,7 @@ def students(source: Source) -> list[Row]:
                 place, {"chain": name, "temperature": place[0], "seed": place[1], **own}
             )
             found[place][row["attack"]] = 1.0 - row["success_rate"]
-        for row in tables["verdicts"]:
+        for row in verdicts:
             place = row["temperature"], row["seed"]
             if ((row.get("chain") or ""), row["generation"]) == (chain, generation):
                 found[place]["verdict"] = row["verdict"].label

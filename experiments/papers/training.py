@@ -195,7 +195,7 @@ _SIZES = {"digits": 1_197, "cifar10": 45_000}
 
 
 class Cost(NamedTuple):
-    """What a training study takes.
+    """Size of a training study.
 
     Attributes:
         networks: to train.
@@ -219,7 +219,7 @@ class Cost(NamedTuple):
 
 
 def cost(training: Training | Assistants) -> Cost:
-    """What a training study takes, from its networks' arithmetic; nothing is run."""
+    """Size of a training study, from its networks' arithmetic; nothing is run."""
     study = training.study()
     shape = (training.batch_size, *_SHAPES.get(training.dataset, (28, 28, 1)))
     size = training.num_train or _SIZES.get(training.dataset, 55_000)
