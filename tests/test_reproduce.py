@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import io
 import pathlib
 from typing import NamedTuple
@@ -42,6 +43,23 @@ def test_every_item_runs_at_the_least_scale(workdir, item):
     again, same = reproduced(workdir, item)
     assert same == rows
     assert "training" not in again.partition("##")[0]
+
+
+@pytest.mark.slow
+def test_a_study_that_has_grown_is_measured_again(tmp_path, monkeypatch):
+    """And one that is smaller than its workdir has rows of its own alone."""
+    small = dataclasses.replace(
+        training.TRAININGS["smoke"]["standardized"], seeds=(0,), num_epochs=1, num_attack=2
+    )
+    found = []
+    for temperatures in ((1.0,), (1.0, 20.0), (20.0,)):
+        own = {"standardized": dataclasses.replace(small, temperatures=temperatures)}
+        monkeypatch.setitem(training.TRAININGS, "smoke", own)
+        _, rows = reproduced(tmp_path, "logit-standard")
+        found.append(rows)
+        assert {float(row["temperature"]) for row in rows} == set(temperatures)
+    assert len(found[1]) == len(found[0]) + len(found[2])
+    assert all(row in found[1] for row in found[0] + found[2])
 
 
 @pytest.mark.parametrize(
