@@ -107,6 +107,8 @@ def _line(
     mean, low, high = (
         np.array([getattr(f, end) for f in found]) for end in ("value", "low", "high")
     )
+    if scale == 100:  # a share, whose interval ends at 0 and 100, as in the tables
+        low, high = np.clip([low, high], 0, 100)
     axes.plot(places, mean, markersize=4.5, **look)
     if len({row["seed"] for row in rows}) > 3:
         axes.fill_between(places, low, high, color=look["color"], alpha=0.15, linewidth=0)
