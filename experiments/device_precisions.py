@@ -63,7 +63,8 @@ def chains(
 ) -> dict[str, np.ndarray]:
     """The teacher's last training loss, and each generation's test accuracy, one a seed.
 
-    What is measured is the weights that come out, in float32: only training is less precise.
+    The weights that come out are measured in float32: only training, and the soft labels for it,
+    are less precise.
 
     Args:
         examples: as of `compare`.

@@ -328,7 +328,7 @@ def check_same(**values: Any) -> None:
     """An error, on every host, where a host has another value than host 0.
 
     Every process calls it with the same names in the same order; with one process it does nothing.
-    Arrays are compared by their bytes, functions by their code.
+    Arrays are compared by their content (those without an axis by their value), functions by code.
 
     Args:
         **values: settings, arrays, or networks, by the name that a message gives them.
