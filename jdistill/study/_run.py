@@ -70,10 +70,16 @@ def run(
     """
     report.check_packages()
     with _begun(study, workdir, parallel, recipe, measures=True) as job:
-        networks = job.train()
-        shown = _measure.measure(
-            job.folder, job.study, networks, job.examples, first=job.first, progress=job.follower
-        )
+        with job.timed():
+            networks = job.train()
+            shown = _measure.measure(
+                job.folder,
+                job.study,
+                networks,
+                job.examples,
+                first=job.first,
+                progress=job.follower,
+            )
         if runtime.is_main_process():
             _save_pictures(job.folder, shown)
             _workdir.seal(job.folder, _DERIVED)
@@ -107,7 +113,7 @@ def train(
         OSError: it cannot be written, or another job writes it.
         FloatingPointError: a network has diverged.
     """
-    with _begun(study, workdir, parallel, recipe, measures=False) as job:
+    with _begun(study, workdir, parallel, recipe, measures=False) as job, job.timed():
         return job.train()
 
 
@@ -119,6 +125,7 @@ class _Job(NamedTuple):
         study: with what the workdir holds beside it.
         examples: of the study.
         parallel: how training is spread.
+        times: what it takes, for run.json.
         follower: of its progress.
         first: number of the first stage after training.
     """
@@ -127,8 +134,17 @@ class _Job(NamedTuple):
     study: Study
     examples: Examples
     parallel: Parallel
+    times: _workdir.Times
     follower: "_Follower"
     first: int
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """Writes the time also where it ends early; the report comes after, and shows it."""
+        try:
+            yield
+        finally:
+            self.times.write()
 
     def train(self) -> list[Trained]:
         return _training.train(
@@ -145,7 +161,7 @@ def _begun(
     *,
     measures: bool,
 ) -> Iterator[_Job]:
-    """Hold the workdir, check that it is the study's, and keep the time to the end."""
+    """Hold the workdir, and check that it is the study's."""
     _validate.instance(Study, "a Study", remedy="pass study.Study(...)", study=study)
     _validate.one_of(get_args(Parallel), parallel=parallel)
     with _workdir.reserved(workdir) as folder, runtime.progress() as progress:
@@ -160,10 +176,7 @@ def _begun(
             before = _training.num_networks(study)
             later = _measure.num_stages(study) if measures else 0
             follower = _Follower(progress, times, before + later)
-            try:
-                yield _Job(folder, study, examples, parallel, follower, before + 1)
-            finally:
-                times.write()
+            yield _Job(folder, study, examples, parallel, times, follower, before + 1)
 
 
 # What a report is made of.
