@@ -256,8 +256,8 @@ def run(options: Options) -> int:
         "# Damage to a workdir",
         "",
         f"Made by `python -m experiments.reliability --num-random {options.num_random} --num-kills "
-        f"{options.num_kills} --num-kills-of-two {options.num_kills_of_two}`: what comes of running a study",
-        "again whose file is damaged.",
+        f"{options.num_kills} --num-kills-of-two {options.num_kills_of_two}`: what comes of",
+        "running a study again whose file is damaged.",
         "*remade*: every table and weight is as before; *refused*: an error of one line names the",
         "file.",
         "",
