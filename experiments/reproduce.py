@@ -216,8 +216,8 @@ class Options:
     num_images: int | None = None
     """Test images for targeted attacks, each towards every class (none: 100, 20, 2 by scale)."""
     parallel: Spread | None = None
-    """How training is spread, as in `jdistill defend`; a sweep has no best epochs (none: sweep at
-    full scale where it can be, else jit)."""
+    """Spread of training over the devices, as in `jdistill defend`; a sweep has no best epochs
+    (none: sweep at full scale where it can be, else jit)."""
     topology: str = "v5e:1x1"
     """Of `plan`: chip and how many along each axis, as in `jdistill plan`."""
     data_dir: str | None = None

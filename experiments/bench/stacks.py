@@ -14,6 +14,7 @@ from experiments.bench.rows import Row
 from experiments.bench.subjects import Images, Params
 from experiments.bench.timing import AfterCall, Calls
 from jdistill import attacks, evaluate, nets, sweep, train
+from jdistill.sweep import _memory
 from jdistill.typing import LogitsFn
 
 MAPPED, VMAPPED, SINGLES = "as one, under lax.map", "as one, under vmap", "one at a time"
@@ -173,7 +174,7 @@ def _watched(call: Callable[[], Any], tell: Callable[[int], Any]) -> Callable[[]
         result = call()
         new = [program for program in _programs() if not any(program is one for one in before)]
         if new:
-            tell(max(map(_bytes_of, new)))
+            tell(max(_memory.bytes_of(each.get_compiled_memory_stats()) for each in new))
         return result
 
     return watched
@@ -182,17 +183,6 @@ def _watched(call: Callable[[], Any], tell: Callable[[int], Any]) -> Callable[[]
 def _programs() -> list[Any]:
     """The compiled programs that are alive; JAX does not say which of them a call has made."""
     return jax.devices()[0].client.live_executables()
-
-
-def _bytes_of(program: Any) -> int:
-    """Arguments, results, and what is between, on a device."""
-    sizes = program.get_compiled_memory_stats()
-    return int(
-        sizes.argument_size_in_bytes
-        + sizes.output_size_in_bytes
-        + sizes.temp_size_in_bytes
-        - sizes.alias_size_in_bytes
-    )
 
 
 def disturbed(params: Params, input_shape: tuple[int, ...], count: int) -> list[LogitsFn]:

@@ -9,7 +9,7 @@ A checkpoint is a numbered folder with two Orbax items:
   checksum of the bytes. Storage that changed a byte is found out at restore, and the checkpoint
   before is used instead.
 
-What is called of Orbax is in one private module, once for each of its interfaces, v0 and v1.
+Orbax is called in `_orbax` alone; `_orbax_v1` has the same for its newer interface, for the tests.
 """
 
 from jdistill.checkpoint._checkpointer import Checkpointer, Restored

@@ -333,7 +333,7 @@ class Checkpointer:
         return self._manager
 
     def _kept(self, steps: Sequence[int]) -> list[bool]:
-        """Which of the checkpoints there are stay."""
+        """Flags of the checkpoints that stay, for each of the steps there are."""
         scores = {step: self._scores[step] for step in steps if step in self._scores}
         kept = {*steps[-self._max_to_keep :], *_by_score(scores)[: self._keep_best]}
         return [step in kept for step in steps]

@@ -21,7 +21,7 @@ class Preservation:
         self._keep = keep
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        """Whether each checkpoint stays."""
+        """Flags of the checkpoints that stay."""
         del context
         return self._keep([checkpoint.step for checkpoint in checkpoints])
 

@@ -95,7 +95,7 @@ def answer(network: Network, judged: Sequence[Judged]) -> Claim:
 
 
 def seeds_differ(network: Network, judged: Sequence[Judged]) -> Claim | None:
-    """How many seeds of a network got which label, where they were judged unlike."""
+    """Counts of the labels that a network's seeds got, where they were judged unlike."""
     own = verdict_of(network, judged)
     labels = [verdict.label for verdict in own.verdicts] if own else []
     if len(set(labels)) < 2:

@@ -268,7 +268,7 @@ def attack_programs(
 
 
 def stacks(study: Study, examples: Examples) -> Counter[Any]:
-    """How many stacks of networks of one architecture each run has, and their size."""
+    """Number of stacks of networks of one architecture in each run, and their size."""
     found: Counter[Any] = Counter()
     for chain in _training.chains_of(study):
         own: Counter[Any] = Counter()

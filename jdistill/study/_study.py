@@ -371,7 +371,7 @@ class Study:
         return examples if self.name is None else examples._replace(name=self.name)
 
     def selects_best(self) -> bool:
-        """Whether a stage ends with the network of its best epoch."""
+        """True where a stage ends with the network of its best epoch."""
         return any(stage.select == "best" for stages in self.chains.values() for stage in stages)
 
     def longest_chains(self) -> dict[str, tuple[Stage, ...]]:

@@ -324,7 +324,8 @@ def _bytes_needed(
 ) -> int:
     """Memory of the compiled program of that many runs on each device, by its own account."""
     arguments = _shapes_of(state, store, loss_fn, num_classes, options.batch_size, size)
-    return _memory.bytes_of(_program.steps_program(kind).lower(*arguments).compile())
+    compiled = _program.steps_program(kind).lower(*arguments).compile()
+    return _memory.bytes_of(compiled.memory_analysis())
 
 
 def planned(

@@ -18,14 +18,13 @@ def limit(device: jax.Device) -> int | None:
     return int(SHARE * stats["bytes_limit"])
 
 
-def bytes_of(compiled: Any) -> int:
-    """The peak of a compiled program on each device: arguments, results and what is between."""
-    analysis = compiled.memory_analysis()
+def bytes_of(sizes: Any) -> int:
+    """The peak on each device by a compiled program's account: arguments, results, and between."""
     return int(
-        analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        + analysis.temp_size_in_bytes
-        - analysis.alias_size_in_bytes
+        sizes.argument_size_in_bytes
+        + sizes.output_size_in_bytes
+        + sizes.temp_size_in_bytes
+        - sizes.alias_size_in_bytes
     )
 
 
