@@ -229,3 +229,40 @@ def test_a_committed_table_is_that_of_its_rows(path):
 def test_seeds_that_are_all_alike_have_no_interval():
     assert measures.difference([0.5, 0.6], [0.4, 0.5], 2) == "+0.10 (every seed alike)"
     assert measures.difference([0.5, 0.6], [0.5, 0.6], 2) == "+0.00 [+0.00, +0.00], p = 1"
+
+
+def test_one_pixel_at_a_time_is_the_greedy_choice_in_numpy():
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(6, 3)).astype(np.float32)
+    inputs = rng.uniform(0, 0.3, (8, 6)).astype(np.float32)
+    targets = (np.argmax(inputs @ weights, axis=1) + 1) % 3
+
+    def attack(limit):
+        return carlini.one_at_a_time(
+            lambda x: x @ weights,
+            None,
+            inputs,
+            None,
+            targets=targets,
+            temperature=5.0,
+            max_features=limit,
+        )
+
+    for limit in (1, 2, 4):
+        wanted = inputs.copy()
+        for x, target in zip(wanted, targets, strict=True):
+            for _ in range(limit):
+                z = x.astype(np.float64) @ weights
+                if z.argmax() == target:
+                    break
+                p = np.exp(z / 5) / np.exp(z / 5).sum()
+                slope = p[target] * (weights[:, target] - weights @ p) / 5
+                slope[x >= 1] = -np.inf
+                if slope.max() > 0:
+                    x[slope.argmax()] = 1
+        found = attack(limit)
+        np.testing.assert_array_equal(found.inputs, wanted)
+        success = (wanted @ weights).argmax(1) == targets
+        np.testing.assert_array_equal(found.success, success)
+        changed = (wanted != inputs).sum(1)
+        np.testing.assert_array_equal(found.distance, np.where(success, changed, np.inf))
