@@ -23,6 +23,9 @@ import numpy as np
 
 from jdistill._jax import LIBRARIES, captured, unbound
 
+# Public modules whose functions go by its name, so that they may move between its files.
+_MOVED = re.compile(r"^(jdistill\.(?:distill|losses))\._\w+$")
+
 
 class _Open(threading.local):
     """Values that are being described, outermost first, which one may refer to again."""
@@ -143,7 +146,8 @@ def _unwrapped(value: Any) -> Any:
 
 def _function(function: Any) -> str:
     """A function's name; of one from elsewhere also a hash of what it does and closes over."""
-    name = f"{function.__module__}.{function.__qualname__}"
+    module = _MOVED.sub(r"\1", function.__module__)
+    name = f"{module}.{function.__qualname__}"
     if name.startswith("jdistill.") and "<" not in name:
         return name
     defaults = (function.__defaults__, function.__kwdefaults__)

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from jdistill import _fingerprint, _validate, attacks, data, distill, evaluate, nets, train
+from jdistill.distill._chain import check_losses
 from jdistill.evaluate._distances import distance_plans_of, plans_of
 from jdistill.train import TrainStep
 from jdistill.typing import Array, LogitsFn, LossFn, PyTree
@@ -301,7 +302,7 @@ class Study:
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else int(value))
         _validate.flag(online=self.online)
-        distill._check_losses(self.teacher_loss, self.student_loss, self.online, None)
+        check_losses(self.teacher_loss, self.student_loss, self.online, None)
         self._check_measures()
 
     def _check_measures(self) -> None:
@@ -336,7 +337,7 @@ class Study:
 
     def student_losses(self) -> Callable[..., LossFn]:
         """The students' loss, the default where none is given."""
-        return distill._check_losses(self.teacher_loss, self.student_loss, self.online, None)
+        return check_losses(self.teacher_loss, self.student_loss, self.online, None)
 
     def loss_at(self, temperature: float) -> Any:
         """JSON-able content of what the losses at a temperature compute."""

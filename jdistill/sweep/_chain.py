@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate, distill, nets, train
-from jdistill.distill import Generation, with_generation
+from jdistill.distill import Generation
+from jdistill.distill._chain import check_chain, check_losses, with_generation
 from jdistill.sweep import _program
 from jdistill.sweep._fit import Labeler, Options, train_stack
 from jdistill.sweep._program import Kind
@@ -104,7 +105,7 @@ def chain(
     References:
         Mandal & Gao 2023, released code `train_models_multidistill.py`: a run for each.
     """
-    distill._check_chain(generations, start)
+    check_chain(generations, start)
     if any(generation.select is not None for generation in generations):
         # The runs of a stack end at one epoch each, which would have to be put together.
         raise ValueError(
@@ -126,7 +127,7 @@ def chain(
     temperature = spread(temperature, num_runs, "temperature")
     exact = np.broadcast_to(np.asarray(given), (num_runs,)).tolist()
     _validate.positive(temperature=temperature)
-    student_loss = distill._check_losses(teacher_loss, student_loss, online, teacher)
+    student_loss = check_losses(teacher_loss, student_loss, online, teacher)
     first_number = 0 if teacher is None else 1
     first = start[0] if len(start) else _start(generations[0], keys, first_number)
     check_examples(generations[0].step, nets.index(first, 0), inputs, labels, None)

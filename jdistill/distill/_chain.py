@@ -1,27 +1,19 @@
-"""Defensive distillation through teacher assistants.
-
-A chain is generations 0, 1, 2, …: the teacher learns from hard labels at temperature `T`; every
-later generation learns from `softmax(z / T)` of the one before, at the same `T`; all are tested
-at `T = 1`. The student of `n` assistants is generation `n + 1`, so every chain contains the
-shorter ones: generation 1 is the student of plain defensive distillation.
-
-Generations of equal size give the chain of Mandal & Gao 2023; shrinking ones with a hard-label
-weight and the factor `T²` give the teacher assistants of Mirzadeh et al. 2020 (TAKD).
-"""
+"""Teacher, assistants and student, one after another."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jdistill import _validate, data, losses, nets, train
+from jdistill import _validate, data, nets, train
+from jdistill.distill._labels import soft_labels
+from jdistill.distill._losses import online_loss, soft_loss
 from jdistill.train import TrainState, TrainStep
 from jdistill.train._fit import check_examples
 from jdistill.train._step import check_state, check_step
-from jdistill.typing import Array, ArrayLike, Batch, Callback, Event, LogitsFn, LossFn, PyTree
+from jdistill.typing import Array, ArrayLike, Callback, Event, LogitsFn, LossFn, PyTree
 
 # Folded into the run's key for the shared initial weights; no generation has this number.
 _INITIAL_WEIGHTS = 2**31 - 1
@@ -48,160 +40,6 @@ class Generation:
     model_state: PyTree = dataclasses.field(default_factory=dict)
     hyperparams: Mapping[str, ArrayLike] = dataclasses.field(default_factory=dict)
     select: Callable[[TrainState], TrainState] | None = None
-
-
-def soft_labels(
-    logits_fn: LogitsFn, inputs: np.ndarray, *, temperature: float, batch_size: int = 512
-) -> np.ndarray:
-    """A network's predictions at a temperature, `softmax(z / T)`, for a whole set.
-
-    Args:
-        logits_fn: inputs `[B, ...]` to logits `[B, K]`.
-        inputs: `[N, ...]` float.
-        temperature: above 0.
-        batch_size: examples at a time.
-
-    Returns:
-        `[N, K]` float32 on the host; rows sum to 1.
-
-    Raises:
-        ValueError: a temperature that is not above 0.
-        FloatingPointError: predictions that are not finite; a student would learn nothing from
-            them, without a word.
-
-    Example:
-        >>> soft_labels(lambda x: x, np.array([[0.0, 20.0]], np.float32), temperature=20.0).round(2)
-        array([[0.27, 0.73]], dtype=float32)
-
-    References:
-        Papernot et al. 2016, section IV.A.
-    """
-    _validate.scalar(temperature=temperature)
-    _validate.positive(temperature=temperature)
-    logits = train.predict(logits_fn, inputs, batch_size=batch_size)
-    predictions = np.asarray(jax.nn.softmax(logits / np.float32(temperature), axis=-1))
-    bad = ~np.isfinite(predictions).all(axis=-1)
-    if bad.any():
-        raise FloatingPointError(
-            f"expected finite predictions, got {predictions[bad][0]} for {bad.sum()} of "
-            f"{len(bad)} examples; the network has diverged: train it with a lower learning rate"
-        )
-    return predictions
-
-
-def soft_loss(
-    temperature: ArrayLike,
-    *,
-    hard_weight: ArrayLike = 0.0,
-    temperature_squared: bool = False,
-) -> LossFn:
-    """The distillation loss against the batch's soft labels (offline: `batch.targets`).
-
-        (1 - λ) · s · H(q, softmax(z / T)) + λ · H(y, softmax(z)),    s = T² or 1
-
-    with `H(q, p) = -Σ_k q_k log p_k`, a sum over classes; the step takes the mean over the batch.
-    `λ = 0` and `s = 1` are defensive distillation; TAKD and Hinton's take `λ` in (0, 1), `s = T²`.
-
-    Args:
-        temperature: above 0.
-        hard_weight: λ in `[0, 1]`, the weight of the hard labels, whose term is at `T = 1`.
-        temperature_squared: whether the soft term is multiplied by `T²`, which keeps its
-            gradients comparable to the hard term's.
-
-    Returns:
-        `(outputs, batch) -> [B]`, a pytree: other numbers compile nothing.
-
-    Raises:
-        ValueError: numbers out of range.
-
-    Example:
-        >>> batch = Batch(None, jnp.array([1]), jnp.array([[0.5, 0.5]]), jnp.ones(1))
-        >>> float(soft_loss(20.0)(jnp.zeros((1, 2)), batch)[0])
-        0.693...
-
-    References:
-        Papernot et al. 2016, section IV; Hinton, Vinyals & Dean 2015, section 2; Mirzadeh et al.
-        2020, equation 3.
-    """
-    return jax.tree_util.Partial(
-        _soft_loss, *_weights(temperature, hard_weight, temperature_squared)
-    )
-
-
-def online_loss(
-    temperature: ArrayLike,
-    teacher: LogitsFn,
-    *,
-    hard_weight: ArrayLike = 0.0,
-    temperature_squared: bool = False,
-) -> LossFn:
-    """The distillation loss against a teacher that labels each batch as it comes.
-
-    For inputs that change from epoch to epoch (augmentation), where soft labels cannot be
-    computed beforehand. No gradient flows into the teacher. Otherwise as `soft_loss`.
-
-    Args:
-        temperature: above 0.
-        teacher: inputs `[B, ...]` to logits `[B, K]`, in evaluation mode.
-        hard_weight: λ in `[0, 1]`.
-        temperature_squared: whether the soft term is multiplied by `T²`.
-
-    Returns:
-        `(outputs, batch) -> [B]`, a pytree that carries the teacher's weights.
-
-    Raises:
-        ValueError: numbers out of range.
-
-    Example:
-        >>> batch = Batch(jnp.zeros((1, 2)), jnp.array([1]), None, jnp.ones(1))
-        >>> float(online_loss(20.0, lambda x: x)(jnp.zeros((1, 2)), batch)[0])
-        0.693...
-    """
-    _validate.function(teacher=teacher)
-    weights = _weights(temperature, hard_weight, temperature_squared)
-    return jax.tree_util.Partial(_online_loss, nets.callable_logits_fn(teacher), *weights)
-
-
-def standardized_loss(
-    temperature: ArrayLike, teacher: LogitsFn, *, hard_weight: ArrayLike = 0.0
-) -> LossFn:
-    """The distillation loss on standardized logits, against a teacher that labels each batch.
-
-        (1 - λ) · KL(softmax(s(z_t) / T) || softmax(s(z) / T)) + λ · H(y, softmax(z))
-
-    with `s` the logits' standardization over classes (`losses.standardize`). With `λ = 0` neither
-    the scale of the student's logits nor that of the teacher's changes it, so that nothing makes
-    the student as confident as its teacher. No gradient flows into the teacher. As a `student_loss`
-    of `chain` or of a study it wants `online=True`.
-
-    Args:
-        temperature: above 0.
-        teacher: inputs `[B, ...]` to logits `[B, K]`, in evaluation mode.
-        hard_weight: λ in `[0, 1]`, the weight of the hard labels, whose term is at `T = 1` and not
-            standardized.
-
-    Returns:
-        `(outputs, batch) -> [B]`, a pytree that carries the teacher's weights: other numbers
-        compile nothing.
-
-    Raises:
-        ValueError: numbers out of range.
-
-    Example:
-        >>> batch = Batch(jnp.array([[2.0, 8.0]]), jnp.array([1]), None, jnp.ones(1))
-        >>> loss = standardized_loss(2.0, lambda x: x)
-        >>> bool(loss(jnp.array([[0.1, 0.2]]), batch)[0] < 1e-6)
-        True
-
-    References:
-        Sun, Ren, Li, Wang & Cao 2024, "Logit Standardization in Knowledge Distillation",
-        arXiv:2403.01427. Its released code multiplies the first term by `T²`, and weighs the two
-        terms by numbers that do not add up to 1.
-    """
-    _validate.function(teacher=teacher)
-    temperature, hard_weight, _ = _weights(temperature, hard_weight, False)
-    network = nets.callable_logits_fn(teacher)
-    return jax.tree_util.Partial(_standardized_loss, network, temperature, hard_weight)
 
 
 def initial_weights(
@@ -329,14 +167,14 @@ def chain(
         Mandal & Gao 2023, "Improving Defensive Distillation using Teacher Assistant", released
         code `train_models.py`, `train_models_multidistill.py`; Mirzadeh et al. 2020.
     """
-    _check_chain(generations, start)
+    check_chain(generations, start)
     inputs, labels = _validate.examples(examples, 2)
     _validate.inputs_in_box(inputs, (-np.inf, np.inf))
     _validate.class_indices(labels, batch_size=len(inputs))
     _validate.count(batch_size=batch_size)
     _validate.callback(callback)
     _check_temperature(temperature)
-    student_loss = _check_losses(teacher_loss, student_loss, online, teacher)
+    student_loss = check_losses(teacher_loss, student_loss, online, teacher)
     for place, state in enumerate(start[:-1]):
         num_steps = _num_steps(generations[place], len(labels), batch_size)
         if int(state.step) < num_steps:
@@ -397,7 +235,7 @@ def _check_temperature(temperature: Any) -> None:
     _validate.positive(temperature=temperature)
 
 
-def _check_losses(
+def check_losses(
     teacher_loss: Any, student_loss: Any, online: bool, teacher: Any
 ) -> Callable[..., LossFn]:
     """The students' loss, after an error for what is no factory of losses."""
@@ -413,7 +251,7 @@ def _check_losses(
     return factory
 
 
-def _check_chain(generations: Sequence[Generation], start: Sequence[TrainState]) -> None:
+def check_chain(generations: Sequence[Generation], start: Sequence[TrainState]) -> None:
     """An error for what is no chain, or for more states than it has generations."""
     if isinstance(generations, Generation):
         raise ValueError(
@@ -456,65 +294,6 @@ def stage_name(generation: int, num_generations: int) -> str:
     if generation == 0:
         return "teacher"
     return "student" if generation == num_generations - 1 else f"assistant {generation}"
-
-
-def _weights(
-    temperature: ArrayLike, hard_weight: ArrayLike, temperature_squared: bool
-) -> tuple[Array, Array, Array]:
-    """Temperature, hard weight and the soft term's factor as arrays, checked."""
-    _validate.positive(temperature=temperature)
-    _validate.within(0.0, 1.0, hard_weight=hard_weight)
-    _validate.flag(temperature_squared=temperature_squared)
-    temperature = jnp.asarray(temperature, jnp.float32)
-    factor = jnp.square(temperature) if temperature_squared else jnp.ones_like(temperature)
-    return temperature, jnp.asarray(hard_weight, jnp.float32), factor
-
-
-def _mixed(
-    temperature: Array,
-    hard_weight: Array,
-    factor: Array,
-    outputs: Any,
-    batch: Batch,
-    targets: Array,
-) -> Array:
-    logits = nets.logits_of(outputs)
-    soft = losses.soft_cross_entropy(logits, targets, temperature=temperature)
-    hard = losses.cross_entropy(logits, batch.labels)
-    return (1 - hard_weight) * factor * soft + hard_weight * hard
-
-
-def _soft_loss(
-    temperature: Array, hard_weight: Array, factor: Array, outputs: Any, batch: Batch
-) -> Array:
-    if batch.targets is None:
-        raise ValueError(
-            "expected soft labels in batch.targets, got None; pass them to train.fit as "
-            "(inputs, labels, targets), or use distill.online_loss"
-        )
-    return _mixed(temperature, hard_weight, factor, outputs, batch, batch.targets)
-
-
-def _online_loss(
-    teacher: LogitsFn,
-    temperature: Array,
-    hard_weight: Array,
-    factor: Array,
-    outputs: Any,
-    batch: Batch,
-) -> Array:
-    targets = jax.nn.softmax(jax.lax.stop_gradient(teacher(batch.inputs)) / temperature, axis=-1)
-    return _mixed(temperature, hard_weight, factor, outputs, batch, targets)
-
-
-def _standardized_loss(
-    teacher: LogitsFn, temperature: Array, hard_weight: Array, outputs: Any, batch: Batch
-) -> Array:
-    logits = nets.logits_of(outputs)
-    its = jax.lax.stop_gradient(teacher(batch.inputs))
-    soft = losses.standardized_kl(logits, its, temperature=temperature)
-    hard = losses.cross_entropy(logits, batch.labels)
-    return (1 - hard_weight) * soft + hard_weight * hard
 
 
 def _start(generation: Generation, key: Array, given: Sequence[TrainState]) -> TrainState:

@@ -1,0 +1,25 @@
+"""Defensive distillation through teacher assistants.
+
+A chain is generations 0, 1, 2, …: the teacher learns from hard labels at temperature `T`; every
+later generation learns from `softmax(z / T)` of the one before, at the same `T`; all are tested
+at `T = 1`. The student of `n` assistants is generation `n + 1`, so every chain contains the
+shorter ones: generation 1 is the student of plain defensive distillation.
+
+Generations of equal size give the chain of Mandal & Gao 2023; shrinking ones with a hard-label
+weight and the factor `T²` give the teacher assistants of Mirzadeh et al. 2020 (TAKD).
+"""
+
+from jdistill.distill._chain import Generation, chain, initial_weights, stage_name
+from jdistill.distill._labels import soft_labels
+from jdistill.distill._losses import online_loss, soft_loss, standardized_loss
+
+__all__ = [
+    "Generation",
+    "chain",
+    "initial_weights",
+    "online_loss",
+    "soft_labels",
+    "soft_loss",
+    "stage_name",
+    "standardized_loss",
+]

@@ -1,0 +1,183 @@
+"""Losses of students as factories: `T -> loss_fn`, or `(T, teacher) -> loss_fn`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jdistill import _validate, losses, nets
+from jdistill.typing import Array, ArrayLike, Batch, LogitsFn, LossFn
+
+
+def soft_loss(
+    temperature: ArrayLike,
+    *,
+    hard_weight: ArrayLike = 0.0,
+    temperature_squared: bool = False,
+) -> LossFn:
+    """The distillation loss against the batch's soft labels (offline: `batch.targets`).
+
+        (1 - λ) · s · H(q, softmax(z / T)) + λ · H(y, softmax(z)),    s = T² or 1
+
+    with `H(q, p) = -Σ_k q_k log p_k`, a sum over classes; the step takes the mean over the batch.
+    `λ = 0` and `s = 1` are defensive distillation; TAKD and Hinton's take `λ` in (0, 1), `s = T²`.
+
+    Args:
+        temperature: above 0.
+        hard_weight: λ in `[0, 1]`, the weight of the hard labels, whose term is at `T = 1`.
+        temperature_squared: whether the soft term is multiplied by `T²`, which keeps its
+            gradients comparable to the hard term's.
+
+    Returns:
+        `(outputs, batch) -> [B]`, a pytree: other numbers compile nothing.
+
+    Raises:
+        ValueError: numbers out of range.
+
+    Example:
+        >>> batch = Batch(None, jnp.array([1]), jnp.array([[0.5, 0.5]]), jnp.ones(1))
+        >>> float(soft_loss(20.0)(jnp.zeros((1, 2)), batch)[0])
+        0.693...
+
+    References:
+        Papernot et al. 2016, section IV; Hinton, Vinyals & Dean 2015, section 2; Mirzadeh et al.
+        2020, equation 3.
+    """
+    return jax.tree_util.Partial(
+        _soft_loss, *_weights(temperature, hard_weight, temperature_squared)
+    )
+
+
+def online_loss(
+    temperature: ArrayLike,
+    teacher: LogitsFn,
+    *,
+    hard_weight: ArrayLike = 0.0,
+    temperature_squared: bool = False,
+) -> LossFn:
+    """The distillation loss against a teacher that labels each batch as it comes.
+
+    For inputs that change from epoch to epoch (augmentation), where soft labels cannot be
+    computed beforehand. No gradient flows into the teacher. Otherwise as `soft_loss`.
+
+    Args:
+        temperature: above 0.
+        teacher: inputs `[B, ...]` to logits `[B, K]`, in evaluation mode.
+        hard_weight: λ in `[0, 1]`.
+        temperature_squared: whether the soft term is multiplied by `T²`.
+
+    Returns:
+        `(outputs, batch) -> [B]`, a pytree that carries the teacher's weights.
+
+    Raises:
+        ValueError: numbers out of range.
+
+    Example:
+        >>> batch = Batch(jnp.zeros((1, 2)), jnp.array([1]), None, jnp.ones(1))
+        >>> float(online_loss(20.0, lambda x: x)(jnp.zeros((1, 2)), batch)[0])
+        0.693...
+    """
+    _validate.function(teacher=teacher)
+    weights = _weights(temperature, hard_weight, temperature_squared)
+    return jax.tree_util.Partial(_online_loss, nets.callable_logits_fn(teacher), *weights)
+
+
+def standardized_loss(
+    temperature: ArrayLike, teacher: LogitsFn, *, hard_weight: ArrayLike = 0.0
+) -> LossFn:
+    """The distillation loss on standardized logits, against a teacher that labels each batch.
+
+        (1 - λ) · KL(softmax(s(z_t) / T) || softmax(s(z) / T)) + λ · H(y, softmax(z))
+
+    with `s` the logits' standardization over classes (`losses.standardize`). With `λ = 0` neither
+    the scale of the student's logits nor that of the teacher's changes it, so that nothing makes
+    the student as confident as its teacher. No gradient flows into the teacher. As a `student_loss`
+    of `chain` or of a study it wants `online=True`.
+
+    Args:
+        temperature: above 0.
+        teacher: inputs `[B, ...]` to logits `[B, K]`, in evaluation mode.
+        hard_weight: λ in `[0, 1]`, the weight of the hard labels, whose term is at `T = 1` and not
+            standardized.
+
+    Returns:
+        `(outputs, batch) -> [B]`, a pytree that carries the teacher's weights: other numbers
+        compile nothing.
+
+    Raises:
+        ValueError: numbers out of range.
+
+    Example:
+        >>> batch = Batch(jnp.array([[2.0, 8.0]]), jnp.array([1]), None, jnp.ones(1))
+        >>> loss = standardized_loss(2.0, lambda x: x)
+        >>> bool(loss(jnp.array([[0.1, 0.2]]), batch)[0] < 1e-6)
+        True
+
+    References:
+        Sun, Ren, Li, Wang & Cao 2024, "Logit Standardization in Knowledge Distillation",
+        arXiv:2403.01427. Its released code multiplies the first term by `T²`, and weighs the two
+        terms by numbers that do not add up to 1.
+    """
+    _validate.function(teacher=teacher)
+    temperature, hard_weight, _ = _weights(temperature, hard_weight, False)
+    network = nets.callable_logits_fn(teacher)
+    return jax.tree_util.Partial(_standardized_loss, network, temperature, hard_weight)
+
+
+def _weights(
+    temperature: ArrayLike, hard_weight: ArrayLike, temperature_squared: bool
+) -> tuple[Array, Array, Array]:
+    """Temperature, hard weight and the soft term's factor as arrays, checked."""
+    _validate.positive(temperature=temperature)
+    _validate.within(0.0, 1.0, hard_weight=hard_weight)
+    _validate.flag(temperature_squared=temperature_squared)
+    temperature = jnp.asarray(temperature, jnp.float32)
+    factor = jnp.square(temperature) if temperature_squared else jnp.ones_like(temperature)
+    return temperature, jnp.asarray(hard_weight, jnp.float32), factor
+
+
+def _mixed(
+    temperature: Array,
+    hard_weight: Array,
+    factor: Array,
+    outputs: Any,
+    batch: Batch,
+    targets: Array,
+) -> Array:
+    logits = nets.logits_of(outputs)
+    soft = losses.soft_cross_entropy(logits, targets, temperature=temperature)
+    hard = losses.cross_entropy(logits, batch.labels)
+    return (1 - hard_weight) * factor * soft + hard_weight * hard
+
+
+def _soft_loss(
+    temperature: Array, hard_weight: Array, factor: Array, outputs: Any, batch: Batch
+) -> Array:
+    if batch.targets is None:
+        raise ValueError(
+            "expected soft labels in batch.targets, got None; pass them to train.fit as "
+            "(inputs, labels, targets), or use distill.online_loss"
+        )
+    return _mixed(temperature, hard_weight, factor, outputs, batch, batch.targets)
+
+
+def _online_loss(
+    teacher: LogitsFn,
+    temperature: Array,
+    hard_weight: Array,
+    factor: Array,
+    outputs: Any,
+    batch: Batch,
+) -> Array:
+    targets = jax.nn.softmax(jax.lax.stop_gradient(teacher(batch.inputs)) / temperature, axis=-1)
+    return _mixed(temperature, hard_weight, factor, outputs, batch, targets)
+
+
+def _standardized_loss(
+    teacher: LogitsFn, temperature: Array, hard_weight: Array, outputs: Any, batch: Batch
+) -> Array:
+    logits = nets.logits_of(outputs)
+    its = jax.lax.stop_gradient(teacher(batch.inputs))
+    soft = losses.standardized_kl(logits, its, temperature=temperature)
+    hard = losses.cross_entropy(logits, batch.labels)
+    return (1 - hard_weight) * soft + hard_weight * hard

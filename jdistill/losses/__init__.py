@@ -1,0 +1,32 @@
+"""Losses, one value per example: `(logits [B, K], …) -> [B]`. The mean is the caller's.
+
+Training minimizes them; attacks maximize them (and minimize them towards a target class).
+The temperature divides the logits: `softmax(z / T)`, and may be traced. A class whose logit is
+`-inf` is masked out: the losses are those of the other classes alone.
+"""
+
+from jdistill.losses._classification import (
+    cross_entropy,
+    dlr,
+    largest_other,
+    margin,
+    soft_cross_entropy,
+    soft_margin,
+    targeted_dlr,
+    tempered_log_softmax,
+)
+from jdistill.losses._soft import kl_divergence, standardize, standardized_kl
+
+__all__ = [
+    "cross_entropy",
+    "dlr",
+    "kl_divergence",
+    "largest_other",
+    "margin",
+    "soft_cross_entropy",
+    "soft_margin",
+    "standardize",
+    "standardized_kl",
+    "targeted_dlr",
+    "tempered_log_softmax",
+]
