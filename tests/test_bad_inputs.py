@@ -173,6 +173,7 @@ GOOD = {
     **{"metrics.paired_over_seeds.first": [0.1, 0.2], "metrics.paired_over_seeds.second": [1, 2.0]},
     **{"metrics.sensitivity_histogram.edges": [-3.0, 0.0], "nets.ConvNet.features": ((4,),)},
     **{"nets.ConvNet.hidden": (8,), "norms.keys": jax.random.split(KEY, B)},
+    **{"metrics.features": LOGITS, "metrics.other": 2 * LOGITS},
     **{"losses.teacher_logits": 2 * LOGITS, "nets.ResNet.depth": 8, "nets.resnet.depth": 8},
     **{"nets.PlainNet.depth": 2, "nets.plain_net.depth": 2},
     **{"norms.per_example.value": 0.1, "parallel.tree": INPUTS, "parallel.split.tree": INPUTS},
@@ -458,7 +459,7 @@ count: num_steps num_restarts num_targets num_queries num_samples max_samples nu
     num_sensitivity num_bins multiple num_hosts max_to_keep max_examples memory_limit
     steps_per_call num_generations total nets.num_classes report.summary.width
 depth: depth
-logits: teacher_logits
+logits: teacher_logits metrics.linear_cka.features metrics.other
 count from 2: num_candidates num_classes max_features
 count from 0: first_target num_epochs host epoch generation number successes num_rows data.start
     data.num_examples place checkpoint.step keep_best
@@ -548,6 +549,7 @@ FINE = {
     (r"norms\..*", "bounds", "endless"): "a box without an end",
     (r"losses\..*", "(teacher_)?logits|targets", "NaN"): "a loss of NaN says so",
     (r"metrics\..*", "logits", "NaN"): "counts as no prediction",
+    (r"metrics\.top1_agreement", "other", "NaN"): "agrees with nothing",
     (r"losses\..*", "temperature", "matrix"): "one number each, as a column",
     (r"(distill|train)\..*_loss", "temperature|hard_weight", "matrix|too many"): "one a run",
     (r"nets\.with_temperature", "temperature", "too many"): "one a network of a stack",

@@ -13,6 +13,7 @@ examples under two networks (`paired`, McNemar's test), and over seeds (`seed_in
 `paired_over_seeds`, Student's t).
 """
 
+from jdistill.metrics._agreement import linear_cka, top1_agreement
 from jdistill.metrics._calibration import Calibration, calibration
 from jdistill.metrics._comparison import Comparison, paired, paired_over_seeds, seed_interval
 from jdistill.metrics._sensitivity import (
@@ -47,6 +48,7 @@ __all__ = [
     "accuracy",
     "calibration",
     "correct",
+    "linear_cka",
     "log10_mean",
     "log10_sensitivity_softmax",
     "paired",
@@ -57,6 +59,7 @@ __all__ = [
     "seed_interval",
     "sensitivity_histogram",
     "sensitivity_logits",
+    "top1_agreement",
     "worst_case",
     "zero_gradient",
 ]
