@@ -175,7 +175,8 @@ GOOD = {
     **{"nets.ConvNet.hidden": (8,), "norms.keys": jax.random.split(KEY, B)},
     **{"metrics.features": LOGITS, "metrics.other": 2 * LOGITS},
     **{"losses.teacher_logits": 2 * LOGITS, "nets.ResNet.depth": 8, "nets.resnet.depth": 8},
-    **{"nets.PlainNet.depth": 2, "nets.plain_net.depth": 2},
+    **{"nets.PlainNet.depth": 2, "nets.plain_net.depth": 2, "nets.ViT.depth": 1},
+    **{"nets.ViT.patch_size": 2, "nets.ViT.width": 8, "nets.ViT.num_heads": 2},
     **{"norms.per_example.value": 0.1, "parallel.tree": INPUTS, "parallel.split.tree": INPUTS},
     **{"parallel.split.devices": jax.devices()[:3], "report.read_table.path": FILES["t.csv"]},
     **{"report.read_verdicts.path": FILES["v.json"], "report.read_tables.folder": FOLDER / "w"},
@@ -458,13 +459,14 @@ count: num_steps num_restarts num_targets num_queries num_samples max_samples nu
     num_searches num_angles num_shifts num_draws num_parallel batch_size num_examples
     num_sensitivity num_bins multiple num_hosts max_to_keep max_examples memory_limit
     steps_per_call num_generations total nets.num_classes report.summary.width
+    nets.ViT.depth nets.ViT.width patch_size num_heads mlp_ratio
 depth: depth
 logits: teacher_logits metrics.linear_cka.features metrics.other
 count from 2: num_candidates num_classes max_features
 count from 0: first_target num_epochs host epoch generation number successes num_rows data.start
     data.num_examples place checkpoint.step keep_best
 flag: enabled best_loss trace random_start abort_early minimum_norm temperature_squared vmapped
-    online
+    online distillation_token
 text: stage shard_name remedy report.write_picture_grid.attack report.write_picture_grid.norm
     report.from_evaluation.dataset parallel.barrier.name
 path: directory folder workdir data_dir cache_dir
@@ -496,7 +498,7 @@ padding: padding
 module: model
 image: input_shape
 plans: distances evaluate.attacks
-one share: dropout_rate train.sgd.momentum
+one share: dropout_rate drop_path_rate train.sgd.momentum
 run keys: keys
 one from 0: attacks.autoattack.eps attacks.universal.eps attacks.universal.step_size
     evaluate.summarize.eps evaluate.worst_case.eps train.sgd.decay
@@ -581,7 +583,8 @@ WITHOUT_CHECKS = {
     "nets.conv_general_dilated": "its errors are those of jax.lax, whose place it takes",
 }
 
-NETWORKS = ("nets.ConvNet", "nets.PlainNet", "nets.ResNet")  # classes, whose fields are checked
+# Classes, whose fields are checked.
+NETWORKS = ("nets.ConvNet", "nets.PlainNet", "nets.ResNet", "nets.ViT")
 
 
 def public():

@@ -1,7 +1,9 @@
 """Networks, and the adapters that turn any network into the library's two callables.
 
 * Networks: `ConvNet`, the papers' sizes `mnist_net` and `cifar_net`, the small `digits_net`;
-  `resnet` and `plain_net` for CIFAR by depth, with batch statistics; `init` draws their variables.
+  `resnet` and `plain_net` for CIFAR by depth, with batch statistics; `ViT`, the transformers of
+  DeiT's sizes `deit_tiny`, `deit_small`, `deit_base`, and the small `vit_digits`, `vit_mnist`,
+  `vit_cifar`, all with or without a distillation token; `init` draws their variables.
 * Adapters: `apply_fn`, `nnx_model` (training) and `logits_fn` (attacks and measures) for Flax
   modules, `nnx_logits_fn` for NNX ones, `callable_logits_fn` for everything else; `binary` for a
   network with a single logit; `logits_of` takes the logits out of outputs with extras;
@@ -31,16 +33,29 @@ from jdistill.nets._convolution import conv_general_dilated
 from jdistill.nets._pooling import max_pool
 from jdistill.nets._rewriting import fast_on_cpu
 from jdistill.nets._stacking import index, stack, stack_size, unstack
+from jdistill.nets._vit import (
+    ViT,
+    deit_base,
+    deit_small,
+    deit_tiny,
+    vit_cifar,
+    vit_digits,
+    vit_mnist,
+)
 
 __all__ = [
     "ConvNet",
     "PlainNet",
     "ResNet",
+    "ViT",
     "apply_fn",
     "binary",
     "callable_logits_fn",
     "cifar_net",
     "conv_general_dilated",
+    "deit_base",
+    "deit_small",
+    "deit_tiny",
     "digits_net",
     "fast_on_cpu",
     "index",
@@ -56,5 +71,8 @@ __all__ = [
     "stack",
     "stack_size",
     "unstack",
+    "vit_cifar",
+    "vit_digits",
+    "vit_mnist",
     "with_temperature",
 ]
