@@ -11,15 +11,25 @@ weight and the factor `T²` give the teacher assistants of Mirzadeh et al. 2020 
 
 from jdistill.distill._chain import Generation, chain, initial_weights, stage_name
 from jdistill.distill._labels import soft_labels
-from jdistill.distill._losses import online_loss, soft_loss, standardized_loss
+from jdistill.distill._lessons import annealed
+from jdistill.distill._losses import (
+    hard_label_loss,
+    online_loss,
+    soft_loss,
+    standardized_loss,
+    through_token,
+)
 
 __all__ = [
     "Generation",
+    "annealed",
     "chain",
+    "hard_label_loss",
     "initial_weights",
     "online_loss",
     "soft_labels",
     "soft_loss",
     "stage_name",
     "standardized_loss",
+    "through_token",
 ]

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jdistill import _validate, data, nets, train
-from jdistill.distill._labels import soft_labels
+from jdistill.distill._labels import softened
+from jdistill.distill._lessons import Lesson, lesson_of, periods, within
 from jdistill.distill._losses import online_loss, soft_loss
 from jdistill.train import TrainState, TrainStep
 from jdistill.train._fit import check_examples
@@ -32,6 +33,15 @@ class Generation:
         select: given the state after the last epoch, the one that the generation ends with, such
             as that of its best epoch; None takes the last. `start` of a later run wants the last
             all the same. `sweep.chain` refuses it.
+        teachers: numbers of the earlier generations that it learns from; None is the one before,
+            and of generation 0 none. `()` are the labels alone, one-hot. Of several the soft
+            labels are the mean, and with `online` the teacher is `together` of them.
+        loss: its own loss in the place of the chain's `student_loss`, or of `teacher_loss` where
+            it learns from the labels.
+        online: whether its teachers label each batch as it comes; None is as the chain has it.
+        temperature_schedule: `(T, progress) -> temperature` of its loss and its soft labels, epoch
+            by epoch, with `T` that of the chain, and a progress of 0 in the first epoch and 1 in
+            the last: `annealed` for one. None is `T`.
     """
 
     step: TrainStep
@@ -40,6 +50,10 @@ class Generation:
     model_state: PyTree = dataclasses.field(default_factory=dict)
     hyperparams: Mapping[str, ArrayLike] = dataclasses.field(default_factory=dict)
     select: Callable[[TrainState], TrainState] | None = None
+    teachers: Sequence[int] | None = None
+    loss: Callable[..., LossFn] | None = None
+    online: bool | None = None
+    temperature_schedule: Callable[[float, float], float] | None = None
 
 
 def initial_weights(
@@ -129,6 +143,9 @@ def chain(
 ) -> list[TrainState]:
     """Train teacher, assistants and student, each on the soft labels of the one before.
 
+    A generation may learn otherwise: from several earlier ones, by a loss of its own, at a
+    temperature that changes; see `Generation`.
+
     Generation `g` takes its randomness from `fold_in(key, g)`, so it does not depend on how long
     the chain is, and a chain can be made longer later.
 
@@ -143,7 +160,8 @@ def chain(
         student_loss: `T -> loss_fn` of the later ones, whose `batch.targets` are the soft labels of
             the generation before; None is `soft_loss`. In TAKD, `functools.partial(soft_loss,
             hard_weight=0.3, temperature_squared=True)`. With `online`, `(T, teacher) -> loss_fn`,
-            with the generation before as `teacher`, and no targets; None is `online_loss`.
+            with the generation before as `teacher`, a pytree that gives its outputs in evaluation
+            mode (logits, or a pytree with them), and no targets; None is `online_loss`.
         online: whether the generation before labels each batch as it comes, as augmentation needs.
         teacher: a trained network in the place of generation 0; `generations` then begin with
             generation 1.
@@ -184,43 +202,107 @@ def chain(
                 f"{place} at step {int(state.step)} of {num_steps}; pass start[:{place + 1}]"
             )
     key = _one_key(key)
-    before = None if teacher is None else nets.callable_logits_fn(teacher)
     first = 0 if teacher is None else 1
+    defaults: Any = {"teacher_loss": teacher_loss, "student_loss": student_loss, "online": online}
+    lessons = [
+        lesson_of(generation, number, **defaults)
+        for number, generation in enumerate(generations, start=first)
+    ]
+    networks: list[Network] = [] if teacher is None else [frozen(teacher)]
     states: list[TrainState] = []
+    steps_per_epoch = data.num_batches(len(labels), batch_size)
     for number, generation in enumerate(generations, start=first):
-        targets = None
+        lesson = lessons[number - first]
         state = _start(generation, jax.random.fold_in(key, number), start[len(states) :][:1])
-        finished = int(state.step) >= _num_steps(generation, len(labels), batch_size)
-        if before is None:
-            # The same loss on one-hot labels, so that teacher and students share one compiled step.
-            loss_fn = teacher_loss(temperature)
-        else:
-            loss_fn = student_loss(temperature, before) if online else student_loss(temperature)
-        if not finished and before is None:
-            targets = _one_hot(generation.step, state, inputs, labels)
-        elif not finished and before is not None and not online:
-            targets = soft_labels(before, inputs, temperature=temperature)
+        num_steps = generation.num_epochs * steps_per_epoch
+        own = [networks[teacher] for teacher in lesson.teachers]
+        labels_at = None
+        if int(state.step) < num_steps and not lesson.online:
+            labels_at = _labels_of(generation.step, state, own, inputs, labels)
         stage = stage_name(number, first + len(generations))
-        state = train.fit(
-            generation.step,
-            state,
-            (inputs, labels, targets),
-            loss_fn,
-            num_epochs=generation.num_epochs,
-            batch_size=batch_size,
-            stage=stage,
-            callback=with_generation(callback, number),
-            mode=mode,
-            devices=devices,
-        )
+        told = with_generation(callback, number)
+        for period in periods(
+            generation.temperature_schedule,
+            temperature,
+            generation.num_epochs,
+            int(state.step) // steps_per_epoch,
+        ):
+            state = train.fit(
+                generation.step,
+                state,
+                (inputs, labels, None if labels_at is None else labels_at(period.temperature)),
+                loss_at(lesson, period.temperature, own),
+                num_epochs=period.num_epochs,
+                batch_size=batch_size,
+                stage=stage,
+                callback=within(told, generation.num_epochs, num_steps),
+                mode=mode,
+                devices=devices,
+            )
         if generation.select is not None:
             state = generation.select(state)
             check_state(state, "the state that select gives")
         states.append(state)
-        before = train.logits_fn(generation.step, state)
+        networks.append(trained(generation.step, state))
         if callback is not None:
             callback({"event": "generation", "stage": stage, "generation": number, "state": state})
     return states
+
+
+class Network(NamedTuple):
+    """A network that others learn from.
+
+    Attributes:
+        logits_fn: for soft labels.
+        outputs_fn: for losses that it labels each batch for; all that it returns.
+    """
+
+    logits_fn: Any
+    outputs_fn: Any
+
+
+def frozen(teacher: LogitsFn) -> Network:
+    """A network that is not trained here."""
+    network = nets.callable_logits_fn(teacher)
+    return Network(network, network)
+
+
+def trained(step: TrainStep, state: TrainState) -> Network:
+    """The network of a state."""
+    return Network(train.logits_fn(step, state), train.outputs_fn(step, state))
+
+
+def loss_at(lesson: Lesson, temperature: float, teachers: Sequence[Network]) -> LossFn:
+    """The loss of a generation at a temperature, given the networks that it learns from."""
+    if not lesson.online:
+        return lesson.loss(temperature)
+    own = [each.outputs_fn for each in teachers]
+    if len(own) == 1:
+        return lesson.loss(temperature, own[0])
+    from jdistill.distill._several import together
+
+    return lesson.loss(temperature, together(own))
+
+
+def _labels_of(
+    step: TrainStep,
+    state: TrainState,
+    teachers: Sequence[Network],
+    inputs: np.ndarray,
+    labels: np.ndarray,
+) -> Callable[[float], np.ndarray]:
+    """Function from a temperature to the soft labels `[N, K]`; without a teacher, one-hot ones."""
+    if not teachers:
+        # So that teacher and students share one compiled step.
+        hard = _one_hot(step, state, inputs, labels)
+        return lambda temperature: hard
+    logits = [train.predict(each.logits_fn, inputs) for each in teachers]
+
+    def soft(temperature: float) -> np.ndarray:
+        found = [softened(each, temperature) for each in logits]
+        return found[0] if len(found) == 1 else np.asarray(np.mean(np.stack(found), axis=0))
+
+    return soft
 
 
 def _check_temperature(temperature: Any) -> None:

@@ -35,7 +35,11 @@ def soft_labels(
     """
     _validate.scalar(temperature=temperature)
     _validate.positive(temperature=temperature)
-    logits = train.predict(logits_fn, inputs, batch_size=batch_size)
+    return softened(train.predict(logits_fn, inputs, batch_size=batch_size), temperature)
+
+
+def softened(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """Predictions `softmax(z / T)` of logits on the host; see `soft_labels`."""
     predictions = np.asarray(jax.nn.softmax(logits / np.float32(temperature), axis=-1))
     bad = ~np.isfinite(predictions).all(axis=-1)
     if bad.any():

@@ -1,5 +1,7 @@
 """Losses of students as factories: `T -> loss_fn`, or `(T, teacher) -> loss_fn`."""
 
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -124,6 +126,93 @@ def standardized_loss(
     return jax.tree_util.Partial(_standardized_loss, network, temperature, hard_weight)
 
 
+def hard_label_loss(temperature: ArrayLike, *, hard_weight: ArrayLike = 0.0) -> LossFn:
+    """The distillation loss against the class that the teacher predicts (offline).
+
+        (1 - λ) · H(argmax q, softmax(z)) + λ · H(y, softmax(z))
+
+    with `q` the soft labels in `batch.targets`, whose largest entry does not depend on the
+    temperature, so that this loss has none; the earlier of equal entries counts.
+
+    Args:
+        temperature: above 0; taken so that this is a `student_loss`, and not used.
+        hard_weight: λ in `[0, 1]`, the weight of the true labels; 1/2 in the paper, without a
+            distillation token.
+
+    Returns:
+        `(outputs, batch) -> [B]`, a pytree: another weight compiles nothing.
+
+    Raises:
+        ValueError: numbers out of range.
+
+    Example:
+        >>> batch = Batch(None, jnp.array([0]), jnp.array([[0.4, 0.6]]), jnp.ones(1))
+        >>> logits = jnp.array([[0.0, 50.0]])  # class 1, as the teacher has it
+        >>> float(hard_label_loss(20.0)(logits, batch)[0])
+        0.0
+
+    References:
+        Touvron, Cord, Douze, Massa, Sablayrolles & Jégou 2021, "Training data-efficient image
+        transformers & distillation through attention", section 4, equation 3.
+    """
+    temperature, hard_weight, _ = _weights(temperature, hard_weight, False)
+    # Carried, so that runs of a sweep at different temperatures have losses of one structure.
+    return jax.tree_util.Partial(_hard_label_loss, temperature, hard_weight)
+
+
+def through_token(
+    student_loss: Callable[..., LossFn], *, hard_weight: float = 0.5
+) -> Callable[..., LossFn]:
+    """The student loss of a transformer with a distillation token: each head has a teacher.
+
+        (1 - λ) · l(z_distillation, batch) + λ · H(y, softmax(z_class))
+
+    The head of the distillation token learns from the teacher alone, by any student loss `l`; the
+    head of the class token from the labels alone.
+
+    Args:
+        student_loss: `T -> loss_fn` or, for online teachers, `(T, teacher) -> loss_fn`, without a
+            hard-label term: `hard_label_loss` is DeiT's hard distillation,
+            `functools.partial(soft_loss, temperature_squared=True)` its soft one.
+        hard_weight: λ in `[0, 1]`; 1/2 in the paper.
+
+    Returns:
+        A student loss of the same arguments, a value that is equal for equal ones. Its outputs must
+        have `class_logits` and `distillation_logits` beside `logits`, as `nets.deit_tiny` has.
+
+    Raises:
+        ValueError: what is no loss, a weight out of range; and from the loss, outputs without the
+            two heads.
+
+    Example:
+        >>> loss_fn = through_token(hard_label_loss)(1.0)
+        >>> batch = Batch(None, jnp.array([0]), jnp.array([[0.4, 0.6]]), jnp.ones(1))
+        >>> right, teachers = jnp.array([[50.0, 0.0]]), jnp.array([[0.0, 50.0]])
+        >>> heads = {"class_logits": right, "distillation_logits": teachers}
+        >>> float(loss_fn({"logits": (right + teachers) / 2, **heads}, batch)[0])
+        0.0
+
+    References:
+        Touvron et al. 2021, "Training data-efficient image transformers & distillation through
+        attention", section 4.
+    """
+    remedy = "pass a function of the temperature, such as distill.soft_loss"
+    _validate.function(remedy=remedy, student_loss=student_loss)
+    _validate.scalar(hard_weight=hard_weight)
+    _validate.within(0.0, 1.0, hard_weight=hard_weight)
+    return functools.partial(_through_token, student_loss, float(hard_weight))
+
+
+def _through_token(
+    student_loss: Callable[..., LossFn], hard_weight: float, temperature: Any, *teacher: Any
+) -> LossFn:
+    inner = student_loss(temperature, *teacher)
+    _validate.function(student_loss=inner)
+    if jax.tree_util.all_leaves([inner]):  # a plain function, which is no argument of compiled code
+        inner = jax.tree_util.Partial(inner)
+    return jax.tree_util.Partial(_token_loss, inner, jnp.asarray(hard_weight, jnp.float32))
+
+
 def _weights(
     temperature: ArrayLike, hard_weight: ArrayLike, temperature_squared: bool
 ) -> tuple[Array, Array, Array]:
@@ -153,12 +242,7 @@ def _mixed(
 def _soft_loss(
     temperature: Array, hard_weight: Array, factor: Array, outputs: Any, batch: Batch
 ) -> Array:
-    if batch.targets is None:
-        raise ValueError(
-            "expected soft labels in batch.targets, got None; pass them to train.fit as "
-            "(inputs, labels, targets), or use distill.online_loss"
-        )
-    return _mixed(temperature, hard_weight, factor, outputs, batch, batch.targets)
+    return _mixed(temperature, hard_weight, factor, outputs, batch, _targets(batch))
 
 
 def _online_loss(
@@ -169,7 +253,9 @@ def _online_loss(
     outputs: Any,
     batch: Batch,
 ) -> Array:
-    targets = jax.nn.softmax(jax.lax.stop_gradient(teacher(batch.inputs)) / temperature, axis=-1)
+    targets = jax.nn.softmax(
+        jax.lax.stop_gradient(nets.logits_of(teacher(batch.inputs))) / temperature, axis=-1
+    )
     return _mixed(temperature, hard_weight, factor, outputs, batch, targets)
 
 
@@ -177,7 +263,40 @@ def _standardized_loss(
     teacher: LogitsFn, temperature: Array, hard_weight: Array, outputs: Any, batch: Batch
 ) -> Array:
     logits = nets.logits_of(outputs)
-    its = jax.lax.stop_gradient(teacher(batch.inputs))
+    its = jax.lax.stop_gradient(nets.logits_of(teacher(batch.inputs)))
     soft = losses.standardized_kl(logits, its, temperature=temperature)
     hard = losses.cross_entropy(logits, batch.labels)
     return (1 - hard_weight) * soft + hard_weight * hard
+
+
+def _hard_label_loss(temperature: Array, hard_weight: Array, outputs: Any, batch: Batch) -> Array:
+    del temperature
+    logits = nets.logits_of(outputs)
+    predicted = jnp.argmax(_targets(batch), axis=-1)
+    from_teacher = losses.cross_entropy(logits, predicted)
+    hard = losses.cross_entropy(logits, batch.labels)
+    return (1 - hard_weight) * from_teacher + hard_weight * hard
+
+
+def _token_loss(inner: LossFn, hard_weight: Array, outputs: Any, batch: Batch) -> Array:
+    heads = ("class_logits", "distillation_logits")
+    if not isinstance(outputs, Mapping) or any(name not in outputs for name in heads):
+        held = ", ".join(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
+        raise ValueError(
+            f"expected outputs with {' and '.join(heads)} for through_token, got {held}; use a "
+            "network with a distillation token, or the loss without through_token"
+        )
+    from_teacher = inner({**outputs, "logits": outputs["distillation_logits"]}, batch)
+    hard = losses.cross_entropy(outputs["class_logits"], batch.labels)
+    return (1 - hard_weight) * from_teacher + hard_weight * hard
+
+
+def _targets(batch: Batch) -> Array:
+    """The batch's soft labels."""
+    if batch.targets is None:
+        raise ValueError(
+            "expected soft labels in batch.targets, got None; pass them to train.fit as "
+            "(inputs, labels, targets), or use distill.online_loss"
+        )
+    targets: Array = batch.targets
+    return targets

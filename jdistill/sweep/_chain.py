@@ -7,9 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdistill import _validate, distill, nets, train
+from jdistill import _validate, data, distill, nets, train
 from jdistill.distill import Generation
-from jdistill.distill._chain import check_chain, check_losses, with_generation
+from jdistill.distill._chain import (
+    Network,
+    check_chain,
+    check_losses,
+    frozen,
+    loss_at,
+    trained,
+    with_generation,
+)
+from jdistill.distill._lessons import Lesson, lesson_of, periods, within
 from jdistill.sweep import _program
 from jdistill.sweep._fit import Labeler, Options, train_stack
 from jdistill.sweep._program import Kind
@@ -129,6 +138,11 @@ def chain(
     _validate.positive(temperature=temperature)
     student_loss = check_losses(teacher_loss, student_loss, online, teacher)
     first_number = 0 if teacher is None else 1
+    defaults: Any = {"teacher_loss": teacher_loss, "student_loss": student_loss, "online": online}
+    lessons = [
+        lesson_of(generation, number, **defaults)
+        for number, generation in enumerate(generations, start=first_number)
+    ]
     first = start[0] if len(start) else _start(generations[0], keys, first_number)
     check_examples(generations[0].step, nets.index(first, 0), inputs, labels, None)
     inputs, labels = np.asarray(inputs), np.asarray(labels)
@@ -139,8 +153,9 @@ def chain(
     def hard_labels(kind: Kind, runs: np.ndarray) -> Any:
         return _program.placed(kind, np.broadcast_to(hard, (len(runs), *hard.shape)), stacked=True)
 
-    def labels_by(step: TrainStep, teachers: TrainState) -> Labeler:
+    def labels_by(step: TrainStep, teachers: TrainState, temperature: Any) -> Labeler:
         """The soft labels of a stack of teachers."""
+        temperature = spread(temperature, num_runs, "temperature")
 
         def soft_labels(kind: Kind, runs: np.ndarray) -> Any:
             kind = kind._replace(step=step)
@@ -150,46 +165,75 @@ def chain(
 
         return soft_labels
 
+    def labels_at(lesson: Lesson, temperature: Any) -> Labeler:
+        """The labels of a generation at the runs' temperatures."""
+        if lesson.online:
+            return _no_labels
+        if not lesson.teachers:
+            return hard_labels
+        found = []
+        for number in lesson.teachers:
+            if number < first_number:
+                assert teacher is not None
+                given = [distill.soft_labels(teacher, inputs, temperature=T) for T in temperature]
+                found.append(_given(np.stack(given)))
+            else:
+                place = number - first_number
+                found.append(labels_by(generations[place].step, states[place], temperature))
+        return found[0] if len(found) == 1 else _mean(found)
+
+    def loss_of(lesson: Lesson, temperature: Any) -> Any:
+        """The losses of all runs at their temperatures, as one."""
+        name = "student_loss" if lesson.teachers else "teacher_loss"
+        networks = [
+            [network_of(number, run) for number in lesson.teachers] if lesson.online else []
+            for run in range(num_runs)
+        ]
+        pairs = zip(temperature, networks, strict=True)
+        return _stacked([loss_at(lesson, T, own) for T, own in pairs], name)
+
+    def network_of(number: int, run: int) -> Network:
+        if number < first_number:
+            assert teacher is not None
+            return frozen(teacher)
+        place = number - first_number
+        return trained(generations[place].step, nets.index(states[place], run))
+
     states: list[TrainState] = []
     alive = np.ones(num_runs, bool)
     diverged = []
-    labels_of: Labeler = hard_labels
-    before = None  # the stack of networks that the next generation learns from
-    if teacher is not None:
-        before = nets.stack([nets.callable_logits_fn(teacher)] * num_runs)
-        soft = [distill.soft_labels(teacher, inputs, temperature=T) for T in exact]
-        labels_of = _given(np.stack(soft))
-    for number, generation in enumerate(generations, start=first_number):
-        place = len(states)
+    steps_per_epoch = data.num_batches(len(labels), batch_size)
+    for place, (generation, lesson) in enumerate(zip(generations, lessons, strict=True)):
+        number = first_number + place
         state = start[place] if place < len(start) else _start(generation, keys, number)
         stage = distill.stage_name(number, first_number + len(generations))
-        if before is None:
-            loss = _stacked([teacher_loss(T) for T in exact], "teacher_loss")
-        elif online:
-            teachers = [nets.index(before, run) for run in range(num_runs)]
-            pairs = zip(exact, teachers, strict=True)
-            loss = _stacked([student_loss(T, each) for T, each in pairs], "student_loss")
-            labels_of = _no_labels
-        else:
-            loss = _stacked([student_loss(T) for T in exact], "student_loss")
-        state, behind = train_stack(
-            generation.step,
-            state,
-            store,
-            loss,
-            labels_of,
-            None if labels_of is _no_labels else hard.shape[-1],
-            num_epochs=generation.num_epochs,
-            options=options,
-            callback=with_generation(callback, number),
-            stage=stage,
-            alive=alive,
-        )
-        # A chain whose teacher has diverged has no student.
-        alive = alive & ~behind
+        told = with_generation(callback, number)
+        # Runs that are ahead wait for the others.
+        furthest_behind = int(np.min(np.asarray(state.step)[alive], initial=2**31 - 1))
+        for period in periods(
+            generation.temperature_schedule,
+            exact,
+            generation.num_epochs,
+            furthest_behind // steps_per_epoch,
+        ):
+            state, behind = train_stack(
+                generation.step,
+                state,
+                store,
+                loss_of(lesson, period.temperature),
+                labels_at(lesson, period.temperature),
+                None if lesson.online else hard.shape[-1],
+                num_epochs=period.num_epochs,
+                options=options,
+                callback=within(
+                    told, generation.num_epochs, generation.num_epochs * steps_per_epoch
+                ),
+                stage=stage,
+                alive=alive,
+            )
+            # A chain whose teacher has diverged has no student.
+            alive = alive & ~behind
         states.append(state)
-        before = train.logits_fn(generation.step, state)
-        labels_of = labels_by(generation.step, state)
         diverged.append(~alive)
         if callback is not None:
             callback(
@@ -221,6 +265,16 @@ def _stacked(losses: Sequence[Any], name: str) -> Any:
 def _given(labels: np.ndarray) -> Labeler:
     """Soft labels `[R, N, K]` that are there."""
     return lambda kind, runs: _program.placed(kind, labels[runs], stacked=True)
+
+
+def _mean(labelers: Sequence[Labeler]) -> Labeler:
+    """The mean of several teachers' soft labels."""
+
+    def labels_of(kind: Kind, runs: np.ndarray) -> Any:
+        found = [labeler(kind, runs) for labeler in labelers]
+        return sum(found[1:], start=found[0]) / np.float32(len(found))
+
+    return labels_of
 
 
 def _no_labels(kind: Kind, runs: np.ndarray) -> None:

@@ -16,6 +16,7 @@ from jdistill.train._step import (
     logits_fn,
     make_eval_step,
     make_train_step,
+    outputs_fn,
 )
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "logits_fn",
     "make_eval_step",
     "make_train_step",
+    "outputs_fn",
     "predict",
     "sgd",
 ]

@@ -156,7 +156,7 @@ def predict(logits_fn: LogitsFn, inputs: np.ndarray, *, batch_size: int = 512) -
     """The logits of a whole set, in batches, with full float32 matrix products.
 
     Args:
-        logits_fn: inputs `[B, ...]` to logits `[B, K]`.
+        logits_fn: inputs `[B, ...]` to logits `[B, K]`, or to a pytree with them.
         inputs: `[N, ...]` float.
         batch_size: at least 1; the last batch is padded, and its padding dropped.
 
@@ -171,7 +171,8 @@ def predict(logits_fn: LogitsFn, inputs: np.ndarray, *, batch_size: int = 512) -
     _validate.inputs_in_box(inputs, (-np.inf, np.inf))
     logits_fn, inputs = nets.callable_logits_fn(logits_fn), np.asarray(inputs)
     if inputs.shape[0] == 0:
-        logits = jax.eval_shape(logits_fn, jax.ShapeDtypeStruct((1, *inputs.shape[1:]), np.float32))
+        one = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), np.float32)
+        logits = nets.logits_of(jax.eval_shape(logits_fn, one))
         return np.zeros((0, logits.shape[-1]), logits.dtype)
     rows = []
     for start in range(0, inputs.shape[0], batch_size):
@@ -180,7 +181,7 @@ def predict(logits_fn: LogitsFn, inputs: np.ndarray, *, batch_size: int = 512) -
         if size < batch_size and start > 0:
             chunk = np.concatenate([chunk, np.repeat(chunk[:1], batch_size - size, 0)])
         with full_precision():  # in training it may be the device's; what is measured is exact
-            logits = call(logits_fn, chunk)
+            logits = nets.logits_of(call(logits_fn, chunk))
         _validate.logits(logits, len(chunk))
         rows.append(np.asarray(logits)[:size])
     return np.concatenate(rows)

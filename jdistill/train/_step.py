@@ -299,9 +299,19 @@ class _Evaluation:
     apply_fn: ApplyFn
 
     def __call__(self, params: PyTree, model_state: PyTree, inputs: Array) -> Array:
+        return nets.logits_of(_Outputs(self.apply_fn)(params, model_state, inputs))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outputs:
+    """Likewise, with all outputs."""
+
+    apply_fn: ApplyFn
+
+    def __call__(self, params: PyTree, model_state: PyTree, inputs: Array) -> Any:
         apply_fn = _Pair(nets.fast_on_cpu(self.apply_fn))
         outputs, _ = apply_fn(params, model_state, inputs, train=False, key=None)
-        return nets.logits_of(outputs)
+        return outputs
 
 
 def logits_fn(step: TrainStep, state: TrainState) -> LogitsFn:
@@ -327,6 +337,30 @@ def logits_fn(step: TrainStep, state: TrainState) -> LogitsFn:
     check_step(step)
     check_state(state)
     return jax.tree_util.Partial(_Evaluation(step.apply_fn), state.params, state.model_state)
+
+
+def outputs_fn(step: TrainStep, state: TrainState) -> Any:
+    """The network that a state has trained so far, with all its outputs, in evaluation mode.
+
+    Args:
+        step: the training step, which knows the network.
+        state: its weights and model state.
+
+    Returns:
+        A pytree as that of `logits_fn`, which maps inputs `[B, ...]` to what the network returns:
+        logits `[B, K]`, or a pytree with them and others, such as features.
+
+    Example:
+        >>> from jdistill import nets, train
+        >>> step = train.make_train_step(nets.apply_fn(nets.digits_net(0.25)), train.sgd(0.1))
+        >>> params, _ = nets.init(nets.digits_net(0.25), jax.random.key(0), (8, 8, 1))
+        >>> network = train.outputs_fn(step, train.create_state(step, params, jax.random.key(1)))
+        >>> network(jnp.zeros((2, 8, 8, 1))).shape
+        (2, 10)
+    """
+    check_step(step)
+    check_state(state)
+    return jax.tree_util.Partial(_Outputs(step.apply_fn), state.params, state.model_state)
 
 
 @dataclasses.dataclass(frozen=True)
