@@ -208,7 +208,7 @@ def chain(
         lesson_of(generation, number, **defaults)
         for number, generation in enumerate(generations, start=first)
     ]
-    networks: list[Network] = [] if teacher is None else [frozen(teacher)]
+    networks: list[Taught] = [] if teacher is None else [frozen(teacher)]
     states: list[TrainState] = []
     steps_per_epoch = data.num_batches(len(labels), batch_size)
     for number, generation in enumerate(generations, start=first):
@@ -249,7 +249,7 @@ def chain(
     return states
 
 
-class Network(NamedTuple):
+class Taught(NamedTuple):
     """A network that others learn from.
 
     Attributes:
@@ -261,18 +261,18 @@ class Network(NamedTuple):
     outputs_fn: Any
 
 
-def frozen(teacher: LogitsFn) -> Network:
+def frozen(teacher: LogitsFn) -> Taught:
     """A network that is not trained here."""
     network = nets.callable_logits_fn(teacher)
-    return Network(network, network)
+    return Taught(network, network)
 
 
-def trained(step: TrainStep, state: TrainState) -> Network:
+def trained(step: TrainStep, state: TrainState) -> Taught:
     """The network of a state."""
-    return Network(train.logits_fn(step, state), train.outputs_fn(step, state))
+    return Taught(train.logits_fn(step, state), train.outputs_fn(step, state))
 
 
-def loss_at(lesson: Lesson, temperature: float, teachers: Sequence[Network]) -> LossFn:
+def loss_at(lesson: Lesson, temperature: float, teachers: Sequence[Taught]) -> LossFn:
     """The loss of a generation at a temperature, given the networks that it learns from."""
     if not lesson.online:
         return lesson.loss(temperature)
@@ -287,7 +287,7 @@ def loss_at(lesson: Lesson, temperature: float, teachers: Sequence[Network]) -> 
 def _labels_of(
     step: TrainStep,
     state: TrainState,
-    teachers: Sequence[Network],
+    teachers: Sequence[Taught],
     inputs: np.ndarray,
     labels: np.ndarray,
 ) -> Callable[[float], np.ndarray]:

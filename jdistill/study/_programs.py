@@ -14,6 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jdistill import attacks, data, nets, parallel, train
 from jdistill._jax import full_precision, shapes
 from jdistill.attacks._core import planning
+from jdistill.distill._chain import Taught, loss_at
+from jdistill.distill._lessons import Lesson
 from jdistill.runtime import tpu
 from jdistill.study import _training
 from jdistill.study._study import Examples, Stage, Study
@@ -48,7 +50,7 @@ class Network(NamedTuple):
     step: Any
     state: Any
     loss: Any
-    num_classes: int
+    num_targets: int | None  # classes of its soft labels; None where its teachers are online
     num_steps: int  # of all stages with it, for one run
     num_labeled: int  # stages that learn from its soft labels
 
@@ -109,37 +111,54 @@ def networks_of(study: Study, examples: Examples) -> list[Network]:
     per_epoch = data.num_batches(len(examples.train.labels), study.batch_size)
     found: dict[Any, Network] = {}
     for chain in _training.chains_of(study):
-        before = None
+        networks: list[Any] = []
         for number, stage in enumerate(chain.stages):
             if stage.frozen is not None:
-                before = nets.callable_logits_fn(stage.frozen)
+                networks.append(nets.callable_logits_fn(stage.frozen))
                 continue
-            last, teacher = number == len(chain.stages) - 1, before
-            step, state, before, num_classes = _abstract(stage, examples)
+            last, lesson = number == len(chain.stages) - 1, study.lesson(stage, number)
+            teachers = [networks[teacher] for teacher in lesson.teachers]
+            step, state, _, num_classes = _abstract(stage, examples)
+            networks.append(train.outputs_fn(step, state))
             if chain.owners[number] != chain.name:  # another chain's as well, and counted there
                 continue
             role = "teacher" if number == 0 else "student" if last else "assistant"
-            loss = _loss(study, teacher, online=study.online and number > 0)
+            loss = _loss(lesson, study.temperatures[0], teachers)
             leaves, structure = jax.tree.flatten((state, loss))
-            own = (step.apply_fn, structure, tuple((x.shape, x.dtype) for x in leaves))
-            known = found.get(own) or Network(Counter(), step, state, loss, num_classes, 0, 0)
+            shapes_of = tuple((x.shape, x.dtype) for x in leaves)
+            own = (step.apply_fn, structure, shapes_of, lesson.online)
+            known = found.get(own) or Network(
+                Counter(), step, state, loss, None if lesson.online else num_classes, 0, 0
+            )
             found[own] = known._replace(
                 roles=known.roles + Counter([role]),
                 num_steps=known.num_steps + stage.num_epochs * per_epoch,
-                num_labeled=known.num_labeled + (0 if last or study.online else 1),
+                num_labeled=known.num_labeled + _num_students(study, chain.name, number),
             )
     return list(found.values())
 
 
-def _loss(study: Study, teacher: Any, *, online: bool) -> Any:
+def _num_students(study: Study, owner: str, number: int) -> int:
+    """Networks for which a generation makes soft labels of the training set, of all chains."""
+    lessons = [
+        study.lesson(stage, place)
+        for chain in _training.chains_of(study)
+        if chain.owners[number : number + 1] == (owner,)
+        for place, stage in enumerate(chain.stages)
+        if chain.owners[place] == chain.name and stage.frozen is None
+    ]
+    return sum(number in lesson.teachers and not lesson.online for lesson in lessons)
+
+
+def _loss(lesson: Lesson, temperature: float, teachers: Sequence[Any]) -> Any:
     """The loss of a network, as shapes; the temperature compiles nothing."""
-    temperature = study.temperatures[0]
-    if teacher is None:
-        return shapes(study.teacher_loss(temperature))
-    make = study.student_losses()
-    if not online:
-        return shapes(make(temperature))
-    return jax.eval_shape(lambda network: make(temperature, network), shapes(teacher))
+    if not lesson.online:
+        return shapes(lesson.loss(temperature))
+
+    def make(own: Sequence[Any]) -> Any:
+        return loss_at(lesson, temperature, [Taught(each, each) for each in own])
+
+    return jax.eval_shape(make, shapes(list(teachers)))
 
 
 def training_programs(
@@ -158,7 +177,7 @@ def _training_program(
     everywhere, by_example = _placements(devices)
     count = len(devices)
     batch_size = -(-batch_size // count) * count
-    num_classes = None if study.online else network.num_classes
+    shape = examples.train.inputs.shape[1:]
     return Program(
         f"training step: {network.name}",
         "training",
@@ -168,7 +187,9 @@ def _training_program(
         jax.jit(network.step, out_shardings=everywhere),
         (
             shapes(network.state, everywhere),
-            shapes(_batch(examples.train.inputs.shape[1:], num_classes, batch_size), by_example),
+            shapes(
+                _batch(examples.train.inputs.shape[1:], network.num_targets, batch_size), by_example
+            ),
             shapes(network.loss, everywhere),
         ),
         _passes("default"),
@@ -197,7 +218,7 @@ def _sweep_program(
         stacked(network.state, 1),
         held,
         stacked(network.loss, 1),
-        None if study.online else network.num_classes,
+        network.num_targets,
         study.batch_size,
         size,
     )

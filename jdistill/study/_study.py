@@ -13,6 +13,7 @@ import optax
 
 from jdistill import _fingerprint, _validate, attacks, data, distill, evaluate, nets, train
 from jdistill.distill._chain import check_losses
+from jdistill.distill._lessons import Lesson, lesson_of, periods
 from jdistill.evaluate._distances import distance_plans_of, plans_of
 from jdistill.train import TrainStep
 from jdistill.typing import Array, LogitsFn, LossFn, PyTree
@@ -42,6 +43,14 @@ class Stage:
         select: the epoch whose network is the stage's: the `"last"`, or the `"best"` by the
             accuracy on the data's validation examples at T = 1, of equal ones the earliest. The
             network that learns from it learns from that one. Not in a sweep.
+        teachers: numbers of the earlier stages of its chain that it learns from; None is the one
+            before, and `()` none: the labels alone. So a chain can have several teachers, or an
+            assistant and its teacher both teach the student.
+        loss: its own loss in the place of the study's `student_loss`, or `teacher_loss` where it
+            has no teacher.
+        online: whether its teachers label each batch as it comes; None is as the study has it.
+        temperature_schedule: `(T, progress) -> temperature` of its loss and its soft labels epoch
+            by epoch, see `distill.Generation`; None is T.
 
     Example:
         >>> from jdistill import nets, train
@@ -63,6 +72,10 @@ class Stage:
     augment: Callable[[Array, Array], Array] | None = None
     make_step: Callable[..., TrainStep] | None = None
     select: Select = "last"
+    teachers: Sequence[int] | None = None
+    loss: Callable[..., LossFn] | None = None
+    online: bool | None = None
+    temperature_schedule: Callable[[float, float], float] | None = None
 
     def __post_init__(self) -> None:
         """Check what does not need the data."""
@@ -143,9 +156,29 @@ class Stage:
             "hyperparams": {at(T): self.hyperparams_at(T) for T in temperatures},
             "augment": _fingerprint.describe(self.augment),
             "step": _fingerprint.describe(self.make_step),
-            # Named where it is not the default, so that workdirs from before it stay their own.
+            # Named where they are not the default, so that workdirs from before stay their own.
             **({} if self.select == "last" else {"select": self.select}),
+            **self._describe_lesson(temperatures),
         }
+
+    def _describe_lesson(self, temperatures: Sequence[float]) -> dict[str, Any]:
+        """What it learns from, where it is not as the study has it."""
+        found: dict[str, Any] = {}
+        if self.teachers is not None:
+            found["teachers"] = list(self.teachers)
+        if self.loss is not None:
+            found["loss"] = _fingerprint.describe(self.loss)
+        if self.online is not None:
+            found["online"] = self.online
+        if self.temperature_schedule is not None:
+            found["temperature_schedule"] = {
+                at(T): [
+                    period.temperature
+                    for period in periods(self.temperature_schedule, T, self.num_epochs, 0)
+                ]
+                for T in temperatures
+            }
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,6 +336,10 @@ class Study:
             object.__setattr__(self, name, None if value is None else int(value))
         _validate.flag(online=self.online)
         check_losses(self.teacher_loss, self.student_loss, self.online, None)
+        for stages in named.values():
+            for number, stage in enumerate(stages):
+                if stage.frozen is None:
+                    self.lesson(stage, number)  # says what is wrong with it
         self._check_measures()
 
     def _check_measures(self) -> None:
@@ -334,6 +371,16 @@ class Study:
                     f"expected transfer only in chains of one architecture, got {len(kinds)} in "
                     f"{name!r}; leave it out, and use evaluate.transfer_matrix on the networks"
                 )
+
+    def lesson(self, stage: Stage, number: int) -> Lesson:
+        """What a stage of a chain learns from, and how."""
+        return lesson_of(
+            stage,
+            number,
+            teacher_loss=self.teacher_loss,
+            student_loss=self.student_losses(),
+            online=self.online,
+        )
 
     def student_losses(self) -> Callable[..., LossFn]:
         """The students' loss, the default where none is given."""

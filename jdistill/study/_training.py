@@ -240,6 +240,10 @@ def _generation(
         num_epochs=stage.num_epochs,
         hyperparams=stage.hyperparams_at(run.temperature),
         select=select,
+        teachers=stage.teachers,
+        loss=stage.loss,
+        online=stage.online,
+        temperature_schedule=stage.temperature_schedule,
     )
 
 
@@ -513,7 +517,9 @@ class Keeper:
         self._teachers[number] = weights_hash((state.params, state.model_state))
 
     def _teacher_of(self, number: int) -> str:
-        return self._teachers.get(number - 1, "") if number else ""
+        """Which networks a generation learns from, by their weights."""
+        lesson = self.run.study.lesson(self.chain.stages[number], number)
+        return "+".join(self._teachers.get(teacher, "") for teacher in lesson.teachers)
 
     def _forget(self, numbers: range) -> None:
         for number in numbers:
@@ -664,6 +670,10 @@ def _stacked(stage: Stage, own: Sequence[distill.Generation]) -> distill.Generat
         model_state=nets.stack([each.model_state for each in own]) if own[0].model_state else {},
         num_epochs=stage.num_epochs,
         hyperparams={name: np.asarray([each.hyperparams[name] for each in own]) for name in names},
+        teachers=stage.teachers,
+        loss=stage.loss,
+        online=stage.online,
+        temperature_schedule=stage.temperature_schedule,
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jdistill import _validate, data, distill, nets, train
 from jdistill.distill import Generation
 from jdistill.distill._chain import (
-    Network,
+    Taught,
     check_chain,
     check_losses,
     frozen,
@@ -192,7 +192,7 @@ def chain(
         pairs = zip(temperature, networks, strict=True)
         return _stacked([loss_at(lesson, T, own) for T, own in pairs], name)
 
-    def network_of(number: int, run: int) -> Network:
+    def network_of(number: int, run: int) -> Taught:
         if number < first_number:
             assert teacher is not None
             return frozen(teacher)
