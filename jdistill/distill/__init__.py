@@ -14,22 +14,27 @@ from jdistill.distill._labels import soft_labels
 from jdistill.distill._lessons import annealed
 from jdistill.distill._losses import (
     hard_label_loss,
+    online,
     online_loss,
     soft_loss,
     standardized_loss,
     through_token,
 )
+from jdistill.distill._several import Several, together
 
 __all__ = [
     "Generation",
+    "Several",
     "annealed",
     "chain",
     "hard_label_loss",
     "initial_weights",
+    "online",
     "online_loss",
     "soft_labels",
     "soft_loss",
     "stage_name",
     "standardized_loss",
     "through_token",
+    "together",
 ]

@@ -11,6 +11,7 @@ from jdistill import _validate, data, nets, train
 from jdistill.distill._labels import softened
 from jdistill.distill._lessons import Lesson, lesson_of, periods, within
 from jdistill.distill._losses import online_loss, soft_loss
+from jdistill.distill._several import together
 from jdistill.train import TrainState, TrainStep
 from jdistill.train._fit import check_examples
 from jdistill.train._step import check_state, check_step
@@ -277,11 +278,7 @@ def loss_at(lesson: Lesson, temperature: float, teachers: Sequence[Taught]) -> L
     if not lesson.online:
         return lesson.loss(temperature)
     own = [each.outputs_fn for each in teachers]
-    if len(own) == 1:
-        return lesson.loss(temperature, own[0])
-    from jdistill.distill._several import together
-
-    return lesson.loss(temperature, together(own))
+    return lesson.loss(temperature, own[0] if len(own) == 1 else together(own))
 
 
 def _labels_of(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, losses, nets
+from jdistill.distill._several import Several
 from jdistill.typing import Array, ArrayLike, Batch, LogitsFn, LossFn
 
 
@@ -160,6 +161,33 @@ def hard_label_loss(temperature: ArrayLike, *, hard_weight: ArrayLike = 0.0) -> 
     return jax.tree_util.Partial(_hard_label_loss, temperature, hard_weight)
 
 
+def online(student_loss: Callable[..., LossFn]) -> Callable[..., LossFn]:
+    """An offline student loss against teachers that label each batch as it comes.
+
+    For inputs that change from epoch to epoch, of which soft labels cannot be made beforehand:
+    `online(hard_label_loss)`, as `online_loss` is for `soft_loss`. No gradient flows into the
+    teacher. Of several teachers (`together`) the labels are the mean.
+
+    Args:
+        student_loss: `T -> loss_fn` of soft labels in `batch.targets`.
+
+    Returns:
+        `(T, teacher) -> loss_fn`, a student loss for `online=True`, equal for equal arguments.
+
+    Raises:
+        ValueError: what is no loss.
+
+    Example:
+        >>> batch = Batch(jnp.array([[0.0, 9.0]]), jnp.array([0]), None, jnp.ones(1))
+        >>> loss_fn = online(hard_label_loss)(1.0, lambda x: x)
+        >>> float(loss_fn(jnp.array([[0.0, 50.0]]), batch)[0])  # class 1, as the teacher has it
+        0.0
+    """
+    remedy = "pass a function of the temperature, such as distill.hard_label_loss"
+    _validate.function(remedy=remedy, student_loss=student_loss)
+    return functools.partial(_online, student_loss)
+
+
 def through_token(
     student_loss: Callable[..., LossFn], *, hard_weight: float = 0.5
 ) -> Callable[..., LossFn]:
@@ -203,13 +231,28 @@ def through_token(
     return functools.partial(_through_token, student_loss, float(hard_weight))
 
 
+def _online(student_loss: Callable[..., LossFn], temperature: Any, teacher: LogitsFn) -> LossFn:
+    _validate.function(teacher=teacher)
+    _validate.positive(temperature=temperature)
+    return jax.tree_util.Partial(
+        _labeled,
+        as_argument(student_loss(temperature)),
+        nets.callable_logits_fn(teacher),
+        jnp.asarray(temperature, jnp.float32),
+    )
+
+
+def as_argument(loss_fn: LossFn) -> Any:
+    """A loss as a pytree; a plain function becomes one without leaves."""
+    _validate.function(student_loss=loss_fn)
+    alone = jax.tree_util.all_leaves([loss_fn])
+    return jax.tree_util.Partial(loss_fn) if alone else loss_fn
+
+
 def _through_token(
     student_loss: Callable[..., LossFn], hard_weight: float, temperature: Any, *teacher: Any
 ) -> LossFn:
-    inner = student_loss(temperature, *teacher)
-    _validate.function(student_loss=inner)
-    if jax.tree_util.all_leaves([inner]):  # a plain function, which is no argument of compiled code
-        inner = jax.tree_util.Partial(inner)
+    inner = as_argument(student_loss(temperature, *teacher))
     return jax.tree_util.Partial(_token_loss, inner, jnp.asarray(hard_weight, jnp.float32))
 
 
@@ -276,6 +319,21 @@ def _hard_label_loss(temperature: Array, hard_weight: Array, outputs: Any, batch
     from_teacher = losses.cross_entropy(logits, predicted)
     hard = losses.cross_entropy(logits, batch.labels)
     return (1 - hard_weight) * from_teacher + hard_weight * hard
+
+
+def _labeled(
+    inner: LossFn, teacher: LogitsFn, temperature: Array, outputs: Any, batch: Batch
+) -> Array:
+    targets = soft_targets(teacher(batch.inputs), temperature)
+    return inner(outputs, batch._replace(targets=targets))
+
+
+def soft_targets(outputs: Any, temperature: Array) -> Array:
+    """Soft labels of a teacher's outputs, without a gradient; of several teachers the mean."""
+    several = outputs.each if isinstance(outputs, Several) else (outputs,)
+    logits = [jax.lax.stop_gradient(nets.logits_of(each)) for each in several]
+    found = [jax.nn.softmax(each / temperature, axis=-1) for each in logits]
+    return found[0] if len(found) == 1 else jnp.mean(jnp.stack(found), axis=0)
 
 
 def _token_loss(inner: LossFn, hard_weight: Array, outputs: Any, batch: Batch) -> Array:

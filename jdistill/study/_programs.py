@@ -177,7 +177,6 @@ def _training_program(
     everywhere, by_example = _placements(devices)
     count = len(devices)
     batch_size = -(-batch_size // count) * count
-    shape = examples.train.inputs.shape[1:]
     return Program(
         f"training step: {network.name}",
         "training",
