@@ -106,6 +106,7 @@ VERDICT = diagnose.Verdict.from_dict({**VERDICT, "worst_case": HALF, "clean": HA
 VERDICTS = [{**NET, "verdict": VERDICT}]
 PICTURES = {"clean": INPUTS, "adversarial": INPUTS, "labels": LABELS, "predictions": LABELS}
 PICTURES |= {"distance": np.ones(B)}
+PROJECTIONS = ("left", "right", "teacher_left", "teacher_right")
 SAVED = {"w": np.ones(2)}
 FILES = {name: FOLDER / name for name in ("a.jsonl", "t.csv", "r.csv", "v.json", "none")}
 FILES["a.jsonl"].write_text('{"a": 1}\n')
@@ -173,6 +174,9 @@ GOOD = {
     **{"metrics.paired_over_seeds.first": [0.1, 0.2], "metrics.paired_over_seeds.second": [1, 2.0]},
     **{"metrics.sensitivity_histogram.edges": [-3.0, 0.0], "nets.ConvNet.features": ((4,),)},
     **{"nets.ConvNet.hidden": (8,), "norms.keys": jax.random.split(KEY, B)},
+    **{"losses.mask": np.ones(B), "losses.features": INPUTS, "losses.teacher_features": 2 * INPUTS},
+    **{f"losses.relation_kl.{name}": INPUTS[..., 0] for name in PROJECTIONS},
+    **{"losses.relation_kl.num_heads": 2},
     **{"metrics.features": LOGITS, "metrics.other": 2 * LOGITS},
     **{"losses.teacher_logits": 2 * LOGITS, "nets.ResNet.depth": 8, "nets.resnet.depth": 8},
     **{"nets.PlainNet.depth": 2, "nets.plain_net.depth": 2, "nets.ViT.depth": 1},
@@ -447,7 +451,7 @@ function: teacher loss preprocess substitute apply_fn loss_fn augment objective 
     fun attack make teacher_loss student_loss
     random_logits_fn main conv_general_dilated callback attacks.bpda.logits_fn nets.logits_fn
     parallel.compile_step.step
-radius: eps step_size decay max_angle max_shift beta overshoot eta
+radius: eps step_size decay max_angle max_shift alpha beta overshoot eta
     attacks.carlini_wagner_l0.confidence attacks.carlini_wagner_l2.confidence
     attacks.carlini_wagner_linf.confidence attacks.ead.confidence norms.eps norms.length
     norms.per_example.value
@@ -482,7 +486,8 @@ judged: report.from_evaluation.verdicts
 numbers: log10_values values distance metrics.paired_over_seeds.first
     metrics.paired_over_seeds.second
 flags: success first second evaluate.correct
-floats: value gradient center norms.delta norms.like norms.inputs
+floats: value gradient center norms.delta norms.like norms.inputs losses.features
+    losses.teacher_features left right teacher_left teacher_right
 axis: axis_name
 box: inputs
 json: content

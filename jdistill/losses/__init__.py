@@ -15,14 +15,28 @@ from jdistill.losses._classification import (
     targeted_dlr,
     tempered_log_softmax,
 )
+from jdistill.losses._distillation import (
+    decoupled_kl,
+    inter_class_distance,
+    intra_class_distance,
+    pearson_distance,
+)
+from jdistill.losses._features import attention_transfer, hint, relation_kl
 from jdistill.losses._soft import kl_divergence, standardize, standardized_kl
 
 __all__ = [
+    "attention_transfer",
     "cross_entropy",
+    "decoupled_kl",
     "dlr",
+    "hint",
+    "inter_class_distance",
+    "intra_class_distance",
     "kl_divergence",
     "largest_other",
     "margin",
+    "pearson_distance",
+    "relation_kl",
     "soft_cross_entropy",
     "soft_margin",
     "standardize",

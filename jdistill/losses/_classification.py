@@ -239,14 +239,19 @@ def tempered_log_softmax(logits: AnyArray, temperature: ArrayLike = 1.0) -> Arra
         [[-1000.0, 0.0]]
     """
     _validate.floats(2, logits=logits)
+    check_temperature(temperature, logits.shape[0])
+    return jax.nn.log_softmax(logits / jnp.asarray(temperature, logits.dtype), axis=-1)
+
+
+def check_temperature(temperature: ArrayLike, num_rows: int) -> None:
+    """An error for what is not above 0, or neither one number nor one per example."""
     _validate.positive(temperature=temperature)
     shape = np.shape(temperature)
-    if shape not in ((), (1, 1), (logits.shape[0], 1)):
+    if shape not in ((), (1, 1), (num_rows, 1)):
         raise ValueError(
-            f"expected temperature to be a scalar or of shape [B, 1] = ({logits.shape[0]}, 1), got "
+            f"expected temperature to be a scalar or of shape [B, 1] = ({num_rows}, 1), got "
             f"shape {shape}; pass one number, or a column of one per example"
         )
-    return jax.nn.log_softmax(logits / jnp.asarray(temperature, logits.dtype), axis=-1)
 
 
 def _pick(values: AnyArray, labels: ArrayLike, name: str = "labels") -> Array:
