@@ -181,6 +181,7 @@ GOOD = {
     **{"losses.teacher_logits": 2 * LOGITS, "nets.ResNet.depth": 8, "nets.resnet.depth": 8},
     **{"nets.PlainNet.depth": 2, "nets.plain_net.depth": 2, "nets.ViT.depth": 1},
     **{"nets.ViT.patch_size": 2, "nets.ViT.width": 8, "nets.ViT.num_heads": 2},
+    "nets.train": False,
     **{"norms.per_example.value": 0.1, "parallel.tree": INPUTS, "parallel.split.tree": INPUTS},
     **{"parallel.split.devices": jax.devices()[:3], "report.read_table.path": FILES["t.csv"]},
     **{"report.read_verdicts.path": FILES["v.json"], "report.read_tables.folder": FOLDER / "w"},
@@ -450,7 +451,7 @@ network: logits_fn source surrogate
 function: teacher loss preprocess substitute apply_fn loss_fn augment objective progress output
     fun attack make teacher_loss student_loss
     random_logits_fn main conv_general_dilated callback attacks.bpda.logits_fn nets.logits_fn
-    parallel.compile_step.step
+    parallel.compile_step.step nets.norm
 radius: eps step_size decay max_angle max_shift alpha beta overshoot eta
     attacks.carlini_wagner_l0.confidence attacks.carlini_wagner_l2.confidence
     attacks.carlini_wagner_linf.confidence attacks.ead.confidence norms.eps norms.length
@@ -463,22 +464,23 @@ count: num_steps num_restarts num_targets num_queries num_samples max_samples nu
     num_searches num_angles num_shifts num_draws num_parallel batch_size num_examples
     num_sensitivity num_bins multiple num_hosts max_to_keep max_examples memory_limit
     steps_per_call num_generations total nets.num_classes report.summary.width
-    nets.ViT.depth nets.ViT.width patch_size num_heads mlp_ratio
+    nets.ViT.depth nets.ViT.width patch_size num_heads mlp_ratio num_groups
 depth: depth
 logits: teacher_logits metrics.linear_cka.features metrics.other
 count from 2: num_candidates num_classes max_features
 count from 0: first_target num_epochs host epoch generation number successes num_rows data.start
     data.num_examples place checkpoint.step keep_best
 flag: enabled best_loss trace random_start abort_early minimum_norm temperature_squared vmapped
-    online distillation_token
+    online distillation_token nets.train
 text: stage shard_name remedy report.write_picture_grid.attack report.write_picture_grid.norm
-    report.from_evaluation.dataset parallel.barrier.name
+    report.from_evaluation.dataset parallel.barrier.name nets.name
 path: directory folder workdir data_dir cache_dir
 choice: norm decision_rule version mode name kind
 mapping: measures config run figures pictures eps_grids metadata
 one above 0: loss_cap width train_temperature attacks.softmax_at.temperature diagnose.eps
-    distill.soft_labels.temperature distill.chain.temperature
+    distill.soft_labels.temperature distill.chain.temperature train.mixup.alpha
     metrics.temperature metrics.log10_sensitivity_softmax.temperature train.sgd.learning_rate
+    nets.epsilon
 any: fill shift checkpoint.save.score
 own: start step state params outcome distill.initial_weights.start report.result
     report.pictures.result report.from_evaluation.result
@@ -503,7 +505,7 @@ padding: padding
 module: model
 image: input_shape
 plans: distances evaluate.attacks
-one share: dropout_rate drop_path_rate train.sgd.momentum
+one share: dropout_rate drop_path_rate train.sgd.momentum nets.momentum
 run keys: keys
 one from 0: attacks.autoattack.eps attacks.universal.eps attacks.universal.step_size
     evaluate.summarize.eps evaluate.worst_case.eps train.sgd.decay

@@ -5,7 +5,9 @@ rate are data (`LossFn` is a pytree; optimizers made with `optax.inject_hyperpar
 numbers in the state), so every generation at every temperature reuses it.
 """
 
+from jdistill.train._augment import ShiftAndFlip
 from jdistill.train._fit import fit, predict
+from jdistill.train._mixup import mixup
 from jdistill.train._optimizer import sgd
 from jdistill.train._step import (
     EvalStep,
@@ -21,6 +23,7 @@ from jdistill.train._step import (
 
 __all__ = [
     "EvalStep",
+    "ShiftAndFlip",
     "TrainState",
     "TrainStep",
     "create_state",
@@ -29,6 +32,7 @@ __all__ = [
     "logits_fn",
     "make_eval_step",
     "make_train_step",
+    "mixup",
     "outputs_fn",
     "predict",
     "sgd",
