@@ -47,7 +47,7 @@ def soft_loss(
         2020, equation 3.
     """
     return jax.tree_util.Partial(
-        _soft_loss, *_weights(temperature, hard_weight, temperature_squared)
+        _soft_loss, *loss_weights(temperature, hard_weight, temperature_squared)
     )
 
 
@@ -81,7 +81,7 @@ def online_loss(
         0.693...
     """
     _validate.function(teacher=teacher)
-    weights = _weights(temperature, hard_weight, temperature_squared)
+    weights = loss_weights(temperature, hard_weight, temperature_squared)
     return jax.tree_util.Partial(_online_loss, nets.callable_logits_fn(teacher), *weights)
 
 
@@ -122,7 +122,7 @@ def standardized_loss(
         terms by numbers that do not add up to 1.
     """
     _validate.function(teacher=teacher)
-    temperature, hard_weight, _ = _weights(temperature, hard_weight, False)
+    temperature, hard_weight, _ = loss_weights(temperature, hard_weight, False)
     network = nets.callable_logits_fn(teacher)
     return jax.tree_util.Partial(_standardized_loss, network, temperature, hard_weight)
 
@@ -156,7 +156,7 @@ def hard_label_loss(temperature: ArrayLike, *, hard_weight: ArrayLike = 0.0) -> 
         Touvron, Cord, Douze, Massa, Sablayrolles & Jégou 2021, "Training data-efficient image
         transformers & distillation through attention", section 4, equation 3.
     """
-    temperature, hard_weight, _ = _weights(temperature, hard_weight, False)
+    temperature, hard_weight, _ = loss_weights(temperature, hard_weight, False)
     # Carried, so that runs of a sweep at different temperatures have losses of one structure.
     return jax.tree_util.Partial(_hard_label_loss, temperature, hard_weight)
 
@@ -256,7 +256,7 @@ def _through_token(
     return jax.tree_util.Partial(_token_loss, inner, jnp.asarray(hard_weight, jnp.float32))
 
 
-def _weights(
+def loss_weights(
     temperature: ArrayLike, hard_weight: ArrayLike, temperature_squared: bool
 ) -> tuple[Array, Array, Array]:
     """Temperature, hard weight and the soft term's factor as arrays, checked."""

@@ -132,7 +132,7 @@ def soft_margin(logits: AnyArray, labels: ArrayLike, softness: ArrayLike = 1.0) 
     temperature *= jnp.broadcast_to(jnp.asarray(softness, logits.dtype), spread.shape[:1])[:, None]
     # Before the division, which logits of 16 bits might not survive.
     top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    others = jnp.where(_own(logits, labels), -jnp.inf, (logits - top) / temperature)
+    others = jnp.where(of_class(logits, labels), -jnp.inf, (logits - top) / temperature)
     soft = temperature[..., 0] * jax.nn.logsumexp(others, axis=-1) + top[..., 0]
     return soft - _pick(logits, labels)
 
@@ -218,7 +218,7 @@ def largest_other(logits: AnyArray, labels: ArrayLike) -> Array:
         [1.0]
     """
     # -inf and not a large constant: logits of strongly distilled networks pass any constant.
-    return jnp.max(jnp.where(_own(logits, labels), -jnp.inf, logits), axis=-1)
+    return jnp.max(jnp.where(of_class(logits, labels), -jnp.inf, logits), axis=-1)
 
 
 def tempered_log_softmax(logits: AnyArray, temperature: ArrayLike = 1.0) -> Array:
@@ -278,7 +278,7 @@ def _or_one(value: AnyArray) -> Array:
     return jnp.where((value == 0) | jnp.isinf(value), 1.0, value)
 
 
-def _own(logits: AnyArray, labels: ArrayLike) -> Array:
+def of_class(logits: AnyArray, labels: ArrayLike) -> Array:
     """Where the labels' own entries are, `[B, K]` bool."""
     _check_labels(labels, logits)
     return jax.nn.one_hot(jnp.asarray(labels), logits.shape[-1], dtype=bool)

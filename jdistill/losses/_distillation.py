@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate
-from jdistill.losses._classification import _own, check_temperature, tempered_log_softmax
+from jdistill.losses._classification import check_temperature, of_class, tempered_log_softmax
 from jdistill.losses._soft import standardize
 from jdistill.typing import AnyArray, Array, ArrayLike
 
@@ -69,7 +69,7 @@ def decoupled_kl(
 def _decoupled(logits: AnyArray, labels: ArrayLike, temperature: ArrayLike) -> tuple[Array, Array]:
     """Log-probabilities of the label against the rest `[B, 2]`, and of the others `[B, K]`."""
     log_probs = tempered_log_softmax(logits, temperature)
-    own = _own(logits, labels)
+    own = of_class(logits, labels)
     of_label = jnp.sum(jnp.where(own, log_probs, 0.0), axis=-1)
     others = jnp.where(own, -jnp.inf, log_probs)
     # Where masks leave no other class, zeros have a gradient, and it is not used.
