@@ -67,8 +67,9 @@ def folder(student, tmp_path_factory):
         (nets.digits_net(width=0.25, shift=0.25, dropout_rate=0.3), SHAPE),
         (nets.plain_net(2, num_classes=3), (8, 8, 3)),
         (nets.resnet(8, conv_general_dilated=jax.lax.conv_general_dilated), (8, 8, 3)),
+        (nets.plain_net(2, norm=functools.partial(nets.group_norm, num_groups=4)), (8, 8, 3)),
     ],
-    ids=["dropout", "statistics", "residual"],
+    ids=["dropout", "statistics", "residual", "groups"],
 )
 def test_reads_back_what_was_written(model, shape, tmp_path):
     network = network_of(model, shape)

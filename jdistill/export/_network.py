@@ -26,6 +26,8 @@ _NETWORKS: dict[str, Callable[..., Any]] = {
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "jdistill.nets.conv_general_dilated": nets.conv_general_dilated,
     "jax.lax.conv_general_dilated": jax.lax.conv_general_dilated,
+    "jdistill.nets.batch_norm": nets.batch_norm,
+    "jdistill.nets.group_norm": nets.group_norm,
 }
 
 
@@ -62,18 +64,32 @@ class Parts(NamedTuple):
             return {"kind": "pytree"}
         kind: Any = type(self.model)
         is_known = _NETWORKS.get(kind.__name__) is kind
-        functions = {function: name for name, function in _FUNCTIONS.items()}
         fields = {}
         for field in dataclasses.fields(self.model):
             held = getattr(self.model, field.name)
             if field.name not in ("parent", "name"):
-                fields[field.name] = functions.get(held, held) if callable(held) else held
+                fields[field.name] = _named_function(held) if callable(held) else held
         # A convolution of the user's own has no name that it could be found by.
         if is_known and not any(map(callable, fields.values())):
             text = json.dumps({"kind": kind.__name__, **fields}, default=_number)
             record: dict[str, Any] = json.loads(text)
             return record
         return {"kind": "linen", "class": f"{kind.__module__}.{kind.__qualname__}"}
+
+
+def _named_function(held: Any) -> Any:
+    """A function's name, with the settings of a partial; itself where it has no such name."""
+    names = {function: name for name, function in _FUNCTIONS.items()}
+    if isinstance(held, functools.partial) and held.func in names and not held.args:
+        return {"function": names[held.func], "settings": held.keywords}
+    return names.get(held, held)
+
+
+def _function(record: Any) -> Any:
+    """The function of a record of one, and anything else as it is."""
+    if isinstance(record, dict) and record.get("function") in _FUNCTIONS:
+        return functools.partial(_FUNCTIONS[record["function"]], **record["settings"])
+    return _FUNCTIONS.get(record, record) if isinstance(record, str) else record
 
 
 def _number(value: Any) -> Any:
@@ -107,10 +123,7 @@ def blank(folder: epath.Path, config: Mapping[str, Any], model: Any) -> Parts:
                 f"expected the model of {folder}, which is {what}, got None; pass it as load(path, "
                 "model): a Linen module, or any other network, whose weights are replaced"
             )
-        fields = {
-            name: _FUNCTIONS.get(held, held) if isinstance(held, str) else held
-            for name, held in record.items()
-        }
+        fields = {name: _function(held) for name, held in record.items()}
         try:
             model = _NETWORKS[kind](**fields)
         except TypeError as error:

@@ -4,6 +4,7 @@
   `resnet` and `plain_net` for CIFAR by depth, with batch statistics; `ViT`, the transformers of
   DeiT's sizes `deit_tiny`, `deit_small`, `deit_base`, and the small `vit_digits`, `vit_mnist`,
   `vit_cifar`, all with or without a distillation token; `init` draws their variables.
+* Normalization, as an argument of the convolutional ones: `batch_norm`, `group_norm`.
 * Adapters: `apply_fn`, `nnx_model` (training) and `logits_fn` (attacks and measures) for Flax
   modules, `nnx_logits_fn` for NNX ones, `callable_logits_fn` for everything else; `binary` for a
   network with a single logit; `logits_of` takes the logits out of outputs with extras;
@@ -30,6 +31,7 @@ from jdistill.nets._adapters import (
 from jdistill.nets._cifar import PlainNet, ResNet, plain_net, resnet
 from jdistill.nets._convnet import ConvNet, cifar_net, digits_net, init, mnist_net
 from jdistill.nets._convolution import conv_general_dilated
+from jdistill.nets._normalization import batch_norm, group_norm
 from jdistill.nets._pooling import max_pool
 from jdistill.nets._rewriting import fast_on_cpu
 from jdistill.nets._stacking import index, stack, stack_size, unstack
@@ -49,6 +51,7 @@ __all__ = [
     "ResNet",
     "ViT",
     "apply_fn",
+    "batch_norm",
     "binary",
     "callable_logits_fn",
     "cifar_net",
@@ -58,6 +61,7 @@ __all__ = [
     "deit_tiny",
     "digits_net",
     "fast_on_cpu",
+    "group_norm",
     "index",
     "init",
     "logits_fn",

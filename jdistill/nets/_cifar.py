@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jdistill import _validate
 from jdistill.nets._convolution import conv_general_dilated
+from jdistill.nets._normalization import Norm, batch_norm, check_fields
 from jdistill.nets._pooling import max_pool
 from jdistill.typing import Array
 
@@ -26,10 +27,6 @@ _PLAIN: dict[int, tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]] = {
 _PADDING = ((1, 1), (1, 1))
 
 
-def _norm(name: str, train: bool) -> nn.BatchNorm:
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name=name)
-
-
 def _shortcut(inputs: Array, size: int, stride: int) -> Array:
     """Every `stride`-th pixel of `[B, H, W, C]`, with channels of zeros after its own up to `size`.
 
@@ -45,9 +42,10 @@ class ResNet(nn.Module):
     A 3x3 convolution to 16 channels; three groups of n blocks with 16, 32, and 64 channels, the
     second and third of which halve the picture in their first block; the mean over all pixels; and
     a linear layer. A block is two 3x3 convolutions beside a shortcut. Every convolution is without
-    a bias and followed by batch normalization (running averages decay by 0.9 a step, epsilon is
-    1e-5), and kernels start He-normal. Where the size changes, the shortcut has no parameters: it
-    takes every second pixel and adds channels of zeros (option A of the paper).
+    a bias and followed by normalization (by batch, unless `norm` says otherwise; running averages
+    decay by 0.9 a step, epsilon is 1e-5), and kernels start He-normal. Where the size changes, the
+    shortcut has no parameters: it takes every second pixel and adds channels of zeros (option A of
+    the paper).
 
     Teacher assistants were studied with ResNets whose shortcuts are 1x1 convolutions there (option
     B; released code of Mirzadeh et al. 2020), with batch normalization: 2,752 more parameters.
@@ -64,6 +62,9 @@ class ResNet(nn.Module):
             `jax.lax.conv_general_dilated`. The default has fast gradients on CPU but no
             forward-mode derivative; pass `jax.lax.conv_general_dilated` where `jax.jvp`,
             `jax.jacfwd` or `jax.hessian` is needed.
+        norm: What makes a normalization layer: `nets.batch_norm`, `nets.group_norm` (no model
+            state), either under `functools.partial`, or a function of `name` and `train` that
+            returns a Linen module.
 
     Raises:
         ValueError: A depth that is not 6n + 2, another field out of its range, or inputs that are
@@ -86,6 +87,7 @@ class ResNet(nn.Module):
     num_classes: int = 10
     shift: float = 0.5
     conv_general_dilated: Callable[..., Array] = conv_general_dilated
+    norm: Norm = batch_norm
 
     def __post_init__(self) -> None:
         _validate.count(minimum=8, depth=self.depth)
@@ -95,7 +97,7 @@ class ResNet(nn.Module):
                 f"expected depth of 6n + 2, such as 8, 14, 20, 26, got {self.depth}; "
                 f"pass {lower} or {lower + 6}"
             )
-        _check_fields(self.num_classes, self.shift, self.conv_general_dilated)
+        check_fields(self)
         super().__post_init__()
 
     @nn.compact
@@ -104,7 +106,8 @@ class ResNet(nn.Module):
 
         Args:
             inputs: `[B, H, W, C]` float, in `[0, 1]` when `shift` is 0.5.
-            train: Whether the batch's own statistics normalize, and the running ones are updated.
+            train: Whether it is called in training: with batch normalization the batch's own
+                statistics normalize, and the running ones are updated.
 
         Returns:
             `[B, K]`, not normalized.
@@ -122,7 +125,8 @@ class ResNet(nn.Module):
                 conv_general_dilated=self.conv_general_dilated,
                 name=f"conv{name}",
             )(x)
-            return _norm(f"norm{name}", train)(x)
+            normalized: Array = self.norm(name=f"norm{name}", train=train)(x)
+            return normalized
 
         x = nn.relu(layer(inputs - self.shift, 16, 1, ""))
         for group, size in enumerate((16, 32, 64)):
@@ -151,7 +155,7 @@ class PlainNet(nn.Module):
     and no normalization after the hidden layer; linear logits. Not from it: convolutions start
     He-normal and dense layers LeCun-normal, where PyTorch's defaults are uniform. Running averages
     decay by 0.9 a step and epsilon is 1e-5, as PyTorch has it. The released networks for CIFAR-100
-    are wider.
+    are wider. `norm` may put another normalization in the place of that by batch.
 
     Two nets with equal fields are equal and share one trace; pass module-level functions, not
     lambdas.
@@ -165,6 +169,9 @@ class PlainNet(nn.Module):
             `jax.lax.conv_general_dilated`. The default has fast gradients on CPU but no
             forward-mode derivative; pass `jax.lax.conv_general_dilated` where `jax.jvp`,
             `jax.jacfwd` or `jax.hessian` is needed.
+        norm: What makes a normalization layer: `nets.batch_norm`, `nets.group_norm` (no model
+            state), either under `functools.partial`, or a function of `name` and `train` that
+            returns a Linen module.
 
     Raises:
         ValueError: Another depth, another field out of its range, or inputs that are not
@@ -188,10 +195,11 @@ class PlainNet(nn.Module):
     num_classes: int = 10
     shift: float = 0.5
     conv_general_dilated: Callable[..., Array] = conv_general_dilated
+    norm: Norm = batch_norm
 
     def __post_init__(self) -> None:
         _validate.one_of(_PLAIN, depth=self.depth)
-        _check_fields(self.num_classes, self.shift, self.conv_general_dilated)
+        check_fields(self)
         super().__post_init__()
 
     @nn.compact
@@ -200,7 +208,8 @@ class PlainNet(nn.Module):
 
         Args:
             inputs: `[B, H, W, C]` float, in `[0, 1]` when `shift` is 0.5.
-            train: Whether the batch's own statistics normalize, and the running ones are updated.
+            train: Whether it is called in training: with batch normalization the batch's own
+                statistics normalize, and the running ones are updated.
 
         Returns:
             `[B, K]`, not normalized.
@@ -224,19 +233,12 @@ class PlainNet(nn.Module):
                     conv_general_dilated=self.conv_general_dilated,
                     name=f"conv_{number}_{position}",
                 )(x)
-                x = nn.relu(_norm(f"norm_{number}_{position}", train)(x))
+                x = nn.relu(self.norm(name=f"norm_{number}_{position}", train=train)(x))
             x = max_pool(x)
         x = x.reshape((x.shape[0], math.prod(x.shape[1:])))  # -1 would not do for no inputs
         for number, size in enumerate(hidden):
             x = nn.relu(nn.Dense(size, name=f"dense_{number}")(x))
         return nn.Dense(self.num_classes, name="logits")(x)
-
-
-def _check_fields(num_classes: Any, shift: Any, convolution: Any) -> None:
-    _validate.count(num_classes=num_classes)
-    _validate.scalar(shift=shift)
-    _validate.finite(shift=shift)
-    _validate.function(conv_general_dilated=convolution)
 
 
 def resnet(depth: int, **kwargs: Any) -> ResNet:
