@@ -264,6 +264,8 @@ def make_measures(rows, label=None):
         calibration = {"ece": abs(confidence - 0.99), "nll": 0.03 + 0.4 * level, "brier": 0.015}
         row = {"mean_confidence": confidence, "num_examples": 10000}
         measures["calibration"].append({**network, **calibration, **row})
+        if generation:
+            measures["agreement"].append(make_agreement(network, 0.97 - 0.02 * level))
         for norm, attack, mean in (
             ("l0", "carlini_wagner_l0", 10.0),
             ("l2", "carlini_wagner_l2", 1.4),
@@ -276,6 +278,16 @@ def make_measures(rows, label=None):
     for chain in dict.fromkeys((n["dataset"], n["temperature"], n["seed"]) for n in found):
         _chain(measures, chain, [n["generation"] for n in found if tuple(n.values())[:3] == chain])
     return measures
+
+
+def make_agreement(network, agreed, **changes):
+    """Agreement of a student with the network before it, whose mistakes it repeats in part."""
+    same, repeated = share(agreed, 10000), share(0.4, 90)
+    row = {"teacher_generation": network["generation"] - 1, "num_examples": 10000}
+    for name, ends in (("top1_agreement", same), ("repeated_mistakes", repeated)):
+        row |= {name: ends["value"], f"{name}_low": ends["low"], f"{name}_high": ends["high"]}
+    row |= {"num_teacher_mistakes": 90, "mean_kl": 40.3 * (1 - agreed), "logits_cka": agreed - 0.01}
+    return {**network, **row, **changes}
 
 
 def _curves(network, naive, worst):

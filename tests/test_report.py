@@ -25,6 +25,7 @@ from tests.report_rows import (
     PGD,
     SPATIAL,
     Page,
+    make_agreement,
     make_comparison,
     make_measures,
     make_pictures,
@@ -119,6 +120,7 @@ def test_numbers_are_those_of_their_cells(written):
     assert {cells.partition("#")[0] for _, cells, _ in page.numbers} >= {
         "results.csv",
         "verdicts.json",
+        "agreement.csv",
         "calibration.csv",
         "comparisons.csv",
         "distances.csv",
@@ -406,6 +408,12 @@ OF_CHAINS = [
     )
     for row in judged_rows((20.0, 1, verdict))
 ]
+NONE = ("repeated_mistakes", "repeated_mistakes_low", "repeated_mistakes_high")
+OF_ANOTHER = make_agreement(
+    {"dataset": "mnist", "chain": "small", "temperature": 20.0, "seed": 0, "generation": 1},
+    0.5,
+    **{"teacher_chain": "large", "num_teacher_mistakes": 0, **dict.fromkeys(NONE)},
+)
 FMN = {
     **{"dataset": "mnist", "temperature": 1.0, "seed": 0, "generation": 0, "norm": "l0"},
     **{"attack": "fmn", "success_rate": 0.3, "mean": 9.0, "median": 8.0, "num_examples": 9},
@@ -468,6 +476,12 @@ SAID = {
         {"verdicts": OF_CHAINS},
         "masked for the student without an assistant of small at T = 20",
         "Others: masked for T",
+    ),
+    "a teacher of another chain, without a mistake": (
+        CHAINS,
+        {"agreement": [OF_ANOTHER]},
+        "small, T = 20 studentteacher of large 50.0%49.0%–51.0% 0 – 20.1 0.490",
+        "nan",
     ),
     "two networks without distillation": (
         [{**make_row(), "chain": chain} for chain in ("a", "b")],

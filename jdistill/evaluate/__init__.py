@@ -11,9 +11,11 @@ several hosts share the work.
 
 `evaluate` does it all; its parts are public: `clean`, `under_attack`, `distances`,
 `transfer_matrix`; and what needs no further run: `worst_case`, `accuracy_against_eps`,
-`accuracy_against_steps`, `accuracy_against_queries`, `over_seeds`.
+`accuracy_against_steps`, `accuracy_against_queries`, `over_seeds`. `agreement` compares a student
+with its teacher.
 """
 
+from jdistill.evaluate._agreement import Agreement, agreement
 from jdistill.evaluate._attack import (
     AttackOutcome,
     AttackPlan,
@@ -35,6 +37,7 @@ from jdistill.evaluate._seeds import over_seeds
 from jdistill.evaluate._transfer import TransferMatrix, transfer_matrix
 
 __all__ = [
+    "Agreement",
     "AttackOutcome",
     "AttackPlan",
     "Budget",
@@ -45,6 +48,7 @@ __all__ = [
     "accuracy_against_eps",
     "accuracy_against_queries",
     "accuracy_against_steps",
+    "agreement",
     "attack_shards",
     "clean",
     "distance_plans",

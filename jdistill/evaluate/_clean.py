@@ -36,6 +36,7 @@ class CleanMeasures(NamedTuple):
         num_nonfinite: `[R]` int, examples whose logits are no prediction (`metrics.predicts`). They
             count as misclassified; means over logits and sensitivities are NaN with them.
         calibration: `[R]`, see `metrics.calibration`, at the test temperature.
+        logits: `[R, N, K]`, as the networks give them, at whatever temperature they are tested.
     """
 
     accuracy: list[metrics.Interval]
@@ -47,6 +48,7 @@ class CleanMeasures(NamedTuple):
     zero_gradient_fraction: np.ndarray
     num_nonfinite: np.ndarray
     calibration: list[metrics.Calibration]
+    logits: np.ndarray
 
 
 def clean(
@@ -133,6 +135,7 @@ def clean(
         zero_gradient_fraction=zero.mean(axis=1),
         num_nonfinite=(~metrics.predicts(logits)).sum(axis=1),
         calibration=[metrics.calibration(rows, labels) for rows in divided],
+        logits=logits,
     )
 
 

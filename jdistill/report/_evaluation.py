@@ -64,6 +64,7 @@ def tables(
     measured: Sequence[Measured],
     *,
     compared: Sequence[tuple[NetworkName, NetworkName]] = (),
+    agreements: Mapping[tuple[NetworkName, NetworkName], evaluate.Agreement] | None = None,
 ) -> dict[str, list[Row]]:
     """The rows of every kind of table (`TABLES`) that evaluations give.
 
@@ -71,12 +72,15 @@ def tables(
         measured: evaluations on the same examples, each with the names of its networks in order.
         compared: pairs of networks, each with its baseline; over several seeds, pairs that are the
             same but for the seed are also compared over their means.
+        agreements: by student and teacher, what `evaluate.agreement` has found; both of one
+            temperature and seed.
 
     Returns:
         Rows by kind; none where nothing of the kind was measured.
 
     Raises:
-        ValueError: as many names as networks are expected; a pair that was not measured.
+        ValueError: as many names as networks are expected; a pair that was not measured; an
+            agreement of networks of two runs.
 
     Example:
         >>> import functools
@@ -108,6 +112,7 @@ def tables(
         "transfer": [row for result, names in measured for row in _transfer(result, names)],
         "sensitivity": [row for network in networks for row in _sensitivity(network)],
         "calibration": [_calibration(network) for network in networks],
+        "agreement": _agreements({} if agreements is None else agreements),
         "distances": [row for network in networks for row in _distances(network)],
         "comparisons": _comparisons(networks, compared),
     }
@@ -333,6 +338,46 @@ def _calibration(network: _Network) -> Row:
     found = network.result.clean.calibration[network.place]
     wanted = TABLES["calibration"][4:]
     return {**network.name.columns(), **{column: getattr(found, column) for column in wanted}}
+
+
+def _agreements(
+    found: Mapping[tuple[NetworkName, NetworkName], evaluate.Agreement],
+) -> list[Row]:
+    """A row for each student and one of its teachers."""
+    _validate.mapping(agreements=found)
+    rows = []
+    for pair, agreement in found.items():
+        fits = isinstance(pair, tuple) and len(pair) == 2
+        if not fits or not all(isinstance(name, NetworkName) for name in pair):
+            raise ValueError(
+                "expected agreements by (student, teacher), two NetworkNames, got "
+                f"{pair!r:.60}; pass {{(student, teacher): evaluate.agreement(...)}}"
+            )
+        remedy = "pass what evaluate.agreement returned"
+        _validate.instance(evaluate.Agreement, "an Agreement", remedy=remedy, agreements=agreement)
+        student, teacher = pair
+        if any(getattr(student, name) != getattr(teacher, name) for name in _OF_A_RUN):
+            raise ValueError(
+                f"expected a student and its teacher of one data set, temperature, and seed, got "
+                f"{student} and {teacher}; pass the teacher that the student has learned from"
+            )
+        rows.append(
+            {
+                **student.columns(),
+                **({"teacher_chain": teacher.chain} if teacher.chain else {}),
+                "teacher_generation": teacher.generation,
+                "num_examples": agreement.num_examples,
+                **_ends("top1_agreement", agreement.top1_agreement),
+                "num_teacher_mistakes": agreement.num_teacher_mistakes,
+                **_ends("repeated_mistakes", agreement.repeated_mistakes),
+                "mean_kl": agreement.mean_kl,
+                "logits_cka": agreement.logits_cka,
+            }
+        )
+    return rows
+
+
+_OF_A_RUN = ("dataset", "temperature", "seed")
 
 
 def _distances(network: _Network) -> list[Row]:

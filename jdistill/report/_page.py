@@ -19,7 +19,11 @@ from jdistill.report._sentences import say
 from jdistill.report._table import TABLES, Row, blank, read_table
 from jdistill.report._verdicts import read_verdicts
 
-_GENERATIONS = ("generation", "source_generation", "target_generation", "baseline_generation")
+_GENERATIONS = (
+    *("generation", "source_generation", "target_generation", "baseline_generation"),
+    "teacher_generation",
+)
+_CHAINS = {"baseline_generation": "baseline_chain", "teacher_generation": "teacher_chain"}
 _MACHINE = ("versions", "devices", "programs", "seconds", "seconds_all_starts")
 
 
@@ -65,10 +69,9 @@ def read_tables(folder: PathLike) -> dict[str, list[dict[str, Any]]]:
 
 def _place(row: Row, generation: str) -> tuple[Any, ...]:
     """Key of a row's network; without a seed where the row is over all seeds."""
-    chain = "baseline_chain" if generation == "baseline_generation" else "chain"
     network = (
         str(row["dataset"]),
-        str(row.get(chain) or ""),
+        str(row.get(_CHAINS.get(generation, "chain")) or ""),
         float(row["temperature"]),
         int(row[generation]),
     )
@@ -298,6 +301,13 @@ def _sections(
             (),
             _tables.transfer(rows["transfer"]),
             "transfer.csv",
+        ),
+        Section(
+            "Agreement of students with their teachers",
+            _sentences.AGREEMENT,
+            (),
+            [("", _tables.agreement(found, rows["agreement"]))] if rows["agreement"] else [],
+            "agreement.csv",
         ),
         Section(
             "Sensitivity of single examples",

@@ -109,6 +109,14 @@ TERMS = {
     "each later network from the soft labels, at the same T, of the one before it.",
 }
 
+AGREEMENT = (
+    "How alike two networks are on the clean test examples, which says nothing about the "
+    "robustness of either. Same class: the share of the examples that both put into one class, "
+    "right or wrong. Mistakes repeated: the share of the teacher's mistakes that the student makes "
+    "too, with the same class. KL: mean KL(teacher ‖ student) of the softmax at T = 1. CKA: linear "
+    "centered kernel alignment of the logits, not of hidden features (Kornblith et al. 2019)."
+)
+
 _OF_DISTILLATION = ("Ordinary network", "Teacher, assistant, student")
 
 

@@ -47,20 +47,29 @@ COLUMNS = (
 # them, or of an attack that is not known, is neutral where it would need them.
 FACTS = ("title", "access", "follows", "minimum_norm", "handicap", "freedom")
 _TEXT = frozenset(
-    {"dataset", "chain", "baseline_chain", "attack", "norm", "curve", "quantity", "test", *FACTS}
+    {
+        *("dataset", "chain", "baseline_chain", "teacher_chain", "attack", "norm", "curve"),
+        *("quantity", "test", *FACTS),
+    }
 )
 _TEXT -= {"minimum_norm"}
 _SHARE = frozenset(
     {
         *("test_accuracy", "test_accuracy_low", "test_accuracy_high", "zero_gradient_fraction"),
         *("success_rate", "success_rate_low", "success_rate_high", "robust_accuracy"),
-        *("mean_confidence", "ece", "p_value"),
+        *("mean_confidence", "ece", "p_value", "logits_cka"),
+        *("top1_agreement", "top1_agreement_low", "top1_agreement_high"),
+        *("repeated_mistakes", "repeated_mistakes_low", "repeated_mistakes_high"),
     }
 )
-_AMOUNTS = ("num_test", "num_sensitivity", "num_attacked", "num_examples", "count")
+_AMOUNTS = (
+    *("num_test", "num_sensitivity", "num_attacked", "num_examples", "num_teacher_mistakes"),
+    "count",
+)
 _WHOLE = frozenset(
     {
         *("seed", "generation", "source_generation", "target_generation", "baseline_generation"),
+        "teacher_generation",
         *_AMOUNTS,
         "minimum_norm",  # 1 or 0
     }
@@ -92,6 +101,7 @@ class _Format:
     more: bool = False
 
 
+_CHAINS = ("chain", "baseline_chain", "teacher_chain")
 _ENDS = frozenset({"low", "high"})
 _FORMATS = {
     "results": _Format(
@@ -141,6 +151,23 @@ _FORMATS = {
         blank=frozenset(),
         optional=("chain",),
     ),
+    "agreement": _Format(
+        columns=(
+            *(*NETWORK, "teacher_generation", "num_examples"),
+            *("top1_agreement", "top1_agreement_low", "top1_agreement_high"),
+            "num_teacher_mistakes",
+            *("repeated_mistakes", "repeated_mistakes_low", "repeated_mistakes_high"),
+            *("mean_kl", "logits_cka"),
+        ),
+        key=(*NETWORK, "teacher_generation"),
+        blank=frozenset(
+            {
+                *("repeated_mistakes", "repeated_mistakes_low", "repeated_mistakes_high"),
+                "logits_cka",
+            }
+        ),
+        optional=("chain", "teacher_chain"),
+    ),
     "distances": _Format(
         columns=(*NETWORK, "norm", "attack", "success_rate", "mean", "median", "num_examples"),
         key=(*NETWORK, "norm", "attack"),
@@ -175,7 +202,7 @@ def write_table(path: PathLike, kind: str, rows: Iterable[Row]) -> epath.Path:
     Args:
         path: The file to write; its folder is made.
         kind: What the rows are, a key of `TABLES`: "results", "curves", "transfer",
-            "sensitivity", "calibration", "distances" or "comparisons".
+            "sensitivity", "calibration", "agreement", "distances" or "comparisons".
         rows: One mapping per row with the columns `TABLES[kind]`; where they name an attack, a
             `title` that readers know it by may stand beside it. Rates, shares and their ends are in
             [0, 1], distances in units of the input.
@@ -289,7 +316,7 @@ def blank(value: Any) -> bool:
 
 def sort_key(kind: str, row: Row) -> tuple[Any, ...]:
     """Key that tells a row from the others of its table, to sort by."""
-    values: list[Any] = [str(row.get(name) or "") for name in ("chain", "baseline_chain")]
+    values: list[Any] = [str(row.get(name) or "") for name in _CHAINS]
     for name in _FORMATS[kind].key:
         value = row[name]
         if name in _TEXT:
@@ -370,7 +397,8 @@ def _check_values(form: _Format, row: Row, place: str) -> None:
 
 def _check_order(row: Row, place: str) -> None:
     """Ends of intervals and bins must be in order."""
-    for name in ("", "test_accuracy_", "success_rate_"):
+    names = ("", "test_accuracy_", "success_rate_", "top1_agreement_", "repeated_mistakes_")
+    for name in names:
         low, high = (row.get(f"{name}{end}") for end in ("low", "high"))
         known = not blank(low) and not blank(high)
         if known and float(low) > float(high):  # type: ignore[arg-type]

@@ -205,6 +205,49 @@ def of_each(
     return Table(heads, lines)
 
 
+def agreement(found: Sequence[Network], rows: Sequence[Row]) -> Table:
+    """How students agree with their teachers, one line for each student and teacher."""
+    heads = [
+        ("Network", "learned from"),
+        ("Same class", "of test examples"),
+        ("Teacher's mistakes", ""),
+        ("Mistakes repeated", "of the teacher's"),
+        ("KL", "nats"),
+        ("CKA", "of logits"),
+    ]
+    names = {(net.dataset, net.chain, net.temperature, net.generation): net for net in found}
+    lines = []
+    for network in found:
+        by_teacher: dict[tuple[str, int], list[Row]] = {}
+        for row in of_network(rows, network):
+            key = (str(row.get("teacher_chain") or ""), int(row["teacher_generation"]))
+            by_teacher.setdefault(key, []).append(row)
+        for (chain, generation), own in by_teacher.items():
+            teacher = names[network.dataset, chain, network.temperature, generation]
+            of_chain = f" of {chain}" if chain != network.chain else ""
+            share_of, mistakes, repeated, divergence, cka = (
+                stat(own, name, file="agreement.csv", ends=name in _WITH_ENDS)
+                for name in (
+                    *("top1_agreement", "num_teacher_mistakes", "repeated_mistakes"),
+                    *("mean_kl", "logits_cka"),
+                )
+            )
+            lines.append(
+                [
+                    Cell(_name(network, found), f"{teacher.role}{of_chain}"),
+                    share(share_of),
+                    value(mistakes, "count"),
+                    share(repeated),
+                    value(divergence),
+                    value(cka),
+                ]
+            )
+    return Table(heads, lines)
+
+
+_WITH_ENDS = ("top1_agreement", "repeated_mistakes")  # of one seed they have an interval
+
+
 def distances(found: Sequence[Network], rows: Sequence[Row]) -> list[tuple[str, Table]]:
     """Distances by attack and norm."""
     keys = list(dict.fromkeys(attack_key({**row, "eps": None}) for row in rows))

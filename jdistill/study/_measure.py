@@ -7,7 +7,7 @@ goes on from there, and the tables are made of it.
 import json
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,12 +16,14 @@ import numpy as np
 from etils import epath
 
 from jdistill import __version__, _entries, _fingerprint, diagnose, evaluate, report, runtime
+from jdistill.evaluate._agreement import agreement_of_logits
 from jdistill.report import NetworkName
 from jdistill.study._study import Examples, Study, at
-from jdistill.study._training import Trained
+from jdistill.study._training import Trained, chains_of
 
 Row = dict[str, Any]
 Measured = tuple[evaluate.Evaluation, list[NetworkName]]
+Agreements = dict[tuple[NetworkName, NetworkName], evaluate.Agreement]
 _NUM_PICTURES = 8
 _PARTS_OF_A_VERDICT = 16  # about; the attacks and probes of `diagnose.masking`
 _SECONDS_BETWEEN_TABLES = 60.0
@@ -53,6 +55,8 @@ def measure(
     """
     shards = runtime.ShardFolder(folder / "shards")
     measured: list[Measured] = []
+    agreements: Agreements = {}
+    logits: dict[NetworkName, np.ndarray] = {}  # of the networks of one run
     groups = list(_groups(networks))
     written = time.monotonic()
     num_parts = 2 + len(study.attacks) + len(study.distances)
@@ -70,12 +74,17 @@ def measure(
             shards=shards,
             names=[network.stem for network in group],
         )
-        measured.append((_slim(result), [_name(examples, network) for network in group]))
+        names = [_name(examples, network) for network in group]
+        measured.append((_slim(result), names))
+        logits |= zip(names, result.clean.logits, strict=True)
         finished = number == len(groups)
         last = finished or groups[number][0][:3] != group[0][:3]
+        if last:
+            agreements |= _agreements(study, networks, examples, logits)
+            logits = {}
         # They are of everything so far, so that each is larger than the one before.
         if finished or (last and time.monotonic() - written > _SECONDS_BETWEEN_TABLES):
-            write_tables(folder, study, examples, measured, finished=finished)
+            write_tables(folder, study, examples, measured, agreements, finished=finished)
             written = time.monotonic()
     if study.verdict is not None:
         rows = list(_verdicts(study, networks, examples, shards, first + len(groups), progress))
@@ -99,7 +108,10 @@ def num_stages(study: Study) -> int:
 
 
 def _slim(result: evaluate.Evaluation) -> evaluate.Evaluation:
-    """The evaluation with no more adversarial inputs than are shown, which are most of its size."""
+    """The evaluation without logits, and with no more adversarial inputs than are shown.
+
+    These are most of its size.
+    """
     few = {
         name: outcome._replace(inputs=outcome.inputs[:, :_NUM_PICTURES].copy())
         for name, outcome in result.attacks.items()
@@ -108,7 +120,8 @@ def _slim(result: evaluate.Evaluation) -> evaluate.Evaluation:
         norm: outcome._replace(inputs=outcome.inputs[:, :0])
         for norm, outcome in result.distances.items()
     }
-    return result._replace(attacks=few, distances=none)
+    clean = result.clean._replace(logits=result.clean.logits[:, :0].copy())
+    return result._replace(clean=clean, attacks=few, distances=none)
 
 
 def write_tables(
@@ -116,13 +129,15 @@ def write_tables(
     study: Study,
     examples: Examples,
     measured: Sequence[Measured],
+    agreements: Agreements,
     *,
     finished: bool,
 ) -> None:
     """Write the tables of what was measured, on the main process."""
     if not runtime.is_main_process():
         return
-    tables = report.tables(measured, compared=_compared(study, examples, measured))
+    compared = _compared(study, examples, measured)
+    tables = report.tables(measured, compared=compared, agreements=agreements)
     for kind, rows in tables.items():
         path = folder / f"{kind}.csv"
         if rows or kind == "results":
@@ -183,6 +198,38 @@ def _compared(
         if other != baseline
     ]
     return [(one, other) for one, other in pairs if one in there and other in there]
+
+
+def _agreements(
+    study: Study,
+    networks: Sequence[Trained],
+    examples: Examples,
+    logits: Mapping[NetworkName, np.ndarray],
+) -> Agreements:
+    """Agreement with their teachers of those networks whose logits are given.
+
+    Networks that chains share have each pair once, under the first chain that has them. It takes
+    no further pass: the logits are those that the accuracy was measured by.
+    """
+    owners = {chain.name: chain.owners for chain in chains_of(study)}
+    found = {}
+    for network in networks:
+        name = _name(examples, network)
+        if name not in logits or owners[name.chain][name.generation] != name.chain:
+            continue
+        for number in _teachers_of(study, network):
+            own = name._replace(generation=number)
+            teacher = own._replace(chain=owners[own.chain][number])
+            found[name, teacher] = agreement_of_logits(
+                logits[name], logits[own], examples.test.labels
+            )
+    return found
+
+
+def _teachers_of(study: Study, network: Trained) -> tuple[int, ...]:
+    """The generations of its chain that a network has learned from."""
+    del study
+    return (network.generation - 1,) if network.generation else ()
 
 
 def _verdicts(
