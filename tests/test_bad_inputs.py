@@ -174,9 +174,11 @@ GOOD = {
     **{"metrics.paired_over_seeds.first": [0.1, 0.2], "metrics.paired_over_seeds.second": [1, 2.0]},
     **{"metrics.sensitivity_histogram.edges": [-3.0, 0.0], "nets.ConvNet.features": ((4,),)},
     **{"nets.ConvNet.hidden": (8,), "norms.keys": jax.random.split(KEY, B)},
+    **{"layers": {"hint": "hint"}, "num_heads": 2, "teachers": [NETWORK, NETWORK], "progress": 0.5},
+    **{f"distill.{name}.student_loss": distill.soft_loss for name in ("online", "through_token")},
+    **{"distill.confidence_weights.teacher_logits": np.stack([LOGITS, 2 * LOGITS])},
     **{"losses.mask": np.ones(B), "losses.features": INPUTS, "losses.teacher_features": 2 * INPUTS},
     **{f"losses.relation_kl.{name}": INPUTS[..., 0] for name in PROJECTIONS},
-    **{"losses.relation_kl.num_heads": 2},
     **{"metrics.features": LOGITS, "metrics.other": 2 * LOGITS},
     **{"losses.teacher_logits": 2 * LOGITS, "nets.ResNet.depth": 8, "nets.resnet.depth": 8},
     **{"nets.PlainNet.depth": 2, "nets.plain_net.depth": 2, "nets.ViT.depth": 1},
@@ -402,6 +404,12 @@ KINDS = {
         **{"text": "no", "number": 1, "too few": np.ones(2), "NaN": np.full(B, np.nan)},
         **{"column": np.ones((B, 1)), "zeros": np.zeros(B), "shares": np.full(B, 0.5)},
     },
+    "layers": {**JUNK, "empty": {}, "list": ["hint"], "numbers": {"hint": 3}, "turned": {3: "a"}},
+    "three names": {**JUNK, "text": "abc", "two": ("a", "b"), "numbers": (1, 2, 3)},
+    "shares": {
+        **{"text": "no", "number": 1.0, "object": object(), "sum 2": [1.0, 1.0], "empty": []},
+        **{"negative": [-0.5, 1.5], "NaN": [np.nan, 1.0], "mapping": {}, "bools": [True, False]},
+    },
     "edges": {
         **{**JUNK, "one": [1.0], "falling": [0.0, -3.0], "NaN": [-3.0, math.nan]},
         **{"matrix": [[-3, 0]], "texts": ["-3", "0"], "narrow": [-1.5, 0.0]},
@@ -451,12 +459,12 @@ network: logits_fn source surrogate
 function: teacher loss preprocess substitute apply_fn loss_fn augment objective progress output
     fun attack make teacher_loss student_loss
     random_logits_fn main conv_general_dilated callback attacks.bpda.logits_fn nets.logits_fn
-    parallel.compile_step.step nets.norm
-radius: eps step_size decay max_angle max_shift alpha beta overshoot eta
+    parallel.compile_step.step base distill.distance nets.norm
+radius: eps step_size decay max_angle max_shift alpha beta overshoot eta weight distill.gamma
     attacks.carlini_wagner_l0.confidence attacks.carlini_wagner_l2.confidence
     attacks.carlini_wagner_linf.confidence attacks.ead.confidence norms.eps norms.length
     norms.per_example.value
-share: rho gamma alpha_max p_init hard_weight threshold threshold_step final_gamma shrink
+share: progress rho gamma alpha_max p_init hard_weight threshold threshold_step final_gamma shrink
 above 0: learning_rate initial_const largest_const sigma delta orthogonal_step source_step
     const_factor initial_norm temperature theta softness
     attacks.hop_skip_jump.gamma
@@ -495,9 +503,12 @@ box: inputs
 json: content
 place: i
 words: seed_words
-sequence: generations networks measured compared
+sequence: generations networks teachers measured compared
 store: shards
 chosen: transfer
+layers: layers
+three names: distill.names teacher_names
+shares: weights
 counts: num_nonfinite
 shape: hidden
 window: window_shape strides
@@ -560,7 +571,13 @@ FINE = {
     (r"metrics\..*", "logits", "NaN"): "counts as no prediction",
     (r"metrics\.top1_agreement", "other", "NaN"): "agrees with nothing",
     (r"losses\..*", "temperature", "matrix"): "one number each, as a column",
-    (r"(distill|train)\..*_loss", "temperature|hard_weight", "matrix|too many"): "one a run",
+    (
+        r"(distill|train)\..*_loss",
+        "temperature|hard_weight|alpha|beta|gamma|weight",
+        "matrix|too many",
+    ): "one a run",
+    (r"distill\.(feature|relation)_loss", "base", "none"): "no loss on the logits",
+    (r"distill\.confidence_weights", "teacher_logits", "NaN"): "weights of NaN say so",
     (r"nets\.with_temperature", "temperature", "too many"): "one a network of a stack",
     (r"metrics\.predicts", "logits", "one row|cube"): "any number of rows",
     (

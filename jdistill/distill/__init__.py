@@ -10,8 +10,10 @@ weight and the factor `T²` give the teacher assistants of Mirzadeh et al. 2020 
 """
 
 from jdistill.distill._chain import Generation, chain, initial_weights, stage_name
+from jdistill.distill._feature_losses import feature_loss, relation_loss
 from jdistill.distill._labels import soft_labels
 from jdistill.distill._lessons import annealed
+from jdistill.distill._logit_losses import decoupled_loss, dist_loss
 from jdistill.distill._losses import (
     hard_label_loss,
     online,
@@ -21,16 +23,23 @@ from jdistill.distill._losses import (
     through_token,
 )
 from jdistill.distill._several import Several, together
+from jdistill.distill._several_losses import confidence_weights, several_teachers_loss
 
 __all__ = [
     "Generation",
     "Several",
     "annealed",
     "chain",
+    "confidence_weights",
+    "decoupled_loss",
+    "dist_loss",
+    "feature_loss",
     "hard_label_loss",
     "initial_weights",
     "online",
     "online_loss",
+    "relation_loss",
+    "several_teachers_loss",
     "soft_labels",
     "soft_loss",
     "stage_name",

@@ -48,3 +48,13 @@ def together(teachers: Sequence[LogitsFn]) -> Any:
 
 def _outputs(teachers: tuple[Any, ...], inputs: Any) -> Several:
     return Several(tuple(teacher(inputs) for teacher in teachers))
+
+
+def one_teacher(outputs: Any, name: str) -> Any:
+    """The outputs of the one teacher of a loss, after an error for several."""
+    if isinstance(outputs, Several):
+        raise ValueError(
+            f"expected one teacher for {name}, got {len(outputs.each)}; name one of them as the "
+            "generation's, or use distill.several_teachers_loss"
+        )
+    return outputs
