@@ -183,7 +183,8 @@ GOOD = {
     **{"losses.teacher_logits": 2 * LOGITS, "nets.ResNet.depth": 8, "nets.resnet.depth": 8},
     **{"nets.PlainNet.depth": 2, "nets.plain_net.depth": 2, "nets.ViT.depth": 1},
     **{"nets.ViT.patch_size": 2, "nets.ViT.width": 8, "nets.ViT.num_heads": 2},
-    "nets.train": False,
+    **{"nets.train": False, "nets.WideResNet.depth": 10, "nets.WideResNet.width": 0.25},
+    **{"nets.wide_resnet.depth": 10, "nets.wide_resnet.width": 0.25},
     **{"norms.per_example.value": 0.1, "parallel.tree": INPUTS, "parallel.split.tree": INPUTS},
     **{"parallel.split.devices": jax.devices()[:3], "report.read_table.path": FILES["t.csv"]},
     **{"report.read_verdicts.path": FILES["v.json"], "report.read_tables.folder": FOLDER / "w"},
@@ -473,13 +474,14 @@ count: num_steps num_restarts num_targets num_queries num_samples max_samples nu
     num_sensitivity num_bins multiple num_hosts max_to_keep max_examples memory_limit
     steps_per_call num_generations total nets.num_classes report.summary.width
     nets.ViT.depth nets.ViT.width patch_size num_heads mlp_ratio num_groups
+    channels stem_size stem_stride
 depth: depth
 logits: teacher_logits metrics.linear_cka.features metrics.other
 count from 2: num_candidates num_classes max_features
 count from 0: first_target num_epochs host epoch generation number successes num_rows data.start
     data.num_examples place checkpoint.step keep_best
 flag: enabled best_loss trace random_start abort_early minimum_norm temperature_squared vmapped
-    online distillation_token nets.train
+    online distillation_token nets.train stem_pool
 text: stage shard_name remedy report.write_picture_grid.attack report.write_picture_grid.norm
     report.from_evaluation.dataset parallel.barrier.name nets.name
 path: directory folder workdir data_dir cache_dir
@@ -510,7 +512,7 @@ layers: layers
 three names: distill.names teacher_names
 shares: weights
 counts: num_nonfinite
-shape: hidden
+shape: hidden blocks
 window: window_shape strides
 padding: padding
 module: model
@@ -608,7 +610,9 @@ WITHOUT_CHECKS = {
 }
 
 # Classes, whose fields are checked.
-NETWORKS = ("nets.ConvNet", "nets.PlainNet", "nets.ResNet", "nets.ViT")
+NETWORKS = tuple(
+    f"nets.{name}" for name in "ConvNet PlainNet ProjectionResNet ResNet ViT WideResNet".split()
+)
 
 
 def public():

@@ -2,9 +2,11 @@
 passes in NumPy, sizes as published, and laws that hold for all of them."""
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -27,6 +29,9 @@ def assert_close(got, expected, tolerance=1e-4):
 SMALL = {
     "resnet": functools.partial(nets.resnet, 8),
     "plain_net": functools.partial(nets.plain_net, 2),
+    "resnet18": functools.partial(nets.resnet18, 0.0625, blocks=(1, 2)),
+    "resnet18_imagenet": functools.partial(nets.resnet18_imagenet, 0.0625, blocks=(1, 1)),
+    "wide_resnet": functools.partial(nets.wide_resnet, 10, 0.25),
 }
 
 
@@ -45,6 +50,187 @@ def drawn(name, **fields):
 
 def doubles(tree):
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+
+
+# --- Architecture ---------------------------------------------------------------------------------
+
+IMAGENET, CIFAR = (224, 224, 3), (32, 32, 3)
+SIZES = {
+    # torchvision's, and the CIFAR variant that papers on robustness train.
+    "resnet18_imagenet": (nets.resnet18_imagenet, IMAGENET, 11_689_512),
+    "resnet34_imagenet": (
+        functools.partial(nets.resnet18_imagenet, blocks=(3, 4, 6, 3)),
+        *(IMAGENET, 21_797_672),
+    ),
+    "resnet18": (nets.resnet18, CIFAR, 11_173_962),
+    # The paper's table 4 and table 1 rounded, and the code of WRN-28-10 and WRN-34-10 exactly.
+    "WRN-28-10": (functools.partial(nets.wide_resnet, 28, 10), CIFAR, 36_479_194),
+    "WRN-34-10": (functools.partial(nets.wide_resnet, 34, 10), CIFAR, 46_160_474),
+    "WRN-16-4": (functools.partial(nets.wide_resnet, 16, 4), CIFAR, 2_748_890),
+    "WRN-40-2": (functools.partial(nets.wide_resnet, 40, 2), CIFAR, 2_243_546),
+    "WRN-40-1": (functools.partial(nets.wide_resnet, 40, 1), CIFAR, 563_930),
+}
+
+
+@pytest.mark.parametrize(("make", "shape", "expected"), SIZES.values(), ids=SIZES)
+def test_networks_have_the_published_number_of_parameters(make, shape, expected):
+    model = make()
+    drawn = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, *shape))), KEY)
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(drawn["params"])) == expected
+
+
+# The forward pass once more, in float64.
+
+
+def convolve(x, layer, stride=1, groups=1):
+    """A convolution padded alike on both sides, place by place."""
+    kernel = layer["kernel"]
+    side, (batch, height, width, channels) = kernel.shape[0], x.shape
+    rows, columns = (-(-size // stride) for size in (height, width))
+    padded = np.pad(x, ((0, 0), (side // 2,) * 2, (side // 2,) * 2, (0, 0)))
+    out = np.zeros((batch, rows, columns, groups, kernel.shape[3] // groups))
+    for row, column in np.ndindex(side, side):
+        part = padded[:, row::stride, column::stride][:, :rows, :columns]
+        parts = part.reshape(batch, rows, columns, groups, channels // groups)
+        weights = kernel[row, column].reshape(channels // groups, groups, -1)
+        out += np.einsum("bhwgi,igo->bhwgo", parts, weights)
+    return out.reshape(batch, rows, columns, -1) + layer.get("bias", 0.0)
+
+
+class Reference:
+    """The layers of a network by their names, in float64, batch normalization in evaluation."""
+
+    def __init__(self, params, state, epsilon=1e-5):
+        self.params, self.stats = doubles(params), doubles(state["batch_stats"])
+        self.epsilon = epsilon
+
+    def conv(self, x, name, stride=1, groups=1):
+        return convolve(x, self.params[name], stride, groups)
+
+    def norm(self, x, name):
+        layer, stats = self.params[name], self.stats[name]
+        scale = layer["scale"] / np.sqrt(stats["var"] + self.epsilon)
+        return (x - stats["mean"]) * scale + layer["bias"]
+
+    def dense(self, x, name):
+        return x @ self.params[name]["kernel"] + self.params[name]["bias"]
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def projection_resnet(net, x, model):
+    def layer(x, name, stride=1):
+        return net.norm(net.conv(x, f"conv{name}", stride), f"norm{name}")
+
+    x = relu(layer(x, "", model.stem_stride))
+    if model.stem_pool:
+        padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # no value is below 0
+        x = np.maximum.reduce(
+            [
+                padded[:, row::2, column::2][:, : -(-x.shape[1] // 2), : -(-x.shape[2] // 2)]
+                for row, column in np.ndindex(3, 3)
+            ]
+        )
+    for group, number in enumerate(model.blocks):
+        for block in range(number):
+            name, stride = f"_{group}_{block}", 2 if group > 0 and block == 0 else 1
+            y = layer(relu(layer(x, f"{name}_0", stride)), f"{name}_1")
+            x = relu(y + (layer(x, f"{name}_shortcut", stride) if stride > 1 else x))
+    return net.dense(x.mean((1, 2)), "logits")
+
+
+def pre_activation(net, x, model):
+    x = net.conv(x, "conv")
+    for group in range(3):
+        for block in range((model.depth - 4) // 6):
+            name, stride = f"_{group}_{block}", 2 if group > 0 and block == 0 else 1
+            first = relu(net.norm(x, f"norm{name}_0"))
+            if block == 0:
+                x = net.conv(first, f"conv{name}_shortcut", stride)
+            second = relu(net.norm(net.conv(first, f"conv{name}_0", stride), f"norm{name}_1"))
+            x = x + net.conv(second, f"conv{name}_1")
+    return net.dense(relu(net.norm(x, "norm")).mean((1, 2)), "logits")
+
+
+FORWARD = {
+    "resnet18": projection_resnet,
+    "resnet18_imagenet": projection_resnet,
+    "wide_resnet": pre_activation,
+}
+
+
+@pytest.mark.floor
+@pytest.mark.parametrize("name", FORWARD)
+def test_the_forward_pass_equals_numpy(name):
+    model, params, state = drawn(name)
+    inputs = images(3)
+    expected = FORWARD[name](Reference(params, state), inputs.astype(np.float64) - 0.5, model)
+    got = model.apply({"params": params, **state}, inputs)
+    assert got.shape == (3, 3)
+    assert_close(got, expected)
+
+
+# --- Laws -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.floor
+@pytest.mark.parametrize("name", SMALL)
+def test_gradients_are_finite_and_those_of_xla(name):
+    model, params, state = drawn(name)
+
+    def gradients(model):
+        def total(params, x):
+            logits = model.apply({"params": params, **state}, x)
+            return jnp.sum(jnp.square(logits))
+
+        return jax.jit(jax.grad(total, argnums=(0, 1)))(params, images(2))
+
+    got = gradients(model)
+    expected = gradients(model.clone(conv_general_dilated=jax.lax.conv_general_dilated))
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert np.isfinite(one).all()
+        assert np.abs(other).max() > 0
+        assert_close(one, other, 1e-3)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_an_example_is_evaluated_the_same_alone_and_in_a_batch(name):
+    model, params, state = drawn(name)
+    apply, inputs = nets.apply_fn(model), images(3)
+    whole, kept = apply(params, state, inputs, train=False, key=None)
+    assert kept is state
+    alone, _ = apply(params, state, inputs[1:2], train=False, key=None)
+    assert_close(alone, whole[1:2])
+    keys = jax.random.split(KEY, 3)
+    trained, after = apply(params, state, inputs, train=True, key=keys)
+    assert np.abs(np.asarray(trained - whole)).max() > 1e-3
+    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
+        assert np.abs(np.asarray(new - old)).max() > 1e-5
+
+
+DROPPING = {"wide_resnet": {"dropout_rate": 0.5}}
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_what_an_example_drops_depends_on_its_key_alone(name):
+    model, params, state = drawn(name, norm=GROUPS)
+    model = model.clone(**DROPPING[name])
+    keys = jax.random.split(KEY, 4)
+
+    @jax.jit
+    def call(inputs, keys):
+        return nets.apply_fn(model)(params, state, inputs, train=True, key=keys)[0]
+
+    inputs = np.repeat(images(2), 2, axis=0)
+    dropped = call(inputs, keys)
+    assert_close(call(inputs[1:3], keys[1:3]), dropped[1:3])
+    assert np.abs(dropped[0] - dropped[1]).max() > 1e-3  # one picture, two keys
+    evaluated = model.apply({"params": params}, inputs)
+    assert_close(evaluated[0], evaluated[1])
+    with pytest.raises(ValueError, match=r"dropout_keys when train=True and \w+ > 0, got None"):
+        model.apply({"params": params}, inputs, train=True)
 
 
 # --- Normalization --------------------------------------------------------------------------------
@@ -143,6 +329,14 @@ def test_networks_are_equal_by_value_and_share_a_trace(name):
             "callable, got the text 'batch' as norm; pass nets.",
         ),
         (lambda: nets.plain_net(2, norm=None), "callable, got NoneType as norm"),
+        (lambda: nets.wide_resnet(12, 1), r"depth of 6n \+ 4, such as .* got 12; pass 10 or 16"),
+        (lambda: nets.wide_resnet(10, 0), "width > 0, got 0"),
+        (lambda: nets.wide_resnet(10, 1, dropout_rate=1.0), r"dropout_rate in \[0, 1\), got 1.0"),
+        (lambda: nets.resnet18(stem_size=4), "odd stem_size, got 4; pass 3 or 5"),
+        (lambda: nets.resnet18(blocks=(2, 0)), "each size of blocks to be a whole number >= 1"),
+        (lambda: nets.resnet18(-1), "width > 0, got -1; pass 1.0 for the paper's"),
+        (lambda: nets.init(nets.resnet18(0.1), KEY, (8, 8)), "inputs of rank 4"),
+        (lambda: nets.init(nets.wide_resnet(10, 1), KEY, (8, 8)), "inputs of rank 4"),
         (
             lambda: nets.init(
                 nets.resnet(8, norm=functools.partial(nets.group_norm, num_groups=0)),

@@ -68,8 +68,10 @@ def folder(student, tmp_path_factory):
         (nets.plain_net(2, num_classes=3), (8, 8, 3)),
         (nets.resnet(8, conv_general_dilated=jax.lax.conv_general_dilated), (8, 8, 3)),
         (nets.plain_net(2, norm=functools.partial(nets.group_norm, num_groups=4)), (8, 8, 3)),
+        (nets.resnet18_imagenet(0.0625, blocks=(1, 1)), (8, 8, 3)),
+        (nets.wide_resnet(10, 0.25), (8, 8, 3)),
     ],
-    ids=["dropout", "statistics", "residual", "groups"],
+    ids=["dropout", "statistics", "residual", "groups", "projections", "wide"],
 )
 def test_reads_back_what_was_written(model, shape, tmp_path):
     network = network_of(model, shape)

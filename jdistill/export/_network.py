@@ -21,7 +21,9 @@ from jdistill.typing import Array, PyTree
 _NETWORKS: dict[str, Callable[..., Any]] = {
     "ConvNet": nets.ConvNet,
     "PlainNet": nets.PlainNet,
+    "ProjectionResNet": nets.ProjectionResNet,
     "ResNet": nets.ResNet,
+    "WideResNet": nets.WideResNet,
 }
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "jdistill.nets.conv_general_dilated": nets.conv_general_dilated,

@@ -1,8 +1,8 @@
 """Networks, and the adapters that turn any network into the library's two callables.
 
 * Networks: `ConvNet`, the papers' sizes `mnist_net` and `cifar_net`, the small `digits_net`;
-  `resnet` and `plain_net` for CIFAR by depth, with batch statistics; `ViT`, the transformers of
-  DeiT's sizes `deit_tiny`, `deit_small`, `deit_base`, and the small `vit_digits`, `vit_mnist`,
+  `resnet`, `plain_net`, and `wide_resnet` for CIFAR by depth, `resnet18`; `ViT`, the transformers
+  of DeiT's sizes `deit_tiny`, `deit_small`, `deit_base`, and the small `vit_digits`, `vit_mnist`,
   `vit_cifar`, all with or without a distillation token; `init` draws their variables.
 * Normalization, as an argument of the convolutional ones: `batch_norm`, `group_norm`.
 * Adapters: `apply_fn`, `nnx_model` (training) and `logits_fn` (attacks and measures) for Flax
@@ -33,6 +33,13 @@ from jdistill.nets._convnet import ConvNet, cifar_net, digits_net, init, mnist_n
 from jdistill.nets._convolution import conv_general_dilated
 from jdistill.nets._normalization import batch_norm, group_norm
 from jdistill.nets._pooling import max_pool
+from jdistill.nets._residual import (
+    ProjectionResNet,
+    WideResNet,
+    resnet18,
+    resnet18_imagenet,
+    wide_resnet,
+)
 from jdistill.nets._rewriting import fast_on_cpu
 from jdistill.nets._stacking import index, stack, stack_size, unstack
 from jdistill.nets._vit import (
@@ -48,8 +55,10 @@ from jdistill.nets._vit import (
 __all__ = [
     "ConvNet",
     "PlainNet",
+    "ProjectionResNet",
     "ResNet",
     "ViT",
+    "WideResNet",
     "apply_fn",
     "batch_norm",
     "binary",
@@ -72,11 +81,14 @@ __all__ = [
     "nnx_model",
     "plain_net",
     "resnet",
+    "resnet18",
+    "resnet18_imagenet",
     "stack",
     "stack_size",
     "unstack",
     "vit_cifar",
     "vit_digits",
     "vit_mnist",
+    "wide_resnet",
     "with_temperature",
 ]

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from jdistill import _validate
 from jdistill.nets._convolution import conv_general_dilated
-from jdistill.nets._normalization import Norm, batch_norm, check_fields
+from jdistill.nets._fields import check_fields
+from jdistill.nets._normalization import Norm, batch_norm
 from jdistill.nets._pooling import max_pool
 from jdistill.typing import Array
 

@@ -12,17 +12,9 @@ import jax.numpy as jnp
 from jdistill import _validate
 from jdistill.nets._adapters import check_module
 from jdistill.nets._convolution import conv_general_dilated
+from jdistill.nets._fields import drop_units
 from jdistill.nets._pooling import max_pool
 from jdistill.typing import Array, PyTree
-
-
-def _drop(keys: Array, layer: int, values: Array, rate: float) -> Array:
-    """Inverted dropout; row i of `values [B, ...]` is masked by `keys[i]` and `layer` alone."""
-
-    def mask(key: Array) -> Array:
-        return jax.random.bernoulli(jax.random.fold_in(key, layer), 1.0 - rate, values.shape[1:])
-
-    return jnp.where(jax.vmap(mask)(keys), values / (1.0 - rate), 0.0)
 
 
 class ConvNet(nn.Module):
@@ -138,7 +130,7 @@ class ConvNet(nn.Module):
         for number, size in enumerate(self.hidden):
             x = nn.relu(nn.Dense(size, kernel_init=initial, name=f"dense_{number}")(x))
             if drop and number == 0 and dropout_keys is not None:
-                x = _drop(dropout_keys, number, x, self.dropout_rate)
+                x = drop_units(dropout_keys, number, x, self.dropout_rate)
         return nn.Dense(self.num_classes, kernel_init=initial, name="logits")(x)
 
 

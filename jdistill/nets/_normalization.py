@@ -1,6 +1,5 @@
 """What a network normalizes its channels by, as an argument: batch or group normalization."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -119,33 +118,3 @@ class _GroupNorm(nn.Module):
         whole = (centered * lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
         ones = (1,) * len(others)
         return whole * scale.reshape(*ones, channels) + bias.reshape(*ones, channels)
-
-
-class _Bound(functools.partial[Any]):
-    """A `functools.partial` that compares by what it holds, as modules do by their fields."""
-
-    def _parts(self) -> tuple[Any, ...]:
-        return self.func, self.args, tuple(sorted(self.keywords.items()))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Bound) and self._parts() == other._parts()
-
-    def __hash__(self) -> int:
-        return hash(self._parts())
-
-
-def by_value(fun: Any) -> Any:
-    """A function for a module's field: partials of one function with equal arguments are equal."""
-    if isinstance(fun, functools.partial) and not isinstance(fun, _Bound):
-        return _Bound(fun.func, *fun.args, **fun.keywords)
-    return fun
-
-
-def check_fields(model: Any) -> None:
-    """Checks the fields that all networks with normalization have, and keeps `norm` by value."""
-    _validate.count(num_classes=model.num_classes)
-    _validate.scalar(shift=model.shift)
-    _validate.finite(shift=model.shift)
-    _validate.function(conv_general_dilated=model.conv_general_dilated)
-    _validate.function(norm=model.norm, remedy="pass nets.batch_norm or nets.group_norm")
-    object.__setattr__(model, "norm", by_value(model.norm))
