@@ -24,7 +24,7 @@ NAME = "pgd_eps=0.1_num_steps=4_examples=12"
 
 
 RECIPE = dataclasses.replace(
-    _recipes.smallest(studies.RECIPES["digits"]),
+    studies.RECIPES["digits"].smallest(),
     temperatures=(1.0, 5.0),
     num_assistants=0,
     epochs=EPOCHS,

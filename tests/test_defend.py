@@ -105,7 +105,7 @@ def test_run_leaves_the_whole_workdir(finished):
 
 def test_results_are_those_of_the_library(finished):
     """A row recomputed from the checkpointed weights by direct calls."""
-    recipe = _recipes.smallest(RECIPES["digits"])
+    recipe = RECIPES["digits"].smallest()
     (network,) = studies.networks(recipe.study(), finished, temperatures=[20.0], generations=[2])
     test = data.load("digits").test
     inputs, labels = test.inputs[:32], test.labels[:32]
@@ -411,7 +411,7 @@ def test_smoke_run_on_real_images(name, tmp_path, monkeypatch):
 def test_a_sweep_trains_the_networks_of_single_runs(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:2])
     run(tmp_path, "--parallel", "sweep")
-    recipe = _recipes.smallest(RECIPES["digits"])
+    recipe = RECIPES["digits"].smallest()
     pairs = [studies.networks(recipe.study(), folder) for folder in (finished, tmp_path)]
     for one, other in zip(*pairs, strict=True):
         assert one.title == other.title

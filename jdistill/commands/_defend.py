@@ -24,7 +24,7 @@ import tyro
 from jdistill import runtime
 from jdistill import study as studies
 from jdistill.commands import _studies
-from jdistill.study import RECIPES, Recipe, _recipes
+from jdistill.study import RECIPES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,14 +57,6 @@ class Options:
             runtime.initialize(*address)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Line(Recipe):
-    __doc__ = Recipe.__doc__
-
-    dataset: tyro.conf.Suppress[str]  # type: ignore[assignment]
-    network: tyro.conf.Suppress[str]  # type: ignore[assignment]
-
-
 def run(arguments: Sequence[str]) -> None:
     """Run the command."""
     name = arguments[0] if arguments else "--help"
@@ -75,22 +67,22 @@ def run(arguments: Sequence[str]) -> None:
     label = pathlib.Path(name).stem if of_file else name
     default = f"runs/defend-{label}{suffix}"
     folder = _studies.workdir_path(default if options.workdir is None else options.workdir)
-    if isinstance(made, Recipe):
-        source = _studies.of_recipe(_studies.extended(made, folder), options.data_dir)
-    else:
+    if isinstance(made, _studies.Source):
         source = made
         if options.smoke:
             source = source._replace(study=studies.smoke(source.study))
+    else:
+        source = _studies.of_recipe(_studies.extended(made, folder), options.data_dir)
     tables = studies.run(source.study, folder, parallel=options.parallel, recipe=source.recipe)
     print(tables)
     print(f"report: {tables.report}")
 
 
-def parse(arguments: Sequence[str]) -> tuple[Recipe, Options]:
+def parse(arguments: Sequence[str]) -> tuple[_studies.AnyRecipe, Options]:
     """The recipe and the options of a command line; `--help` explains each."""
     # It changes the defaults, so that what is given beside it still holds.
     recipes = {
-        name: _recipes.smallest(recipe) if "--smoke" in arguments else recipe
+        name: recipe.smallest() if "--smoke" in arguments else recipe
         for name, recipe in RECIPES.items()
     }
     known = [*recipes, "-h", "--help"]
@@ -108,14 +100,30 @@ def parse(arguments: Sequence[str]) -> tuple[Recipe, Options]:
     )
 
 
-def _command(default: Recipe) -> Any:
-    """A function whose arguments, with their defaults, are the data set's command line."""
-    line = _Line(**vars(default))
+# What says which of the recipes it is.
+_FIXED = ("dataset", "network")
 
-    def command(recipe: _Line = line, run: Options = Options()) -> tuple[Recipe, Options]:
-        return Recipe(**vars(recipe)), run
 
-    command.__doc__ = f"{Recipe.__doc__} Data set: {default.dataset}."
+def _command(default: _studies.AnyRecipe) -> Any:
+    """A function whose arguments, with their defaults, are the recipe's command line."""
+    kind: Any = type(default)
+    fixed = [name for name in _FIXED if name in kind.__dataclass_fields__]
+    line = type(
+        "_Line",
+        (kind,),
+        {
+            "__annotations__": dict.fromkeys(fixed, tyro.conf.Suppress[str]),
+            "__doc__": kind.__doc__,
+            "__module__": kind.__module__,
+        },
+    )
+    shown: Any = dataclasses.dataclass(frozen=True, kw_only=True)(line)
+    values = shown(**vars(default))
+
+    def command(recipe: shown = values, run: Options = Options()) -> tuple[Any, Options]:
+        return kind(**vars(recipe)), run
+
+    command.__doc__ = f"{kind.__doc__} Data set: {default.dataset}."
     return command
 
 

@@ -21,7 +21,6 @@ from jdistill import runtime
 from jdistill import study as studies
 from jdistill.commands import _defend, _studies
 from jdistill.runtime import tpu
-from jdistill.study import Recipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,10 +55,10 @@ def run(arguments: Sequence[str]) -> None:
     made, given = _defend._parse_file([name, *rest]) if of_file else _defend.parse([name, *rest])
     if given.workdir is not None:
         raise ValueError(f"expected no --workdir for a plan, got {given.workdir!r}; leave it out")
-    if isinstance(made, Recipe):
-        study = _studies.of_recipe(made, given.data_dir).study
-    else:
+    if isinstance(made, _studies.Source):
         study = studies.smoke(made.study) if given.smoke else made.study
+    else:
+        study = _studies.of_recipe(made, given.data_dir).study
     plan = show(study, options.topology, largest=options.largest)
     if file is not None:
         runtime.write_json(file, plan.as_dict())

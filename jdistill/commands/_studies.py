@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from jdistill.study import Recipe, Study, _workdir
+from jdistill.study import RECIPES, DeitRecipe, Recipe, Study, _workdir
 
 Made = Callable[..., Any]
 
@@ -50,13 +50,21 @@ def workdir_path(given: str) -> epath.Path:
     return epath.Path(expanded)
 
 
-def of_recipe(recipe: Recipe, data_dir: str | None) -> Source:
+AnyRecipe = Recipe | DeitRecipe
+
+
+def of_recipe(recipe: AnyRecipe, data_dir: str | None) -> Source:
     """The study of a recipe."""
-    return Source(recipe.study(data_dir=data_dir), dataclasses.asdict(recipe))
+    kept = dataclasses.asdict(recipe)
+    if not isinstance(recipe, Recipe):
+        kept["kind"] = type(recipe).__name__
+    return Source(recipe.study(data_dir=data_dir), kept)
 
 
-def extended(recipe: Recipe, folder: epath.Path) -> Recipe:
+def extended(recipe: AnyRecipe, folder: epath.Path) -> AnyRecipe:
     """The recipe with the assistants that its workdir has already."""
+    if not isinstance(recipe, Recipe):
+        return recipe
     held = (_held(folder) or {}).get("num_assistants")
     more = held if isinstance(held, int) else 0
     return dataclasses.replace(recipe, num_assistants=max(more, recipe.num_assistants))
@@ -126,7 +134,9 @@ def of_workdir(folder: epath.Path, data_dir: str | None) -> Study:
         values: dict[str, Any] = {
             name: tuple(v) if isinstance(v, list) else v for name, v in recipe.items()
         }
-        return Recipe(**values).study(data_dir=data_dir)
+        kinds = {type(each).__name__: type(each) for each in RECIPES.values()}
+        kind: Any = kinds.get(values.pop("kind", Recipe.__name__), Recipe)
+        return kind(**values).study(data_dir=data_dir)
     except TypeError as error:
         raise ValueError(
             f"expected the recipe of a run in {folder / 'config.json'}, got another ({error}); use "

@@ -213,29 +213,28 @@ class Recipe:
             num_steps=self.distance_steps, num_examples=self.distance_examples, batch_size=50
         )
 
-
-def smallest(recipe: Recipe) -> Recipe:
-    """The same run with every size at its least: seconds, and numbers that mean nothing."""
-    return dataclasses.replace(
-        recipe,
-        temperatures=(1.0, 20.0),
-        num_assistants=1,
-        seeds=(0,),
-        epochs=1,
-        batch_size=32,
-        train_examples=64,
-        test_examples=32,
-        sensitivity_examples=16,
-        fgsm_examples=16,
-        pgd_examples=8,
-        pgd_steps=3,
-        cw_examples=8,
-        cw_searches=2,
-        cw_steps=5,
-        distance_examples=4,
-        distance_steps=3,
-        verdict_examples=4,
-    )
+    def smallest(self) -> "Recipe":
+        """The same run with every size at its least: seconds, and numbers that mean nothing."""
+        return dataclasses.replace(
+            self,
+            temperatures=(1.0, 20.0),
+            num_assistants=1,
+            seeds=(0,),
+            epochs=1,
+            batch_size=32,
+            train_examples=64,
+            test_examples=32,
+            sensitivity_examples=16,
+            fgsm_examples=16,
+            pgd_examples=8,
+            pgd_steps=3,
+            cw_examples=8,
+            cw_searches=2,
+            cw_steps=5,
+            distance_examples=4,
+            distance_steps=3,
+            verdict_examples=4,
+        )
 
 
 DIGITS = Recipe(
@@ -272,4 +271,6 @@ CIFAR10 = Recipe(
     eps=8 / 255,
 )
 
-RECIPES = {recipe.dataset: recipe for recipe in (DIGITS, MNIST, FASHION_MNIST, CIFAR10)}
+RECIPES: dict[str, Recipe] = {
+    recipe.dataset: recipe for recipe in (DIGITS, MNIST, FASHION_MNIST, CIFAR10)
+}
