@@ -4,6 +4,7 @@ The library in one screen:
 
 * `data`: data sets as NumPy arrays; `nets`: networks, and adapters for any other;
 * `train`, `distill`: one pure step, and chains teacher → assistants → student;
+* `robust`: distillation with adversarial examples, from robust teachers;
 * `sweep`: all temperatures and seeds of a study as one program;
 * `attacks`: compiled attacks on any `logits_fn`; `losses`, `norms`: what they are made of;
 * `metrics`, `evaluate`: accuracy, two sensitivities, robustness, for whole stacks of networks;
@@ -30,6 +31,7 @@ from jdistill import (
     nets,
     norms,
     parallel,
+    robust,
     sweep,
     train,
     typing,
@@ -59,6 +61,7 @@ __all__ = [
     "norms",
     "parallel",
     "report",
+    "robust",
     "runtime",
     "study",
     "sweep",

@@ -32,6 +32,7 @@ LEVELS = {
     "attacks": 2,
     "train": 2,
     "distill": 3,
+    "robust": 3,
     "sweep": 3,
     "evaluate": 3,
     "diagnose": 3,

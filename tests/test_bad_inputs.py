@@ -39,7 +39,7 @@ from jdistill import (
 from tests.report_rows import make_rows
 
 MODULES = "attacks data diagnose distill evaluate losses metrics nets norms parallel report runtime"
-MODULES = [*MODULES.split(), "sweep", "train"]
+MODULES = [*MODULES.split(), "robust", "sweep", "train"]
 OWN = (ValueError, TypeError, FloatingPointError, FileNotFoundError)
 B, K, SHAPE = 3, 4, (4, 4, 1)
 rng = np.random.default_rng(0)
@@ -195,6 +195,7 @@ GOOD = {
     **{"train.fit.devices": DEVICES, "sweep.fit.devices": DEVICES, "sweep.params": PARAMS},
     **{"sweep.fit.state": STATES, "sweep.loss_fn": train.hard_loss(np.ones(2))},
     **{"sweep.generations": [GENERATIONS], "checkpoint.save.state": SAVED},
+    "robust.loss": train.hard_loss,
     **{"checkpoint.save.step": 9, "checkpoint.like": SAVED, "checkpoint.restore.step": 1},
 }
 # What bad values are made of where nothing is passed.
@@ -458,7 +459,7 @@ KINDS = {
 SORTS = """
 network: logits_fn source surrogate
 function: teacher loss preprocess substitute apply_fn loss_fn augment objective progress output
-    fun attack make teacher_loss student_loss
+    fun attack make teacher_loss student_loss inner
     random_logits_fn main conv_general_dilated callback attacks.bpda.logits_fn nets.logits_fn
     parallel.compile_step.step base distill.distance nets.norm
 radius: eps step_size decay max_angle max_shift alpha beta overshoot eta weight distill.gamma
@@ -466,8 +467,9 @@ radius: eps step_size decay max_angle max_shift alpha beta overshoot eta weight 
     attacks.carlini_wagner_linf.confidence attacks.ead.confidence norms.eps norms.length
     norms.per_example.value
 share: progress rho gamma alpha_max p_init hard_weight threshold threshold_step final_gamma shrink
+    robust_weight
 above 0: learning_rate initial_const largest_const sigma delta orthogonal_step source_step
-    const_factor initial_norm temperature theta softness
+    const_factor initial_norm temperature theta softness clean_temperature robust_temperature
     attacks.hop_skip_jump.gamma
 count: num_steps num_restarts num_targets num_queries num_samples max_samples num_starts
     num_searches num_angles num_shifts num_draws num_parallel batch_size num_examples
@@ -574,8 +576,8 @@ FINE = {
     (r"metrics\.top1_agreement", "other", "NaN"): "agrees with nothing",
     (r"losses\..*", "temperature", "matrix"): "one number each, as a column",
     (
-        r"(distill|train)\..*_loss",
-        "temperature|hard_weight|alpha|beta|gamma|weight",
+        r"(distill|robust|train)\..*_loss",
+        ".*temperature|.*weight|alpha|beta|gamma",
         "matrix|too many",
     ): "one a run",
     (r"distill\.(feature|relation)_loss", "base", "none"): "no loss on the logits",
