@@ -3,6 +3,9 @@
 Training minimizes them; attacks maximize them (and minimize them towards a target class).
 The temperature divides the logits: `softmax(z / T)`, and may be traced. A class whose logit is
 `-inf` is masked out: the losses are those of the other classes alone.
+
+`hint`, `attention_transfer`, and `relation_kl` are of features and not of logits. One loss is of a
+whole batch, `intra_class_distance`.
 """
 
 from jdistill.losses._classification import (
