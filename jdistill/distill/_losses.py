@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, losses, nets
-from jdistill.distill._several import Several
+from jdistill.distill._several import Several, one_teacher
 from jdistill.typing import Array, ArrayLike, Batch, LogitsFn, LossFn
 
 
@@ -296,9 +296,7 @@ def _online_loss(
     outputs: Any,
     batch: Batch,
 ) -> Array:
-    targets = jax.nn.softmax(
-        jax.lax.stop_gradient(nets.logits_of(teacher(batch.inputs))) / temperature, axis=-1
-    )
+    targets = soft_targets(teacher(batch.inputs), temperature)
     return _mixed(temperature, hard_weight, factor, outputs, batch, targets)
 
 
@@ -306,7 +304,8 @@ def _standardized_loss(
     teacher: LogitsFn, temperature: Array, hard_weight: Array, outputs: Any, batch: Batch
 ) -> Array:
     logits = nets.logits_of(outputs)
-    its = jax.lax.stop_gradient(nets.logits_of(teacher(batch.inputs)))
+    its = one_teacher(teacher(batch.inputs), "standardized_loss")
+    its = jax.lax.stop_gradient(nets.logits_of(its))
     soft = losses.standardized_kl(logits, its, temperature=temperature)
     hard = losses.cross_entropy(logits, batch.labels)
     return (1 - hard_weight) * soft + hard_weight * hard
