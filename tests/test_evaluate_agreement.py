@@ -211,10 +211,10 @@ def init_dense(width, key, shape):
     }
 
 
-def stage(width):
+def stage(width, **options):
     model = (functools.partial(init_dense, width), dense)
     rates = {"learning_rate": lambda temperature: 0.1 * temperature}
-    return Stage(model=model, optimizer=train.sgd(0.1), num_epochs=3, hyperparams=rates)
+    return Stage(model=model, optimizer=train.sgd(0.1), num_epochs=3, hyperparams=rates, **options)
 
 
 def digits():
@@ -360,18 +360,23 @@ def test_a_workdir_from_before_loads_and_reports_and_gets_it_without_work(
     assert (folder / "agreement.csv").read_bytes() == (finished / "agreement.csv").read_bytes()
 
 
-def test_a_frozen_teacher_counts_as_one(tmp_path):
+def test_a_frozen_teacher_counts_as_one_and_there_may_be_two_or_none(tmp_path):
     weights = init_dense(24, jax.random.key(3), (8, 8, 1))
     frozen = nets.callable_logits_fn(dense, weights)
     own = Study(
         data=digits,
-        chains=[Stage(frozen=frozen), stage(6)],
+        chains=[Stage(frozen=frozen), stage(6), stage(6, teachers=()), stage(6, teachers=(0, 2))],
         attacks=STUDY.attacks,
         num_sensitivity=4,
     )
-    (row,) = study.run(own, tmp_path / "run").rows["agreement"]
+    tables = study.run(own, tmp_path / "run")
+    row, *others = tables.rows["agreement"]
     assert (row["generation"], row["teacher_generation"]) == (1, 0)
     assert "chain" not in row
+    assert [(one["generation"], one["teacher_generation"]) for one in others] == [(3, 0), (3, 2)]
+    text = Page(tables.report).text
+    assert "T = 1 studentteacher" in text
+    assert "T = 1 studentassistant 2" in text
     _, (inputs, labels) = digits()
     wrong = np.asarray(frozen(inputs)).argmax(1) != labels
     assert row["num_teacher_mistakes"] == wrong.sum() > 75

@@ -211,25 +211,20 @@ def _agreements(
     Networks that chains share have each pair once, under the first chain that has them. It takes
     no further pass: the logits are those that the accuracy was measured by.
     """
-    owners = {chain.name: chain.owners for chain in chains_of(study)}
+    chains = {chain.name: chain for chain in chains_of(study)}
     found = {}
     for network in networks:
-        name = _name(examples, network)
-        if name not in logits or owners[name.chain][name.generation] != name.chain:
+        name, chain = _name(examples, network), chains[network.chain]
+        if name not in logits or chain.owners[name.generation] != name.chain:
             continue
-        for number in _teachers_of(study, network):
+        lesson = study.lesson(chain.stages[name.generation], name.generation)
+        for number in lesson.teachers:
             own = name._replace(generation=number)
-            teacher = own._replace(chain=owners[own.chain][number])
+            teacher = own._replace(chain=chain.owners[number])
             found[name, teacher] = agreement_of_logits(
                 logits[name], logits[own], examples.test.labels
             )
     return found
-
-
-def _teachers_of(study: Study, network: Trained) -> tuple[int, ...]:
-    """The generations of its chain that a network has learned from."""
-    del study
-    return (network.generation - 1,) if network.generation else ()
 
 
 def _verdicts(
