@@ -6,10 +6,9 @@ these `Outputs`; any other loss sees the clean logits alone.
 """
 
 from jdistill.robust._losses import on_adversarial, two_teachers_loss
-from jdistill.robust._objective import Adversarial, Outputs, adversarial
+from jdistill.robust._objective import Outputs, adversarial
 
 __all__ = [
-    "Adversarial",
     "Outputs",
     "adversarial",
     "on_adversarial",
