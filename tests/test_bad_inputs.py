@@ -461,7 +461,7 @@ network: logits_fn source surrogate
 function: teacher loss preprocess substitute apply_fn loss_fn augment objective progress output
     fun attack make teacher_loss student_loss inner
     random_logits_fn main conv_general_dilated callback attacks.bpda.logits_fn nets.logits_fn
-    parallel.compile_step.step base distill.distance nets.norm
+    parallel.compile_step.step base distill.distance nets.norm nets.activation
 radius: eps step_size decay max_angle max_shift alpha beta overshoot eta weight distill.gamma
     attacks.carlini_wagner_l0.confidence attacks.carlini_wagner_l2.confidence
     attacks.carlini_wagner_linf.confidence attacks.ead.confidence norms.eps norms.length
@@ -476,14 +476,14 @@ count: num_steps num_restarts num_targets num_queries num_samples max_samples nu
     num_sensitivity num_bins multiple num_hosts max_to_keep max_examples memory_limit
     steps_per_call num_generations total nets.num_classes report.summary.width
     nets.ViT.depth nets.ViT.width patch_size num_heads mlp_ratio num_groups
-    channels stem_size stem_stride
+    channels stem_size stem_stride stem_channels head_channels
 depth: depth
 logits: teacher_logits metrics.linear_cka.features metrics.other
 count from 2: num_candidates num_classes max_features
 count from 0: first_target num_epochs host epoch generation number successes num_rows data.start
     data.num_examples place checkpoint.step keep_best
 flag: enabled best_loss trace random_start abort_early minimum_norm temperature_squared vmapped
-    online distillation_token nets.train stem_pool
+    online distillation_token nets.train stem_pool projections
 text: stage shard_name remedy report.write_picture_grid.attack report.write_picture_grid.norm
     report.from_evaluation.dataset parallel.barrier.name nets.name
 path: directory folder workdir data_dir cache_dir
@@ -534,7 +534,7 @@ labels: losses.targeted_dlr.targets
 successes: metrics.worst_case.success
 key: nets.init.key
 pixels: nets.max_pool.inputs
-blocks: nets.ConvNet.features
+blocks: nets.ConvNet.features stages
 variables: nets.logits_fn.variables
 rows of arrays: parallel.split.tree
 table: report.write_table.rows
@@ -612,9 +612,7 @@ WITHOUT_CHECKS = {
 }
 
 # Classes, whose fields are checked.
-NETWORKS = tuple(
-    f"nets.{name}" for name in "ConvNet PlainNet ProjectionResNet ResNet ViT WideResNet".split()
-)
+NETWORKS = {f"nets.{name}": kind for name, kind in vars(nets).items() if isinstance(kind, type)}
 
 
 def public():
@@ -626,8 +624,7 @@ def public():
             own = attribute in listed if listed else value_of(value, module)
             if own and inspect.isfunction(value) and f"{name}.{attribute}" not in WITHOUT_CHECKS:
                 yield f"{name}.{attribute}", value
-    for network in NETWORKS:
-        yield network, getattr(nets, network.removeprefix("nets."))
+    yield from NETWORKS.items()
     yield "runtime.ShardFolder", importlib.import_module("jdistill.runtime").ShardFolder
     yield "checkpoint.Checkpointer", checkpoint.Checkpointer
     yield "checkpoint.save", save

@@ -32,6 +32,12 @@ SMALL = {
     "resnet18": functools.partial(nets.resnet18, 0.0625, blocks=(1, 2)),
     "resnet18_imagenet": functools.partial(nets.resnet18_imagenet, 0.0625, blocks=(1, 1)),
     "wide_resnet": functools.partial(nets.wide_resnet, 10, 0.25),
+    "mobilenet_v2": functools.partial(
+        nets.mobilenet_v2, stages=((1, 6, 1, 1), (2, 8, 2, 2)), stem_channels=4, head_channels=12
+    ),
+    "mobilenet_v2_cifar": functools.partial(
+        nets.mobilenet_v2_cifar, stages=((1, 6, 1, 1), (2, 4, 1, 2)), stem_channels=4
+    ),
 }
 
 
@@ -46,6 +52,11 @@ def drawn(name, **fields):
         lambda leaf: leaf + rng.uniform(0, 0.2, leaf.shape).astype(np.float32), (params, state)
     )
     return model, params, state
+
+
+@functools.partial(jax.jit, static_argnames=("model", "train"))
+def call(model, params, state, inputs, keys=None, *, train=False):
+    return nets.apply_fn(model)(params, state, inputs, train=train, key=keys)
 
 
 def doubles(tree):
@@ -69,6 +80,12 @@ SIZES = {
     "WRN-16-4": (functools.partial(nets.wide_resnet, 16, 4), CIFAR, 2_748_890),
     "WRN-40-2": (functools.partial(nets.wide_resnet, 40, 2), CIFAR, 2_243_546),
     "WRN-40-1": (functools.partial(nets.wide_resnet, 40, 1), CIFAR, 563_930),
+    # torchvision's; the paper's 1.0 and 1.4 have 3.4M and 6.9M in its table 4.
+    "mobilenet_v2": (nets.mobilenet_v2, IMAGENET, 3_504_872),
+    "mobilenet_v2 0.5": (functools.partial(nets.mobilenet_v2, 0.5), IMAGENET, 1_968_680),
+    "mobilenet_v2 0.75": (functools.partial(nets.mobilenet_v2, 0.75), IMAGENET, 2_636_424),
+    "mobilenet_v2 1.4": (functools.partial(nets.mobilenet_v2, 1.4), IMAGENET, 6_108_776),
+    "mobilenet_v2_cifar": (nets.mobilenet_v2_cifar, CIFAR, 2_296_922),
 }
 
 
@@ -154,10 +171,35 @@ def pre_activation(net, x, model):
     return net.dense(relu(net.norm(x, "norm")).mean((1, 2)), "logits")
 
 
+def mobilenet(net, x, model):
+    def layer(x, name, stride=1, groups=1):
+        return net.norm(net.conv(x, f"conv{name}", stride, groups), f"norm{name}")
+
+    def activation(x):
+        return np.clip(x, 0, 6) if model.activation is jax.nn.relu6 else relu(x)
+
+    x = activation(layer(x, "", model.stem_stride))
+    for stage, (expansion, size, number, first) in enumerate(model.stages):
+        for block in range(number):
+            name, stride = f"_{stage}_{block}", first if block == 0 else 1
+            y, wide = x, expansion * x.shape[3]
+            if model.projections or expansion > 1:
+                y = activation(layer(y, f"{name}_expand"))
+            y = layer(activation(layer(y, f"{name}_depthwise", stride, wide)), f"{name}_reduce")
+            if stride == 1 and size == x.shape[3]:
+                y = y + x
+            elif stride == 1 and model.projections:
+                y = y + layer(x, f"{name}_shortcut")
+            x = y
+    return net.dense(activation(layer(x, "_head")).mean((1, 2)), "logits")
+
+
 FORWARD = {
     "resnet18": projection_resnet,
     "resnet18_imagenet": projection_resnet,
     "wide_resnet": pre_activation,
+    "mobilenet_v2": mobilenet,
+    "mobilenet_v2_cifar": mobilenet,
 }
 
 
@@ -167,7 +209,7 @@ def test_the_forward_pass_equals_numpy(name):
     model, params, state = drawn(name)
     inputs = images(3)
     expected = FORWARD[name](Reference(params, state), inputs.astype(np.float64) - 0.5, model)
-    got = model.apply({"params": params, **state}, inputs)
+    got, _ = call(model, params, state, inputs)
     assert got.shape == (3, 3)
     assert_close(got, expected)
 
@@ -198,36 +240,30 @@ def test_gradients_are_finite_and_those_of_xla(name):
 @pytest.mark.parametrize("name", SMALL)
 def test_an_example_is_evaluated_the_same_alone_and_in_a_batch(name):
     model, params, state = drawn(name)
-    apply, inputs = nets.apply_fn(model), images(3)
-    whole, kept = apply(params, state, inputs, train=False, key=None)
-    assert kept is state
-    alone, _ = apply(params, state, inputs[1:2], train=False, key=None)
+    inputs, keys = images(3), jax.random.split(KEY, 3)
+    whole, kept = call(model, params, state, inputs)
+    jax.tree.map(np.testing.assert_array_equal, kept, state)
+    alone, _ = call(model, params, state, inputs[1:2])
     assert_close(alone, whole[1:2])
-    keys = jax.random.split(KEY, 3)
-    trained, after = apply(params, state, inputs, train=True, key=keys)
+    trained, after = call(model, params, state, inputs, keys, train=True)
     assert np.abs(np.asarray(trained - whole)).max() > 1e-3
     for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
         assert np.abs(np.asarray(new - old)).max() > 1e-5
 
 
-DROPPING = {"wide_resnet": {"dropout_rate": 0.5}}
+DROPPING = {"wide_resnet": {"dropout_rate": 0.5}, "mobilenet_v2": {"dropout_rate": 0.5}}
 
 
 @pytest.mark.parametrize("name", DROPPING)
 def test_what_an_example_drops_depends_on_its_key_alone(name):
     model, params, state = drawn(name, norm=GROUPS)
     model = model.clone(**DROPPING[name])
-    keys = jax.random.split(KEY, 4)
-
-    @jax.jit
-    def call(inputs, keys):
-        return nets.apply_fn(model)(params, state, inputs, train=True, key=keys)[0]
-
-    inputs = np.repeat(images(2), 2, axis=0)
-    dropped = call(inputs, keys)
-    assert_close(call(inputs[1:3], keys[1:3]), dropped[1:3])
+    keys, inputs = jax.random.split(KEY, 4), np.repeat(images(2), 2, axis=0)
+    dropped, _ = call(model, params, state, inputs, keys, train=True)
+    some, _ = call(model, params, state, inputs[1:3], keys[1:3], train=True)
+    assert_close(some, dropped[1:3])
     assert np.abs(dropped[0] - dropped[1]).max() > 1e-3  # one picture, two keys
-    evaluated = model.apply({"params": params}, inputs)
+    evaluated, _ = call(model, params, state, inputs)
     assert_close(evaluated[0], evaluated[1])
     with pytest.raises(ValueError, match=r"dropout_keys when train=True and \w+ > 0, got None"):
         model.apply({"params": params}, inputs, train=True)
@@ -261,12 +297,11 @@ def test_group_norm_makes_a_network_of_single_examples(name):
     model, params, state = drawn(name, norm=GROUPS)
     assert state == {}
     assert {"scale", "bias"} in [set(layer) for layer in params.values()]
-    apply, inputs = nets.apply_fn(model), images(3)
-    keys = jax.random.split(KEY, 3)
-    trained, _ = apply(params, state, inputs, train=True, key=keys)
-    evaluated, _ = apply(params, state, inputs, train=False, key=None)
-    np.testing.assert_array_equal(trained, evaluated)
-    alone, _ = apply(params, state, inputs[:1], train=True, key=keys[:1])
+    inputs, keys = images(3), jax.random.split(KEY, 3)
+    trained, _ = call(model, params, state, inputs, keys, train=True)
+    evaluated, _ = call(model, params, state, inputs)
+    np.testing.assert_allclose(trained, evaluated, rtol=1e-6)
+    alone, _ = call(model, params, state, inputs[:1], keys[:1], train=True)
     assert_close(alone, trained[:1])
     by_batch, *_ = drawn(name)
     assert by_batch.norm is nets.batch_norm
@@ -307,14 +342,14 @@ def test_networks_are_equal_by_value_and_share_a_trace(name):
     traces = []
 
     @jax.jit
-    def call(network, x):
+    def evaluated(network, x):
         traces.append(1)
         return network(x)
 
     for factor in (1.0, 2.0):
         params, state = nets.init(make(), KEY, (8, 8, 2))
         scaled = jax.tree.map(lambda leaf, factor=factor: factor * leaf, params)
-        call(nets.logits_fn(make(), {"params": scaled, **state}), images(2))
+        evaluated(nets.logits_fn(make(), {"params": scaled, **state}), images(2))
     assert len(traces) == 1
 
 
@@ -335,6 +370,14 @@ def test_networks_are_equal_by_value_and_share_a_trace(name):
         (lambda: nets.resnet18(stem_size=4), "odd stem_size, got 4; pass 3 or 5"),
         (lambda: nets.resnet18(blocks=(2, 0)), "each size of blocks to be a whole number >= 1"),
         (lambda: nets.resnet18(-1), "width > 0, got -1; pass 1.0 for the paper's"),
+        (
+            lambda: nets.mobilenet_v2(stages=((1, 8, 1),)),
+            r"each of stages to be \(expansion, channels, blocks, stride\), got \(1, 8, 1\)",
+        ),
+        (lambda: nets.mobilenet_v2(stages=((0, 8, 1, 1),)), "each size of stages to be a whole"),
+        (lambda: nets.mobilenet_v2(0.0), "width > 0, got 0"),
+        (lambda: nets.mobilenet_v2(activation="relu"), "got the text 'relu' as activation"),
+        (lambda: nets.init(nets.mobilenet_v2(0.1), KEY, (8, 8)), "inputs of rank 4"),
         (lambda: nets.init(nets.resnet18(0.1), KEY, (8, 8)), "inputs of rank 4"),
         (lambda: nets.init(nets.wide_resnet(10, 1), KEY, (8, 8)), "inputs of rank 4"),
         (

@@ -70,8 +70,9 @@ def folder(student, tmp_path_factory):
         (nets.plain_net(2, norm=functools.partial(nets.group_norm, num_groups=4)), (8, 8, 3)),
         (nets.resnet18_imagenet(0.0625, blocks=(1, 1)), (8, 8, 3)),
         (nets.wide_resnet(10, 0.25), (8, 8, 3)),
+        (nets.mobilenet_v2(stages=((2, 8, 1, 1),), head_channels=16), (8, 8, 3)),
     ],
-    ids=["dropout", "statistics", "residual", "groups", "projections", "wide"],
+    ids=["dropout", "statistics", "residual", "groups", "projections", "wide", "mobile"],
 )
 def test_reads_back_what_was_written(model, shape, tmp_path):
     network = network_of(model, shape)

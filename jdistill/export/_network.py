@@ -20,6 +20,7 @@ from jdistill.typing import Array, PyTree
 # The networks that can be made from a configuration, and the functions among their fields.
 _NETWORKS: dict[str, Callable[..., Any]] = {
     "ConvNet": nets.ConvNet,
+    "MobileNetV2": nets.MobileNetV2,
     "PlainNet": nets.PlainNet,
     "ProjectionResNet": nets.ProjectionResNet,
     "ResNet": nets.ResNet,
@@ -28,6 +29,8 @@ _NETWORKS: dict[str, Callable[..., Any]] = {
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "jdistill.nets.conv_general_dilated": nets.conv_general_dilated,
     "jax.lax.conv_general_dilated": jax.lax.conv_general_dilated,
+    "jax.nn.relu": jax.nn.relu,
+    "jax.nn.relu6": jax.nn.relu6,
     "jdistill.nets.batch_norm": nets.batch_norm,
     "jdistill.nets.group_norm": nets.group_norm,
 }

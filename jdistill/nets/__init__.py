@@ -1,9 +1,10 @@
 """Networks, and the adapters that turn any network into the library's two callables.
 
 * Networks: `ConvNet`, the papers' sizes `mnist_net` and `cifar_net`, the small `digits_net`;
-  `resnet`, `plain_net`, and `wide_resnet` for CIFAR by depth, `resnet18`; `ViT`, the transformers
-  of DeiT's sizes `deit_tiny`, `deit_small`, `deit_base`, and the small `vit_digits`, `vit_mnist`,
-  `vit_cifar`, all with or without a distillation token; `init` draws their variables.
+  `resnet`, `plain_net`, and `wide_resnet` for CIFAR by depth, `resnet18`, `mobilenet_v2`, both
+  also for ImageNet's pictures; `ViT`, the transformers of DeiT's sizes `deit_tiny`, `deit_small`,
+  `deit_base`, and the small `vit_digits`, `vit_mnist`, `vit_cifar`, all with or without a
+  distillation token; `init` draws their variables.
 * Normalization, as an argument of the convolutional ones: `batch_norm`, `group_norm`.
 * Adapters: `apply_fn`, `nnx_model` (training) and `logits_fn` (attacks and measures) for Flax
   modules, `nnx_logits_fn` for NNX ones, `callable_logits_fn` for everything else; `binary` for a
@@ -31,6 +32,7 @@ from jdistill.nets._adapters import (
 from jdistill.nets._cifar import PlainNet, ResNet, plain_net, resnet
 from jdistill.nets._convnet import ConvNet, cifar_net, digits_net, init, mnist_net
 from jdistill.nets._convolution import conv_general_dilated
+from jdistill.nets._mobilenet import MobileNetV2, mobilenet_v2, mobilenet_v2_cifar
 from jdistill.nets._normalization import batch_norm, group_norm
 from jdistill.nets._pooling import max_pool
 from jdistill.nets._residual import (
@@ -54,6 +56,7 @@ from jdistill.nets._vit import (
 
 __all__ = [
     "ConvNet",
+    "MobileNetV2",
     "PlainNet",
     "ProjectionResNet",
     "ResNet",
@@ -77,6 +80,8 @@ __all__ = [
     "logits_of",
     "max_pool",
     "mnist_net",
+    "mobilenet_v2",
+    "mobilenet_v2_cifar",
     "nnx_logits_fn",
     "nnx_model",
     "plain_net",
