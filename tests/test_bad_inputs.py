@@ -481,7 +481,7 @@ depth: depth
 logits: teacher_logits metrics.linear_cka.features metrics.other
 count from 2: num_candidates num_classes max_features
 count from 0: first_target num_epochs host epoch generation number successes num_rows data.start
-    data.num_examples place checkpoint.step keep_best
+    data.num_examples place checkpoint.step keep_best nets.EMO.window
 flag: enabled best_loss trace random_start abort_early minimum_norm temperature_squared vmapped
     online distillation_token nets.train stem_pool projections
 text: stage shard_name remedy report.write_picture_grid.attack report.write_picture_grid.norm

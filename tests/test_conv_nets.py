@@ -38,6 +38,15 @@ SMALL = {
     "mobilenet_v2_cifar": functools.partial(
         nets.mobilenet_v2_cifar, stages=((1, 6, 1, 1), (2, 4, 1, 2)), stem_channels=4
     ),
+    # Windows of 3x3 pixels do not cover the 4x4 pixels of the second stage.
+    "emo": functools.partial(
+        nets.EMO,
+        *(((2, 6, 1.5, 3, 0, 2), (2, 8, 2, 5, 4, 1)), 4, 1),
+        window=3,
+    ),
+    "emo_small": functools.partial(
+        nets.emo_small, 0.25, stages=((1, 4, 2, 3, 0, 2), (2, 6, 2, 3, 3, 2))
+    ),
 }
 
 
@@ -86,6 +95,12 @@ SIZES = {
     "mobilenet_v2 0.75": (functools.partial(nets.mobilenet_v2, 0.75), IMAGENET, 2_636_424),
     "mobilenet_v2 1.4": (functools.partial(nets.mobilenet_v2, 1.4), IMAGENET, 6_108_776),
     "mobilenet_v2_cifar": (nets.mobilenet_v2_cifar, CIFAR, 2_296_922),
+    # The logs of the paper's code have 1.361M and 6.168M; its tables 1.3M, 2.3M, 5.1M, and 6.1M.
+    "emo_1m": (nets.emo_1m, IMAGENET, 1_361_168),
+    "emo_2m": (nets.emo_2m, IMAGENET, 2_377_472),
+    "emo_5m": (nets.emo_5m, IMAGENET, 5_108_848),
+    "emo_6m": (nets.emo_6m, IMAGENET, 6_168_496),
+    "emo_small": (nets.emo_small, (28, 28, 1), 90_458),
 }
 
 
@@ -194,12 +209,77 @@ def mobilenet(net, x, model):
     return net.dense(activation(layer(x, "_head")).mean((1, 2)), "logits")
 
 
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def gelu(x):
+    return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def attention(x, pairs, head_size, side):
+    """The means of each window's pixels, head by head; a window has every n-th pixel."""
+    channels, means = x.shape[3], np.zeros(x.shape)
+    steps = [size // side for size in x.shape[1:3]]
+    for example, row, column in np.ndindex(len(x), *steps):
+        where = (example, slice(row, None, steps[0]), slice(column, None, steps[1]))
+        pixels, query, key = (
+            array[where].reshape(side * side, channels)
+            for array in (x, pairs[..., :channels], pairs[..., channels:])
+        )
+        parts = []
+        for start in range(0, channels, head_size):
+            head = slice(start, start + head_size)
+            weights = np.exp(query[:, head] @ key[:, head].T / math.sqrt(head_size))
+            parts.append(weights / weights.sum(1, keepdims=True) @ pixels[:, head])
+        means[where] = np.concatenate(parts, axis=1).reshape(side, side, channels)
+    return means
+
+
+def mobile_attention(net, x, model):
+    def normalized(x, name, head_size):
+        if not head_size:
+            return net.norm(x, name)
+        layer, mean = net.params[name], x.mean(3, keepdims=True)
+        whole = (x - mean) / np.sqrt(x.var(3, keepdims=True) + 1e-6)
+        return whole * layer["scale"] + layer["bias"]
+
+    def local(x, name, stride):
+        out = net.conv(x, f"conv_{name}_depthwise", stride, x.shape[3])
+        return silu(net.norm(out, f"norm_{name}_depthwise"))
+
+    x = net.norm(net.conv(x, "conv_stem", model.stem_stride), "norm_stem")
+    x = local(x, "stem", 1)
+    weights = net.dense(silu(net.dense(x.mean((1, 2)), "squeeze")), "excite")
+    x = net.conv(x / (1 + np.exp(-weights))[:, None, None], "conv_stem_reduce")
+    for stage, (number, _, _, _, head_size, stride) in enumerate(model.stages):
+        for block in range(number):
+            name = f"{stage}_{block}"
+            y = normalized(x, f"norm_{name}", head_size)
+            if block > 0 and head_size:
+                size = y.shape[1]
+                side = model.window or size
+                y = np.pad(y, ((0, 0), (0, -size % side), (0, -size % side), (0, 0)))
+                y = attention(y, net.conv(y, f"conv_{name}_query_key"), head_size, side)
+                y = y[:, :size, :size]
+            y = net.conv(y, f"conv_{name}_expand")
+            y = gelu(y) if head_size else silu(y)
+            if block > 0:
+                x = x + net.conv(y + local(y, name, 1), f"conv_{name}_reduce")
+            else:
+                x = net.conv(local(y, name, stride), f"conv_{name}_reduce")
+    x = normalized(x, "norm", model.stages[-1].head_size)
+    return net.dense(x.mean((1, 2)), "logits")
+
+
 FORWARD = {
     "resnet18": projection_resnet,
     "resnet18_imagenet": projection_resnet,
     "wide_resnet": pre_activation,
     "mobilenet_v2": mobilenet,
     "mobilenet_v2_cifar": mobilenet,
+    "emo": mobile_attention,
+    "emo_small": mobile_attention,
 }
 
 
@@ -208,7 +288,8 @@ FORWARD = {
 def test_the_forward_pass_equals_numpy(name):
     model, params, state = drawn(name)
     inputs = images(3)
-    expected = FORWARD[name](Reference(params, state), inputs.astype(np.float64) - 0.5, model)
+    reference = Reference(params, state, 1e-6 if "emo" in name else 1e-5)
+    expected = FORWARD[name](reference, inputs.astype(np.float64) - 0.5, model)
     got, _ = call(model, params, state, inputs)
     assert got.shape == (3, 3)
     assert_close(got, expected)
@@ -251,22 +332,47 @@ def test_an_example_is_evaluated_the_same_alone_and_in_a_batch(name):
         assert np.abs(np.asarray(new - old)).max() > 1e-5
 
 
-DROPPING = {"wide_resnet": {"dropout_rate": 0.5}, "mobilenet_v2": {"dropout_rate": 0.5}}
+DROPPING = {
+    "wide_resnet": {"dropout_rate": 0.5},
+    "mobilenet_v2": {"dropout_rate": 0.5},
+    "emo": {"drop_path_rate": 0.5},
+}
 
 
 @pytest.mark.parametrize("name", DROPPING)
 def test_what_an_example_drops_depends_on_its_key_alone(name):
     model, params, state = drawn(name, norm=GROUPS)
     model = model.clone(**DROPPING[name])
-    keys, inputs = jax.random.split(KEY, 4), np.repeat(images(2), 2, axis=0)
+    keys, inputs = jax.random.split(KEY, 8), np.repeat(images(2), 4, axis=0)
     dropped, _ = call(model, params, state, inputs, keys, train=True)
     some, _ = call(model, params, state, inputs[1:3], keys[1:3], train=True)
     assert_close(some, dropped[1:3])
-    assert np.abs(dropped[0] - dropped[1]).max() > 1e-3  # one picture, two keys
+    assert np.ptp(dropped[:4], axis=0).max() > 1e-3  # one picture, four keys
     evaluated, _ = call(model, params, state, inputs)
     assert_close(evaluated[0], evaluated[1])
     with pytest.raises(ValueError, match=r"dropout_keys when train=True and \w+ > 0, got None"):
         model.apply({"params": params}, inputs, train=True)
+
+
+def test_emo_skips_blocks_at_rates_that_grow_and_scales_what_stays():
+    model, params, state = drawn("emo", norm=GROUPS)
+    rate, number = 0.6, 256
+    keys, inputs = jax.random.split(KEY, number), np.repeat(images(1), number, axis=0)
+    dropped, _ = call(model.clone(drop_path_rate=rate), params, state, inputs, keys, train=True)
+    shares = []
+    for factors in np.ndindex(2, 2):  # of the second block of each stage, the others skip nothing
+        scaled = dict(params)
+        for stage, factor in enumerate(factors):
+            kept = 1 - rate * (1 / 3 if stage == 0 else 1)
+            kernel = params[f"conv_{stage}_1_reduce"]["kernel"]
+            scaled[f"conv_{stage}_1_reduce"] = {"kernel": factor / kept * kernel}
+        expected, _ = call(model, scaled, state, inputs[:1])
+        difference = np.abs(dropped - expected).max(1)
+        shares.append((difference < 1e-4 * np.abs(expected).max()).mean())
+    assert sum(shares) == 1
+    # The share of examples that keep the first of the two blocks, and the second one.
+    assert shares[2] + shares[3] == pytest.approx(0.8, abs=0.08)
+    assert shares[1] + shares[3] == pytest.approx(0.4, abs=0.1)
 
 
 # --- Normalization --------------------------------------------------------------------------------
@@ -303,8 +409,6 @@ def test_group_norm_makes_a_network_of_single_examples(name):
     np.testing.assert_allclose(trained, evaluated, rtol=1e-6)
     alone, _ = call(model, params, state, inputs[:1], keys[:1], train=True)
     assert_close(alone, trained[:1])
-    by_batch, *_ = drawn(name)
-    assert by_batch.norm is nets.batch_norm
     assert jax.tree.structure(params) == jax.tree.structure(drawn(name)[1])
 
 
@@ -375,6 +479,19 @@ def test_networks_are_equal_by_value_and_share_a_trace(name):
             r"each of stages to be \(expansion, channels, blocks, stride\), got \(1, 8, 1\)",
         ),
         (lambda: nets.mobilenet_v2(stages=((0, 8, 1, 1),)), "each size of stages to be a whole"),
+        (
+            lambda: nets.emo_1m(stages=((1, 8, 2, 3, 4),)),
+            r"one row or more of \(blocks, channels, expansion, kernel, head_size, stride\)",
+        ),
+        (lambda: nets.emo_1m(stages=()), "one row or more of"),
+        (lambda: nets.emo_1m(stages=((1, 8, 2, 4, 0, 1),)), "an odd kernel, .* got .*1, 8, 2.0, 4"),
+        (lambda: nets.emo_1m(stages=((1, 8, 2, 3, 3, 1),)), "channels that head_size divides"),
+        (lambda: nets.emo_1m(stages=((1, 8, 0.5, 3, 0, 1),)), "an expansion >= 1"),
+        (lambda: nets.emo_1m(stages=((1, 8, "2", 3, 0, 1),)), "the expansion of stages"),
+        (lambda: nets.emo_small(0), "width > 0, got 0"),
+        (lambda: nets.emo_small(window=-1), "window to be a whole number >= 0, got -1"),
+        (lambda: nets.emo_small(drop_path_rate=1), r"drop_path_rate in \[0, 1\), got 1"),
+        (lambda: nets.init(nets.emo_small(0.1), KEY, (8, 8)), "inputs of rank 4"),
         (lambda: nets.mobilenet_v2(0.0), "width > 0, got 0"),
         (lambda: nets.mobilenet_v2(activation="relu"), "got the text 'relu' as activation"),
         (lambda: nets.init(nets.mobilenet_v2(0.1), KEY, (8, 8)), "inputs of rank 4"),

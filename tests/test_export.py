@@ -71,8 +71,9 @@ def folder(student, tmp_path_factory):
         (nets.resnet18_imagenet(0.0625, blocks=(1, 1)), (8, 8, 3)),
         (nets.wide_resnet(10, 0.25), (8, 8, 3)),
         (nets.mobilenet_v2(stages=((2, 8, 1, 1),), head_channels=16), (8, 8, 3)),
+        (nets.emo_small(0.25, stages=((2, 8, 2, 3, 4, 2),)), (8, 8, 3)),
     ],
-    ids=["dropout", "statistics", "residual", "groups", "projections", "wide", "mobile"],
+    ids=["dropout", "statistics", "residual", "groups", "projections", "wide", "mobile", "attends"],
 )
 def test_reads_back_what_was_written(model, shape, tmp_path):
     network = network_of(model, shape)

@@ -20,6 +20,7 @@ from jdistill.typing import Array, PyTree
 # The networks that can be made from a configuration, and the functions among their fields.
 _NETWORKS: dict[str, Callable[..., Any]] = {
     "ConvNet": nets.ConvNet,
+    "EMO": nets.EMO,
     "MobileNetV2": nets.MobileNetV2,
     "PlainNet": nets.PlainNet,
     "ProjectionResNet": nets.ProjectionResNet,

@@ -1,10 +1,11 @@
 """Networks, and the adapters that turn any network into the library's two callables.
 
 * Networks: `ConvNet`, the papers' sizes `mnist_net` and `cifar_net`, the small `digits_net`;
-  `resnet`, `plain_net`, and `wide_resnet` for CIFAR by depth, `resnet18`, `mobilenet_v2`, both
-  also for ImageNet's pictures; `ViT`, the transformers of DeiT's sizes `deit_tiny`, `deit_small`,
-  `deit_base`, and the small `vit_digits`, `vit_mnist`, `vit_cifar`, all with or without a
-  distillation token; `init` draws their variables.
+  `resnet`, `plain_net`, and `wide_resnet` for CIFAR by depth, `resnet18` and `mobilenet_v2`,
+  both also for ImageNet's pictures, `EMO` from `emo_1m` to `emo_6m` and the small `emo_small`;
+  `ViT`, the transformers of DeiT's sizes `deit_tiny`, `deit_small`, `deit_base`, and the small
+  `vit_digits`, `vit_mnist`, `vit_cifar`, all with or without a distillation token; `init` draws
+  their variables.
 * Normalization, as an argument of the convolutional ones: `batch_norm`, `group_norm`.
 * Adapters: `apply_fn`, `nnx_model` (training) and `logits_fn` (attacks and measures) for Flax
   modules, `nnx_logits_fn` for NNX ones, `callable_logits_fn` for everything else; `binary` for a
@@ -32,6 +33,7 @@ from jdistill.nets._adapters import (
 from jdistill.nets._cifar import PlainNet, ResNet, plain_net, resnet
 from jdistill.nets._convnet import ConvNet, cifar_net, digits_net, init, mnist_net
 from jdistill.nets._convolution import conv_general_dilated
+from jdistill.nets._emo import EMO, emo_1m, emo_2m, emo_5m, emo_6m, emo_small
 from jdistill.nets._mobilenet import MobileNetV2, mobilenet_v2, mobilenet_v2_cifar
 from jdistill.nets._normalization import batch_norm, group_norm
 from jdistill.nets._pooling import max_pool
@@ -55,6 +57,7 @@ from jdistill.nets._vit import (
 )
 
 __all__ = [
+    "EMO",
     "ConvNet",
     "MobileNetV2",
     "PlainNet",
@@ -72,6 +75,11 @@ __all__ = [
     "deit_small",
     "deit_tiny",
     "digits_net",
+    "emo_1m",
+    "emo_2m",
+    "emo_5m",
+    "emo_6m",
+    "emo_small",
     "fast_on_cpu",
     "group_norm",
     "index",
