@@ -17,23 +17,72 @@ _INITIAL = nn.initializers.normal(0.02)
 _INITIAL_PATCH = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def _norm(name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=1e-6, name=name)
+def _by_rows(lhs: Array, rhs: Array, dimension_numbers: Any, **options: Any) -> Array:
+    """The product of a dense layer, `[..., I]` by `[I, O]`, as one of two matrices.
+
+    XLA's gradient of `rhs` sums over all leading axes at once, which on CPU takes several times as
+    long where there are two.
+    """
+    del dimension_numbers
+    rows = lhs.reshape(math.prod(lhs.shape[:-1]), lhs.shape[-1])
+    product = jax.lax.dot_general(rows, rhs, (((1,), (0,)), ((), ())), **options)
+    return product.reshape(*lhs.shape[:-1], rhs.shape[1])
 
 
-def _dense(size: int, name: str) -> nn.Dense:
-    return nn.Dense(size, kernel_init=_INITIAL, name=name)
+def _dense(size: int, name: str, initial: Any = _INITIAL) -> nn.Dense:
+    return nn.Dense(size, kernel_init=initial, dot_general=_by_rows, name=name)
+
+
+# What is under `jax.checkpoint` is cheap to compute again, and its gradient then keeps its inputs
+# alone: on CPU a training step waits for memory, which is allocated anew for each.
+@jax.checkpoint
+def _gelu(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+@jax.checkpoint
+def _normalized(x: Array, scale: Array, bias: Array) -> Array:
+    centered = x - jnp.mean(x, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
+    return centered * jax.lax.rsqrt(variance + 1e-6) * scale + bias
+
+
+class _Norm(nn.Module):
+    """Layer normalization of the last axis."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Tokens `[B, N, D]` with mean 0 and variance 1 each, then scaled and shifted."""
+        size = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, size)
+        bias = self.param("bias", nn.initializers.zeros, size)
+        return _normalized(x, scale[None, None], bias[None, None])
 
 
 def _attend(query: Array, key: Array, value: Array, num_heads: int) -> Array:
-    """Softmax attention of each head over its own part of the last axis, all `[B, N, D]`."""
+    """Softmax attention of each head over its own part of the last axis.
+
+    Args:
+        query: `[B, M, D]`.
+        key: `[B, N, D]`.
+        value: `[B, N, D]`.
+        num_heads: divides `D`.
+
+    Returns:
+        `[B, M, D]`.
+    """
+    head_size = query.shape[-1] // num_heads
 
     def heads(array: Array) -> Array:
-        return array.reshape(*array.shape[:-1], num_heads, -1)
+        return array.reshape(*array.shape[:-1], num_heads, head_size).transpose(0, 2, 1, 3)
 
-    scores = jnp.einsum("bqhd,bkhd->bhqk", heads(query), heads(key))
-    weights = jax.nn.softmax(scores / math.sqrt(query.shape[-1] // num_heads), axis=-1)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, heads(value)).reshape(query.shape)
+    # Scaled and normalized where there are fewer numbers: before and after the scores.
+    scores = jnp.einsum("bhqd,bhkd->bhqk", heads(query / math.sqrt(head_size)), heads(key))
+    highest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - highest)
+    sums = jnp.sum(weights, axis=-1, keepdims=True)
+    mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, heads(value)) / sums
+    return mixed.transpose(0, 2, 1, 3).reshape(query.shape)
 
 
 class _Block(nn.Module):
@@ -48,23 +97,27 @@ class _Block(nn.Module):
     mlp_ratio: int
 
     @nn.compact
-    def __call__(self, x: Array, factors: tuple[Array, Array] | None) -> Array:
-        """The tokens `[B, N, D]` of the next block.
+    def __call__(
+        self, x: Array, factors: tuple[Array, Array] | None, num_tokens: int | None
+    ) -> Array:
+        """The first `num_tokens` tokens of the next block, `[B, num_tokens, D]`.
 
         Args:
             x: tokens `[B, N, D]`.
             factors: what the two branches are multiplied by, `[B]` each; None for nothing.
+            num_tokens: how many of the tokens are wanted; None for all.
         """
         width = x.shape[-1]
 
         def branch(number: int, y: Array) -> Array:
             return y if factors is None else y * factors[number][:, None, None]
 
-        y = _norm("attention_norm")(x)
-        query, key, value = (_dense(width, name)(y) for name in ("query", "key", "value"))
+        y = _Norm(name="attention_norm")(x)
+        key, value = _dense(width, "key")(y), _dense(width, "value")(y)
+        x, query = x[:, :num_tokens], _dense(width, "query")(y[:, :num_tokens])
         x += branch(0, _dense(width, "out")(_attend(query, key, value, self.num_heads)))
-        y = _dense(self.mlp_ratio * width, "dense_0")(_norm("mlp_norm")(x))
-        return x + branch(1, _dense(width, "dense_1")(jax.nn.gelu(y, approximate=False)))
+        y = _dense(self.mlp_ratio * width, "dense_0")(_Norm(name="mlp_norm")(x))
+        return x + branch(1, _dense(width, "dense_1")(_gelu(y)))
 
 
 class ViT(nn.Module):
@@ -168,7 +221,7 @@ class ViT(nn.Module):
             "class_logits", "distillation_logits", and their mean "logits" (see `nets.logits_of`).
         """
         factors = self._branch_factors(dropout_keys) if train else None
-        x = _dense_patches(self.width)(self._patches(inputs))
+        x = _dense(self.width, "patch_embedding", _INITIAL_PATCH)(self._patches(inputs))
         prefix = [self.param("class_token", _INITIAL, (self.width,))]
         positions = self.param("position_embedding", _INITIAL, (1 + x.shape[1], self.width))
         prefix[0] += positions[0]
@@ -178,10 +231,15 @@ class ViT(nn.Module):
             prefix.append(token + self.param("distillation_position", _INITIAL, (self.width,)))
         first = jnp.broadcast_to(jnp.stack(prefix), (len(x), len(prefix), self.width))
         x = jnp.concatenate([first, x + positions[None, 1:]], axis=1)
+        # What the last block makes of the patches reaches no head, so it is left out, unless
+        # somebody looks at what the parts of the network return.
+        looked_at = self.is_mutable_collection("intermediates")
         for number in range(self.depth):
+            block = _Block(self.num_heads, self.mlp_ratio, name=f"block_{number}")
+            last = number == self.depth - 1 and not looked_at
             skips = None if factors is None or number == 0 else factors[number]
-            x = _Block(self.num_heads, self.mlp_ratio, name=f"block_{number}")(x, skips)
-        x = _norm("norm")(x[:, : len(prefix)])
+            x = block(x, skips, len(prefix) if last else None)
+        x = _Norm(name="norm")(x[:, : len(prefix)])
         logits = _dense(self.num_classes, "logits")(x[:, 0])
         if not self.distillation_token:
             return logits
@@ -231,10 +289,6 @@ class ViT(nn.Module):
             return jnp.where(drawn[:, number, branch] < kept, 1.0 / kept, 0.0)
 
         return [(factor(number, 0), factor(number, 1)) for number in range(self.depth)]
-
-
-def _dense_patches(width: int) -> nn.Dense:
-    return nn.Dense(width, kernel_init=_INITIAL_PATCH, name="patch_embedding")
 
 
 def _by_heads(
