@@ -128,7 +128,8 @@ class ViT(nn.Module):
     `vmap`). A class token comes first; every token gets a learned position; `depth` blocks of
     attention and two dense layers follow, each branch normalized first and beside a shortcut; a
     last normalization; and a linear layer of the class token gives the logits. GELU is the exact
-    one, epsilon of the normalizations is 1e-6.
+    one, epsilon of the normalizations is 1e-6. The last block is computed for the tokens that have
+    heads only, except where Flax captures intermediate values: then for all.
 
     The distillation token stands after the class token and has a linear layer of its own, which is
     to learn from the teacher while the class token's learns from the labels. Everything else has
