@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from jdistill import nets
+
 INSTALL = "run make bench, or python -m pip install --no-deps -r requirements-peers.txt"
 
 
@@ -67,6 +69,79 @@ def torch_network(params: Any, *, dropout_rate: float = 0.0) -> Any:
         if dropout_rate > 0 and name == "dense_0":
             layers.append(nn.Dropout(dropout_rate))
     return nn.Sequential(*layers).eval().requires_grad_(False)
+
+
+def torch_vit(params: Any, model: nets.ViT) -> Any:
+    """Network of a `nets.ViT`'s weights as a `torch.nn.Module`, its blocks PyTorch's own.
+
+    Args:
+        params: without a distillation token.
+        model: the network's fields.
+
+    Returns:
+        A module of inputs `[B, C, H, W]` in [0, 1], in evaluation mode and without gradients for
+        its weights.
+    """
+    import torch
+    from torch import nn
+
+    def tensor(array: Any) -> Any:
+        return torch.tensor(np.array(np.transpose(array), np.float32))  # kernels the other way
+
+    def fill(layer: Any, weights: Any) -> Any:
+        kind = "scale" if "scale" in weights else "kernel"
+        layer.load_state_dict({"weight": tensor(weights[kind]), "bias": tensor(weights["bias"])})
+        return layer
+
+    def block(weights: Any) -> Any:
+        layer = nn.TransformerEncoderLayer(
+            model.width,
+            model.num_heads,
+            model.mlp_ratio * model.width,
+            dropout=0.0,
+            activation="gelu",
+            layer_norm_eps=1e-6,
+            batch_first=True,
+            norm_first=True,
+        )
+        parts = [weights[name] for name in ("query", "key", "value")]
+        attention = layer.self_attn
+        with torch.no_grad():
+            attention.in_proj_weight.copy_(torch.cat([tensor(part["kernel"]) for part in parts]))
+            attention.in_proj_bias.copy_(torch.cat([tensor(part["bias"]) for part in parts]))
+        fill(attention.out_proj, weights["out"])
+        fill(layer.linear1, weights["dense_0"])
+        fill(layer.linear2, weights["dense_1"])
+        fill(layer.norm1, weights["attention_norm"])
+        fill(layer.norm2, weights["mlp_norm"])
+        return layer
+
+    class Vit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.class_token = nn.Parameter(tensor(params["class_token"]))
+            self.positions = nn.Parameter(tensor(params["position_embedding"].T))
+            patches, logits = params["patch_embedding"], params["logits"]
+            self.patches = fill(nn.Linear(*np.shape(patches["kernel"])), patches)
+            blocks = (block(params[f"block_{number}"]) for number in range(model.depth))
+            self.blocks = nn.ModuleList(blocks)
+            self.norm = fill(nn.LayerNorm(model.width, eps=1e-6), params["norm"])
+            self.logits = fill(nn.Linear(*np.shape(logits["kernel"])), logits)
+
+        def forward(self, inputs: Any) -> Any:
+            batch, channels, height, width = inputs.shape
+            side = model.patch_size
+            rows, columns = height // side, width // side
+            cut = (inputs - model.shift).reshape(batch, channels, rows, side, columns, side)
+            # The pixels of a patch in the order of JAX, channels last.
+            flat = cut.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
+            first = self.class_token.expand(batch, 1, -1)
+            x = torch.cat([first, self.patches(flat)], dim=1) + self.positions
+            for layer in self.blocks:
+                x = layer(x)
+            return self.logits(self.norm(x)[:, 0])
+
+    return Vit().eval().requires_grad_(False)
 
 
 def torch_batch(inputs: Any, labels: Any) -> tuple[Any, Any]:
