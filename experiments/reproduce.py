@@ -27,7 +27,7 @@ from typing import Annotated, Literal, NamedTuple
 import tyro
 from etils import epath
 
-from experiments.papers import carlini, mandal2023, papernot2016, students
+from experiments.papers import carlini, mandal2023, papernot2016, students, touvron
 from experiments.papers.measures import Line, Row, Source, markdown
 from experiments.papers.training import TRAININGS, Scale, cost
 from jdistill import _validate, runtime
@@ -191,6 +191,15 @@ ITEMS: Mapping[str, Item] = {
         ("standardized", "mnist"),
         ("standardized", "digits"),
         "standardized",
+        attacked=True,
+    ),
+    "touvron2021": Item(
+        "DeiT: transformers alone, from convolutional teachers, and from transformers",
+        students.students,
+        touvron.table,
+        ("deit-cifar10",),
+        ("deit-fashion", "deit-digits"),
+        "deit",
         attacked=True,
     ),
 }

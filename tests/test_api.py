@@ -179,7 +179,7 @@ def test_attacks_have_one_signature(function):
 MAY_NAME_ATTACKS = {
     ROOT / "attacks/__init__.py",
     ROOT / "attacks/_autoattack.py",
-    ROOT / "study/_recipes.py",
+    *(ROOT / "study" / f"_{recipes}.py" for recipes in ("recipes", "deit", "edge")),
 }
 
 

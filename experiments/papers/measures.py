@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from experiments.papers.training import Assistants, Training
+from experiments.papers.training import AnyTraining
 from jdistill import data, evaluate, metrics, nets, runtime, train
 from jdistill import study as studies
 from jdistill.study import Study, Trained
@@ -33,7 +33,7 @@ class Source:
     """
 
     name: str
-    training: Training | Assistants
+    training: AnyTraining
     study: Study
     folder: epath.Path
     num_images: int

@@ -16,7 +16,7 @@ import numpy as np
 
 from jdistill import attacks, data, diagnose, distill, nets, train
 from jdistill.evaluate import AttackPlan
-from jdistill.study import Stage, Study
+from jdistill.study import RECIPES, DeitRecipe, Stage, Study
 
 Scale = Literal["full", "cpu", "smoke"]
 
@@ -218,11 +218,15 @@ class Cost(NamedTuple):
         )
 
 
-def cost(training: Training | Assistants) -> Cost:
+AnyTraining = Training | Assistants | DeitRecipe
+
+
+def cost(training: AnyTraining) -> Cost:
     """Size of a training study, from its networks' arithmetic; nothing is run."""
     study = training.study()
     shape = (training.batch_size, *_SHAPES.get(training.dataset, (28, 28, 1)))
-    size = training.num_train or _SIZES.get(training.dataset, 55_000)
+    few = training.train_examples if isinstance(training, DeitRecipe) else training.num_train
+    size = few or _SIZES.get(training.dataset, 55_000)
     runs = len(study.temperatures) * len(study.seeds)
     stages = study.trained_stages()
     forward = functools.cache(lambda model: _forward_flops(model, shape))
@@ -280,7 +284,9 @@ _SHRINKING = {
     "shrinking, 1 assistant": (1.0, 0.5, 0.25),
 }
 
-TRAININGS: Mapping[str, Mapping[str, Training | Assistants]] = {
+_DEIT = {name: recipe for name, recipe in RECIPES.items() if isinstance(recipe, DeitRecipe)}
+
+TRAININGS: Mapping[str, Mapping[str, AnyTraining]] = {
     # As released by Mandal & Gao; TAKD as in its paper, with a fixed T and λ.
     "full": {
         "mnist": Training(dataset="mnist"),
@@ -314,8 +320,11 @@ TRAININGS: Mapping[str, Mapping[str, Training | Assistants]] = {
             learning_rate=0.01,
         ),
         "standardized": Standardized(dataset="mnist", num_assistants=1),
+        "deit-cifar10": _DEIT["deit-cifar10"],
     },
     "cpu": {
+        "deit-fashion": _DEIT["deit-fashion"],
+        "deit-digits": _DEIT["deit-digits"],
         # The papers' width, one seed: for figures that stand beside published ones.
         "mnist": Training(
             dataset="mnist",
@@ -395,5 +404,6 @@ TRAININGS: Mapping[str, Mapping[str, Training | Assistants]] = {
             **{name: value for name, value in _LEAST.items() if name != "num_assistants"},
         ),
         "standardized": Standardized(dataset="digits", temperatures=(1.0, 20.0), **_LEAST),
+        "deit": dataclasses.replace(_DEIT["deit-digits"].smallest(), seeds=(0, 1)),
     },
 }
