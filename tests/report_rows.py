@@ -266,6 +266,8 @@ def make_measures(rows, label=None):
         measures["calibration"].append({**network, **calibration, **row})
         if generation:
             measures["agreement"].append(make_agreement(network, 0.97 - 0.02 * level))
+        if network["seed"] == found[0]["seed"]:
+            measures["deployment"].append(make_deployment(network, 4.0**-generation))
         for norm, attack, mean in (
             ("l0", "carlini_wagner_l0", 10.0),
             ("l2", "carlini_wagner_l2", 1.4),
@@ -288,6 +290,17 @@ def make_agreement(network, agreed, **changes):
         row |= {name: ends["value"], f"{name}_low": ends["low"], f"{name}_high": ends["high"]}
     row |= {"num_teacher_mistakes": 90, "mean_kl": 40.3 * (1 - agreed), "logits_cka": agreed - 0.01}
     return {**network, **row, **changes}
+
+
+def make_deployment(network, size, **changes):
+    """Size and times of an export with a share of 312,202 parameters."""
+    parameters = round(312_202 * size)
+    row = {"parameters": parameters, "share_of_teacher": parameters / 312_202}
+    row |= {"weights_bytes": 4 * parameters + 2_000, "program_bytes": 20_000}
+    row |= {"milliseconds_per_image_batch_1": 0.2 + size, "num_calls": 20}
+    row |= {"milliseconds_per_image_batch_128": 0.5 * size, "backend": "cpu", "device": "cpu"}
+    name = f"T{network['temperature']:g}_g{network['generation']}"
+    return {**network, **row, "export": name, **changes}
 
 
 def _curves(network, naive, worst):

@@ -21,7 +21,7 @@ from jdistill.study import RECIPES, _recipes
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMOKE = ["digits", "--smoke"]
-TABLES = [f"{kind}.csv" for kind in report.TABLES]
+TABLES = [f"{kind}.csv" for kind in report.TABLES if kind != "deployment"]
 
 
 def run(workdir, *arguments):
@@ -308,13 +308,13 @@ def test_help_names_every_option_with_its_default(capsys):
         assert error.value.code == 0
 
 
-@pytest.mark.parametrize("name", sorted(RECIPES))
+@pytest.mark.parametrize("name", sorted(_recipes.RECIPES))
 def test_every_recipe_has_a_smoke_variant_and_the_papers_network(name):
-    recipe = RECIPES[name]
+    recipe = _recipes.RECIPES[name]
     assert recipe.dataset == name
-    assert _recipes.smallest(recipe).epochs == 1
+    assert recipe.smallest().epochs == 1
     assert recipe.rate(1.0) == recipe.learning_rate
-    assert _recipes.smallest(recipe).attack_plans().keys() == recipe.attack_plans().keys()
+    assert recipe.smallest().attack_plans().keys() == recipe.attack_plans().keys()
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,7 @@ def test_numbers_are_those_of_their_cells(written):
         "verdicts.json",
         "agreement.csv",
         "calibration.csv",
+        "deployment.csv",
         "comparisons.csv",
         "distances.csv",
         "transfer.csv",

@@ -9,8 +9,8 @@
 
 `TABLES` has the columns of every kind of table. A folder needs `results.csv`; what else it has
 (`curves.csv`, `transfer.csv`, `sensitivity.csv`, `calibration.csv`, `agreement.csv`,
-`distances.csv`, `comparisons.csv`, `verdicts.json`) the report shows, and of the rest it says that
-it was not done.
+`deployment.csv`, `distances.csv`, `comparisons.csv`, `verdicts.json`) the report shows, and of the
+rest it says that it was not done.
 
 Figures and the page need matplotlib and jinja2: `pip install 'jdistill[study]'`.
 """

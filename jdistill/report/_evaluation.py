@@ -76,7 +76,8 @@ def tables(
             temperature and seed.
 
     Returns:
-        Rows by kind; none where nothing of the kind was measured.
+        Rows by kind; none where nothing of the kind was measured. Those of `deployment` are not of
+        evaluations: a study writes them.
 
     Raises:
         ValueError: as many names as networks are expected; a pair that was not measured; an

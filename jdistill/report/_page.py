@@ -310,6 +310,15 @@ def _sections(
             "agreement.csv",
         ),
         Section(
+            "Size and speed",
+            _deployment(rows["deployment"]),
+            (),
+            [("", _tables.deployment(found, rows["deployment"], rows["results"]))]
+            if rows["deployment"]
+            else [],
+            "deployment.csv",
+        ),
+        Section(
             "Sensitivity of single examples",
             "Share of the examples by log10 of the mean |∂ softmax / ∂x| at T = 1.",
             (),
@@ -326,6 +335,15 @@ def _sections(
             "calibration.csv",
         ),
     ]
+
+
+def _deployment(rows: Sequence[Row]) -> Any:
+    """What the sizes and times are of."""
+    devices = sorted({(str(row["backend"]), str(row["device"])) for row in rows})
+    names = [
+        backend if backend == device else f"{backend} ({device})" for backend, device in devices
+    ]
+    return say(_sentences.DEPLOYMENT, "", devices=_words.join(names)) if rows else ""
 
 
 def _small(found: Sequence[Network]) -> str:

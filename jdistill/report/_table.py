@@ -49,7 +49,7 @@ FACTS = ("title", "access", "follows", "minimum_norm", "handicap", "freedom")
 _TEXT = frozenset(
     {
         *("dataset", "chain", "baseline_chain", "teacher_chain", "attack", "norm", "curve"),
-        *("quantity", "test", *FACTS),
+        *("quantity", "test", "backend", "device", "export", *FACTS),
     }
 )
 _TEXT -= {"minimum_norm"}
@@ -64,8 +64,9 @@ _SHARE = frozenset(
 )
 _AMOUNTS = (
     *("num_test", "num_sensitivity", "num_attacked", "num_examples", "num_teacher_mistakes"),
-    "count",
+    *("count", "parameters", "weights_bytes", "program_bytes", "num_calls"),
 )
+_MILLISECONDS = ("milliseconds_per_image_batch_1", "milliseconds_per_image_batch_128")
 _WHOLE = frozenset(
     {
         *("seed", "generation", "source_generation", "target_generation", "baseline_generation"),
@@ -168,6 +169,15 @@ _FORMATS = {
         ),
         optional=("chain", "teacher_chain"),
     ),
+    "deployment": _Format(
+        columns=(
+            *(*NETWORK, "parameters", "share_of_teacher", "weights_bytes", "program_bytes"),
+            *(*_MILLISECONDS, "num_calls", "backend", "device", "export"),
+        ),
+        key=NETWORK,
+        blank=frozenset({"share_of_teacher"}),
+        optional=("chain",),
+    ),
     "distances": _Format(
         columns=(*NETWORK, "norm", "attack", "success_rate", "mean", "median", "num_examples"),
         key=(*NETWORK, "norm", "attack"),
@@ -202,10 +212,11 @@ def write_table(path: PathLike, kind: str, rows: Iterable[Row]) -> epath.Path:
     Args:
         path: The file to write; its folder is made.
         kind: What the rows are, a key of `TABLES`: "results", "curves", "transfer",
-            "sensitivity", "calibration", "agreement", "distances" or "comparisons".
+            "sensitivity", "calibration", "agreement", "deployment", "distances" or "comparisons".
         rows: One mapping per row with the columns `TABLES[kind]`; where they name an attack, a
             `title` that readers know it by may stand beside it. Rates, shares and their ends are in
-            [0, 1], distances in units of the input.
+            [0, 1], distances in units of the input; a share of the teacher's parameters may be
+            above 1.
 
     Returns:
         The path.
@@ -381,7 +392,11 @@ def _check_values(form: _Format, row: Row, place: str) -> None:
         elif name in _WHOLE and not number.is_integer():
             wanted, remedy = "to be a whole number", "pass an int"
         elif name in _AMOUNTS and number < 0:
-            wanted, remedy = ">= 0", "pass how many examples there were"
+            wanted, remedy = ">= 0", "pass how many there were"
+        elif name in _MILLISECONDS and not 0 < number < math.inf:
+            wanted, remedy = "> 0", "pass the milliseconds that were measured"
+        elif name == "share_of_teacher" and not 0 < number < math.inf:
+            wanted, remedy = "> 0", "it is a share: divide percent by 100"
         elif shares and not 0 <= number <= 1:
             wanted, remedy = "in [0, 1]", "it is a share: divide percent by 100"
         elif name == "eps" and not 0 <= number < math.inf:

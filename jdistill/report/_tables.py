@@ -248,6 +248,56 @@ def agreement(found: Sequence[Network], rows: Sequence[Row]) -> Table:
 _WITH_ENDS = ("top1_agreement", "repeated_mistakes")  # of one seed they have an interval
 
 
+def deployment(found: Sequence[Network], rows: Sequence[Row], measured: Sequence[Row]) -> Table:
+    """Sizes and times of exports, beside what was measured of the same networks."""
+    # Accuracies and successes are those of the exported seed, not of all of them.
+    own = {
+        (place, int(row["seed"])): row
+        for place, net in enumerate(found)
+        for row in of_network(rows, net)
+    }
+    keys = [key for key in attack_keys(found) if key.attack == "autoattack"]
+    heads = [
+        ("Network", ""),
+        ("Parameters", ""),
+        ("Size", "of the teacher's"),
+        ("Weights", "bytes"),
+        ("One image", "ms"),
+        ("128 images", "ms per image"),
+        ("Test accuracy", ""),
+        *((f"{key.name} success", key.limit) for key in keys),
+    ]
+    lines = []
+    for (place, seed), row in own.items():
+        network = found[place]
+        about = [each for each in of_network(measured, network) if int(each["seed"]) == seed]
+        attacked = [[each for each in about if _is_of(each, key)] for key in keys]
+        parameters, size, weights, single, many = (
+            stat([row], name, file="deployment.csv")
+            for name in (
+                *("parameters", "share_of_teacher", "weights_bytes"),
+                *("milliseconds_per_image_batch_1", "milliseconds_per_image_batch_128"),
+            )
+        )
+        lines.append(
+            [
+                Cell(_name(network, found)),
+                value(parameters, "count"),
+                share(size),
+                value(weights, "count"),
+                value(single),
+                value(many),
+                share(stat(about[:1], "test_accuracy", ends=True)),
+                *(share(stat(each, "success_rate", ends=True)) for each in attacked),
+            ]
+        )
+    return Table(heads, lines)
+
+
+def _is_of(row: Row, key: AttackKey) -> bool:
+    return bool(row["attack"]) and attack_key(row) == key
+
+
 def distances(found: Sequence[Network], rows: Sequence[Row]) -> list[tuple[str, Table]]:
     """Distances by attack and norm."""
     keys = list(dict.fromkeys(attack_key({**row, "eps": None}) for row in rows))

@@ -8,22 +8,29 @@ measured of it. `run` trains, measures, judges, and reports into a workdir, from
 `train` does the first of it alone. `load` reads the tables again, `networks` the trained networks.
 `smoke` makes any study small. `plan` says what it takes on a TPU that need not be there. `RECIPES`
 are the studies that the command knows by name: of the paper's chains on the data sets of
-`jdistill.data` (`Recipe`), and of transformer students (`DeitRecipe`).
+`jdistill.data` (`Recipe`), of transformer students (`DeitRecipe`), and of small students that are
+exported (`EdgeRecipe`).
 """
 
-from jdistill.study import _deit, _recipes
+from jdistill.study import _deit, _edge, _recipes
 from jdistill.study._deit import DeitRecipe
+from jdistill.study._edge import EdgeRecipe
 from jdistill.study._plan import Plan, plan
 from jdistill.study._recipes import Recipe
 from jdistill.study._run import Tables, load, networks, run, train, write_report
 from jdistill.study._study import Stage, Study, smoke
 from jdistill.study._training import Trained
 
-RECIPES: dict[str, Recipe | DeitRecipe] = {**_recipes.RECIPES, **_deit.RECIPES}
+RECIPES: dict[str, Recipe | DeitRecipe | EdgeRecipe] = {
+    **_recipes.RECIPES,
+    **_deit.RECIPES,
+    **_edge.RECIPES,
+}
 
 __all__ = [
     "RECIPES",
     "DeitRecipe",
+    "EdgeRecipe",
     "Plan",
     "Recipe",
     "Stage",

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import optax
 
-from jdistill import _validate, attacks, data, diagnose, distill, nets, train
+from jdistill import _validate, attacks, data, diagnose, distill, export, nets, train
 from jdistill.evaluate import AttackPlan
 from jdistill.study._study import Stage, Study
 
@@ -89,6 +89,11 @@ class DeitRecipe:
     """Also train chains with an assistant: convolutional, and a transformer."""
     vit_teacher: bool = True
     """Also train a student of a transformer."""
+    teacher: str | None = None
+    """Folder of an exported network, trained elsewhere, as the convolutional teacher (none: one is
+    trained on the same examples)."""
+    transformer: str | None = None
+    """Likewise of the transformer that teaches (none: the one without a teacher does)."""
 
     eps: float
     """Radius of FGSM, AutoAttack, and the verdict (linf, in units of the pixel range 0..1)."""
@@ -111,7 +116,6 @@ class DeitRecipe:
         Args:
             data_dir: folder of prepared TFDS sets, see `data.load`.
         """
-        attack = functools.partial(attacks.autoattack, eps=self.eps)
         return Study(
             data=functools.partial(first_examples, self.dataset, self.train_examples, data_dir),
             chains=self._chains(),
@@ -120,10 +124,7 @@ class DeitRecipe:
             teacher_loss=at_one,
             online=True,
             batch_size=self.batch_size,
-            attacks={
-                "fgsm": AttackPlan(functools.partial(attacks.fgsm, eps=self.eps), 1000),
-                "autoattack": AttackPlan(attack, self.attack_examples, batch_size=100),
-            },
+            attacks=attack_plans(self.eps, self.attack_examples),
             verdict=functools.partial(diagnose.masking, eps=self.eps),
             num_verdict=self.attack_examples,
         )
@@ -145,6 +146,11 @@ class DeitRecipe:
         hard = distill.online(functools.partial(hard, hard_weight=weight))
 
         teacher, alone = self._cnn(setting.teacher()), self._vit()
+        transformer = alone
+        if self.teacher is not None:
+            teacher = Stage(frozen=export.load(self.teacher))
+        if self.transformer is not None:
+            transformer = Stage(frozen=export.load(self.transformer))
         student = self._vit(token=True, loss=hard_token)
         chains = {
             "no teacher": [alone],
@@ -154,7 +160,7 @@ class DeitRecipe:
             "hard, token": [teacher, student],
         }
         if self.vit_teacher:
-            chains["hard, token, from ViT"] = [alone, student]
+            chains["hard, token, from ViT"] = [transformer, student]
         if self.assistants:
             assistant = self._cnn(setting.assistant(), loss=hard)
             chains["hard, token, CNN assistant"] = [teacher, assistant, student]
@@ -204,6 +210,15 @@ def adamw(num_steps: int, rate: float, weight_decay: float) -> optax.GradientTra
     """AdamW whose rate rises for a tenth of the steps and falls as a cosine."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, num_steps // 10), num_steps)
     return optax.adamw(schedule, weight_decay=weight_decay)
+
+
+def attack_plans(eps: float, num_examples: int) -> dict[str, AttackPlan]:
+    """FGSM on many examples, and AutoAttack on some."""
+    autoattack = functools.partial(attacks.autoattack, eps=eps)
+    return {
+        "fgsm": AttackPlan(functools.partial(attacks.fgsm, eps=eps), 1000),
+        "autoattack": AttackPlan(autoattack, num_examples, batch_size=100),
+    }
 
 
 def first_examples(name: str, size: int | None, data_dir: str | None) -> data.Dataset:

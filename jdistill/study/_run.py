@@ -14,7 +14,7 @@ from etils import epath
 from jdistill import _files, _validate, attacks, nets, report, runtime
 from jdistill.evaluate._evaluate import check_classes
 from jdistill.parallel import barrier, check_same
-from jdistill.study import _measure, _training, _workdir
+from jdistill.study import _deploy, _measure, _training, _workdir
 from jdistill.study._study import Examples, Study
 from jdistill.study._training import Trained
 from jdistill.typing import Event
@@ -67,8 +67,11 @@ def run(
         OSError: it cannot be written, or another job writes it.
         FloatingPointError: a network has diverged.
         ModuleNotFoundError: a package that the report needs is missing.
+        ImportError: one that exports need is.
     """
     report.check_packages()
+    _validate.instance(Study, "a Study", remedy="pass study.Study(...)", study=study)
+    _deploy.check_packages(study)
     with _begun(study, workdir, parallel, recipe, measures=True) as job:
         with job.timed():
             networks = job.train()
@@ -80,6 +83,8 @@ def run(
                 first=job.first,
                 progress=job.follower,
             )
+            if runtime.is_main_process():
+                _deploy.deploy(job.folder, job.study, networks, job.examples, job.follower.say)
         if runtime.is_main_process():
             _save_pictures(job.folder, shown)
             _workdir.seal(job.folder, _DERIVED)

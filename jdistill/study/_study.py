@@ -259,6 +259,9 @@ class Study:
             the teacher at T = 1; None judges nothing.
         num_verdict: test examples for the verdict.
         num_sensitivity: test examples for the sensitivities; None takes all.
+        deployed: whether the student of each chain, first seed, and its teacher are exported into
+            `exports/` of the workdir, with sizes and milliseconds per image in `deployment.csv`.
+            Nothing that is trained or measured depends on it: any workdir may turn it on or off.
 
     Example:
         >>> import functools
@@ -290,6 +293,7 @@ class Study:
     verdict: Callable[..., Any] | None = None
     num_verdict: int = 200
     num_sensitivity: int | None = 1000
+    deployed: bool = False
 
     def __post_init__(self) -> None:
         """Check everything but the data, and name what is wrong."""
@@ -334,7 +338,7 @@ class Study:
         for name in ("batch_size", "num_verdict", "initial_epochs", "num_sensitivity"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else int(value))
-        _validate.flag(online=self.online)
+        _validate.flag(online=self.online, deployed=self.deployed)
         check_losses(self.teacher_loss, self.student_loss, self.online, None)
         for stages in named.values():
             for number, stage in enumerate(stages):
