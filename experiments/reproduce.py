@@ -229,6 +229,11 @@ class Options:
     (none: sweep at full scale where it can be, else jit)."""
     topology: str = "v5e:1x1"
     """Of `plan`: chip and how many along each axis, as in `jdistill plan`."""
+    teacher: str | None = None
+    """Folder of an exported network as DeiT's convolutional teacher, as in `jdistill defend
+    deit-fashion` (none: trained on the same examples)."""
+    transformer: str | None = None
+    """Likewise as its transformer teacher."""
     data_dir: str | None = None
     """Folder of prepared TFDS sets (none: TFDS_DATA_DIR, else ~/tensorflow_datasets)."""
     list: bool = False
@@ -304,6 +309,10 @@ def listing() -> str:
 def run(options: Options, name: str) -> None:
     """One item on one training study: train what is missing, measure, write, and print."""
     training = TRAININGS[options.scale][name]
+    if isinstance(training, studies.DeitRecipe):
+        training = dataclasses.replace(
+            training, teacher=options.teacher, transformer=options.transformer
+        )
     study = training.study(data_dir=options.data_dir)
     folder = _studies.workdir_path(options.workdir) / options.scale / name
     whole = options.scale == "full" and not study.selects_best()

@@ -25,6 +25,7 @@ _NETWORKS: dict[str, Callable[..., Any]] = {
     "PlainNet": nets.PlainNet,
     "ProjectionResNet": nets.ProjectionResNet,
     "ResNet": nets.ResNet,
+    "ViT": nets.ViT,
     "WideResNet": nets.WideResNet,
 }
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
