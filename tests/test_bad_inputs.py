@@ -182,6 +182,7 @@ GOOD = {
     **{"metrics.features": LOGITS, "metrics.other": 2 * LOGITS},
     **{"losses.teacher_logits": 2 * LOGITS, "nets.ResNet.depth": 8, "nets.resnet.depth": 8},
     **{"nets.PlainNet.depth": 2, "nets.plain_net.depth": 2, "nets.ViT.depth": 1},
+    **{"nets.with_features.layers": {"hint": "conv_0_1"}},
     **{"nets.ViT.patch_size": 2, "nets.ViT.width": 8, "nets.ViT.num_heads": 2},
     **{"nets.train": False, "nets.WideResNet.depth": 10, "nets.WideResNet.width": 0.25},
     **{"nets.wide_resnet.depth": 10, "nets.wide_resnet.width": 0.25},
@@ -406,6 +407,7 @@ KINDS = {
         **{"text": "no", "number": 1, "too few": np.ones(2), "NaN": np.full(B, np.nan)},
         **{"column": np.ones((B, 1)), "zeros": np.zeros(B), "shares": np.full(B, 0.5)},
     },
+    "sizes": {"text": "no", "number": 3, "list": ["hint"], "other": {"a": 3}, "zero": {"hint": 0}},
     "layers": {**JUNK, "empty": {}, "list": ["hint"], "numbers": {"hint": 3}, "turned": {3: "a"}},
     "three names": {**JUNK, "text": "abc", "two": ("a", "b"), "numbers": (1, 2, 3)},
     "shares": {
@@ -511,6 +513,7 @@ sequence: generations networks teachers measured compared
 store: shards
 chosen: transfer
 layers: layers
+sizes: nets.with_features.projections
 three names: distill.names teacher_names
 shares: weights
 counts: num_nonfinite
@@ -535,7 +538,7 @@ successes: metrics.worst_case.success
 key: nets.init.key
 pixels: nets.max_pool.inputs
 blocks: nets.ConvNet.features stages
-variables: nets.logits_fn.variables
+variables: nets.logits_fn.variables nets.outputs_fn.variables
 rows of arrays: parallel.split.tree
 table: report.write_table.rows
 pictures: report.write_picture_grid.pictures

@@ -9,7 +9,8 @@
 * Normalization, as an argument of the convolutional ones: `batch_norm`, `group_norm`.
 * Adapters: `apply_fn`, `nnx_model` (training) and `logits_fn` (attacks and measures) for Flax
   modules, `nnx_logits_fn` for NNX ones, `callable_logits_fn` for everything else; `binary` for a
-  network with a single logit; `logits_of` takes the logits out of outputs with extras;
+  network with a single logit; `with_features` for a network that returns outputs of its layers
+  too, `outputs_fn` for all that a network returns, `logits_of` for the logits among it;
   `with_temperature` divides the logits of any of them. All are values that compare by what they
   hold, so new weights of an equal network compile nothing.
 * Stacks: `stack`, `unstack`, `index` and `stack_size` for pytrees that `jax.vmap` runs side by
@@ -34,6 +35,7 @@ from jdistill.nets._cifar import PlainNet, ResNet, plain_net, resnet
 from jdistill.nets._convnet import ConvNet, cifar_net, digits_net, init, mnist_net
 from jdistill.nets._convolution import conv_general_dilated
 from jdistill.nets._emo import EMO, emo_1m, emo_2m, emo_5m, emo_6m, emo_small
+from jdistill.nets._features import outputs_fn, with_features
 from jdistill.nets._mobilenet import MobileNetV2, mobilenet_v2, mobilenet_v2_cifar
 from jdistill.nets._normalization import batch_norm, group_norm
 from jdistill.nets._pooling import max_pool
@@ -92,6 +94,7 @@ __all__ = [
     "mobilenet_v2_cifar",
     "nnx_logits_fn",
     "nnx_model",
+    "outputs_fn",
     "plain_net",
     "resnet",
     "resnet18",
@@ -103,5 +106,6 @@ __all__ = [
     "vit_digits",
     "vit_mnist",
     "wide_resnet",
+    "with_features",
     "with_temperature",
 ]

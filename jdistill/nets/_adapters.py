@@ -68,7 +68,7 @@ def check_module(model: Any) -> nn.Module:
         ) from None
 
 
-def _check_linen(model: Any) -> nn.Module:
+def check_linen(model: Any) -> nn.Module:
     """The module, which can be called as an adapter does."""
     model = check_module(model)
     names = _parameter_names(model)
@@ -103,7 +103,7 @@ def _parameter_names(model: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(model.__call__).parameters)[1:]
 
 
-def _call(model: nn.Module, variables: PyTree, inputs: Array, **options: Any) -> Any:
+def call_linen(model: nn.Module, variables: PyTree, inputs: Array, **options: Any) -> Any:
     """`model.apply`, with the options that its `__call__` does not take left out."""
     names = _parameter_names(model)
     for name in ("train", "dropout_keys"):
@@ -116,6 +116,26 @@ def _call(model: nn.Module, variables: PyTree, inputs: Array, **options: Any) ->
             f"expected all variables of {type(model).__name__}, got {', '.join(variables)} "
             f"({error}); pass the model state too, the second of what nets.init returns"
         ) from None
+
+
+def training_options(model: nn.Module, key: Array | None) -> dict[str, Any]:
+    """What `call_linen` is told in training, with the examples' keys."""
+    options: dict[str, Any] = {"train": True, "dropout_keys": key}
+    if key is not None and "dropout_keys" not in _parameter_names(model):
+        # `nn.Dropout` draws one mask for the whole batch from one key.
+        options["rngs"] = {"dropout": key[0]}
+    return options
+
+
+def check_variables(variables: Any) -> dict[str, PyTree]:
+    """The variables of a network, its parameters among them."""
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        shown = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
+        raise ValueError(
+            f"expected variables with the key 'params', got {shown}; "
+            'pass {"params": params, **model_state}'
+        )
+    return dict(variables)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,14 +156,13 @@ class _LinenApply:
     ) -> tuple[Array, PyTree]:
         variables = {"params": params, **model_state}
         if not train:
-            return _call(self.model, variables, inputs, train=False), model_state
-        options: dict[str, Any] = {"train": True, "dropout_keys": key}
-        if key is not None and "dropout_keys" not in _parameter_names(self.model):
-            # `nn.Dropout` draws one mask for the whole batch from one key.
-            options["rngs"] = {"dropout": key[0]}
+            return call_linen(self.model, variables, inputs, train=False), model_state
+        options = training_options(self.model, key)
         if not model_state:
-            return _call(self.model, variables, inputs, **options), model_state
-        logits, updated = _call(self.model, variables, inputs, mutable=list(model_state), **options)
+            return call_linen(self.model, variables, inputs, **options), model_state
+        logits, updated = call_linen(
+            self.model, variables, inputs, mutable=list(model_state), **options
+        )
         return logits, dict(updated)
 
 
@@ -154,7 +173,7 @@ class _LinenLogits:
     model: nn.Module
 
     def __call__(self, variables: PyTree, inputs: Array, /) -> Array:
-        return logits_of(_call(self.model, variables, inputs, train=False))
+        return logits_of(call_linen(self.model, variables, inputs, train=False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,7 +319,7 @@ def apply_fn(model: nn.Module) -> ApplyFn:
         >>> logits.shape, apply == nets.apply_fn(nets.digits_net())
         ((2, 10), True)
     """
-    return _LinenApply(_check_linen(model))
+    return _LinenApply(check_linen(model))
 
 
 def logits_fn(model: nn.Module, variables: Mapping[str, PyTree]) -> Partial:
@@ -326,14 +345,7 @@ def logits_fn(model: nn.Module, variables: Mapping[str, PyTree]) -> Partial:
         >>> jax.jit(lambda net, inputs: net(inputs))(net, jnp.zeros((2, 8, 8, 1))).shape
         (2, 10)
     """
-    model = _check_linen(model)
-    if not isinstance(variables, Mapping) or "params" not in variables:
-        shown = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
-        raise ValueError(
-            f"expected variables with the key 'params', got {shown}; "
-            'pass {"params": params, **model_state}'
-        )
-    return Partial(Fast(_LinenLogits(model)), dict(variables))
+    return Partial(Fast(_LinenLogits(check_linen(model))), check_variables(variables))
 
 
 def nnx_logits_fn(module: "nnx.Module") -> Partial:

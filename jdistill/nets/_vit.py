@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate
+from jdistill.nets._rows import by_rows
 from jdistill.typing import Array
 
 # DeiT truncates at 2.0, which is a hundred standard deviations: as good as not at all.
@@ -17,20 +18,8 @@ _INITIAL = nn.initializers.normal(0.02)
 _INITIAL_PATCH = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def _by_rows(lhs: Array, rhs: Array, dimension_numbers: Any, **options: Any) -> Array:
-    """The product of a dense layer, `[..., I]` by `[I, O]`, as one of two matrices.
-
-    XLA's gradient of `rhs` sums over all leading axes at once, which on CPU takes several times as
-    long where there are two.
-    """
-    del dimension_numbers
-    rows = lhs.reshape(math.prod(lhs.shape[:-1]), lhs.shape[-1])
-    product = jax.lax.dot_general(rows, rhs, (((1,), (0,)), ((), ())), **options)
-    return product.reshape(*lhs.shape[:-1], rhs.shape[1])
-
-
 def _dense(size: int, name: str, initial: Any = _INITIAL) -> nn.Dense:
-    return nn.Dense(size, kernel_init=initial, dot_general=_by_rows, name=name)
+    return nn.Dense(size, kernel_init=initial, dot_general=by_rows, name=name)
 
 
 # What is under `jax.checkpoint` is cheap to compute again, and its gradient then keeps its inputs
