@@ -35,17 +35,19 @@ def test_students_have_the_shares_of_the_teacher_that_they_are_named_by():
     chains = RECIPE.study().chains
     teacher = num_parameters(nets.mnist_net())
     assert teacher == 312_202
-    shares = {"quarter": 1 / 4, "sixteenth": 1 / 16, "sixty-fourth": 1 / 64, "EMO": 1 / 4}
+    shares = {"78k": 1 / 4, "20k": 1 / 16, "5k": 1 / 64, "87k EMO": 1 / 4}
     for name, share in shares.items():
         first, student = chains[name]
         assert num_parameters(first.model) == teacher
-        assert num_parameters(student.model) / teacher == pytest.approx(share, rel=0.15), name
-    through = chains["quarter, sixteenth, sixty-fourth"]
+        number = num_parameters(student.model)
+        assert number / teacher == pytest.approx(share, rel=0.15), name
+        assert name.split()[0] == f"{round(number / 1000)}k"
+    through = chains["78k-20k-5k"]
     assert [stage.model for stage in through] == [
-        *(chains["quarter"][number].model for number in (0, 1)),
-        *(chains[name][1].model for name in ("sixteenth", "sixty-fourth")),
+        *(stage.model for stage in chains["78k"]),
+        *(chains[name][1].model for name in ("20k", "5k")),
     ]
-    assert chains["sixty-fourth, no teacher"][0].model == through[-1].model
+    assert chains["5k alone"][0].model == through[-1].model
 
 
 def test_students_learn_from_soft_and_true_labels_and_the_teacher_from_true_ones():
@@ -74,7 +76,7 @@ def test_the_smallest_recipe_is_a_study():
     assert {stage.num_epochs for stages in own.chains.values() for stage in stages} == {1}
     assert own.attacks["autoattack"].num_examples == 4
     assert own.attacks["fgsm"].attack.keywords == {"eps": 0.1}
-    assert "EMO" not in own.chains
+    assert "87k EMO" not in own.chains
     # The quarter is trained once, for its own sake and as an assistant.
     assert len(own.trained_stages()) == 7
 

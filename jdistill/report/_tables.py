@@ -268,7 +268,10 @@ def deployment(found: Sequence[Network], rows: Sequence[Row], measured: Sequence
         *((f"{key.name} success", key.limit) for key in keys),
     ]
     lines = []
-    for (place, seed), row in own.items():
+    # From large to small.
+    for (place, seed), row in sorted(
+        own.items(), key=lambda item: (item[1]["temperature"], -item[1]["parameters"])
+    ):
         network = found[place]
         about = [each for each in of_network(measured, network) if int(each["seed"]) == seed]
         attacked = [[each for each in about if _is_of(each, key)] for key in keys]

@@ -8,8 +8,8 @@ from jdistill import _validate, data, diagnose, distill, nets
 from jdistill.study._deit import adamw, at_one, attack_plans, first_examples
 from jdistill.study._study import Stage, Study
 
-# Of the width of the teacher's layers, such that the parameters are 78,055, 19,695, and 5,014.
-_WIDTHS = {"quarter": 0.495, "sixteenth": 0.245, "sixty-fourth": 0.12}
+# Shares of the width of the teacher's layers: 78,055, 19,695, and 5,014 parameters.
+_WIDTHS = (0.495, 0.245, 0.12)
 _NUM_TRAIN = 55_000
 
 
@@ -17,10 +17,11 @@ _NUM_TRAIN = 55_000
 class EdgeRecipe:
     """Distill a network into students of a quarter to a 64th of its parameters, and export them.
 
-    Chains: from the teacher, which has 312,202 parameters, to students of about a quarter, a
-    sixteenth, and a 64th; to the smallest one through the larger ones as assistants; the smallest
-    one without a teacher; and to an EMO, a network of inverted residuals and attention, with about
-    a quarter of the parameters (28%). The first seed's students are exported.
+    Chains, named by their students' parameters: from the teacher, which has 312,202, to students of
+    about a quarter, a sixteenth, and a 64th of them; to the smallest one through the larger ones as
+    assistants; the smallest one without a teacher; and to an EMO, a network of inverted residuals
+    and attention, with about a quarter of the parameters (28%). The first seed's students are
+    exported.
 
     The teacher is an ordinary network (T = 1). Students learn from its softmax at T, that term
     times T², and from the true labels. T = 4, because small networks learn best from soft labels
@@ -32,7 +33,7 @@ class EdgeRecipe:
     Example:
         >>> recipe = EdgeRecipe(dataset="mnist", epochs=10, batch_size=64, eps=0.1)
         >>> list(recipe.study().chains)[:3]
-        ['sixty-fourth', 'sixteenth', 'quarter']
+        ['5k', '20k', '78k']
 
     References:
         Hinton, Vinyals & Dean 2015, "Distilling the Knowledge in a Neural Network"; Mirzadeh et al.
@@ -111,19 +112,19 @@ class EdgeRecipe:
     def _chains(self) -> dict[str, list[Stage]]:
         teacher = self._stage(nets.mnist_net())
         quarter, sixteenth, smallest = (
-            self._stage(nets.mnist_net(width, dropout_rate=0.0)) for width in _WIDTHS.values()
+            self._stage(nets.mnist_net(width, dropout_rate=0.0)) for width in _WIDTHS
         )
         # The first one is what the others are compared with.
         chains = {
-            "sixty-fourth": [teacher, smallest],
-            "sixteenth": [teacher, sixteenth],
-            "quarter": [teacher, quarter],
-            "quarter, sixteenth, sixty-fourth": [teacher, quarter, sixteenth, smallest],
-            "sixty-fourth, no teacher": [smallest],
+            "5k": [teacher, smallest],
+            "20k": [teacher, sixteenth],
+            "78k": [teacher, quarter],
+            "78k-20k-5k": [teacher, quarter, sixteenth, smallest],
+            "5k alone": [smallest],
         }
         if self.efficient:
             # With a stride of 2 it takes a quarter of the operations.
-            chains["EMO"] = [teacher, self._stage(nets.emo_small(0.88, stem_stride=2))]
+            chains["87k EMO"] = [teacher, self._stage(nets.emo_small(0.88, stem_stride=2))]
         return chains
 
     def _stage(self, model: Any) -> Stage:
