@@ -22,6 +22,7 @@ import experiments.bench.__main__ as bench
 import experiments.bench.attacks as bench_attacks
 import experiments.bench.data as bench_data
 import experiments.bench.train as bench_train
+import experiments.bench.vit as bench_vit
 from experiments.bench import lanes, networks, peers, stacks, startup, subjects, timing
 from experiments.bench.options import command
 from experiments.bench.peers import Comparison
@@ -478,6 +479,33 @@ def test_train_writes_rows(files, tmp_path, capsys):
     without = [row["note"] for row in rows if row["theirs_s"] is None]
     assert all("torch is not installed" in note for note in without)
     assert "| training step, dropout on, batch 4 " in capsys.readouterr().out
+
+
+def test_vit_writes_rows(tmp_path, capsys):
+    sizes = ["--patch-sizes", 14, 7, "--width", 8, "--depth", 1, "--num-heads", 2, "--no-peers"]
+    sizes += ["--num-steps", 2, "--batch-size", 4, "--repeats", 1]
+    bench.run(bench.parse([*map(str, ["vit", *sizes, "--json", tmp_path / "rows.json"])]))
+    rows = check_rows(tmp_path / "rows.json")
+    assert [row["name"].split(",")[1:3] for row in rows] == [
+        [f" patches of {size}", f" {what}"]
+        for size in (14, 7)
+        for what in ("training step", "input gradient and sign step in a scan")
+    ]
+    assert {(row["peer"], row["theirs_s"], row["note"]) for row in rows} == {("none", None, "")}
+    assert "ViT, patches of 7, training step, batch 4" in capsys.readouterr().out
+
+
+def test_vit_steps_learn_and_ascend():
+    options = bench_vit.Vit(num_steps=4, batch_size=6)
+    model = nets.ViT(4, 8, 1, 2)
+    images = Images(*(column[:6] for column in subjects.digits((8, 8, 1)).all))
+    calls = bench_vit.calls(options, model, images, beside_torch=False)
+    assert set(calls) == {bench_vit.STEP, bench_vit.GRADIENT}
+    losses_found = [calls[bench_vit.STEP]() for _ in range(2)]
+    # The same batch again and again, and the second call goes on from the first.
+    assert np.all(np.diff(np.concatenate(losses_found)) < 0)
+    moved = np.asarray(calls[bench_vit.GRADIENT]()) - images.inputs
+    assert 0.09 < np.abs(moved).max() < 0.1 + 1e-6
 
 
 def test_without_peers_nothing_of_torch_is_needed(files, tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@
     python -m experiments.bench attacks --json runs/bench-attacks.json
     python -m experiments.bench networks
     python -m experiments.bench train --no-flags
+    python -m experiments.bench vit
     python -m experiments.bench sweep --num-seeds 3
     python -m experiments.bench evaluate
     python -m experiments.bench data
@@ -39,6 +40,7 @@ from experiments.bench import (
     startup,
     torch_side,
     train,
+    vit,
 )
 from experiments.bench.options import Options
 from experiments.bench.rows import Row
@@ -50,6 +52,7 @@ COMMANDS: Mapping[str, tuple[type[Options], Callable[[Any, AfterCall], Iterator[
     "attacks": (attacks.Attacks, attacks.run),
     "networks": (networks.Networks, networks.run),
     "train": (train.Train, train.run),
+    "vit": (vit.Vit, vit.run),
     "sweep": (stacks.Sweep, stacks.run_sweep),
     "evaluate": (stacks.Evaluate, stacks.run_evaluate),
     "data": (data.Data, data.run),

@@ -147,7 +147,13 @@ def our_training(
     params: Params, input_shape: tuple[int, ...], **settings: float
 ) -> Callable[[Sequence[Batch]], np.ndarray]:
     """Steps of `train.fit`: each call goes on from the one before and gives the losses."""
-    step, state = _training(params, input_shape, **settings)
+    return stepping(*_training(params, input_shape, **settings))
+
+
+def stepping(
+    step: train.TrainStep, state: train.TrainState
+) -> Callable[[Sequence[Batch]], np.ndarray]:
+    """Steps as `train.fit` takes them, from this state and then from where the last call ended."""
     compiled = parallel.compile_step(step)
     loss_fn = train.hard_loss()
 
@@ -181,11 +187,18 @@ def torch_training(
     params: Params, *, dropout_rate: float = 0.5, learning_rate: float = 0.01
 ) -> Callable[[Sequence[tuple[Any, Any]]], np.ndarray]:
     """Steps of `our_training` in eager PyTorch."""
+    return torch_stepping(
+        torch_side.torch_network(params, dropout_rate=dropout_rate), learning_rate
+    )
+
+
+def torch_stepping(
+    model: Any, learning_rate: float
+) -> Callable[[Sequence[tuple[Any, Any]]], np.ndarray]:
+    """Steps of `stepping` in eager PyTorch, by SGD with Nesterov momentum."""
     import torch
 
-    model = torch_side.torch_network(params, dropout_rate=dropout_rate).train()
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    model = model.train().requires_grad_(True)
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9, nesterov=True)
 
     def run(batches: Sequence[tuple[Any, Any]]) -> np.ndarray:

@@ -8,6 +8,7 @@ import pytest
 
 import experiments.bench.__main__ as bench
 import experiments.bench.data as bench_data
+import experiments.bench.vit as bench_vit
 from experiments.bench import subjects, torch_side
 from experiments.bench.subjects import Images
 from experiments.bench.train import (
@@ -68,6 +69,29 @@ def test_train_beside_pytorch(written):
     rows = written("train", "--batch-size", 4, "--num-steps", 2)
     assert [(row["peer"], row["note"]) for row in rows] == [("PyTorch", "")] * 3
     assert all(row["ratio"] > 0 and row["torch_threads"] for row in rows)
+
+
+def test_vit_beside_pytorch(tmp_path):
+    sizes = ["--patch-sizes", 14, "--width", 8, "--depth", 1, "--num-heads", 2, "--num-steps", 2]
+    sizes += ["--batch-size", 4, "--repeats", 1, "--json", tmp_path / "rows.json"]
+    bench.run(bench.parse([*map(str, ["vit", *sizes])]))
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["peer"], row["note"]) for row in rows] == [("PyTorch", "")] * 2
+    assert all(row["ratio"] > 0 and row["torch_threads"] for row in rows)
+
+
+def test_vit_steps_and_ascent_are_pytorchs():
+    options = bench_vit.Vit(num_steps=3, batch_size=6)
+    model = nets.ViT(4, 16, 2, 2)
+    images = Images(*(column[:18] for column in subjects.digits(SHAPE).all))
+    calls = bench_vit.calls(options, model, images, beside_torch=True)
+    for _ in range(2):  # the second goes on from the first, with its momentum
+        ours, theirs = calls[bench_vit.STEP](), calls[bench_vit.STEP_PEER]()
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    ours, theirs = calls[bench_vit.GRADIENT](), calls[bench_vit.GRADIENT_PEER]()
+    apart = np.abs(np.asarray(ours) - theirs.numpy().transpose(0, 2, 3, 1))
+    assert (apart > 1e-5).mean() < 0.01  # a gradient next to 0 may have either sign
+    assert np.abs(np.asarray(ours) - images.inputs[:6]).max() > 0.09
 
 
 def test_training_steps_give_pytorchs_losses(small):
