@@ -115,6 +115,21 @@ GENERAL = {
         *((8, 7, 4), (3, 3, 1, 4)),
         {"feature_group_count": 4, "strides": (2, 3), "padding": "SAME", "rhs_dilation": (1, 2)},
     ),
+    "depthwise, two rows at a time": (
+        *((12, 20, 200), (3, 3, 1, 200)),
+        {"feature_group_count": 200, "padding": "SAME"},
+    ),
+    "depthwise, a row at a time, with strides": (
+        *((11, 24, 90), (3, 2, 1, 180)),
+        {"feature_group_count": 90, "strides": (2, 1), "rhs_dilation": (2, 1)},
+    ),
+    "a 1x1 kernel": ((5, 6, 40), (1, 1, 40, 9), {"padding": "SAME"}),
+    "a 1x1 kernel with padding": ((5, 6, 9), (1, 1, 9, 4), {"padding": ((1, 0), (0, 2))}),
+    "a 1x1 kernel in groups": ((5, 6, 8), (1, 1, 4, 6), {"feature_group_count": 2}),
+    "a 1x1 kernel, dilated inputs": (
+        *((5, 6, 9), (1, 1, 9, 4)),
+        {"lhs_dilation": (2, 1), "padding": ((0, 0), (0, 0))},
+    ),
     "one in, many out": ((6, 6, 1), (3, 3, 1, 4), {"strides": (2, 2)}),
     "type of the outputs": ((6, 6, 9), (3, 3, 9, 4), {"preferred_element_type": jnp.float32}),
 }
@@ -267,6 +282,39 @@ def test_vmapped_gradients_equal_the_loop(flags, operands, in_axes):
         assert_close(values[run], convolve(nets.conv_general_dilated, *single[:2]))
 
 
+KINDS = {
+    "3x3": ((3, 3, 9, 4), {}),
+    "1x1": ((1, 1, 9, 4), {"padding": "SAME"}),
+    "1x1 with strides": ((1, 1, 9, 4), {"strides": (2, 2)}),
+    "depthwise": ((3, 3, 1, 9), {"feature_group_count": 9, "padding": "SAME"}),
+}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "3x3"])
+def test_gradients_of_stacked_kernels_equal_the_loop(kind):
+    shape, kwargs = KINDS[kind]
+    # Sixteen pictures are three steps of a depthwise kernel's sum.
+    inputs, kernels = draw((16, 12, 12, 9), (3, *shape))
+    grads = functools.partial(gradients, nets.conv_general_dilated, **kwargs)
+    mapped = jax.jit(jax.vmap(grads, (None, 0, None)))(inputs, kernels, jnp.ones(()))
+    for run in range(3):
+        expected = gradients(
+            jax.lax.conv_general_dilated, inputs, kernels[run], jnp.ones(()), **kwargs
+        )
+        assert_close([leaf[run] for leaf in mapped], expected)
+
+
+@pytest.mark.floor
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "3x3"])
+def test_pointwise_and_depthwise_convolutions_are_none_to_xla(kind):
+    shape, kwargs = KINDS[kind]
+    operands = draw((16, 12, 12, 9), shape)
+    for convolution in (nets.conv_general_dilated, jax.lax.conv_general_dilated):
+        grads = functools.partial(gradients, convolution, **kwargs)
+        text = jax.jit(grads).lower(*operands, jnp.ones(())).as_text()
+        assert ("stablehlo.convolution" in text) is not (convolution is nets.conv_general_dilated)
+
+
 def test_gradients_inside_loops_equal_those_outside(operands):
     inputs, kernel, seed = operands
 
@@ -290,19 +338,22 @@ def test_gradients_inside_loops_equal_those_outside(operands):
 
 
 @pytest.mark.floor
-def test_gradients_of_a_batch_split_over_devices_equal_those_of_the_whole():
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_a_batch_split_over_devices_equal_those_of_the_whole(kind):
+    shape, kwargs = KINDS[kind]
     if len(jax.devices()) < 2:
         pytest.skip("needs two devices: JAX_NUM_CPU_DEVICES=2")
     mesh = jax.sharding.Mesh(jax.devices()[:2], ("data",))
     split, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
     inputs = jax.random.normal(jax.random.key(0), (34, 5, 5, 9))
-    kernel = jax.random.normal(jax.random.key(1), (3, 3, 9, 4))
-    grads = functools.partial(gradients, nets.conv_general_dilated)
-    expected = grads(inputs, kernel, jnp.ones((34, 3, 3, 4)))
+    kernel = jax.random.normal(jax.random.key(1), shape)
+    grads = functools.partial(gradients, nets.conv_general_dilated, **kwargs)
+    weights = jnp.ones((34, 1, 1, 1))
+    expected = grads(inputs, kernel, weights)
     mapped = jax.shard_map(
         grads, mesh=mesh, in_specs=(split, whole, split), out_specs=(split, whole)
     )
-    assert_close(jax.jit(mapped)(inputs, kernel, jnp.ones((34, 3, 3, 4))), expected)
+    assert_close(jax.jit(mapped)(inputs, kernel, weights), expected)
 
 
 @pytest.mark.floor
