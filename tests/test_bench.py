@@ -483,7 +483,7 @@ def test_train_writes_rows(files, tmp_path, capsys):
 
 def test_vit_writes_rows(tmp_path, capsys):
     sizes = ["--patch-sizes", 14, 7, "--width", 8, "--depth", 1, "--num-heads", 2, "--no-peers"]
-    sizes += ["--num-steps", 2, "--batch-size", 4, "--repeats", 1]
+    sizes += ["--num-steps", 2, "--batch-size", 4, "--repeats", 1, "--cpu-time"]
     bench.run(bench.parse([*map(str, ["vit", *sizes, "--json", tmp_path / "rows.json"])]))
     rows = check_rows(tmp_path / "rows.json")
     assert [row["name"].split(",")[1:3] for row in rows] == [
@@ -492,7 +492,7 @@ def test_vit_writes_rows(tmp_path, capsys):
         for what in ("training step", "input gradient and sign step in a scan")
     ]
     assert {(row["peer"], row["theirs_s"], row["note"]) for row in rows} == {("none", None, "")}
-    assert "ViT, patches of 7, training step, batch 4" in capsys.readouterr().out
+    assert "ViT, patches of 7, training step, batch 4, CPU time" in capsys.readouterr().out
 
 
 def test_vit_steps_learn_and_ascend():

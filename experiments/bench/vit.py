@@ -1,6 +1,7 @@
 """Training steps and input gradients of a vision transformer, beside the same in PyTorch."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -52,6 +53,9 @@ class Vit(Options):
     """Images per step."""
     peers: bool = True
     """Time PyTorch beside us."""
+    cpu_time: bool = False
+    """Count the seconds that the process computes, and not those that pass: for a machine that has
+    other work to do, and one core of it (`taskset -c 0 python -m ...`)."""
 
 
 def run(options: Vit, after_call: AfterCall) -> Iterator[list[Row]]:
@@ -109,10 +113,12 @@ def rows(
     after_call: AfterCall = lambda done, total: None,
 ) -> list[Row]:
     """Rows of the calls, in seconds per step; the note says why PyTorch is missing."""
-    timed = timing.interleaved(calls, repeats=options.repeats, after_call=after_call)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    timed = timing.interleaved(calls, repeats=options.repeats, after_call=after_call, clock=clock)
+    of_cpu = ", CPU time" if options.cpu_time else ""
     return [
         Row(
-            f"ViT, patches of {model.patch_size}, {name}, batch {options.batch_size}",
+            f"ViT, patches of {model.patch_size}, {name}, batch {options.batch_size}{of_cpu}",
             timed.timings[name],
             "PyTorch" if options.peers else "none",
             timed.timings.get(peer),
