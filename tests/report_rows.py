@@ -295,7 +295,7 @@ def make_agreement(network, agreed, **changes):
 def make_deployment(network, size, **changes):
     """Size and times of an export with a share of 312,202 parameters."""
     parameters = round(312_202 * size)
-    row = {"parameters": parameters, "share_of_teacher": parameters / 312_202}
+    row = {"parameters": parameters, "share_of_first": parameters / 312_202}
     row |= {"weights_bytes": 4 * parameters + 2_000, "program_bytes": 20_000}
     row |= {"milliseconds_per_image_batch_1": 0.2 + size, "num_calls": 20}
     row |= {"milliseconds_per_image_batch_128": 0.5 * size, "backend": "cpu", "device": "cpu"}

@@ -258,3 +258,88 @@ def test_bad_shifts(options):
 def test_stages_of_a_recipe_are_stages():
     chains = RECIPES["deit-cifar10"].study().chains.values()
     assert all(isinstance(each, Stage) for chain in chains for each in chain)
+
+
+def test_a_frozen_teacher_with_features(tmp_path):
+    """A student matches its layer; what is measured of it are its logits."""
+    pair = nets.with_features(nets.digits_net(0.125), {"hint": "conv_0_1"})
+    params, model_state = pair[0](jax.random.key(0), (8, 8, 1))
+    frozen = nets.outputs_fn(pair, {"params": params, **model_state})
+    loss = functools.partial(distill.feature_loss, layers={"hint": "hint"})
+    student = Stage(model=pair, optimizer=train.sgd(0.01), num_epochs=1, loss=loss, online=True)
+    rng = np.random.default_rng(0)
+    splits = [
+        (rng.uniform(size=(n, 8, 8, 1)).astype("float32"), np.arange(n) % 10) for n in (32, 8)
+    ]
+    mine = Study(data=splits, chains=[Stage(frozen=frozen), student], attacks={"fgsm": FGSM})
+    rows = study.run(mine, tmp_path).rows["results"]
+    assert {row["generation"] for row in rows} == {0, 1}
+    teacher, _ = study.networks(mine, tmp_path)
+    inputs = splits[1][0]
+    np.testing.assert_array_equal(teacher.logits_fn(inputs), frozen(inputs)["logits"])
+
+
+@pytest.mark.parametrize("token", [False, True])
+def test_a_transformer_is_read_back_from_its_export(tmp_path, token):
+    model = nets.vit_digits(0.25, distillation_token=token)
+    params, _ = nets.init(model, jax.random.key(0), (8, 8, 1))
+    network = nets.logits_fn(model, {"params": params})
+    export.save(tmp_path, network, input_shape=(8, 8, 1))
+    inputs = np.random.default_rng(0).uniform(size=(5, 8, 8, 1)).astype("float32")
+    expected = network(inputs)
+    np.testing.assert_array_equal(export.load(tmp_path)(inputs), expected)
+    program = export.load_stablehlo(tmp_path)
+    np.testing.assert_allclose(program(inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_projections_of_features_are_not_exported(tmp_path):
+    pair = nets.with_features(nets.digits_net(0.125), {"hint": "conv_0_1"}, projections={"hint": 7})
+    step = train.make_train_step(pair[1], train.sgd(0.1))
+    params, _ = pair[0](jax.random.key(0), (8, 8, 1))
+    network = train.logits_fn(step, train.create_state(step, params, jax.random.key(0)))
+    export.save(tmp_path, network, input_shape=(8, 8, 1))
+    inputs = np.random.default_rng(0).uniform(size=(5, 8, 8, 1)).astype("float32")
+    np.testing.assert_allclose(export.load(tmp_path)(inputs), network(inputs), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": distill.decoupled_loss}, "to take the temperature alone, got decoupled_loss"),
+        ({"loss": distill.hard_label_loss, "online": True}, r"distill\.online\(loss\)"),
+        ({"online": True}, "expected a loss of generation 1 beside online=True"),
+    ],
+)
+def test_losses_of_the_wrong_kind_are_named_before_anything_is_trained(options, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(
+            SMALL,
+            transfer=(),
+            student_loss=functools.partial(distill.soft_loss, hard_weight=0.5),
+            chains={"own": [stage(), stage(**options)]},
+        )
+
+
+@pytest.mark.parametrize("name", ["loss", "online", "temperature_schedule"])
+def test_a_frozen_network_has_no_lesson(name):
+    given = {"loss": distill.soft_loss, "online": True, "temperature_schedule": distill.annealed}
+    with pytest.raises(ValueError, match=f"expected no {name} with frozen"):
+        Stage(frozen=lambda inputs: inputs, **{name: given[name]})
+
+
+def test_a_teacher_whose_loss_has_no_temperature_is_an_ordinary_network(finished):
+    from jdistill.study import _measure
+
+    found = {n.generation: n for n in study.networks(LESSONS, finished) if n.temperature == 5}
+    ordinary = dataclasses.replace(LESSONS, teacher_loss=_deit.at_one)
+    assert not _measure.is_plain(LESSONS, found[0])
+    assert _measure.is_plain(ordinary, found[0])
+    assert not _measure.is_plain(ordinary, found[1])
+
+
+def test_numbers_of_numpy_describe_as_numbers():
+    chain = [stage(), stage(), stage(teachers=tuple(np.arange(2)))]
+    scheduled = stage(temperature_schedule=lambda T, progress: np.float32(T))
+    for stages in (chain, [stage(), scheduled]):
+        own = dataclasses.replace(SMALL, transfer=(), chains={"own": stages})
+        assert own.longest_chains()

@@ -175,8 +175,8 @@ def test_sizes_are_those_of_the_files(finished):
         assert row["milliseconds_per_image_batch_1"] > 0
         assert row["milliseconds_per_image_batch_128"] > 0
     teacher, student = rows
-    assert teacher["share_of_teacher"] == 1
-    assert student["share_of_teacher"] == student["parameters"] / teacher["parameters"] < 0.2
+    assert teacher["share_of_first"] == 1
+    assert student["share_of_first"] == student["parameters"] / teacher["parameters"] < 0.2
 
 
 def test_running_statistics_are_no_parameters(tmp_path):
@@ -283,7 +283,7 @@ def test_chains_that_share_a_teacher_have_one_row_of_it(tmp_path, monkeypatch):
     with open(tmp_path / "run/deployment.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     shares = {
-        (row["chain"], int(row["generation"])): row["share_of_teacher"] and int(row["parameters"])
+        (row["chain"], int(row["generation"])): row["share_of_first"] and int(row["parameters"])
         for row in rows
     }
     sizes = [num_parameters(nets.digits_net(width), (8, 8, 1)) for width in (0.5, 0.25, 0.125)]
@@ -310,7 +310,7 @@ def test_a_frozen_teacher_without_weights_is_left_out(tmp_path, monkeypatch):
 
     own = dataclasses.replace(STUDY, chains=[Stage(frozen=frozen), stage(0.125)], seeds=(3,))
     (row,) = study.run(own, tmp_path / "run").rows["deployment"]
-    assert (row["generation"], row["share_of_teacher"]) == (1, None)
+    assert (row["generation"], row["share_of_first"]) == (1, None)
 
     def refuse(*args, **kwargs):
         raise ValueError("it calls back into Python")

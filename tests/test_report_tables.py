@@ -252,7 +252,7 @@ def sorted_items(row):
         ("agreement", {"teacher_generation": 0.5}, "teacher_generation to be a whole number"),
         ("deployment", {"parameters": -1}, "expected parameters >= 0, got -1"),
         ("deployment", {"weights_bytes": None}, "expected weights_bytes in every row, got None"),
-        ("deployment", {"share_of_teacher": 0.0}, "expected share_of_teacher > 0, got 0.0"),
+        ("deployment", {"share_of_first": 0.0}, "expected share_of_first > 0, got 0.0"),
         ("deployment", {"milliseconds_per_image_batch_1": 0.0}, "batch_1 > 0, got 0.0 in row 0"),
         ("deployment", {"milliseconds_per_image_batch_128": -1.0}, "batch_128 > 0, got -1.0"),
         ("distances", {"success_rate": "all"}, "success_rate to be a number, got 'all'"),

@@ -39,7 +39,7 @@ def run(arguments: Sequence[str]) -> None:
             "another workdir with verdict examples"
         )
     everyone = dataclasses.replace(options, chain=(), temperature=(), seed=(), generation=())
-    plain = [each for each in everyone.open("verdict")[2] if _measure.is_plain(each)]
+    plain = [each for each in everyone.open("verdict")[2] if _measure.is_plain(study, each)]
     examples = study.examples()
     shards = runtime.ShardFolder(folder / "shards")
     with _workdir.held(folder), runtime.progress() as progress:

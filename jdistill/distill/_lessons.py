@@ -1,5 +1,6 @@
 """What a generation learns from: which networks, by which loss, at which temperature."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -61,12 +62,44 @@ def lesson_of(
                 f"expected online only of a generation with teachers, got it of generation "
                 f"{number}, which learns from the labels; leave it out"
             )
-        return Lesson((), stage.loss or teacher_loss, False)
-    is_online = online if stage.online is None else bool(stage.online)
-    default = student_loss
-    if is_online != online:
-        default = online_loss if is_online else soft_loss
-    return Lesson(teachers, stage.loss or default, is_online)
+        lesson = Lesson((), stage.loss or teacher_loss, False)
+    else:
+        is_online = online if stage.online is None else bool(stage.online)
+        if stage.loss is None and is_online != online:
+            if student_loss not in (soft_loss, online_loss):
+                # Another loss in its place would be another study, without a word.
+                raise ValueError(
+                    f"expected a loss of generation {number} beside online={is_online}, got None; "
+                    "pass loss=..., since the student_loss of all is for the other kind of teacher"
+                )
+            student_loss = online_loss if is_online else soft_loss
+        lesson = Lesson(teachers, stage.loss or student_loss, is_online)
+    _check_kind(lesson, number)
+    return lesson
+
+
+def _check_kind(lesson: Lesson, number: int) -> None:
+    """An error for a loss that takes other arguments than it will get."""
+    try:
+        signature = inspect.signature(lesson.loss)
+    except (TypeError, ValueError):  # a callable that does not say
+        return
+    given = (1.0, None) if lesson.online else (1.0,)
+    try:
+        signature.bind(*given)
+    except TypeError as error:
+        offline = "pass one such as distill.online_loss, or wrap it: distill.online(loss)"
+        online = "a loss of an online teacher wants online=True; pass another such as soft_loss"
+        raise ValueError(
+            f"expected the loss of generation {number} to take "
+            f"{'(temperature, teacher)' if lesson.online else 'the temperature alone'}, got "
+            f"{_name(lesson.loss)} ({error}); {offline if lesson.online else online}"
+        ) from None
+
+
+def _name(loss: Any) -> str:
+    function = getattr(loss, "func", loss)
+    return str(getattr(function, "__name__", type(loss).__name__))
 
 
 class Period(NamedTuple):

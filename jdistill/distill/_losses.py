@@ -132,8 +132,9 @@ def hard_label_loss(temperature: ArrayLike, *, hard_weight: ArrayLike = 0.0) -> 
 
         (1 - λ) · H(argmax q, softmax(z)) + λ · H(y, softmax(z))
 
-    with `q` the soft labels in `batch.targets`, whose largest entry does not depend on the
-    temperature, so that this loss has none; the earlier of equal entries counts.
+    with `q` the soft labels in `batch.targets`. The largest entry of one teacher's does not depend
+    on the temperature, so that this loss has none; the earlier of equal entries counts. Of several
+    teachers it is that of the mean at the temperature of the labels.
 
     Args:
         temperature: above 0; taken so that this is a `student_loss`, and not used.

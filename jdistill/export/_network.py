@@ -14,6 +14,7 @@ from jax.tree_util import Partial
 
 from jdistill import _fingerprint, nets
 from jdistill.nets._adapters import _LinenApply, _LinenLogits
+from jdistill.nets._features import _FeaturesApply
 from jdistill.train._step import _Evaluation
 from jdistill.typing import Array, PyTree
 
@@ -114,6 +115,10 @@ def parts(network: Any) -> Parts:
         if isinstance(apply_fn, _LinenApply):
             params, model_state = network.args
             return Parts(apply_fn.model, {"params": params, **model_state})
+        if isinstance(apply_fn, _FeaturesApply):  # without projections, which training alone needs
+            params, model_state = network.args
+            own = params["network"] if apply_fn.projections else params
+            return Parts(apply_fn.model, {"params": own, **model_state})
     return Parts(None, network)
 
 

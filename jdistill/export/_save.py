@@ -33,9 +33,9 @@ def save(
     For one of `study.networks`: `save(path, trained.logits_fn, input_shape=(28, 28, 1))`. The
     window of versions is logged.
 
-    The library's own convolutional networks (`nets.ConvNet`, `nets.ResNet`, `nets.WideResNet`, and
-    so on) are read back from the folder alone. Of any other network the weights are written under
-    their paths, and `load` takes the network itself as `model`; the program needs neither.
+    The library's own networks (`nets.ConvNet`, `nets.ResNet`, `nets.ViT`, and so on) are read back
+    from the folder alone. Of any other network the weights are written under their paths, and
+    `load` takes the network itself as `model`; the program needs neither.
 
     Args:
         path: the folder, local or `gs://…`, made if need be. An export there is replaced; a

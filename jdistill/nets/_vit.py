@@ -219,7 +219,7 @@ class ViT(nn.Module):
             # After the others, so that those are drawn alike without it.
             token = self.param("distillation_token", _INITIAL, (self.width,))
             prefix.append(token + self.param("distillation_position", _INITIAL, (self.width,)))
-        first = jnp.broadcast_to(jnp.stack(prefix), (len(x), len(prefix), self.width))
+        first = jnp.broadcast_to(jnp.stack(prefix), (x.shape[0], len(prefix), self.width))
         x = jnp.concatenate([first, x + positions[None, 1:]], axis=1)
         # What the last block makes of the patches reaches no head, so it is left out, unless
         # somebody looks at what the parts of the network return.

@@ -106,7 +106,8 @@ TERMS = {
     "Sensitivity": "Of the logits: mean |∂ Σ logits / ∂x| (Mandal & Gao 2023). Of the softmax: "
     "log10 of mean |∂ softmax / ∂x| at T = 1 (Papernot et al. 2016).",
     "Teacher, assistant, student": "The teacher learns from labels with its logits divided by T, "
-    "each later network from the soft labels, at the same T, of the one before it.",
+    "each later network from the soft labels, at the same T, of the one before it; where a stage "
+    "has another loss or other teachers, config.json says so.",
 }
 
 AGREEMENT = (

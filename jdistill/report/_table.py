@@ -171,11 +171,11 @@ _FORMATS = {
     ),
     "deployment": _Format(
         columns=(
-            *(*NETWORK, "parameters", "share_of_teacher", "weights_bytes", "program_bytes"),
+            *(*NETWORK, "parameters", "share_of_first", "weights_bytes", "program_bytes"),
             *(*_MILLISECONDS, "num_calls", "backend", "device", "export"),
         ),
         key=NETWORK,
-        blank=frozenset({"share_of_teacher"}),
+        blank=frozenset({"share_of_first"}),
         optional=("chain",),
     ),
     "distances": _Format(
@@ -395,7 +395,7 @@ def _check_values(form: _Format, row: Row, place: str) -> None:
             wanted, remedy = ">= 0", "pass how many there were"
         elif name in _MILLISECONDS and not 0 < number < math.inf:
             wanted, remedy = "> 0", "pass the milliseconds that were measured"
-        elif name == "share_of_teacher" and not 0 < number < math.inf:
+        elif name == "share_of_first" and not 0 < number < math.inf:
             wanted, remedy = "> 0", "it is a share: divide percent by 100"
         elif shares and not 0 <= number <= 1:
             wanted, remedy = "in [0, 1]", "it is a share: divide percent by 100"

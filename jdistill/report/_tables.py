@@ -260,7 +260,7 @@ def deployment(found: Sequence[Network], rows: Sequence[Row], measured: Sequence
     heads = [
         ("Network", ""),
         ("Parameters", ""),
-        ("Size", "of the teacher's"),
+        ("Size", "of the chain's first"),
         ("Weights", "bytes"),
         ("One image", "ms"),
         ("128 images", "ms per image"),
@@ -278,7 +278,7 @@ def deployment(found: Sequence[Network], rows: Sequence[Row], measured: Sequence
         parameters, size, weights, single, many = (
             stat([row], name, file="deployment.csv")
             for name in (
-                *("parameters", "share_of_teacher", "weights_bytes"),
+                *("parameters", "share_of_first", "weights_bytes"),
                 *("milliseconds_per_image_batch_1", "milliseconds_per_image_batch_128"),
             )
         )

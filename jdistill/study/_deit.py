@@ -184,7 +184,7 @@ class DeitRecipe:
 
     def _stage(self, model: Any, rate: float, weight_decay: float, lesson: Any) -> Stage:
         setting = _SETTINGS[self.dataset]
-        num_train = self.train_examples or setting.num_train
+        num_train = min(self.train_examples or setting.num_train, setting.num_train)
         num_steps = self.epochs * data.num_batches(num_train, self.batch_size)
         return Stage(
             model=model,

@@ -76,7 +76,7 @@ def deploy(
             {
                 **name.columns(),
                 "parameters": exported.parameters,
-                "share_of_teacher": largest and exported.parameters / largest,
+                "share_of_first": largest and exported.parameters / largest,
                 "weights_bytes": exported.weights_bytes,
                 "program_bytes": exported.program_bytes,
                 **_times(shards, network, exported.place, examples),

@@ -128,7 +128,7 @@ class EdgeRecipe:
         return chains
 
     def _stage(self, model: Any) -> Stage:
-        num_train = self.train_examples or _NUM_TRAIN
+        num_train = min(self.train_examples or _NUM_TRAIN, _NUM_TRAIN)
         num_steps = self.epochs * data.num_batches(num_train, self.batch_size)
         return Stage(
             model=model,

@@ -241,7 +241,7 @@ def _verdicts(
     """
     first = [network for network in networks if network.seed == study.seeds[0]]
     places = study.students().values()
-    plain = [network for network in networks if is_plain(network)]
+    plain = [network for network in networks if is_plain(study, network)]
     judged = [n for n in first if (n.chain, n.generation) in places or n in plain[:1]]
     for place, network in enumerate(judged, start=number):
         surrogate = surrogate_of(network, plain)
@@ -252,9 +252,17 @@ def _verdicts(
         yield {**row, "verdict": verdict}
 
 
-def is_plain(network: Trained) -> bool:
-    """Whether it is an ordinary network: a teacher at T = 1."""
-    return network.temperature == 1 and network.generation == 0
+def is_plain(study: Study, network: Trained) -> bool:
+    """True for an ordinary network: a teacher at T = 1, or one whose loss has no temperature."""
+    if network.generation or network.temperature == 1:
+        return network.generation == 0
+    chains = study.longest_chains()
+    stage = chains[network.chain or next(iter(chains))][0]
+    if stage.frozen is not None:  # nobody says how it was trained
+        return False
+    loss = stage.loss or study.teacher_loss
+    at_its_own, at_one = (_fingerprint.describe(loss(T)) for T in (network.temperature, 1.0))
+    return bool(at_its_own == at_one)
 
 
 def surrogate_of(network: Trained, plain: Sequence[Trained]) -> Trained | None:

@@ -126,7 +126,7 @@ def networks_of(study: Study, examples: Examples) -> list[Network]:
             loss = _loss(lesson, study.temperatures[0], teachers)
             leaves, structure = jax.tree.flatten((state, loss))
             shapes_of = tuple((x.shape, x.dtype) for x in leaves)
-            own = (step.apply_fn, structure, shapes_of, lesson.online)
+            own = (step, structure, shapes_of, lesson.online)
             known = found.get(own) or Network(
                 Counter(), step, state, loss, None if lesson.online else num_classes, 0, 0
             )
@@ -296,7 +296,7 @@ def stacks(study: Study, examples: Examples) -> Counter[Any]:
             if stage.frozen is None:
                 logits_fn = _abstract(stage, examples)[2]
             else:
-                logits_fn = nets.callable_logits_fn(stage.frozen)
+                logits_fn = _training.frozen_logits_fn(stage, examples)
             leaves, structure = jax.tree.flatten(logits_fn)
             own[structure, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)] += 1
         found.update(own.items())

@@ -22,6 +22,18 @@ Hyperparams = Mapping[str, float | Callable[[float], float]]
 Select = Literal["last", "best"]
 
 
+# What a stage that does not learn has no use for.
+_LESSON = (
+    "hyperparams",
+    "augment",
+    "make_step",
+    "teachers",
+    "loss",
+    "online",
+    "temperature_schedule",
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
     """One network of a chain, and how it learns.
@@ -92,6 +104,12 @@ class Stage:
                     "expected either frozen or a model with its optimizer, got both; a frozen "
                     "network does not learn: drop one"
                 )
+            for name in _LESSON:
+                if given := getattr(self, name):
+                    raise ValueError(
+                        f"expected no {name} with frozen, got {given!r:.60}; a frozen network does "
+                        "not learn: drop one"
+                    )
             return
         if self.model is None or self.optimizer is None:
             raise ValueError(
@@ -165,15 +183,15 @@ class Stage:
         """What it learns from, where it is not as the study has it."""
         found: dict[str, Any] = {}
         if self.teachers is not None:
-            found["teachers"] = list(self.teachers)
+            found["teachers"] = [int(teacher) for teacher in self.teachers]
         if self.loss is not None:
             found["loss"] = _fingerprint.describe(self.loss)
         if self.online is not None:
-            found["online"] = self.online
+            found["online"] = bool(self.online)
         if self.temperature_schedule is not None:
             found["temperature_schedule"] = {
                 at(T): [
-                    period.temperature
+                    float(period.temperature)
                     for period in periods(self.temperature_schedule, T, self.num_epochs, 0)
                 ]
                 for T in temperatures

@@ -214,7 +214,7 @@ def _networks(chain: Chain, run: Run, states: Sequence[TrainState]) -> list[Trai
     networks = []
     for number, stage in enumerate(chain.stages):
         if stage.frozen is not None:
-            logits_fn, step = nets.callable_logits_fn(stage.frozen), 0
+            logits_fn, step = frozen_logits_fn(stage, run.examples), 0
             weights = _fingerprint.fingerprint(logits_fn)
         else:
             state = states[number - chain.first]
@@ -224,6 +224,20 @@ def _networks(chain: Chain, run: Run, states: Sequence[TrainState]) -> list[Trai
         where = (chain.name, run.temperature, run.seed, number)
         networks.append(Trained(*where, step, weights, logits_fn))
     return networks
+
+
+def frozen_logits_fn(stage: Stage, examples: Examples) -> Any:
+    """A frozen network as it is measured: its logits alone, where it returns others with them."""
+    assert stage.frozen is not None
+    network: Any = nets.callable_logits_fn(stage.frozen)
+    one = jax.ShapeDtypeStruct((1, *examples.train.inputs.shape[1:]), np.float32)
+    if hasattr(jax.eval_shape(network, one), "shape"):
+        return network
+    return jax.tree_util.Partial(_logits_alone, network)
+
+
+def _logits_alone(network: Any, inputs: Array) -> Array:
+    return nets.logits_of(network(inputs))
 
 
 def _generation(
