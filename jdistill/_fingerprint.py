@@ -154,7 +154,11 @@ def _function(function: Any) -> str:
     inside = [_code(function.__code__), describe(defaults)]
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # a variable that has no value yet
-            inside.append(describe(cell.cell_contents))
+            held = cell.cell_contents
+            # Schedules of optax turn the numbers of steps that they close over into floats at
+            # their first call, and are the same after it.
+            whole = _is_library(function) and type(held) is int
+            inside.append(describe(float(held) if whole else held))
     inside.append([[variable, describe(held)] for variable, held in captured(function)])
     if not _is_library(function):
         inside.append([describe(each) for each in _called(function)])

@@ -10,6 +10,7 @@ import textwrap
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen, nnx
 
@@ -283,3 +284,29 @@ def test_what_refers_to_itself_has_a_fingerprint():
     of = _fingerprint.fingerprint
     assert of(Node(1)) == of(Node(1)) != of(Node(2))
     assert of(even) != of(odd)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda: optax.warmup_cosine_decay_schedule(0.0, 1e-3, 10, 100),
+        lambda: optax.cosine_decay_schedule(1e-3, 100),
+        lambda: optax.linear_schedule(1e-3, 0.0, 100),
+        lambda: optax.piecewise_constant_schedule(1e-3, {10: 0.1}),
+        lambda: optax.exponential_decay(1e-3, 10, 0.5),
+    ],
+)
+def test_an_optimizer_is_the_same_after_it_was_used(schedule):
+    """The schedules of optax write to what they close over."""
+    optimizer = optax.adamw(schedule())
+    before = _fingerprint.fingerprint(optimizer)
+    params = {"w": jnp.ones(2)}
+    state = optimizer.init(params)
+    for _ in range(2):
+        _, state = optimizer.update(params, state, params)
+    assert (
+        _fingerprint.fingerprint(optimizer)
+        == before
+        == _fingerprint.fingerprint(optax.adamw(schedule()))
+    )
+    assert before != _fingerprint.fingerprint(optax.adamw(2e-3))

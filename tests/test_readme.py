@@ -97,20 +97,31 @@ def test_a_study_of_a_ladder_runs(tmp_path):
     assert (tmp_path / "runs/ladder/report.html").exists()
 
 
+@pytest.mark.slow
+def test_other_teachers_and_losses(tmp_path):
+    lines = run(blocks("python", GUIDE)[2], tmp_path).splitlines()
+    pairs = {(line.split(" agrees with ")[0], line.split()[-1]) for line in lines}
+    assert pairs == {
+        ("hard labels, token 1", "0"),
+        ("two teachers 2", "0"),
+        ("two teachers 2", "1"),
+    }
+
+
 def test_an_evaluation_is_reported(tmp_path):
-    printed = run(blocks("python", GUIDE)[2], tmp_path)
+    printed = run(blocks("python", GUIDE)[3], tmp_path)
     assert printed.endswith("runs/evaluation/report.html\n")
 
 
 @pytest.mark.slow
 def test_a_sweep_runs(tmp_path):
-    code = blocks("python", GUIDE)[3]
+    code = blocks("python", GUIDE)[4]
     printed = run(code, tmp_path)
     assert printed == "[False False False False False False] (6, 10)\n"
 
 
 def test_an_export_is_read_back(tmp_path):
-    (code,) = blocks("python", GUIDE)[4:]
+    (code,) = blocks("python", GUIDE)[5:]
     said, *shares = run(code, tmp_path).splitlines()
     assert said.startswith("runs/student: written with JAX ")
     assert len(shares) == 3
