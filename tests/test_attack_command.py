@@ -16,7 +16,7 @@ from jdistill import attacks, commands, data, losses, runtime
 from jdistill import study as studies
 from jdistill.commands import _attack as attack
 from jdistill.commands import _attack_options as attack_options
-from jdistill.study import _recipes, _run, _training, _workdir
+from jdistill.study import _run, _training, _workdir
 
 EPOCHS, STEPS = 3, 16  # an epoch
 PGD = ["--attack", "pgd", "--eps", "0.1", "--num-steps", "4", "--num-examples", "12"]
