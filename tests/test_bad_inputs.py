@@ -137,7 +137,14 @@ GOOD = {
     **{"attacks": {"fgsm": PLAN}, "num_draws": 2, "temperature": 2.0, "num_classes": K},
     **{"preprocess": jnp.round, "random_logits_fn": lambda key, x: linear(WEIGHTS, x)},
     **{"shape": SHAPE, "batch_size": 2, "num_examples": 5, "seed_words": [1, 2], "epoch": 0},
-    **{"stack": STACK, "teacher": NETWORK, "step": STEP, "params": WEIGHTS, "state": STATE},
+    **{
+        "stack": STACK,
+        "teacher": NETWORK,
+        "student": NETWORK,
+        "step": STEP,
+        "params": WEIGHTS,
+        "state": STATE,
+    },
     **{"examples": (INPUTS, LABELS), "generation": 0, "num_generations": 2, "callback": print},
     **{"number": 0, "generations": [GENERATION], "num_epochs": 1, "loss_fn": train.hard_loss()},
     **{"report.result": EVALUATION, "place": 0, "report.from_evaluation.folder": FOLDER / "page"},
@@ -460,8 +467,8 @@ KINDS = {
 # Each sort, and the arguments that are of it; then those that are called as their sort is.
 SORTS = """
 network: logits_fn source surrogate
-function: teacher loss preprocess substitute apply_fn loss_fn augment objective progress output
-    fun attack make teacher_loss student_loss inner
+function: student teacher loss preprocess substitute apply_fn loss_fn augment objective progress
+    output fun attack make teacher_loss student_loss inner
     random_logits_fn main conv_general_dilated callback attacks.bpda.logits_fn nets.logits_fn
     parallel.compile_step.step base distill.distance nets.norm nets.activation
 radius: eps step_size decay max_angle max_shift alpha beta overshoot eta weight distill.gamma
@@ -490,7 +497,7 @@ text: stage shard_name remedy report.write_picture_grid.attack report.write_pict
     report.from_evaluation.dataset parallel.barrier.name nets.name
 path: directory folder workdir data_dir cache_dir
 choice: norm decision_rule version mode name kind
-mapping: measures config run figures pictures eps_grids metadata
+mapping: measures config run figures pictures eps_grids metadata agreements
 one above 0: loss_cap width train_temperature attacks.softmax_at.temperature diagnose.eps
     distill.soft_labels.temperature distill.chain.temperature train.mixup.alpha
     metrics.temperature metrics.log10_sensitivity_softmax.temperature train.sgd.learning_rate
@@ -527,7 +534,8 @@ one share: dropout_rate drop_path_rate train.sgd.momentum nets.momentum
 run keys: keys
 one from 0: attacks.autoattack.eps attacks.universal.eps attacks.universal.step_size
     evaluate.summarize.eps evaluate.worst_case.eps train.sgd.decay
-inputs: data.inputs distill.inputs evaluate.clean.inputs metrics.inputs train.inputs
+inputs: data.inputs distill.inputs evaluate.clean.inputs evaluate.agreement.inputs metrics.inputs
+    train.inputs
 soft: data.targets losses.targets
 starts: distill.start sweep.start
 arrays: distill.model_state parallel.replicate.tree train.params train.model_state sweep.params

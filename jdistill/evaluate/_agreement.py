@@ -84,6 +84,7 @@ def agreement(
     refuse_tracers(student, teacher, inputs, labels)
     _validate.function(student=student, teacher=teacher)
     _validate.count(batch_size=batch_size)
+    _validate.inputs_in_box(inputs, (-np.inf, np.inf))
     if not len(inputs):
         raise ValueError("expected at least one example, got none; pass inputs [N, ...]")
     own = train.predict(student, inputs, batch_size=batch_size)
