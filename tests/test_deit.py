@@ -208,11 +208,12 @@ def test_equal_optimizers_are_one():
 
 @pytest.mark.slow
 def test_a_recipe_from_training_to_report(tmp_path):
-    recipe = dataclasses.replace(RECIPES["deit-digits"].smallest(), temperatures=(1.0,))
+    recipe = RECIPES["deit-digits"].smallest()
+    recipe = dataclasses.replace(recipe, temperatures=(1.0,), assistants=False)
     small = dataclasses.replace(recipe.study(), attacks={"fgsm": FGSM}, verdict=None)
     rows = study.run(small, tmp_path).rows
     assert {row["chain"] for row in rows["comparisons"]} >= {"soft", "hard, token"}
-    assert {row["teacher_generation"] for row in rows["agreement"]} == {0, 1}
+    assert {row["teacher_generation"] for row in rows["agreement"]} == {0}
     assert (tmp_path / "report.html").exists()
     assert "agreement" in report.TABLES
 
