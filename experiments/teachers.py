@@ -21,7 +21,7 @@ from jdistill.study import _deit
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Which teachers, and where they go."""
+    """Data set of the teachers, and their folder."""
 
     dataset: tyro.conf.Positional[Literal["fashion_mnist", "mnist"]] = "fashion_mnist"
     """Data set of 28x28 images."""

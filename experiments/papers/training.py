@@ -14,9 +14,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from jdistill import attacks, data, diagnose, distill, nets, train
+from jdistill import attacks, diagnose, distill, nets, train
 from jdistill.evaluate import AttackPlan
 from jdistill.study import RECIPES, DeitRecipe, Stage, Study
+from jdistill.study._deit import at_one, first_examples
 
 Scale = Literal["full", "cpu", "smoke"]
 
@@ -75,7 +76,7 @@ class _Sizes:
         """The chains of networks, under AutoAttack, with their verdicts."""
         eps = EPS[self.dataset]
         return Study(
-            data=functools.partial(load, self.dataset, self.num_train, data_dir),
+            data=functools.partial(first_examples, self.dataset, self.num_train, data_dir),
             chains={name: [self._stage(each) for each in own] for name, own in chains.items()},
             temperatures=self.temperatures,
             seeds=self.seeds,
@@ -137,19 +138,13 @@ class Assistants(_Sizes):
         return self._study(
             data_dir,
             self.chains,
-            teacher_loss=distill.soft_loss if self.defensive else _at_one,
+            teacher_loss=distill.soft_loss if self.defensive else at_one,
             student_loss=functools.partial(
                 distill.soft_loss,
                 hard_weight=self.hard_weight,
                 temperature_squared=self.temperature_squared,
             ),
         )
-
-
-def _at_one(temperature: float) -> Any:
-    """A teacher's loss at T = 1, whatever the students' T."""
-    del temperature
-    return distill.soft_loss(1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,14 +173,6 @@ def _standardized(loss_temperature: float, temperature: float, teacher: Any) -> 
 
 def _rate(learning_rate: float, power: float, temperature: float) -> float:
     return learning_rate * temperature**power
-
-
-def load(name: str, num_train: int | None, data_dir: str | None) -> data.Dataset:
-    """A data set with its first training examples."""
-    dataset = data.load(name, data_dir=data_dir)
-    if num_train is None:
-        return dataset
-    return dataset._replace(train=data.Split(*(part[:num_train] for part in dataset.train)))
 
 
 # Measured (docs/performance.md), two cores and an H100; a small step costs its start.

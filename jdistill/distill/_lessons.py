@@ -1,4 +1,4 @@
-"""What a generation learns from: which networks, by which loss, at which temperature."""
+"""Lessons of generations: their teachers, loss, and temperature."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from jdistill.typing import Callback, Event, LossFn
 
 
 class Lesson(NamedTuple):
-    """How one generation learns.
+    """Teachers and loss of one generation.
 
     Attributes:
         teachers: numbers of the generations that it learns from; none are the labels.

@@ -258,7 +258,7 @@ def _same_shape(logits: AnyArray, teacher_logits: AnyArray) -> None:
 
 
 def _real_rows(mask: ArrayLike, num_rows: int) -> Array:
-    """Where the mask says that a row is real, `[B]` bool."""
+    """Real rows by their mask, `[B]` bool."""
     known = not _validate.is_traced(mask)
     real = _validate.booleans(mask, name="mask") if known else jnp.asarray(mask) > 0
     if real.shape != (num_rows,) or (known and not real.any()):

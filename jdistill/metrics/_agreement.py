@@ -1,4 +1,4 @@
-"""How far two networks agree, in what they predict and in what they compute on the way."""
+"""Agreement of two networks, in their predictions and in their representations."""
 
 from typing import Any
 

@@ -119,7 +119,7 @@ def call_linen(model: nn.Module, variables: PyTree, inputs: Array, **options: An
 
 
 def training_options(model: nn.Module, key: Array | None) -> dict[str, Any]:
-    """What `call_linen` is told in training, with the examples' keys."""
+    """Options of `call_linen` in training, with the examples' keys."""
     options: dict[str, Any] = {"train": True, "dropout_keys": key}
     if key is not None and "dropout_keys" not in _parameter_names(model):
         # `nn.Dropout` draws one mask for the whole batch from one key.

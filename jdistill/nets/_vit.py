@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate
+from jdistill.nets._fields import check_keys, check_rate, check_width, scaled
 from jdistill.nets._rows import by_rows
 from jdistill.typing import Array
 
@@ -180,18 +181,14 @@ class ViT(nn.Module):
         _validate.count(num_heads=self.num_heads, mlp_ratio=self.mlp_ratio)
         _validate.count(num_classes=self.num_classes)
         _validate.flag(distillation_token=self.distillation_token)
-        _validate.scalar(drop_path_rate=self.drop_path_rate, shift=self.shift)
+        _validate.scalar(shift=self.shift)
         _validate.finite(shift=self.shift)
         if self.width % self.num_heads:
             raise ValueError(
                 f"expected num_heads to divide width = {self.width}, got {self.num_heads}; pass "
                 "another number of heads, or a multiple of it as width"
             )
-        if not 0.0 <= self.drop_path_rate < 1.0:
-            raise ValueError(
-                f"expected drop_path_rate in [0, 1), got {self.drop_path_rate!r}; "
-                "pass the probability of skipping a branch of the last block, 0 for none"
-            )
+        check_rate("skipped branches of the last block", drop_path_rate=self.drop_path_rate)
         super().__post_init__()
 
     @nn.compact
@@ -262,14 +259,10 @@ class ViT(nn.Module):
         )
 
     def _branch_factors(self, keys: Array | None) -> list[tuple[Array, Array]] | None:
-        """What each block's two branches are multiplied by in training: 0, or inversely scaled."""
+        """Factors of each block's two branches in training: 0, or inversely scaled."""
         if self.drop_path_rate == 0 or self.depth == 1:
             return None
-        if keys is None:
-            raise ValueError(
-                "expected dropout_keys when train=True and drop_path_rate > 0, got None; pass one "
-                "PRNG key per example, jax.random.split(key, len(inputs)), or set drop_path_rate=0"
-            )
+        keys = check_keys(keys, "drop_path_rate")
         rates = [self.drop_path_rate * number / (self.depth - 1) for number in range(self.depth)]
         # One draw for all branches: what example i skips depends on `keys[i]` alone.
         drawn = jax.vmap(lambda key: jax.random.uniform(key, (self.depth, 2)))(keys)
@@ -285,10 +278,8 @@ def _by_heads(
     width: float, num_heads: int, head_size: int, sizes: dict[str, int], fields: dict[str, Any]
 ) -> ViT:
     """A `ViT` with its number of heads, of a fixed size each, multiplied by `width`."""
-    _validate.scalar(width=width)
-    _validate.positive(width=width, remedy="pass 1.0 for the full size, less for an assistant")
-    # As for `ConvNet`: halves go up, so that sizes grow with the width.
-    heads = max(1, math.floor(num_heads * width + 0.5))
+    check_width(width)
+    heads = scaled(num_heads, width)
     return ViT(**{**sizes, "num_heads": heads, "width": heads * head_size, **fields})
 
 
