@@ -555,7 +555,7 @@ def test_a_loss_on_features_beside_the_logits():
     assert train.predict(train.logits_fn(step, after), INPUTS).shape == (len(INPUTS), K)
 
 
-def adversarial(apply_fn, params, model_state, batch, loss_fn, keys):
+def adversarial(apply_fn, params, model_state, batch, loss_fn, keys, axis_name):
     """An objective: the loss where one gradient sign step leads."""
 
     def total(inputs):

@@ -1,4 +1,4 @@
-"""Losses of `Outputs`, as factories: `T -> loss_fn`, or `(T, teacher) -> loss_fn`."""
+"""Parts of the losses of `Outputs`, and the loss that leaves out the clean inputs."""
 
 import functools
 from collections.abc import Callable
@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, losses, nets
+from jdistill._jax import as_pytree
+from jdistill.losses._distillation import log_space_kl
 from jdistill.robust._objective import Outputs
 from jdistill.typing import Array, ArrayLike, Batch, LogitsFn, LossFn
 
@@ -44,134 +46,72 @@ def on_adversarial(loss: Callable[..., LossFn]) -> Callable[..., LossFn]:
     return functools.partial(_on_adversarial, loss)
 
 
-def two_teachers_loss(
-    temperature: ArrayLike,
-    teacher: LogitsFn,
-    *,
-    robust_weight: ArrayLike = 0.5,
-    clean_temperature: ArrayLike | None = None,
-    robust_temperature: ArrayLike | None = None,
-) -> LossFn:
-    """The distillation loss of MTARD: a clean teacher for clean inputs, a robust one for others.
-
-        (1 - ω) · H(softmax(z_c(x) / T_c), softmax(z(x) / T))
-            + ω · H(softmax(z_r(x') / T_r), softmax(z(x') / T))
-
-    with the student's logits z, the clean teacher's z_c, the robust teacher's z_r, and adversarial
-    inputs x' of the student (`adversarial`). Up to the entropy of the teachers' labels, which no
-    student changes, these are the paper's divergences. No gradient flows into the teachers.
-
-    What the papers adapt in training is fixed here, since it would have to be remembered from step
-    to step: the weight ω, which MTARD moves towards the term that has fallen less since the first
-    step; and the teachers' temperatures, which B-MTARD moves until the labels of both teachers have
-    the same entropy. MTARD starts at ω = 1/2, all temperatures 1.
-
-    Args:
-        temperature: T of the student, above 0.
-        teacher: the two teachers as one, `distill.together((clean, robust))`: what `distill.chain`
-            gives to a generation with two `teachers`, the clean one first, and a study to such a
-            stage, both with `online=True`.
-        robust_weight: ω in `[0, 1]`.
-        clean_temperature: T_c, above 0; None is T.
-        robust_temperature: T_r, likewise.
-
-    Returns:
-        `(outputs, batch) -> [B]` of `Outputs`, a pytree that carries the teachers' weights: other
-        numbers compile nothing.
-
-    Raises:
-        ValueError: numbers out of range; and from the loss, a teacher that is not two, or outputs
-            of another objective.
-
-    Example:
-        >>> from jdistill import distill
-        >>> clean = robust = lambda inputs: inputs
-        >>> loss_fn = two_teachers_loss(1.0, distill.together((clean, robust)))
-        >>> logits, attacked = jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 9.0]])
-        >>> batch = Batch(logits, jnp.array([0]), None, jnp.ones(1))
-        >>> float(loss_fn(Outputs(logits, attacked, attacked), batch)[0])  # half of ln 2, and a bit
-        0.347...
-
-    References:
-        Zhao, Yu, Sun, Zhang & Wei 2022, "Enhanced Accuracy and Robustness via Multi-Teacher
-        Adversarial Distillation" (MTARD), whose released code takes the mean over classes, too.
-        Zhao, Wang & Wei 2023, "Mitigating Accuracy-Robustness Trade-off via Balanced Multi-Teacher
-        Adversarial Distillation" (B-MTARD), arXiv:2306.16170.
-    """
-    _validate.function(teacher=teacher)
-    if clean_temperature is None:
-        clean_temperature = temperature
-    if robust_temperature is None:
-        robust_temperature = temperature
-    _validate.positive(
-        temperature=temperature,
-        clean_temperature=clean_temperature,
-        robust_temperature=robust_temperature,
-    )
-    _validate.within(0.0, 1.0, robust_weight=robust_weight)
-    return jax.tree_util.Partial(
-        _two_teachers_loss,
-        nets.callable_logits_fn(teacher),
-        jnp.asarray(robust_weight, jnp.float32),
-        jnp.asarray(temperature, jnp.float32),
-        jnp.asarray(clean_temperature, jnp.float32),
-        jnp.asarray(robust_temperature, jnp.float32),
-    )
-
-
-def _two_teachers_loss(
-    teacher: Any,
-    robust_weight: Array,
-    temperature: Array,
-    clean_temperature: Array,
-    robust_temperature: Array,
-    outputs: Any,
-    batch: Batch,
-) -> Array:
-    outputs = _checked(outputs)
-    # Each teacher is called on both inputs; what is not used of them is compiled away.
-    clean = _soft_labels(_pair(teacher(batch.inputs))[0], clean_temperature)
-    robust = _soft_labels(_pair(teacher(outputs.adversarial_inputs))[1], robust_temperature)
-    on_clean = losses.soft_cross_entropy(outputs.logits, clean, temperature=temperature)
-    on_adversarial = losses.soft_cross_entropy(
-        outputs.adversarial_logits, robust, temperature=temperature
-    )
-    return (1 - robust_weight) * on_clean + robust_weight * on_adversarial
-
-
-def _pair(found: Any) -> tuple[Any, Any]:
-    """The outputs of two teachers, of `distill.Several`."""
-    each: Any = getattr(found, "each", (found,))
-    if len(each) != 2:
-        raise ValueError(
-            f"expected teacher to be two networks, the clean and the robust one, got {len(each)}; "
-            "pass distill.together((clean, robust)), or name two teachers of the generation"
-        )
-    return each[0], each[1]
-
-
-def _soft_labels(outputs: Any, temperature: Array) -> Array:
-    logits = jax.lax.stop_gradient(nets.logits_of(outputs))
-    return jax.nn.softmax(logits / temperature, axis=-1)
-
-
 def _on_adversarial(loss: Callable[..., LossFn], temperature: Any, *teacher: Any) -> LossFn:
-    inner = loss(temperature, *teacher)
-    _validate.function(loss=inner)
-    if jax.tree_util.all_leaves([inner]):
-        inner = jax.tree_util.Partial(inner)
-    return jax.tree_util.Partial(_loss_there, inner)
+    return jax.tree_util.Partial(_loss_there, as_pytree(loss(temperature, *teacher)))
 
 
-def _loss_there(inner: LossFn, outputs: Any, batch: Batch) -> Array:
-    outputs = _checked(outputs)
-    return inner(outputs.adversarial_logits, batch._replace(inputs=outputs.adversarial_inputs))
+def _loss_there(loss_fn: LossFn, outputs: Any, batch: Batch) -> Array:
+    outputs = checked(outputs)
+    return loss_fn(outputs.adversarial_logits, batch._replace(inputs=outputs.adversarial_inputs))
 
 
-def _checked(outputs: Any) -> Outputs:
+def checked(outputs: Any) -> Outputs:
+    """The outputs, which must be those of `adversarial`."""
     if not isinstance(outputs, Outputs):
         raise ValueError(
             f"expected outputs with adversarial logits, got {type(outputs).__name__}; train with "
             "make_train_step(..., objective=robust.adversarial(attack))"
         )
     return outputs
+
+
+def number(name: str, value: ArrayLike, low: float = 0.0, high: float = jnp.inf) -> Array:
+    """A weight as an array; an error where it is out of its range."""
+    _validate.within(low, high, **{name: value})
+    return jnp.asarray(value, jnp.float32)
+
+
+def positive(temperature: ArrayLike) -> Array:
+    """A temperature as an array; an error where it is not above 0."""
+    _validate.positive(temperature=temperature)
+    return jnp.asarray(temperature, jnp.float32)
+
+
+def network(teacher: Any) -> LogitsFn:
+    """A teacher as a pytree; an error for what is none."""
+    _validate.function(teacher=teacher)
+    return nets.callable_logits_fn(teacher)
+
+
+def logits_at(teacher: LogitsFn, inputs: Array) -> Array:
+    """A teacher's logits, without a gradient."""
+    return jax.lax.stop_gradient(one_network(teacher, inputs))
+
+
+def one_network(teacher: LogitsFn, inputs: Array) -> Array:
+    """A teacher's logits; an error where it is several networks."""
+    found: Any = teacher(inputs)
+    each = getattr(found, "each", (found,))
+    if len(each) != 1:
+        raise ValueError(
+            f"expected one teacher, got {len(each)} together; name one teacher of the generation, "
+            "or use robust.two_teachers_loss"
+        )
+    return nets.logits_of(each[0])
+
+
+def kl(target_logits: Array, logits: Array, temperature: ArrayLike = 1.0) -> Array:
+    """`KL(softmax(t / T) || softmax(z / T))` of logits, `[B]`, with gradients into both."""
+    log_targets = losses.tempered_log_softmax(target_logits, temperature)
+    return log_space_kl(log_targets, losses.tempered_log_softmax(logits, temperature))
+
+
+def away_from(target_logits: Array, temperature: ArrayLike = 1.0) -> Any:
+    """`(logits, labels) -> [B]` for an attack: the divergence from what is predicted there."""
+    fixed = jax.lax.stop_gradient(target_logits)
+    return jax.tree_util.Partial(_away_from, fixed, jnp.asarray(temperature, jnp.float32))
+
+
+def _away_from(target_logits: Array, temperature: Array, logits: Array, labels: Array) -> Array:
+    del labels
+    return kl(target_logits, logits, temperature)

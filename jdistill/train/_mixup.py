@@ -32,8 +32,10 @@ class Mixup:
         batch: Batch,
         loss_fn: LossFn,
         keys: Array,
+        axis_name: str | None = None,
     ) -> tuple[Array, tuple[Any, PyTree]]:
         """The loss of the mixed views `[B]`, with the outputs on them and the model state."""
+        del axis_name
         shares = _shares(keys, self.alpha)
         others = jax.tree.map(lambda leaf: leaf[_partners(batch.mask)], batch)
         inputs = _mix(batch.inputs, others.inputs, shares)

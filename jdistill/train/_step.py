@@ -42,7 +42,8 @@ class TrainState(NamedTuple):
 
 # Augmentation: `(keys [B], inputs [B, ...]) -> inputs [B, ...]`, row i from key i alone.
 Augment = Callable[[Array, Array], Array]
-# `(apply_fn, params, model_state, batch, loss_fn, keys [B]) -> (loss [B], (outputs, model_state))`.
+# `(apply_fn, params, model_state, batch, loss_fn, keys [B], axis_name)
+# -> (loss [B], (outputs, model_state))`.
 Objective = Callable[..., tuple[Array, tuple[Any, PyTree]]]
 # Folded into a step's key for the augmentation; no example of a batch has this number.
 _AUGMENTED = 2**31 - 2
@@ -87,7 +88,7 @@ class TrainStep:
 
         def total_loss(params: PyTree) -> tuple[Array, tuple[Array, PyTree]]:
             per_example, (outputs, model_state) = objective(
-                apply_fn, params, state.model_state, batch, loss_fn, keys
+                apply_fn, params, state.model_state, batch, loss_fn, keys, self.axis_name
             )
             per_example = jnp.where(batch.mask > 0, per_example, 0.0)
             return jnp.sum(per_example * batch.mask), (nets.logits_of(outputs), model_state)
@@ -117,8 +118,10 @@ def _plain_objective(
     batch: Batch,
     loss_fn: LossFn,
     keys: Array,
+    axis_name: str | None,
 ) -> tuple[Array, tuple[Any, PyTree]]:
     """The loss of the network's outputs."""
+    del axis_name
     outputs, model_state = apply_fn(params, model_state, batch.inputs, train=True, key=keys)
     return loss_fn(outputs, batch), (outputs, model_state)
 
@@ -162,9 +165,10 @@ def make_train_step(
         augment: `(keys [B], inputs [B, ...]) -> inputs`, compiled into the step; row i must depend
             on key and input i alone. Soft labels made beforehand are of the inputs as they are; an
             online teacher sees them augmented.
-        objective: `(apply_fn, params, model_state, batch, loss_fn, keys [B])
+        objective: `(apply_fn, params, model_state, batch, loss_fn, keys [B], axis_name)
             -> (loss [B], (outputs, model_state))`, for losses that need the network itself, such
-            as adversarial training; None is `loss_fn` of the network's outputs.
+            as adversarial training; None is `loss_fn` of the network's outputs. Over a mapped axis
+            it sees the rows of its own device.
 
     Returns:
         The step, `(state, batch, loss_fn) -> (state, metrics)`. Metrics are sums over the batch:
