@@ -210,8 +210,8 @@ def adaad_loss(
         0.0
 
     References:
-        Huang, Chen, Wang, Lu, Cheng & Wang 2023, "Boosting Accuracy and Robustness of Student Models
-        via Adaptive Adversarial Distillation".
+        Huang, Chen, Wang, Lu, Cheng & Wang 2023, "Boosting Accuracy and Robustness of Student
+        Models via Adaptive Adversarial Distillation".
     """
     weight = number("robust_weight", robust_weight, 0, 1)
     return _Adaad(positive(temperature), network(teacher), weight)
