@@ -467,7 +467,7 @@ KINDS = {
 # Each sort, and the arguments that are of it; then those that are called as their sort is.
 SORTS = """
 network: logits_fn source surrogate
-function: student teacher loss preprocess substitute apply_fn loss_fn augment objective progress
+function: student teacher loss preprocess substitute apply_fn loss_fn augment objective exchange progress
     output fun attack make teacher_loss student_loss inner
     random_logits_fn main conv_general_dilated callback attacks.bpda.logits_fn nets.logits_fn
     parallel.compile_step.step base distill.distance nets.norm nets.activation
@@ -483,7 +483,7 @@ above 0: learning_rate initial_const largest_const sigma delta orthogonal_step s
 count: num_steps num_restarts num_targets num_queries num_samples max_samples num_starts
     num_searches num_angles num_shifts num_draws num_parallel batch_size num_examples
     num_sensitivity num_bins multiple num_hosts max_to_keep max_examples memory_limit
-    steps_per_call num_generations total nets.num_classes report.summary.width
+    steps_per_call num_generations total block_size nets.num_classes report.summary.width
     nets.ViT.depth nets.ViT.width patch_size num_heads mlp_ratio num_groups
     channels stem_size stem_stride stem_channels head_channels
 depth: depth

@@ -1,4 +1,4 @@
-"""One step on one device and on eight, under jit and under pmap: the same numbers."""
+"""One step on one device and on eight, under jit, shard_map, and pmap: the same numbers."""
 
 import functools
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from jdistill import data, nets, parallel, train
 from jdistill.typing import Batch
 from tests import tiny
 
-WAYS = [("jit", 1), ("jit", 8), ("pmap", 1), ("pmap", 8)]
+WAYS = [(mode, number) for mode in ("jit", "shard_map", "pmap") for number in (1, 8)]
 ways = pytest.mark.parametrize(("mode", "num_devices"), WAYS, ids=[f"{m}-{n}" for m, n in WAYS])
 
 RNG = np.random.default_rng(0)
@@ -26,7 +26,7 @@ STEP = train.make_train_step(nets.apply_fn(MODEL), train.sgd(0.1))
 PARAMS, _ = jax.jit(nets.init, static_argnums=(0, 2))(MODEL, jax.random.key(0), (8, 8, 1))
 
 
-ALL_WAYS = [(mode, number) for mode in ("jit", "pmap") for number in (1, 2, 4, 8)]
+ALL_WAYS = [(mode, number) for mode in ("jit", "shard_map", "pmap") for number in (1, 2, 4, 8)]
 
 
 def compiled(step, mode, num_devices):
@@ -72,7 +72,7 @@ def test_devices_and_modes_agree_with_dropout_and_a_ragged_batch(mode, num_devic
     assert_near(found.params, expected.params, 1e-4)
 
 
-@pytest.mark.parametrize("mode", ["jit", "pmap"])
+@pytest.mark.parametrize("mode", ["jit", "shard_map", "pmap"])
 def test_what_is_left_is_rounding(mode):
     with tiny.double_precision():
         expected, found = trained("jit", 1, "float64"), trained(mode, 8, "float64")
@@ -168,7 +168,7 @@ def test_gradient_is_of_the_mean_over_unmasked_rows_of_all_devices(mode, num_dev
 
 
 @pytest.mark.floor
-@pytest.mark.parametrize(("mode", "num_devices"), [("jit", 8), ("pmap", 8)])
+@pytest.mark.parametrize(("mode", "num_devices"), [("jit", 8), ("shard_map", 8), ("pmap", 8)])
 def test_what_padded_rows_hold_changes_nothing(mode, num_devices):
     step = train.make_train_step(linear, train.sgd(0.5))
     state = train.create_state(step, WEIGHTS, jax.random.key(0))
@@ -235,7 +235,7 @@ def test_a_step_that_cannot_be_hashed_still_compiles():
     assert float(state) == 13
 
 
-@pytest.mark.parametrize("mode", ["jit", "pmap"])
+@pytest.mark.parametrize("mode", ["jit", "shard_map", "pmap"])
 def test_a_state_moves_between_modes_and_numbers_of_devices(mode):
     step = train.make_train_step(linear, train.sgd(0.5))
     batch = Batch(ROWS, CLASSES, None, np.ones(13, np.float32))
@@ -243,7 +243,7 @@ def test_a_state_moves_between_modes_and_numbers_of_devices(mode):
     reference = state
     for _ in range(3):
         reference, _ = compiled(step, "jit", 1)(reference, batch, train.hard_loss())
-    other = {"jit": "pmap", "pmap": "jit"}[mode]
+    other = {"jit": "pmap", "pmap": "shard_map", "shard_map": "jit"}[mode]
     for way in ((mode, 8), (mode, 1), (other, 8)):
         state, _ = compiled(step, *way)(state, batch, train.hard_loss())
     np.testing.assert_allclose(state.params["w"], reference.params["w"], rtol=1e-5, atol=1e-6)
@@ -273,11 +273,13 @@ def test_example_indices_under_a_mapped_axis():
         devices=jax.devices()[:4],
     )(np.zeros((4, 3)))
     np.testing.assert_array_equal(rows, np.arange(12).reshape(4, 3))
+    with pytest.raises(ValueError, match="expected axis_name of a mapped axis, got 'data'"):
+        parallel.example_indices(3, "data")
 
 
 @pytest.mark.floor
 def test_unknown_mode_is_named():
-    with pytest.raises(ValueError, match=r"'jit', 'pmap', got 'shard'"):
+    with pytest.raises(ValueError, match=r"'jit', 'shard_map', 'pmap', got 'shard'"):
         parallel.compile_step(STEP, "shard")
 
 

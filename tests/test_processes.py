@@ -30,7 +30,8 @@ def by_one_process():
 @pytest.mark.slow
 @pytest.mark.floor
 @pytest.mark.parametrize(
-    ("mode", "num_processes", "num_devices"), [("jit", 2, 2), ("pmap", 2, 2), ("jit", 4, 1)]
+    ("mode", "num_processes", "num_devices"),
+    [("jit", 2, 2), ("shard_map", 2, 2), ("pmap", 2, 2), ("jit", 4, 1)],
 )
 def test_processes_train_as_one(mode, num_processes, num_devices, tmp_path):
     file = tmp_path / "trained.npz"

@@ -280,7 +280,7 @@ def test_fit_refuses_examples_that_would_train_on_silently(examples, message):
         ({"num_epochs": -1}, "num_epochs to be a whole number >= 0, got -1"),
         ({"num_epochs": 1.5}, "num_epochs .*got 1.5"),
         ({"batch_size": 0}, "batch_size to be a whole number >= 1, got 0"),
-        ({"mode": "xmap"}, "mode to be one of 'jit', 'pmap', got 'xmap'"),
+        ({"mode": "xmap"}, "mode to be one of 'jit', 'shard_map', 'pmap', got 'xmap'"),
     ],
 )
 def test_fit_refuses_options(kwargs, message):

@@ -39,7 +39,7 @@ def fit(
         loss_fn: `(logits, batch) -> [B]`.
         num_epochs: of the whole run, those already done included; at least 0.
         batch_size: examples a step over all devices; the last, smaller batch is padded and masked.
-        mode: `"jit"` or `"pmap"`, see `parallel.compile_step`.
+        mode: `"jit"`, `"shard_map"`, or `"pmap"`, see `parallel.compile_step`.
         devices: over which; None takes all.
         callback: called after every step with `event="step"`, and after every epoch with
             `event="epoch"`, each with `stage`, `step`, `num_steps`, `epoch` (counted from 1),

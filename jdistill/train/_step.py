@@ -45,8 +45,11 @@ Augment = Callable[[Array, Array], Array]
 # `(apply_fn, params, model_state, batch, loss_fn, keys [B], axis_name)
 # -> (loss [B], (outputs, model_state))`.
 Objective = Callable[..., tuple[Array, tuple[Any, PyTree]]]
-# Folded into a step's key for the augmentation; no example of a batch has this number.
-_AUGMENTED = 2**31 - 2
+# `(gradient, key, axis_name) -> gradient` summed over the devices, the same on all of them.
+Exchange = Callable[[PyTree, Array, str], PyTree]
+# Folded into a step's key for the augmentation and for the exchange; no example of a batch has
+# these numbers.
+_AUGMENTED, _EXCHANGED = 2**31 - 2, 2**31 - 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,7 @@ class TrainStep:
         axis_name: the mapped axis to reduce over, or None.
         augment: see `make_train_step`.
         objective: likewise.
+        exchange: likewise.
     """
 
     apply_fn: ApplyFn
@@ -68,11 +72,17 @@ class TrainStep:
     axis_name: str | None = None
     augment: Augment | None = None
     objective: Objective | None = None
+    exchange: Exchange | None = None
 
     def __call__(
         self, state: TrainState, batch: Batch, loss_fn: LossFn
     ) -> tuple[TrainState, Metrics]:
         """One update on the batch; see `make_train_step`."""
+        if self.exchange is not None and self.axis_name is None:
+            raise ValueError(
+                "expected an exchange of gradients over a mapped axis, got a step without one; "
+                "compile it with mode='shard_map' or 'pmap', or leave exchange out"
+            )
         batch = _finite_padding(batch)
         num_rows = batch.mask.shape[0]
         # Keyed by position in the whole batch: with one key a device all of them would drop the
@@ -99,12 +109,26 @@ class TrainStep:
         sums = _sums(loss, logits, batch)
         if self.axis_name is not None:
             # Sums over sums, never a mean of means: devices may hold different numbers of rows.
-            sums, gradient = jax.lax.psum((sums, gradient), self.axis_name)
+            sums = jax.lax.psum(sums, self.axis_name)
+            gradient = self._exchanged(gradient, step_key, self.axis_name)
             model_state = jax.lax.pmean(model_state, self.axis_name)
         gradient = jax.tree.map(lambda leaf: leaf / jnp.maximum(sums["count"], 1), gradient)
         updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, model_state, opt_state, state.key), sums
+
+    def _exchanged(self, gradient: PyTree, step_key: Array, axis_name: str) -> PyTree:
+        """The gradient summed over the devices."""
+        if self.exchange is None:
+            return jax.lax.psum(gradient, axis_name)
+        found = self.exchange(gradient, jax.random.fold_in(step_key, _EXCHANGED), axis_name)
+        shapes, expected = (jax.tree.map(jnp.shape, each) for each in (found, gradient))
+        if shapes != expected:
+            raise ValueError(
+                f"expected exchange to return arrays of shapes {expected}, got {shapes}; return "
+                "the sum over the devices, of the gradient's own form"
+            )
+        return found
 
 
 def _keys_at(key: Array, positions: Array) -> Array:
@@ -151,12 +175,14 @@ def make_train_step(
     axis_name: str | None = None,
     augment: Augment | None = None,
     objective: Objective | None = None,
+    exchange: Exchange | None = None,
 ) -> TrainStep:
     """A pure training step for a network and an optimizer.
 
     The gradient is of the mean loss over the batch's unmasked rows, over all devices. Padded rows
     count for nothing in it, whatever they hold. Batch statistics of the network's own (batch
-    normalization) do see them, and under `"pmap"` each device's rows alone, averaged afterwards.
+    normalization) do see them, and under `"pmap"` and `"shard_map"` each device's rows alone,
+    averaged afterwards.
 
     Args:
         apply_fn: the network, `jdistill.nets.apply_fn(model)` for one.
@@ -169,6 +195,10 @@ def make_train_step(
             -> (loss [B], (outputs, model_state))`, for losses that need the network itself, such
             as adversarial training; None is `loss_fn` of the network's outputs. Over a mapped axis
             it sees the rows of its own device.
+        exchange: `(gradient, key, axis_name) -> gradient`, the sum over the devices, such as
+            `parallel.quantized_psum()`; None is `jax.lax.psum`. For the modes `"shard_map"` and
+            `"pmap"`, on any number of devices: in `"jit"` it is XLA that sums, and a step with an
+            exchange is an error there. The key is the step's, the same on all devices.
 
     Returns:
         The step, `(state, batch, loss_fn) -> (state, metrics)`. Metrics are sums over the batch:
@@ -197,7 +227,10 @@ def make_train_step(
         _validate.function(augment=augment)
     if objective is not None:
         _validate.function(objective=objective)
-    return TrainStep(apply_fn, optimizer, axis_name, augment, objective)
+    if exchange is not None:
+        remedy = "pass parallel.quantized_psum()"
+        _validate.function(exchange=exchange, remedy=remedy)
+    return TrainStep(apply_fn, optimizer, axis_name, augment, objective, exchange)
 
 
 def _check_apply_fn(apply_fn: Any) -> None:
