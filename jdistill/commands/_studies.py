@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from jdistill.study import RECIPES, DeitRecipe, EdgeRecipe, Recipe, Study, _workdir
+from jdistill.study import (
+    RECIPES,
+    DeitRecipe,
+    EdgeRecipe,
+    Recipe,
+    Study,
+    UnlearnableRecipe,
+    _workdir,
+)
 
 Made = Callable[..., Any]
 
@@ -50,7 +58,7 @@ def workdir_path(given: str) -> epath.Path:
     return epath.Path(expanded)
 
 
-AnyRecipe = Recipe | DeitRecipe | EdgeRecipe
+AnyRecipe = Recipe | DeitRecipe | EdgeRecipe | UnlearnableRecipe
 
 
 def of_recipe(recipe: AnyRecipe, data_dir: str | None) -> Source:

@@ -8,11 +8,11 @@ measured of it. `run` trains, measures, judges, and reports into a workdir, from
 `train` does the first of it alone. `load` reads the tables again, `networks` the trained networks.
 `smoke` makes any study small. `plan` says what it takes on a TPU that need not be there. `RECIPES`
 are the studies that the command knows by name: of the paper's chains on the data sets of
-`jdistill.data` (`Recipe`), of transformer students (`DeitRecipe`), and of small students that are
-exported (`EdgeRecipe`).
+`jdistill.data` (`Recipe`), of transformer students (`DeitRecipe`), of small students that are
+exported (`EdgeRecipe`), and of examples that no student learns robustly (`UnlearnableRecipe`).
 """
 
-from jdistill.study import _deit, _edge, _recipes
+from jdistill.study import _deit, _edge, _recipes, _unlearnable
 from jdistill.study._deit import DeitRecipe
 from jdistill.study._edge import EdgeRecipe
 from jdistill.study._plan import Plan, plan
@@ -20,11 +20,13 @@ from jdistill.study._recipes import Recipe
 from jdistill.study._run import Tables, load, networks, run, train, write_report
 from jdistill.study._study import Stage, Study, smoke
 from jdistill.study._training import Trained
+from jdistill.study._unlearnable import UnlearnableRecipe
 
-RECIPES: dict[str, Recipe | DeitRecipe | EdgeRecipe] = {
+RECIPES: dict[str, Recipe | DeitRecipe | EdgeRecipe | UnlearnableRecipe] = {
     **_recipes.RECIPES,
     **_deit.RECIPES,
     **_edge.RECIPES,
+    **_unlearnable.RECIPES,
 }
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "Study",
     "Tables",
     "Trained",
+    "UnlearnableRecipe",
     "load",
     "networks",
     "plan",
