@@ -467,8 +467,8 @@ KINDS = {
 # Each sort, and the arguments that are of it; then those that are called as their sort is.
 SORTS = """
 network: logits_fn source surrogate
-function: student teacher loss preprocess substitute apply_fn loss_fn augment objective exchange progress
-    output fun attack make teacher_loss student_loss inner
+function: student teacher loss preprocess substitute apply_fn loss_fn augment objective progress
+    exchange output fun attack make teacher_loss student_loss inner
     random_logits_fn main conv_general_dilated callback attacks.bpda.logits_fn nets.logits_fn
     parallel.compile_step.step base distill.distance nets.norm nets.activation
 radius: eps step_size decay max_angle max_shift alpha beta overshoot eta weight distill.gamma
