@@ -60,10 +60,10 @@ def mtard(**options):
     return functools.partial(robust.two_teachers_loss, **options)
 
 
-def outputs_of(network, params, loss_fn=None, *, attack=PGD, inner=None, batch=None, keys=KEYS):
+def outputs_of(network, params, loss_fn=None, *, attack=PGD, batch=None, keys=KEYS):
     """The loss of each row and the `Outputs`, of one call of the objective."""
     loss_fn = robust.on_adversarial(train.hard_loss)(1.0) if loss_fn is None else loss_fn
-    objective = robust.adversarial(attack, inner=inner)
+    objective = robust.adversarial(attack)
     loss, (outputs, _) = objective(network, params, {}, batch or batch_of(), loss_fn, keys)
     return loss, outputs
 
@@ -274,69 +274,6 @@ def test_running_statistics_are_of_adversarial_and_then_of_clean_inputs(mode, nu
     np.testing.assert_allclose(mean, expected, rtol=1e-4, atol=1e-6)
 
 
-# What the attack climbs
-
-
-def test_inner_of_trades_is_away_from_the_clean_prediction():
-    """From starts beside the inputs, since the divergence has no slope at them."""
-
-    def away(clean, logits, labels):
-        del labels
-        return losses.kl_divergence(logits, clean)
-
-    def inner(student, batch, loss_fn):
-        del loss_fn
-        clean = jax.nn.softmax(student(batch.inputs))
-        return student, jax.tree_util.Partial(away, clean)
-
-    start = np.clip(INPUTS + 0.01, 0, 1)
-    one = functools.partial(
-        attacks.pgd, eps=EPS, num_steps=1, step_size=2 * EPS, random_start=False, init=start
-    )
-    _, outputs = outputs_of(linear, STUDENT, attack=one, inner=inner)
-    gap = softmax(start.astype(float) @ STUDENT) - softmax(INPUTS.astype(float) @ STUDENT)
-    expected = start + 2 * EPS * np.sign(gap @ STUDENT.T.astype(float))
-    expected = np.clip(np.clip(expected, INPUTS - EPS, INPUTS + EPS), 0, 1)
-    np.testing.assert_allclose(outputs.adversarial_inputs, expected, atol=1e-6)
-
-
-def test_inner_may_use_the_teacher_of_the_loss_at_the_clean_and_at_any_input():
-    """At the clean input as RSLAD has it, at the adversarial one as AdaAD."""
-
-    def from_clean(targets, logits, labels):
-        del labels
-        return losses.soft_cross_entropy(logits, targets)
-
-    def at_clean(student, batch, loss_fn):
-        (teacher, *_) = loss_fn.args
-        targets = jax.nn.softmax(nets.logits_of(teacher(batch.inputs).each[1]))
-        return student, jax.tree_util.Partial(from_clean, targets)
-
-    loss_fn = robust.two_teachers_loss(1.0, TEACHER)
-    _, outputs = outputs_of(linear, STUDENT, loss_fn, attack=FGSM, inner=at_clean)
-    x = INPUTS.astype(float)
-    direction = (softmax(x @ STUDENT) - softmax(x @ ROBUST)) @ STUDENT.astype(float).T
-    np.testing.assert_allclose(outputs.adversarial_inputs, signed(direction), atol=1e-6)
-
-    def both(student, teacher, inputs):
-        return jnp.concatenate([student(inputs), teacher(inputs).each[1]], axis=1)
-
-    def between(logits, labels):
-        del labels
-        return losses.soft_cross_entropy(logits[:, :K], jax.nn.softmax(logits[:, K:]))
-
-    def at_any(student, batch, loss_fn):
-        (teacher, *_) = loss_fn.args
-        return jax.tree_util.Partial(both, student, teacher), between
-
-    _, outputs = outputs_of(linear, STUDENT, loss_fn, attack=FGSM, inner=at_any)
-    q, z = softmax(x @ ROBUST), x @ STUDENT
-    minus_log = -np.log(softmax(z))
-    of_targets = q * (minus_log - (q * minus_log).sum(1, keepdims=True))
-    direction = (softmax(z) - q) @ STUDENT.astype(float).T + of_targets @ ROBUST.astype(float).T
-    np.testing.assert_allclose(outputs.adversarial_inputs, signed(direction), atol=1e-6)
-
-
 # Runs
 
 STEP = train.make_train_step(mlp, train.sgd(0.1), objective=robust.adversarial(PGD))
@@ -518,8 +455,6 @@ def test_a_student_of_a_clean_and_a_robust_teacher_is_more_robust(tmp_path):
 def test_what_is_no_attack_is_named():
     with pytest.raises(ValueError, match="expected a callable, got the text 'pgd' as attack"):
         robust.adversarial("pgd")
-    with pytest.raises(ValueError, match="expected a callable, got int as inner"):
-        robust.adversarial(PGD, inner=3)
     with pytest.raises(ValueError, match="expected a fixed-budget attack"):
         outputs_of(linear, STUDENT, attack=functools.partial(attacks.ddn, num_steps=2))
 
