@@ -16,6 +16,7 @@ from jdistill.study import (
     DeitRecipe,
     EdgeRecipe,
     Recipe,
+    RobustRecipe,
     Study,
     UnlearnableRecipe,
     _workdir,
@@ -58,7 +59,7 @@ def workdir_path(given: str) -> epath.Path:
     return epath.Path(expanded)
 
 
-AnyRecipe = Recipe | DeitRecipe | EdgeRecipe | UnlearnableRecipe
+AnyRecipe = Recipe | DeitRecipe | EdgeRecipe | RobustRecipe | UnlearnableRecipe
 
 
 def of_recipe(recipe: AnyRecipe, data_dir: str | None) -> Source:

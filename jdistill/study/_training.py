@@ -30,6 +30,7 @@ class Trained(NamedTuple):
         step: the training step after which it was saved.
         weights: a short hash of its weights.
         logits_fn: the network.
+        owner: the first chain that has the network, which others share.
     """
 
     chain: str
@@ -39,6 +40,7 @@ class Trained(NamedTuple):
     step: int
     weights: str
     logits_fn: LogitsFn
+    owner: str = ""
 
     @property
     def title(self) -> str:
@@ -48,8 +50,11 @@ class Trained(NamedTuple):
 
     @property
     def stem(self) -> str:
-        """The network's name in file names; another one after another training."""
-        chain = f"{self.chain}_" if self.chain else ""
+        """The network's name in file names; another one after another training.
+
+        In all chains that share the network it is the same, so that it is measured once.
+        """
+        chain = f"{self.owner}_" if self.owner else ""
         temperature = temperature_name(self.temperature)
         return f"{chain}T{temperature}_seed{self.seed}_g{self.generation}_{self.weights}"
 
@@ -222,7 +227,7 @@ def _networks(chain: Chain, run: Run, states: Sequence[TrainState]) -> list[Trai
             logits_fn, step = training.logits_fn(stage.step(), state), int(state.step)
             weights = weights_hash((state.params, state.model_state))
         where = (chain.name, run.temperature, run.seed, number)
-        networks.append(Trained(*where, step, weights, logits_fn))
+        networks.append(Trained(*where, step, weights, logits_fn, chain.owners[number]))
     return networks
 
 
@@ -743,7 +748,7 @@ def _restored(chain: Chain, run: Run, number: int, step: int | None) -> tuple[Tr
     state = found.state
     weights = weights_hash((state.params, state.model_state))
     logits_fn = training.logits_fn(train_step, state)
-    return Trained(*where, found.step, weights, logits_fn), missing
+    return Trained(*where, found.step, weights, logits_fn, chain.owners[number]), missing
 
 
 def fresh_state(step: TrainStep, stage: Stage, key: Array, shape: Sequence[int]) -> TrainState:
