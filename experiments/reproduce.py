@@ -27,7 +27,14 @@ from typing import Annotated, Literal, NamedTuple
 import tyro
 from etils import epath
 
-from experiments.papers import carlini, mandal2023, papernot2016, students, touvron
+from experiments.papers import (
+    carlini,
+    mandal2023,
+    papernot2016,
+    robust_chains,
+    students,
+    touvron,
+)
 from experiments.papers.measures import Line, Row, Source, markdown
 from experiments.papers.training import TRAININGS, Scale, cost
 from jdistill import _validate, runtime
@@ -200,6 +207,15 @@ ITEMS: Mapping[str, Item] = {
         ("deit-cifar10",),
         ("deit-fashion", "deit-digits"),
         "deit",
+        attacked=True,
+    ),
+    "robust-chains": Item(
+        "Robust distillation with and without assistants, and what goes along with it",
+        robust_chains.rows,
+        robust_chains.table,
+        ("robust-mnist", "robust-cifar10"),
+        ("robust-fashion", "robust-mnist"),
+        "robust",
         attacked=True,
     ),
 }

@@ -16,7 +16,7 @@ import numpy as np
 
 from jdistill import attacks, diagnose, distill, nets, train
 from jdistill.evaluate import AttackPlan
-from jdistill.study import RECIPES, DeitRecipe, Stage, Study
+from jdistill.study import RECIPES, DeitRecipe, RobustRecipe, Stage, Study
 from jdistill.study._deit import at_one, first_examples
 
 Scale = Literal["full", "cpu", "smoke"]
@@ -205,23 +205,26 @@ class Cost(NamedTuple):
         )
 
 
-AnyTraining = Training | Assistants | DeitRecipe
+AnyTraining = Training | Assistants | DeitRecipe | RobustRecipe
 
 
 def cost(training: AnyTraining) -> Cost:
     """Size of a training study, from its networks' arithmetic; nothing is run."""
     study = training.study()
     shape = (training.batch_size, *_SHAPES.get(training.dataset, (28, 28, 1)))
-    few = training.train_examples if isinstance(training, DeitRecipe) else training.num_train
+    is_recipe = isinstance(training, DeitRecipe | RobustRecipe)
+    few = training.train_examples if is_recipe else training.num_train
     size = few or _SIZES.get(training.dataset, 55_000)
     runs = len(study.temperatures) * len(study.seeds)
     stages = study.trained_stages()
     forward = functools.cache(lambda model: _forward_flops(model, shape))
+    # Forward, and about twice as much back; on inputs that a robust student's attack has to find.
+    passes = 3 * (training.attack_steps + 2 if isinstance(training, RobustRecipe) else 1)
     per_epoch = runs * math.ceil(size / training.batch_size)
     return Cost(
         networks=runs * len(stages),
         steps=per_epoch * sum(stage.num_epochs for stage in stages),
-        flops=3 * per_epoch * sum(stage.num_epochs * forward(stage.model) for stage in stages),
+        flops=passes * per_epoch * sum(stage.num_epochs * forward(stage.model) for stage in stages),
     )
 
 
@@ -271,6 +274,7 @@ _SHRINKING = {
     "shrinking, 1 assistant": (1.0, 0.5, 0.25),
 }
 
+_ROBUST = {name: recipe for name, recipe in RECIPES.items() if isinstance(recipe, RobustRecipe)}
 _DEIT = {name: recipe for name, recipe in RECIPES.items() if isinstance(recipe, DeitRecipe)}
 
 TRAININGS: Mapping[str, Mapping[str, AnyTraining]] = {
@@ -308,8 +312,28 @@ TRAININGS: Mapping[str, Mapping[str, AnyTraining]] = {
         ),
         "standardized": Standardized(dataset="mnist", num_assistants=1),
         "deit-cifar10": _DEIT["deit-cifar10"],
+        "robust-mnist": _ROBUST["robust-chain-mnist"],
+        "robust-cifar10": _ROBUST["robust-chain-cifar10"],
     },
     "cpu": {
+        # All examples, one seed, one assistant.
+        "robust-mnist": dataclasses.replace(
+            _ROBUST["robust-chain-mnist"], epochs=8, num_assistants=1
+        ),
+        # Students of a quarter of the teacher's width. Narrow convolutions are slow on a CPU.
+        "robust-fashion": dataclasses.replace(
+            _ROBUST["robust-chain-fashion"],
+            losses=("ard", "rslad", "adaad", "igdm", "saad"),
+            seeds=(0, 1, 2, 3, 4),
+            train_examples=10_000,
+            epochs=5,
+            batch_size=64,
+            network="dense",
+            teacher_width=1.0,
+            student_width=0.25,
+            attack_examples=250,
+            verdict_examples=100,
+        ),
         # So few that a teacher of all 55,000 matters, and as many steps as 2,000 examples get. The
         # sizes were chosen at seed 0.
         "deit-fashion": dataclasses.replace(
@@ -396,5 +420,8 @@ TRAININGS: Mapping[str, Mapping[str, AnyTraining]] = {
         ),
         "standardized": Standardized(dataset="digits", temperatures=(1.0, 20.0), **_LEAST),
         "deit": dataclasses.replace(_DEIT["deit-digits"].smallest(), seeds=(0, 1)),
+        "robust": dataclasses.replace(
+            _ROBUST["robust-chain-fashion"].smallest(), network="dense", seeds=(0, 1)
+        ),
     },
 }

@@ -28,6 +28,12 @@ class _Setting(NamedTuple):
     augment: Any
 
 
+def _dense(width: float) -> nets.ConvNet:
+    """Layers of 512 and 256 units at width 1, for CPUs."""
+    hidden = tuple(max(1, round(width * size)) for size in (512, 256))
+    return nets.ConvNet(features=(), hidden=hidden, dropout_rate=0.0)
+
+
 _MNIST = functools.partial(nets.mnist_net, dropout_rate=0.0)
 _SETTINGS = {
     "mnist": _Setting(55_000, _MNIST, _MNIST, None),
@@ -48,7 +54,7 @@ class RobustRecipe:
     Chains: for each loss the student of the teacher, of one assistant, and of more; beside them the
     student's network trained as the teacher is, without one. The teacher learns by TRADES. Widths
     of assistants lie between those of teacher and student, the first one's in the middle of their
-    ratio; on CIFAR-10, where the teacher is another kind of network, all are the student's.
+    ratio; on CIFAR-10, where the teacher is another kind of network, they are the student's.
 
     Example:
         >>> recipe = RobustRecipe(
@@ -79,10 +85,13 @@ class RobustRecipe:
     """Training examples per step."""
     learning_rate: float = 2e-3
     """Largest learning rate of AdamW: it rises for a tenth of the steps and falls as a cosine."""
+    network: Literal["convolutional", "dense"] = "convolutional"
+    """The papers' network of the data set (WRN-34 and ResNet-18 for CIFAR-10), or two dense layers,
+    512 and 256 units at width 1."""
     teacher_width: float = 0.5
-    """Width of the teacher, as a factor on the number of channels (WRN-34-width on CIFAR-10)."""
+    """Width of the teacher, as a factor on the number of channels or units."""
     student_width: float = 0.125
-    """Width of the students (ResNet-18 on CIFAR-10)."""
+    """Width of the students."""
     trades_weight: float = 2.0
     """Weight of the divergence in TRADES, the loss of the teacher."""
     temperature: float = 1.0
@@ -105,6 +114,7 @@ class RobustRecipe:
     def __post_init__(self) -> None:
         """Check what the study does not, and name what is wrong."""
         _validate.one_of(_SETTINGS, dataset=self.dataset)
+        _validate.one_of(("convolutional", "dense"), network=self.network)
         _validate.sequence(losses=self.losses)
         for loss in self.losses:
             _validate.one_of(_LOSSES, losses=loss)
@@ -165,8 +175,12 @@ class RobustRecipe:
             verdict_examples=4,
         )
 
+    def _setting(self) -> _Setting:
+        found = _SETTINGS[self.dataset]
+        return found._replace(teacher=_dense, student=_dense) if self.network == "dense" else found
+
     def _chains(self) -> dict[str, list[Stage]]:
-        setting = _SETTINGS[self.dataset]
+        setting = self._setting()
         trades = functools.partial(robust.trades_loss, weight=self.trades_weight)
         if self.teacher is None:
             teacher = self._stage(setting.teacher(self.teacher_width), loss=_plain(trades))
@@ -189,14 +203,16 @@ class RobustRecipe:
     def _widths(self, count: int) -> list[float]:
         """The widths of so many assistants, from the wider to the narrower."""
         first, last = self.teacher_width, self.student_width
-        if self.dataset == "cifar10":  # a width of the teacher's network says another thing there
+        if (
+            self._setting().teacher is not self._setting().student
+        ):  # a width of the teacher's network says another thing there
             return [last] * count
         # The first assistant is the same whatever follows it, so that chains share it.
         middle = (first * last) ** 0.5
         return [middle * (last / middle) ** (place / count) for place in range(count)]
 
     def _stage(self, model: Any, *, loss: Callable[..., Any]) -> Stage:
-        setting = _SETTINGS[self.dataset]
+        setting = self._setting()
         num_train = min(self.train_examples or setting.num_train, setting.num_train)
         num_steps = self.epochs * data.num_batches(num_train, self.batch_size)
         objective = _objective(self.eps, self.attack_steps, self.weight_perturbation)
