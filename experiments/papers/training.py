@@ -212,8 +212,10 @@ def cost(training: AnyTraining) -> Cost:
     """Size of a training study, from its networks' arithmetic; nothing is run."""
     study = training.study()
     shape = (training.batch_size, *_SHAPES.get(training.dataset, (28, 28, 1)))
-    is_recipe = isinstance(training, DeitRecipe | RobustRecipe)
-    few = training.train_examples if is_recipe else training.num_train
+    if isinstance(training, DeitRecipe | RobustRecipe):
+        few = training.train_examples
+    else:
+        few = training.num_train
     size = few or _SIZES.get(training.dataset, 55_000)
     runs = len(study.temperatures) * len(study.seeds)
     stages = study.trained_stages()
