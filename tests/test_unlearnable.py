@@ -13,8 +13,9 @@ import pytest
 from experiments import unlearnable as experiment
 from jdistill import attacks, nets, study, train
 from jdistill.commands import _defend
+from jdistill.nets._two_layer import TwoLayer
 from jdistill.study import RECIPES, UnlearnableRecipe
-from jdistill.study._unlearnable import LabelRule, TwoLayer, against_signal, is_unlearnable
+from jdistill.study._unlearnable import LabelRule, against_signal, is_unlearnable
 from jdistill.typing import Batch
 
 RECIPE = RECIPES["unlearnable"]
