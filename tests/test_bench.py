@@ -21,6 +21,7 @@ import pytest
 import experiments.bench.__main__ as bench
 import experiments.bench.attacks as bench_attacks
 import experiments.bench.data as bench_data
+import experiments.bench.robust as bench_robust
 import experiments.bench.train as bench_train
 import experiments.bench.vit as bench_vit
 from experiments.bench import lanes, networks, peers, stacks, startup, subjects, timing
@@ -506,6 +507,31 @@ def test_vit_steps_learn_and_ascend():
     assert np.all(np.diff(np.concatenate(losses_found)) < 0)
     moved = np.asarray(calls[bench_vit.GRADIENT]()) - images.inputs
     assert 0.09 < np.abs(moved).max() < 0.1 + 1e-6
+
+
+def test_robust_writes_rows(tmp_path, capsys):
+    sizes = ["--widths", 0.1, "--attack-steps", 1, "--num-steps", 2, "--batch-size", 4]
+    sizes += ["--repeats", 1, "--no-peers", "--cpu-time", "--json", tmp_path / "rows.json"]
+    bench.run(bench.parse([*map(str, ["robust", *sizes])]))
+    (row,) = check_rows(tmp_path / "rows.json")
+    assert (row["peer"], row["theirs_s"], row["target"]) == ("none", None, None)
+    title = "width 0.1, step of adversarial training (PGD), 1 steps, batch 4, CPU time"
+    assert title in capsys.readouterr().out
+
+
+def test_robust_steps_are_pytorchs():
+    """The losses of the same steps, from the images themselves; small ones at first."""
+    pytest.importorskip("torch")
+    options = bench_robust.Robust(
+        num_steps=3, batch_size=8, attack_steps=2, eps=0.1, random_start=False
+    )
+    images = Images(*(column[:24] for column in subjects.digits((28, 28, 1)).all))
+    calls = bench_robust.calls(options, 0.2, images, beside_torch=True)
+    ours, theirs = (calls[name]() for name in (bench_robust.STEP, bench_robust.STEP_PEER))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    again, theirs = (calls[name]() for name in (bench_robust.STEP, bench_robust.STEP_PEER))
+    np.testing.assert_allclose(again, theirs, rtol=1e-3)
+    assert np.abs(again - ours).max() > 1e-4
 
 
 def test_without_peers_nothing_of_torch_is_needed(files, tmp_path, monkeypatch, capsys):

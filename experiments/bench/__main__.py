@@ -5,6 +5,7 @@
     python -m experiments.bench attacks --json runs/bench-attacks.json
     python -m experiments.bench networks
     python -m experiments.bench train --no-flags
+    python -m experiments.bench robust
     python -m experiments.bench vit
     python -m experiments.bench sweep --num-seeds 3
     python -m experiments.bench evaluate
@@ -34,6 +35,7 @@ from experiments.bench import (
     data,
     networks,
     peers,
+    robust,
     roofline,
     rows,
     stacks,
@@ -52,6 +54,7 @@ COMMANDS: Mapping[str, tuple[type[Options], Callable[[Any, AfterCall], Iterator[
     "attacks": (attacks.Attacks, attacks.run),
     "networks": (networks.Networks, networks.run),
     "train": (train.Train, train.run),
+    "robust": (robust.Robust, robust.run),
     "vit": (vit.Vit, vit.run),
     "sweep": (stacks.Sweep, stacks.run_sweep),
     "evaluate": (stacks.Evaluate, stacks.run_evaluate),
