@@ -100,6 +100,7 @@ def _transfer(source: Source, student: LogitsFn, teacher: LogitsFn) -> float:
         source.test.inputs[: plan.num_examples],
         source.test.labels[: plan.num_examples],
         evaluate.AttackPlan(craft, batch_size=plan.batch_size),
+        key=jax.random.key(0),
     )
     fooled = outcome.success[0]
     labels = source.test.labels[: plan.num_examples]
@@ -164,5 +165,7 @@ def _correlation(every: list[np.ndarray], place: int) -> str:
         return "–"
     draws = np.random.default_rng(0).integers(len(every), size=(2000, len(every)))
     spread: Any = [of([every[i] for i in draw]) for draw in draws]
+    if not np.isfinite(of(every)):
+        return "–"
     low, high = np.nanquantile(spread, [0.025, 0.975])
     return f"{of(every):+.2f} [{low:+.2f}, {high:+.2f}]"

@@ -330,7 +330,7 @@ TRAININGS: Mapping[str, Mapping[str, AnyTraining]] = {
             train_examples=10_000,
             epochs=5,
             batch_size=64,
-            network="dense",
+            layers="dense",
             teacher_width=1.0,
             student_width=0.25,
             attack_examples=250,
@@ -423,7 +423,7 @@ TRAININGS: Mapping[str, Mapping[str, AnyTraining]] = {
         "standardized": Standardized(dataset="digits", temperatures=(1.0, 20.0), **_LEAST),
         "deit": dataclasses.replace(_DEIT["deit-digits"].smallest(), seeds=(0, 1)),
         "robust": dataclasses.replace(
-            _ROBUST["robust-chain-fashion"].smallest(), network="dense", seeds=(0, 1)
+            _ROBUST["robust-chain-fashion"].smallest(), layers="dense", seeds=(0, 1)
         ),
     },
 }

@@ -85,7 +85,7 @@ class RobustRecipe:
     """Training examples per step."""
     learning_rate: float = 2e-3
     """Largest learning rate of AdamW: it rises for a tenth of the steps and falls as a cosine."""
-    network: Literal["convolutional", "dense"] = "convolutional"
+    layers: Literal["convolutional", "dense"] = "convolutional"
     """The papers' network of the data set (WRN-34 and ResNet-18 for CIFAR-10), or two dense layers,
     512 and 256 units at width 1."""
     teacher_width: float = 0.5
@@ -114,7 +114,7 @@ class RobustRecipe:
     def __post_init__(self) -> None:
         """Check what the study does not, and name what is wrong."""
         _validate.one_of(_SETTINGS, dataset=self.dataset)
-        _validate.one_of(("convolutional", "dense"), network=self.network)
+        _validate.one_of(("convolutional", "dense"), layers=self.layers)
         _validate.sequence(losses=self.losses)
         for loss in self.losses:
             _validate.one_of(_LOSSES, losses=loss)
@@ -177,7 +177,7 @@ class RobustRecipe:
 
     def _setting(self) -> _Setting:
         found = _SETTINGS[self.dataset]
-        return found._replace(teacher=_dense, student=_dense) if self.network == "dense" else found
+        return found._replace(teacher=_dense, student=_dense) if self.layers == "dense" else found
 
     def _chains(self) -> dict[str, list[Stage]]:
         setting = self._setting()
