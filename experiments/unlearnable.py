@@ -5,8 +5,8 @@
 Networks of the recipe `unlearnable` for shares of such examples, seeds, and ways of training.
 A seed has its own examples, too. Of each student: accuracy on clean inputs and under PGD-20, the
 entropy of its teacher's labels on the unlearnable training examples, and the share of these that it
-remembers. Writes rows (CSV) and tables (Markdown); 40 minutes on one core, and what is trained
-stays in the workdir.
+remembers. Writes rows (CSV) and tables (Markdown). What is trained stays in the workdir, so it can
+be stopped and called again.
 """
 
 import csv
@@ -55,8 +55,11 @@ class Options:
     """Probabilities that an example is unlearnable."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds of examples, initial weights, and order."""
-    settings: tuple[tuple[int, int], ...] = ((0, 10), (0, 20), (0, 40), (10, 40))
-    """Pairs of the steps of PGD in training (0: the paper's adversary) and epochs."""
+    settings: tuple[tuple[int, int], ...] = ((0, 20),)
+    """Ways of training at every share: pairs of the steps of PGD (0: the paper's adversary) and
+    epochs."""
+    others: tuple[tuple[int, int], ...] = ((0, 10), (0, 40), (10, 40))
+    """Further ones, at the last share alone."""
     workdir: str = "runs/unlearnable"
     """Folder of the trained networks."""
     output: str | None = None
@@ -74,7 +77,10 @@ _MEASURES = (
 
 def rows(options: Options, base: UnlearnableRecipe) -> Iterator[Row]:
     """A row for each student."""
-    cases = itertools.product(options.settings, options.shares, options.seeds)
+    cases = [
+        *itertools.product(options.settings, options.shares, options.seeds),
+        *itertools.product(options.others, options.shares[-1:], options.seeds),
+    ]
     for (attack_steps, epochs), share, seed in cases:
         recipe = dataclasses.replace(
             base,
@@ -136,11 +142,11 @@ def entropy(logits: np.ndarray) -> float:
 def table(found: Sequence[Row]) -> str:
     """Tables of means over the seeds with half the width of their 95% t interval."""
     settings = dict.fromkeys(Setting(row["attack_steps"], row["epochs"]) for row in found)
-    shares = list(dict.fromkeys(row["share"] for row in found))
     chains = list(dict.fromkeys(row["chain"] for row in found))
     lines = ["# Unlearnable examples: teachers that are sure of them, and assistants", ""]
     for setting in settings:
         own = [row for row in found if Setting(row["attack_steps"], row["epochs"]) == setting]
+        shares = list(dict.fromkeys(row["share"] for row in own))
         lines += [f"## Trained against {setting.title}", ""]
         for column, title, factor in _MEASURES:
             heading = [title, *(f"{100 * share:g}% unlearnable" for share in shares)]
