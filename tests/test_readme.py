@@ -108,20 +108,28 @@ def test_other_teachers_and_losses(tmp_path):
     }
 
 
+@pytest.mark.slow
+def test_a_robust_chain_is_judged_as_any_other(tmp_path):
+    rows = [line.split() for line in run(blocks("python", GUIDE)[3], tmp_path).splitlines()]
+    assert [number for number, _, _ in rows] == ["0", "1", "2"]
+    for _, accuracy, robust_accuracy in rows:
+        assert 0 <= float(robust_accuracy) <= float(accuracy) + 0.1
+
+
 def test_an_evaluation_is_reported(tmp_path):
-    printed = run(blocks("python", GUIDE)[3], tmp_path)
+    printed = run(blocks("python", GUIDE)[4], tmp_path)
     assert printed.endswith("runs/evaluation/report.html\n")
 
 
 @pytest.mark.slow
 def test_a_sweep_runs(tmp_path):
-    code = blocks("python", GUIDE)[4]
+    code = blocks("python", GUIDE)[5]
     printed = run(code, tmp_path)
     assert printed == "[False False False False False False] (6, 10)\n"
 
 
 def test_an_export_is_read_back(tmp_path):
-    (code,) = blocks("python", GUIDE)[5:]
+    (code,) = blocks("python", GUIDE)[6:]
     said, *shares = run(code, tmp_path).splitlines()
     assert said.startswith("runs/student: written with JAX ")
     assert len(shares) == 3

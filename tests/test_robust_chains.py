@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from urllib.parse import unquote
 
 import jax
 import jax.numpy as jnp
@@ -185,7 +186,7 @@ def test_a_network_that_chains_share_is_measured_once(finished):
     assert teachers[0].stem == teachers[1].stem
     assert teachers[0].stem.startswith("rslad_T1_seed0_g0_")
     # Of each seed: teacher, student, assistant, its student, and the one without a teacher.
-    kept = {path.name for path in (folder / "shards" / "autoattack").iterdir()}
+    kept = {unquote(path.name) for path in (folder / "shards" / "autoattack").iterdir()}
     stems = {each.stem for each in study.networks(own, folder)}
     assert len(stems) == 2 * 5
     assert kept == stems
