@@ -26,7 +26,7 @@ from etils import epath
 from jax.sharding import PartitionSpec
 
 from jdistill import attacks, data, evaluate, metrics, nets, parallel, robust, runtime, train
-from jdistill.typing import Batch
+from jdistill.typing import Batch, LogitsFn, LossFn
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
 _COLLECTIVE = re.compile(
@@ -102,7 +102,7 @@ def compiled_text(
     step: train.TrainStep,
     state: train.TrainState,
     batch: Batch,
-    loss_fn: Any,
+    loss_fn: LossFn,
     devices: Sequence[jax.Device],
 ) -> str:
     """XLA's text of one step under `shard_map`."""
@@ -117,45 +117,68 @@ def compiled_text(
     return str(jax.jit(mapped).lower(state, batch, loss_fn).compile().as_text())
 
 
-class Run(NamedTuple):
-    """A trained network, and what it took."""
+class Prepared(NamedTuple):
+    """What all runs of a way share, so that it is compiled once."""
 
-    network: Any
+    step: train.TrainStep
+    loss_fn: LossFn
+    devices: tuple[jax.Device, ...]
     kilobytes: float
 
 
-def trained(options: Options, digits: data.Dataset, way: Way, rate: float, seed: int) -> Run:
-    """Train one network over the devices."""
-    devices = jax.devices()[: options.num_devices]
+def prepared(options: Options, digits: data.Dataset, way: Way) -> Prepared:
+    """The training step of a way, and what a device sends in it."""
     num_steps = options.num_epochs * data.num_batches(len(digits.train.labels), way.batch_size)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, num_steps // 10), num_steps)
-    model = nets.digits_net(options.width)
+    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(1, num_steps // 10), num_steps)
     attack = functools.partial(attacks.pgd, eps=options.eps, num_steps=options.train_steps)
+
+    def with_peak(peak: Any) -> optax.GradientTransformation:
+        return way.optimizer(lambda count: peak * shape(count))
+
     step = train.make_train_step(
-        nets.apply_fn(model),
-        way.optimizer(schedule),
+        nets.apply_fn(nets.digits_net(options.width)),
+        optax.inject_hyperparams(with_peak)(peak=1.0),
         objective=robust.adversarial(attack),
         exchange=way.exchange,
     )
-    params, model_state = nets.init(model, jax.random.key(seed), (8, 8, 1))
-    state = train.create_state(step, params, jax.random.key(100 + seed), model_state=model_state)
+    devices = tuple(jax.devices()[: options.num_devices])
     loss_fn = robust.on_adversarial(train.hard_loss)(1.0)
-    first = next(iter(data.batches(*digits.train, None, batch_size=way.batch_size)))
-    sent = bytes_sent(compiled_text(step, state, first, loss_fn, devices), len(devices))
-    state = train.fit(
+    batch = next(iter(data.batches(*digits.train, None, batch_size=way.batch_size)))
+    text = compiled_text(step, initial(options, step, 1.0, 0), batch, loss_fn, devices)
+    return Prepared(step, loss_fn, devices, bytes_sent(text, len(devices)) / 1000)
+
+
+def initial(options: Options, step: train.TrainStep, rate: float, seed: int) -> train.TrainState:
+    """Where a run starts."""
+    model = nets.digits_net(options.width)
+    params, model_state = nets.init(model, jax.random.key(seed), (8, 8, 1))
+    return train.create_state(
         step,
-        state,
+        params,
+        jax.random.key(100 + seed),
+        model_state=model_state,
+        hyperparams={"peak": rate},
+    )
+
+
+def trained(
+    options: Options, digits: data.Dataset, way: Way, own: Prepared, rate: float, seed: int
+) -> LogitsFn:
+    """Train one network over the devices."""
+    state = train.fit(
+        own.step,
+        initial(options, own.step, rate, seed),
         digits.train,
-        loss_fn,
+        own.loss_fn,
         num_epochs=options.num_epochs,
         batch_size=way.batch_size,
         mode="shard_map",
-        devices=devices,
+        devices=own.devices,
     )
-    return Run(train.logits_fn(step, parallel.local(state)), sent / 1000)
+    return train.logits_fn(own.step, jax.device_get(state))
 
 
-def shares(options: Options, network: Any, examples: data.Split) -> tuple[float, float]:
+def shares(options: Options, network: LogitsFn, examples: data.Split) -> tuple[float, float]:
     """Accuracy, and what PGD-20 leaves of it."""
     right = metrics.correct(train.predict(network, examples.inputs), examples.labels)
     attack = functools.partial(attacks.pgd, eps=options.eps, num_steps=20)
@@ -169,14 +192,16 @@ def rows(options: Options) -> Iterator[dict[str, Any]]:
     digits = data.load("digits")
     for name in options.ways:
         way, grid = WAYS[name], []
+        own = prepared(options, digits, way)
         for rate in way.rates[: options.rates_per_way]:
-            run = trained(options, digits, way, rate, options.seeds[0])
-            grid.append((shares(options, run.network, digits.validation)[1], rate, run))
+            network = trained(options, digits, way, own, rate, options.seeds[0])
+            grid.append((shares(options, network, digits.validation)[1], rate, network))
             print(f"{name}, rate {rate:g}: {grid[-1][0]:.1%} on the validation set", flush=True)
         _, rate, first = max(grid, key=lambda each: each[0])
         for seed in options.seeds:
-            run = first if seed == options.seeds[0] else trained(options, digits, way, rate, seed)
-            accuracy, under_pgd = shares(options, run.network, digits.test)
+            again = seed != options.seeds[0]
+            network = trained(options, digits, way, own, rate, seed) if again else first
+            accuracy, under_pgd = shares(options, network, digits.test)
             yield {
                 "way": name,
                 "batch_size": way.batch_size,
@@ -184,7 +209,7 @@ def rows(options: Options) -> Iterator[dict[str, Any]]:
                 "seed": seed,
                 "test_accuracy": accuracy,
                 "accuracy_under_pgd": under_pgd,
-                "kilobytes_sent_per_step": run.kilobytes,
+                "kilobytes_sent_per_step": own.kilobytes,
             }
 
 

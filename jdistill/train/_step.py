@@ -186,7 +186,8 @@ def make_train_step(
 
     Args:
         apply_fn: the network, `jdistill.nets.apply_fn(model)` for one.
-        optimizer: any optax optimizer.
+        optimizer: any optax optimizer; for large batches over many devices `optax.lars` or
+            `optax.lamb`, whose steps have lengths in proportion to each array's own norm.
         axis_name: the mapped axis to reduce over; `parallel.compile_step` sets it itself.
         augment: `(keys [B], inputs [B, ...]) -> inputs`, compiled into the step; row i must depend
             on key and input i alone. Soft labels made beforehand are of the inputs as they are; an
@@ -214,6 +215,12 @@ def make_train_step(
         >>> state, sums = jax.jit(step)(state, batch, train.hard_loss())
         >>> int(state.step), float(sums["count"])
         (1, 4.0)
+
+    References:
+        You, Gitman & Ginsburg 2017, "Large Batch Training of Convolutional Networks" (LARS). You et
+        al. 2020, "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes" (LAMB).
+        Zhang et al. 2022, "Distributed Adversarial Training to Robustify Deep Neural Networks at
+        Scale": LAMB, adversarial examples from each device's own rows, and gradients of 8 bits.
     """
     _check_apply_fn(apply_fn)
     _validate.instance(
