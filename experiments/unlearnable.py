@@ -149,7 +149,7 @@ def table(found: Sequence[Row]) -> str:
         shares = list(dict.fromkeys(row["share"] for row in own))
         lines += [f"## Trained against {setting.title}", ""]
         for column, title, factor in _MEASURES:
-            heading = [title, *(f"{100 * share:g}% unlearnable" for share in shares)]
+            heading = [title, *(_share(own, share) for share in shares)]
             lines += [_line(heading), _line(["---"] * len(heading))]
             for chain in chains:
                 values = [
@@ -161,6 +161,12 @@ def table(found: Sequence[Row]) -> str:
                 lines.append(_line([chain, *(_cell(each, factor) for each in values)]))
             lines.append("")
     return "\n".join(lines)
+
+
+def _share(own: Sequence[Row], share: float) -> str:
+    """Heading of a column, with its number of seeds."""
+    num_seeds = len({row["seed"] for row in own if row["share"] == share})
+    return f"{100 * share:g}% unlearnable, {num_seeds} seed{'s' if num_seeds > 1 else ''}"
 
 
 def _is(row: Row, chain: str, share: float) -> bool:
@@ -181,11 +187,11 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def note(options: Options, base: UnlearnableRecipe) -> str:
+def note(base: UnlearnableRecipe) -> str:
     """Sentence on what the tables are of."""
     return (
-        f"{len(options.seeds)} seeds, each with its own {base.train_examples} training and "
-        f"{base.test_examples:,} test examples; mean over the seeds ± half of its 95% t interval. "
+        f"Each seed has its own {base.train_examples} training and {base.test_examples:,} test "
+        "examples; mean over the seeds ± half of its 95% t interval. "
         f"PGD-20 within l∞ ≤ {base.eps:g}, accuracy over all test examples, of which the share is "
         "unlearnable and can be right by chance alone. – where there are no such examples. "
         f"JAX {jax.__version__}, {jax.default_backend()}.\n"
@@ -208,7 +214,7 @@ def main() -> None:
         writer.writerows(found)
         output = epath.Path(options.output)
         runtime.atomic_write_text(output.with_suffix(".csv"), content.getvalue())
-        text = f"{table(found)}\n{note(options, base)}"
+        text = f"{table(found)}\n{note(base)}"
         runtime.atomic_write_text(output.with_suffix(".md"), text)
 
 
