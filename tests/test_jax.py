@@ -1,6 +1,10 @@
 """The library's own `jit`."""
 
+import dataclasses
 import functools
+import itertools
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -190,3 +194,47 @@ def test_names_of_attributes_and_of_what_is_counted_are_not_captured(monkeypatch
 def test_a_function_that_captures_nothing_is_itself():
     assert _jax.static(jnp.tanh) is jnp.tanh
     assert _jax.as_pytree(test_a_second_call_traces_nothing).func.__name__.startswith("test_a_")
+
+
+# Classes of pytrees
+
+
+def number_class(number):
+    """A class of two numbers and a static one, whose instances say their class's number."""
+    annotations = {"one": jax.Array, "other": jax.Array, "count": int}
+    held = {"__annotations__": annotations, "count": _jax.static_field(default=2)}
+    return _jax.register(type(f"Class{number}", (), {**held, "number": number}))
+
+
+def test_classes_of_equal_fields_are_different_structures():
+    """Or jit runs what it has compiled for another one, once in a while."""
+    values = [number_class(number)(one=1.0, other=2.0) for number in range(300)]
+    structures = [jax.tree.structure(value) for value in values]
+    assert all(one != other for one, other in itertools.pairwise(structures))
+    assert len(set(structures)) == len(values)
+    which = jax.jit(lambda value: value.number + 0 * value.one)
+    for _ in range(2):
+        assert [int(which(value)) for value in values] == list(range(300))
+
+
+def test_no_class_is_registered_otherwise():
+    """`jax.tree_util.register_dataclass` confuses classes of equal fields."""
+    for path in pathlib.Path(_jax.__file__).parent.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"register_dataclass\s*[(\n]", text), path
+
+
+def test_a_class_is_a_pytree_of_its_leaves():
+    cls = number_class(0)
+    value = cls(one=1.0, other={"a": 2.0}, count=5)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(value)
+    assert [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves] == [
+        (".one", 1.0),
+        (".other['a']", 2.0),
+    ]
+    assert jax.tree.unflatten(structure, [3, 4]) == cls(one=3, other={"a": 4}, count=5)
+    assert structure != jax.tree.structure(cls(one=1.0, other={"a": 2.0}, count=6))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        value.one = 2.0
+    with pytest.raises(TypeError):
+        cls(1.0, 2.0)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate, losses, norms
-from jdistill._jax import as_pytree
+from jdistill._jax import as_pytree, register
 from jdistill.attacks._apgd_core import APGD, State, Visited
 from jdistill.attacks._apgd_l1 import SparseAPGD
-from jdistill.attacks._core.engine import register, run, select
+from jdistill.attacks._core.engine import run, select
 from jdistill.attacks._core.gradient import NORMS
 from jdistill.attacks._core.problem import (
     AttackResult,

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jdistill.attacks._core.engine import Method, Progress, Seen, register, select, static
+from jdistill._jax import register, static_field
+from jdistill.attacks._core.engine import Method, Progress, Seen, select
 from jdistill.attacks._core.gradient import gain_gradient
 from jdistill.attacks._core.problem import AttackResult, Goal, Problem
 from jdistill.attacks._core.targets import Starts
@@ -36,9 +37,9 @@ class APGD(Method):
     eps: Array  # [B]
     first: Array | None  # [B, ...], the first start towards each target; None draws it
     starts: Starts
-    norm: Norm = static()
-    num_steps: int = static()
-    maximizes: bool = static()
+    norm: Norm = static_field()
+    num_steps: int = static_field()
+    maximizes: bool = static_field()
 
     @property
     def events_per_start(self) -> int:

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _order, norms
+from jdistill._jax import register
 from jdistill.attacks._apgd_core import APGD, State, Visited
-from jdistill.attacks._core.engine import register, select
+from jdistill.attacks._core.engine import select
 from jdistill.attacks._core.problem import Problem
 from jdistill.typing import Array
 

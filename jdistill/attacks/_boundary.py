@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, norms
+from jdistill._jax import register
 from jdistill.attacks._core import decisions
 from jdistill.attacks._core.decisions import DecisionMethod
-from jdistill.attacks._core.engine import Seen, register, run, select
+from jdistill.attacks._core.engine import Seen, run, select
 from jdistill.attacks._core.problem import (
     AttackResult,
     Problem,

@@ -5,9 +5,9 @@ import math
 import jax.numpy as jnp
 
 from jdistill import _validate
+from jdistill._jax import register
 from jdistill.attacks._core.carlini_wagner_rounds import LARGEST_FACTOR, LEAST_FACTOR, Rounds, run
 from jdistill.attacks._core.constant_search import first_point, to_box
-from jdistill.attacks._core.engine import register
 from jdistill.attacks._core.problem import AttackResult, Problem, one_per_example, prepare
 from jdistill.attacks._core.traits import facts
 from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, norms
+from jdistill._jax import register
 from jdistill.attacks._core.constant_search import (
     ConstantSearch,
     Search,
@@ -14,7 +15,7 @@ from jdistill.attacks._core.constant_search import (
     per_example_adam,
     to_box,
 )
-from jdistill.attacks._core.engine import Seen, register, run, select
+from jdistill.attacks._core.engine import Seen, run, select
 from jdistill.attacks._core.problem import AttackResult, Problem, one_per_example, prepare
 from jdistill.attacks._core.traits import facts
 from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate, norms
+from jdistill._jax import register
 from jdistill.attacks._core.carlini_wagner_rounds import LARGEST_FACTOR, LEAST_FACTOR, Rounds, run
 from jdistill.attacks._core.constant_search import first_point
-from jdistill.attacks._core.engine import register
 from jdistill.attacks._core.problem import AttackResult, Problem, one_per_example, prepare
 from jdistill.attacks._core.traits import facts
 from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jdistill import _validate, norms
-from jdistill._jax import as_pytree
-from jdistill.attacks._core.engine import Method, Passes, Seen, register, run, static
+from jdistill._jax import as_pytree, register, static_field
+from jdistill.attacks._core.engine import Method, Passes, Seen, run
 from jdistill.attacks._core.gradient import hardening_gradient
 from jdistill.attacks._core.problem import AttackResult, Problem, one_per_example, prepare
 from jdistill.attacks._core.traits import by_loss, facts
@@ -128,7 +128,7 @@ class _DDN(Method):
     gamma: Array  # [B]
     initial_norm: Array  # [B]
     step_size: Array  # [B], of the first step
-    num_events: int = static()
+    num_events: int = static_field()
     norm = "l2"
     minimum_norm = True
     keeps_closest = True

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, norms
+from jdistill._jax import register, static_field
 from jdistill.attacks._core import gradient, hyperplane
-from jdistill.attacks._core.engine import Method, Passes, Seen, register, run, static
+from jdistill.attacks._core.engine import Method, Passes, Seen, run
 from jdistill.attacks._core.problem import (
     AttackResult,
     Problem,
@@ -141,9 +142,9 @@ class _State(NamedTuple):
 class _DeepFool(Method):
     overshoot: Array  # [B]
     start: Array  # [B, ...], what the sum of the steps starts at
-    norm: Norm = static()
-    num_events: int = static()
-    num_boundaries: int = static()
+    norm: Norm = static_field()
+    num_events: int = static_field()
+    num_boundaries: int = static_field()
     minimum_norm = True
 
     @property

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, norms
+from jdistill._jax import register, static_field
 from jdistill.attacks._core.constant_search import ConstantSearch, Search, first_point
-from jdistill.attacks._core.engine import Passes, Progress, Seen, register, run, select, static
+from jdistill.attacks._core.engine import Passes, Progress, Seen, run, select
 from jdistill.attacks._core.problem import AttackResult, Problem, one_per_example, prepare
 from jdistill.attacks._core.traits import facts
 from jdistill.typing import Array, ArrayLike, Bounds, LogitsFn
@@ -139,7 +140,7 @@ class _State(NamedTuple):
 class _EAD(ConstantSearch):
     beta: Array  # [B]
     first: Array  # [B, ...], where searches begin
-    decision_rule: str = static()
+    decision_rule: str = static_field()
     norm = "l1"
     passes = Passes(2, 1)
 

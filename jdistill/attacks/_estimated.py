@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, metrics, norms
+from jdistill._jax import register, static_field
 from jdistill.attacks._core.constant_search import per_example_adam
-from jdistill.attacks._core.engine import Method, Passes, Seen, register, run, select, static
+from jdistill.attacks._core.engine import Method, Passes, Seen, run, select
 from jdistill.attacks._core.problem import (
     AttackResult,
     Goal,
@@ -258,10 +259,10 @@ class _Ascent(Method):
     step_size: Array  # [B]
     decay: Array | None  # [B]; None is SPSA, with random signs and Adam
     start: Array  # [B, ...]
-    norm: Norm = static()
-    num_events: int = static()
-    num_samples: int = static()
-    num_parallel: int = static()
+    norm: Norm = static_field()
+    num_events: int = static_field()
+    num_samples: int = static_field()
+    num_parallel: int = static_field()
     moves_first = True
 
     @property

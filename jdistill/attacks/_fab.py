@@ -7,17 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, norms
+from jdistill._jax import register, static_field
 from jdistill.attacks._core import hyperplane
-from jdistill.attacks._core.engine import (
-    Method,
-    Passes,
-    Progress,
-    Seen,
-    register,
-    run,
-    select,
-    static,
-)
+from jdistill.attacks._core.engine import Method, Passes, Progress, Seen, run, select
 from jdistill.attacks._core.gradient import NORMS
 from jdistill.attacks._core.problem import (
     AttackResult,
@@ -247,9 +239,9 @@ class _FAB(Method):
     eta: Array  # [B]
     beta: Array  # [B]
     starts: Starts
-    norm: Norm = static()
-    num_steps: int = static()
-    passes: Passes = static()
+    norm: Norm = static_field()
+    num_steps: int = static_field()
+    passes: Passes = static_field()
     minimum_norm = True
     keeps_closest = True
     narrows = False

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from jdistill import _validate, losses, norms
-from jdistill._jax import as_pytree
-from jdistill.attacks._core.engine import Method, Passes, register, run, static
+from jdistill._jax import as_pytree, register, static_field
+from jdistill.attacks._core.engine import Method, Passes, run
 from jdistill.attacks._core.gradient import NORMS, gain_gradient
 from jdistill.attacks._core.problem import AttackResult, Problem, prepare, radius
 from jdistill.attacks._core.traits import by_loss, facts, with_loss
@@ -86,7 +86,7 @@ def fgsm(
 class _FGSM(Method):
     loss: Any
     eps: Array  # [B]
-    norm: Norm = static()
+    norm: Norm = static_field()
     num_events = 0
     passes_at_start = Passes(1, 1)
     passes = Passes(0, 0)

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jdistill import _validate, norms
-from jdistill._jax import as_pytree
+from jdistill._jax import as_pytree, register, static_field
 from jdistill.attacks._core import hyperplane
-from jdistill.attacks._core.engine import Method, Passes, Seen, register, run, static
+from jdistill.attacks._core.engine import Method, Passes, Seen, run
 from jdistill.attacks._core.gradient import hardening_gradient
 from jdistill.attacks._core.problem import AttackResult, Problem, one_per_example, prepare
 from jdistill.attacks._core.traits import by_loss, facts
@@ -146,8 +146,8 @@ class _FMN(Method):
     step_size: Array  # [B], of the first step
     gamma: Array  # [B], of the first step
     final_gamma: Array  # [B]
-    norm: Norm = static()
-    num_events: int = static()
+    norm: Norm = static_field()
+    num_events: int = static_field()
     minimum_norm = True
     keeps_closest = True
     narrows = False

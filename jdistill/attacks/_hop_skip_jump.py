@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, norms
+from jdistill._jax import register, static_field
 from jdistill.attacks._core import decisions
 from jdistill.attacks._core.decisions import DecisionMethod
-from jdistill.attacks._core.engine import Progress, Seen, register, run, select, static
+from jdistill.attacks._core.engine import Progress, Seen, run, select
 from jdistill.attacks._core.problem import (
     AttackResult,
     Problem,
@@ -153,9 +154,9 @@ class _State(NamedTuple):
 @register
 class _HopSkipJump(DecisionMethod):
     gamma: Array  # [B]
-    norm: Norm = static()
-    num_samples: int = static()
-    max_samples: int = static()
+    norm: Norm = static_field()
+    num_samples: int = static_field()
+    max_samples: int = static_field()
 
     def init(self, problem: Problem) -> tuple[_State, Array]:
         zeros, nothing = jnp.zeros_like(self.gamma), jnp.zeros_like(problem.inputs)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from jdistill import _validate, norms
-from jdistill._jax import as_pytree
-from jdistill.attacks._core.engine import Method, Passes, Progress, Seen, register, run, static
+from jdistill._jax import as_pytree, register, static_field
+from jdistill.attacks._core.engine import Method, Passes, Progress, Seen, run
 from jdistill.attacks._core.problem import (
     AttackResult,
     Problem,
@@ -240,8 +240,8 @@ class _JSMA(Method):
     output: Any
     theta: Array  # [B]
     start: Array  # [B, ...]
-    num_events: int = static()
-    keeps_pairs: bool = static()
+    num_events: int = static_field()
+    keeps_pairs: bool = static_field()
     norm = "l0"
     minimum_norm = True
     passes = Passes(1, 2)

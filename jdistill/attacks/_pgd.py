@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, losses, norms
-from jdistill._jax import as_pytree
-from jdistill.attacks._core.engine import Method, Progress, Seen, register, run, select, static
+from jdistill._jax import as_pytree, register, static_field
+from jdistill.attacks._core.engine import Method, Progress, Seen, run, select
 from jdistill.attacks._core.gradient import NORMS, gain_gradient
 from jdistill.attacks._core.problem import (
     AttackResult,
@@ -314,10 +314,10 @@ class _Descent(Method):
     step_size: Array  # [B]
     decay: Array | None  # [B]; None follows each iterate's gradient alone
     first: Array | None  # [B, ...], the first start; None draws it
-    norm: Norm = static()
-    num_steps: int = static()
-    num_restarts: int = static()
-    random_start: bool = static()
+    norm: Norm = static_field()
+    num_steps: int = static_field()
+    num_restarts: int = static_field()
+    random_start: bool = static_field()
 
     @property
     def num_events(self) -> int:  # type: ignore[override]

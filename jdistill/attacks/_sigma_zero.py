@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jdistill import _validate, losses, norms
+from jdistill._jax import register, static_field
 from jdistill.attacks._core.constant_search import per_example_adam
-from jdistill.attacks._core.engine import Method, Passes, Seen, register, run, select, static
+from jdistill.attacks._core.engine import Method, Passes, Seen, run, select
 from jdistill.attacks._core.gradient import gain_gradient
 from jdistill.attacks._core.problem import AttackResult, Problem, one_per_example, prepare
 from jdistill.attacks._core.traits import facts
@@ -128,7 +129,7 @@ class _SigmaZero(Method):
     sigma: Array  # [B]
     threshold: Array  # [B], the first one
     threshold_step: Array  # [B], of the first step
-    num_events: int = static()
+    num_events: int = static_field()
     norm = "l0"
     minimum_norm = True
     keeps_closest = True

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate, metrics
-from jdistill.attacks._core.engine import Method, Passes, Progress, Seen, register, run, select
+from jdistill._jax import register
+from jdistill.attacks._core.engine import Method, Passes, Progress, Seen, run, select
 from jdistill.attacks._core.problem import (
     AttackResult,
     Problem,

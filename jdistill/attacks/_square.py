@@ -7,17 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, metrics, norms
+from jdistill._jax import register, static_field
 from jdistill.attacks import _square_bumps
-from jdistill.attacks._core.engine import (
-    Method,
-    Passes,
-    Progress,
-    Seen,
-    register,
-    run,
-    select,
-    static,
-)
+from jdistill.attacks._core.engine import Method, Passes, Progress, Seen, run, select
 from jdistill.attacks._core.problem import (
     AttackResult,
     Problem,
@@ -179,9 +171,9 @@ class _Square(Method):
     eps: Array  # [B]
     p_init: Array  # [B]
     first: Array | None  # [B, ...], the first start; None draws it
-    norm: Norm = static()
-    num_queries: int = static()
-    num_restarts: int = static()
+    norm: Norm = static_field()
+    num_queries: int = static_field()
+    num_restarts: int = static_field()
     moves_first = True
     passes = Passes(1, 0)
 

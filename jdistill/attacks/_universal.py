@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate, losses, norms
-from jdistill._jax import as_pytree, full_precision, jit
+from jdistill._jax import as_pytree, full_precision, jit, register, static_field
 from jdistill.attacks._core import engine, handlers
-from jdistill.attacks._core.engine import Method, Passes, Progress, Seen, register, static
+from jdistill.attacks._core.engine import Method, Passes, Progress, Seen
 from jdistill.attacks._core.problem import AttackResult, Problem, prepare, refuse_tracers
 from jdistill.attacks._core.traits import by_loss, facts, with_loss
 from jdistill.typing import Array, ArrayLike, Bounds, Callback, Event, LogitsFn, Norm
@@ -216,8 +216,8 @@ class _Shift(Method):
 
     deltas: Array  # [B, ...], all the same
     logits: Array  # [B, K], of the clean inputs
-    norm: Norm = static()
-    num_epochs: int = static()
+    norm: Norm = static_field()
+    num_epochs: int = static_field()
     num_events = 1
     narrows = False
 

@@ -1,12 +1,12 @@
 """Losses of robust distillation from one online teacher: ARD, IAD, RSLAD, AdaAD, LTD."""
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jdistill import losses
+from jdistill._jax import register
 from jdistill.robust._losses import (
     away_from,
     checked,
@@ -50,11 +50,14 @@ def ard_loss(temperature: ArrayLike, teacher: LogitsFn, *, hard_weight: ArrayLik
     References:
         Goldblum, Fowl, Feizi & Goldstein 2020, "Adversarially Robust Distillation".
     """
-    return _Ard(positive(temperature), network(teacher), number("hard_weight", hard_weight, 0, 1))
+    return _Ard(
+        temperature=positive(temperature),
+        teacher=network(teacher),
+        hard_weight=number("hard_weight", hard_weight, 0, 1),
+    )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@register
 class _Ard:
     temperature: Array
     teacher: LogitsFn
@@ -108,12 +111,11 @@ def iad_loss(
         with Unreliable Teachers", IAD-I as released, which trains by `ard_loss` for the first 60 of
         200 epochs.
     """
-    ard = _Ard(positive(temperature), network(teacher), number("hard_weight", hard_weight, 0, 1))
-    return _Iad(ard, number("power", power))
+    ard: Any = ard_loss(temperature, teacher, hard_weight=hard_weight)
+    return _Iad(ard=ard, power=number("power", power))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@register
 class _Iad:
     ard: _Ard
     power: Array
@@ -160,11 +162,10 @@ def rslad_loss(
         Labels Make Student Better"; its code divides by the number of classes as well.
     """
     weight = number("robust_weight", robust_weight, 0, 1)
-    return _Rslad(positive(temperature), network(teacher), weight)
+    return _Rslad(temperature=positive(temperature), teacher=network(teacher), robust_weight=weight)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@register
 class _Rslad:
     temperature: Array
     teacher: LogitsFn
@@ -214,11 +215,10 @@ def adaad_loss(
         Models via Adaptive Adversarial Distillation".
     """
     weight = number("robust_weight", robust_weight, 0, 1)
-    return _Adaad(positive(temperature), network(teacher), weight)
+    return _Adaad(temperature=positive(temperature), teacher=network(teacher), robust_weight=weight)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@register
 class _Adaad:
     temperature: Array
     teacher: LogitsFn
@@ -281,11 +281,10 @@ def low_temperature_loss(temperature: ArrayLike, teacher: LogitsFn) -> LossFn:
         Training", arXiv:2111.02331, by its abstract; there also within TRADES and with weight
         perturbation, which here is an argument of `adversarial`.
     """
-    return _LowTemperature(positive(temperature), network(teacher))
+    return _LowTemperature(temperature=positive(temperature), teacher=network(teacher))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@register
 class _LowTemperature:
     temperature: Array
     teacher: LogitsFn

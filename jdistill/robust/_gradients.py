@@ -1,6 +1,5 @@
 """Losses of robust distillation that match how the teacher changes around an input."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, losses
+from jdistill._jax import register
 from jdistill.robust._from_teacher import adaad_loss
 from jdistill.robust._losses import (
     checked,
@@ -65,11 +65,14 @@ def igdm_loss(
     teacher = network(teacher)
     inner = loss(temperature, teacher)
     _validate.function(loss=inner)
-    return _Igdm(inner, teacher, number("gradient_weight", gradient_weight))
+    return _Igdm(
+        loss=inner,
+        teacher=teacher,
+        gradient_weight=number("gradient_weight", gradient_weight),
+    )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@register
 class _Igdm:
     loss: Any
     teacher: LogitsFn
@@ -150,17 +153,16 @@ def saad_loss(
         weights of the later epochs (SWA), is not part of the loss.
     """
     return _Saad(
-        positive(temperature),
-        network(teacher),
-        number("gradient_weight", gradient_weight),
-        number("clean_weight", clean_weight),
-        number("entropy_scale", entropy_scale),
-        number("correction", correction),
+        temperature=positive(temperature),
+        teacher=network(teacher),
+        gradient_weight=number("gradient_weight", gradient_weight),
+        clean_weight=number("clean_weight", clean_weight),
+        entropy_scale=number("entropy_scale", entropy_scale),
+        correction=number("correction", correction),
     )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@register
 class _Saad:
     temperature: Array
     teacher: LogitsFn

@@ -1,12 +1,11 @@
 """Losses of adversarial training from labels: TRADES and MART."""
 
-import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jdistill import losses
+from jdistill._jax import register
 from jdistill.robust._losses import away_from, checked, kl, number, positive
 from jdistill.typing import Array, ArrayLike, Batch, LogitsFn, LossFn
 
@@ -42,11 +41,10 @@ def trades_loss(temperature: ArrayLike = 1.0, *, weight: ArrayLike = 6.0) -> Los
         Robustness and Accuracy", algorithm 1; its code starts the attack from Gaussian noise of
         deviation 0.001.
     """
-    return _Trades(positive(temperature), number("weight", weight))
+    return _Trades(temperature=positive(temperature), weight=number("weight", weight))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@register
 class _Trades:
     temperature: Array
     weight: Array
@@ -90,11 +88,10 @@ def mart_loss(temperature: ArrayLike = 1.0, *, weight: ArrayLike = 5.0) -> LossF
         Misclassified Examples". Its released code adds 1e-4 and 1e-12 inside of the
         logarithms, where this is exact in log space.
     """
-    return _Mart(positive(temperature), number("weight", weight))
+    return _Mart(temperature=positive(temperature), weight=number("weight", weight))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@register
 class _Mart:
     temperature: Array
     weight: Array

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import norms
+from jdistill._jax import register, static_field
 from jdistill.attacks._core import engine
 from jdistill.attacks._core.constant_search import from_box, per_example_adam, to_box
-from jdistill.attacks._core.engine import Method, Progress, Seen, register, select, static
+from jdistill.attacks._core.engine import Method, Progress, Seen, select
 from jdistill.attacks._core.problem import AttackResult, Problem
 from jdistill.typing import Array
 
@@ -44,8 +45,8 @@ class Rounds(Method):
     largest_const: Array  # [B]
     const_factor: Array  # [B], at least LEAST_FACTOR
     first: Array  # [B, ...], where the first round starts
-    num_steps: int = static()
-    num_events: int | None = static(default=None)  # with a trace alone, which needs a width
+    num_steps: int = static_field()
+    num_events: int | None = static_field(default=None)  # with a trace alone, which needs a width
     minimum_norm = True
     keeps_closest = True
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jdistill.attacks._core.engine import Method, Progress, register, select, static
+from jdistill._jax import register, static_field
+from jdistill.attacks._core.engine import Method, Progress, select
 from jdistill.attacks._core.problem import AttackResult, Problem, start_point
 from jdistill.typing import Array, ArrayLike
 
@@ -38,9 +39,9 @@ class ConstantSearch(Method):
     confidence: Array  # [B]
     learning_rate: Array  # [B]
     initial_const: Array  # [B]
-    num_searches: int = static()
-    num_steps: int = static()
-    abort_early: bool = static()
+    num_searches: int = static_field()
+    num_steps: int = static_field()
+    abort_early: bool = static_field()
     minimum_norm = True
     keeps_closest = True
 

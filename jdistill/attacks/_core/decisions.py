@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, norms
-from jdistill.attacks._core.engine import Method, Passes, Seen, register, select, static
+from jdistill._jax import register, static_field
+from jdistill.attacks._core.engine import Method, Passes, Seen, select
 from jdistill.attacks._core.problem import Problem, need_key
 from jdistill.typing import Array
 
@@ -37,8 +38,8 @@ class DecisionMethod(Method):
     """Base of these attacks: draws until a point is adversarial, then whatever the attack asks."""
 
     first: Array | None  # [B, ...], tried before the random starts
-    num_queries: int = static()  # the most for an example, its verification included
-    num_starts: int = static()
+    num_queries: int = static_field()  # the most for an example, its verification included
+    num_starts: int = static_field()
     minimum_norm = True
     keeps_closest = True
     passes = Passes(1, 0)

@@ -24,9 +24,7 @@ where the same loop comes back to the host every few events, to save and to answ
 
 import contextlib
 import contextvars
-import dataclasses
 import functools
-import typing
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -34,21 +32,16 @@ import jax
 import jax.numpy as jnp
 
 from jdistill import _validate, metrics, norms
-from jdistill._jax import backend, full_precision, jit, unbound, under_trace
+from jdistill._jax import (
+    backend,
+    full_precision,
+    jit,
+    unbound,
+    under_trace,
+)
 from jdistill.attacks._core import rows
 from jdistill.attacks._core.problem import AttackResult, Problem
 from jdistill.typing import Array, Norm
-
-
-def static(**kwargs: Any) -> Any:
-    """A field that belongs to the compiled program; all other fields are arrays or pytrees."""
-    return dataclasses.field(metadata={"static": True}, **kwargs)
-
-
-@typing.dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(static,))
-def register(cls: type) -> type:
-    """A frozen dataclass whose instances are pytrees."""
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
 
 
 class Passes(NamedTuple):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdistill import _validate, norms
-from jdistill.attacks._core.engine import register, static
+from jdistill._jax import register, static_field
 from jdistill.attacks._core.problem import Goal, Problem, need_key, num_classes, one_per_example
 from jdistill.typing import Array, ArrayLike, Norm
 
@@ -23,9 +23,9 @@ class Starts:
     """
 
     first_target: Array
-    num_restarts: int = static()
-    num_targets: int | None = static()
-    num_ranks: int = static()
+    num_restarts: int = static_field()
+    num_targets: int | None = static_field()
+    num_ranks: int = static_field()
 
     @classmethod
     def of(
