@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from jdistill import attacks, losses, nets, parallel
+from jdistill._jax import register, static_field
 from jdistill.attacks._core import chunks, engine, handlers
 from jdistill.attacks._core import problem as problems
 from jdistill.attacks._core import rows as row_loop
-from jdistill.attacks._core.engine import Method, Passes, Seen, register, static
+from jdistill.attacks._core.engine import Method, Passes, Seen
 from jdistill.attacks._core.handlers import Counter
 from tests import tiny
 
@@ -35,11 +36,11 @@ class Walk(Method):
 
     speed: jax.Array
     patience: jax.Array  # steps after which nothing more is tried
-    num_events: int = static()
-    keeps_closest: bool = static(default=False)
-    minimum_norm: bool = static(default=False)
-    moves_first: bool = static(default=False)
-    maximizes: bool = static(default=False)
+    num_events: int = static_field()
+    keeps_closest: bool = static_field(default=False)
+    minimum_norm: bool = static_field(default=False)
+    moves_first: bool = static_field(default=False)
+    maximizes: bool = static_field(default=False)
     norm = "linf"
     passes_at_start = Passes(1, 1)
     passes = Passes(2, 1)
