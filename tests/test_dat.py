@@ -1,8 +1,10 @@
 """Data-parallel adversarial training: large-batch optimizers in every mode, and 8-bit gradients."""
 
+import csv
 import dataclasses
 import functools
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -430,3 +432,14 @@ def test_the_experiment_runs():
     exact, few = (row["kilobytes_sent_per_step"] for row in (rows[0], rows[-1]))
     assert few < 0.3 * exact
     assert all(way in dat.table(rows, options) for way in options.ways)
+
+
+def test_the_table_is_that_of_its_rows():
+    folder = pathlib.Path(dat.__file__).parent / "results"
+    rows = list(csv.DictReader((folder / "dat.csv").read_text(encoding="utf-8").splitlines()))
+    numbers = {"test_accuracy", "accuracy_under_pgd", "kilobytes_sent_per_step", "learning_rate"}
+    rows = [
+        {name: float(value) if name in numbers else value for name, value in row.items()}
+        for row in rows
+    ]
+    assert dat.table(rows, dat.Options()) == (folder / "dat.md").read_text(encoding="utf-8")
