@@ -122,6 +122,10 @@ def low_temperature(z, moved, _, there):
     return -(softmax(teacher(X) / 0.5) * log_softmax(moved)).sum(1)
 
 
+def low_temperature_trades(z, moved, _, there):
+    return -(softmax(teacher(X) / 0.5) * log_softmax(z)).sum(1) + 3 * kl(z, moved)
+
+
 FORMULAS = {
     "trades": (robust.trades_loss(2.0, weight=4.0), trades),
     "mart": (robust.mart_loss(), mart),
@@ -136,6 +140,10 @@ FORMULAS = {
     ),
     "saad": (robust.saad_loss(1.0, TEACHER, gradient_weight=2.0, clean_weight=0.5), saad),
     "low temperature": (robust.low_temperature_loss(0.5, TEACHER), low_temperature),
+    "low temperature, TRADES": (
+        robust.low_temperature_loss(0.5, TEACHER, trades_weight=3.0),
+        low_temperature_trades,
+    ),
 }
 LOSSES = {name: loss_fn for name, (loss_fn, _) in FORMULAS.items()}
 
@@ -206,6 +214,7 @@ CLIMBED = {
     "igdm": lambda there: kl(teacher(there), there @ STUDENT),
     "igdm of ard": lambda there: cross_entropy(there @ STUDENT),
     "saad": from_corrected,
+    "low temperature, TRADES": lambda there: kl(X @ STUDENT, there @ STUDENT.astype(float)),
     "low temperature": lambda there: (
         -(softmax(teacher(X) / 0.5) * log_softmax(there @ STUDENT)).sum(1)
     ),

@@ -248,10 +248,16 @@ def _apart(temperature: Array, logits: Array, labels: Array) -> Array:
     return kl(its, own, temperature)
 
 
-def low_temperature_loss(temperature: ArrayLike, teacher: LogitsFn) -> LossFn:
+def low_temperature_loss(
+    temperature: ArrayLike, teacher: LogitsFn, *, trades_weight: ArrayLike | None = None
+) -> LossFn:
     """The loss of low-temperature distillation (LTD): adversarial training on soft labels.
 
-        H(softmax(z_t(x) / T), softmax(z(x'))),    x' = argmax of the same
+        H(q, p(x')),    x' = argmax H(q, p(x')),    q = softmax(z_t(x) / T),    p = softmax(z)
+
+    or, within TRADES,
+
+        H(q, p(x)) + β · KL(p(x) || p(x')),    x' = argmax KL(p(x) || p(x'))
 
     The temperature is the teacher's alone. The student's is 1, in training as when it is used, so
     that nothing multiplies its logits by T afterwards: what masks gradients in defensive
@@ -260,6 +266,7 @@ def low_temperature_loss(temperature: ArrayLike, teacher: LogitsFn) -> LossFn:
     Args:
         temperature: T of the teacher, above 0; the lower, the nearer to hard labels.
         teacher: inputs `[B, ...]` to logits `[B, K]`; no gradient flows into it.
+        trades_weight: β, at least 0; None is the first form.
 
     Returns:
         `(outputs, batch) -> [B]` of `Outputs`, a pytree that carries the teacher's weights.
@@ -278,27 +285,36 @@ def low_temperature_loss(temperature: ArrayLike, teacher: LogitsFn) -> LossFn:
 
     References:
         Chen & Lee 2021, "LTD: Low Temperature Distillation for Gradient Masking-free Adversarial
-        Training", arXiv:2111.02331, by its abstract; there also within TRADES and with weight
-        perturbation, which here is an argument of `adversarial`.
+        Training", arXiv:2111.02331, by its abstract, which combines it with other training; with
+        weight perturbation it is an argument of `adversarial`.
     """
-    return _LowTemperature(temperature=positive(temperature), teacher=network(teacher))
+    weight = None if trades_weight is None else number("trades_weight", trades_weight)
+    return _LowTemperature(
+        temperature=positive(temperature), teacher=network(teacher), trades_weight=weight
+    )
 
 
 @register
 class _LowTemperature:
     temperature: Array
     teacher: LogitsFn
+    trades_weight: Array | None
 
     def _labels(self, batch: Batch) -> Array:
         its = logits_at(self.teacher, batch.inputs)
         return jax.nn.softmax(its / self.temperature, axis=-1)
 
     def inner(self, student: LogitsFn, batch: Batch) -> tuple[LogitsFn, Any]:
+        if self.trades_weight is not None:
+            return student, away_from(student(batch.inputs))
         return student, jax.tree_util.Partial(_against, self._labels(batch))
 
     def __call__(self, outputs: Any, batch: Batch) -> Array:
         outputs = checked(outputs)
-        return losses.soft_cross_entropy(outputs.adversarial_logits, self._labels(batch))
+        if self.trades_weight is None:
+            return losses.soft_cross_entropy(outputs.adversarial_logits, self._labels(batch))
+        clean = losses.soft_cross_entropy(outputs.logits, self._labels(batch))
+        return clean + self.trades_weight * kl(outputs.logits, outputs.adversarial_logits)
 
 
 def _against(soft_labels: Array, logits: Array, labels: Array) -> Array:
