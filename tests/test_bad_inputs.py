@@ -33,6 +33,7 @@ from jdistill import (
     nets,
     parallel,
     report,
+    robust,
     sweep,
     train,
 )
@@ -203,7 +204,7 @@ GOOD = {
     **{"train.fit.devices": DEVICES, "sweep.fit.devices": DEVICES, "sweep.params": PARAMS},
     **{"sweep.fit.state": STATES, "sweep.loss_fn": train.hard_loss(np.ones(2))},
     **{"sweep.generations": [GENERATIONS], "checkpoint.save.state": SAVED},
-    "robust.loss": train.hard_loss,
+    **{"robust.loss": train.hard_loss, "robust.igdm_loss.loss": robust.ard_loss},
     **{"checkpoint.save.step": 9, "checkpoint.like": SAVED, "checkpoint.restore.step": 1},
 }
 # What bad values are made of where nothing is passed.
@@ -472,6 +473,7 @@ function: student teacher loss preprocess substitute apply_fn loss_fn augment ob
     random_logits_fn main conv_general_dilated callback attacks.bpda.logits_fn nets.logits_fn
     parallel.compile_step.step base distill.distance nets.norm nets.activation
 radius: eps step_size decay max_angle max_shift alpha beta overshoot eta weight distill.gamma
+    power clean_weight entropy_scale correction weight_perturbation trades_weight gradient_weight
     attacks.carlini_wagner_l0.confidence attacks.carlini_wagner_l2.confidence
     attacks.carlini_wagner_linf.confidence attacks.ead.confidence norms.eps norms.length
     norms.per_example.value
@@ -588,7 +590,7 @@ FINE = {
     (r"losses\..*", "temperature", "matrix"): "one number each, as a column",
     (
         r"(distill|robust|train)\..*_loss",
-        ".*temperature|.*weight|alpha|beta|gamma",
+        ".*temperature|.*weight|alpha|beta|gamma|power|entropy_scale|correction",
         "matrix|too many",
     ): "one a run",
     (r"distill\.(feature|relation)_loss", "base", "none"): "no loss on the logits",

@@ -16,6 +16,7 @@ from jdistill.robust._losses import (
     number,
     one_network,
     positive,
+    share,
 )
 from jdistill.typing import Array, ArrayLike, Batch, LogitsFn, LossFn
 
@@ -53,7 +54,7 @@ def ard_loss(temperature: ArrayLike, teacher: LogitsFn, *, hard_weight: ArrayLik
     return _Ard(
         temperature=positive(temperature),
         teacher=network(teacher),
-        hard_weight=number("hard_weight", hard_weight, 0, 1),
+        hard_weight=share("hard_weight", hard_weight),
     )
 
 
@@ -161,7 +162,7 @@ def rslad_loss(
         Zi, Zhao, Ma & Jiang 2021, "Revisiting Adversarial Robustness Distillation: Robust Soft
         Labels Make Student Better"; its code divides by the number of classes as well.
     """
-    weight = number("robust_weight", robust_weight, 0, 1)
+    weight = share("robust_weight", robust_weight)
     return _Rslad(temperature=positive(temperature), teacher=network(teacher), robust_weight=weight)
 
 
@@ -214,7 +215,7 @@ def adaad_loss(
         Huang, Chen, Wang, Lu, Cheng & Wang 2023, "Boosting Accuracy and Robustness of Student
         Models via Adaptive Adversarial Distillation".
     """
-    weight = number("robust_weight", robust_weight, 0, 1)
+    weight = share("robust_weight", robust_weight)
     return _Adaad(temperature=positive(temperature), teacher=network(teacher), robust_weight=weight)
 
 

@@ -65,9 +65,15 @@ def checked(outputs: Any) -> Outputs:
     return outputs
 
 
-def number(name: str, value: ArrayLike, low: float = 0.0, high: float = jnp.inf) -> Array:
-    """A weight as an array; an error where it is out of its range."""
-    _validate.within(low, high, **{name: value})
+def number(name: str, value: ArrayLike) -> Array:
+    """A weight as an array; an error where it is below 0."""
+    _validate.non_negative(**{name: value})
+    return jnp.asarray(value, jnp.float32)
+
+
+def share(name: str, value: ArrayLike) -> Array:
+    """A weight as an array; an error where it is not in [0, 1]."""
+    _validate.within(0.0, 1.0, **{name: value})
     return jnp.asarray(value, jnp.float32)
 
 
