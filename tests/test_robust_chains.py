@@ -297,10 +297,28 @@ def test_the_table_says_which_account_goes_along_with_robust_accuracy():
         "ard, 2 assistants",
     ]
     assert lines[2][4].startswith("+1.0 [")
-    (_, entropy, number), (_, transfer, _) = accounts[1:]
+    (_, entropy, within), (_, transfer, _) = accounts[1:]
     assert entropy.startswith("+1.00 [")
+    assert within.startswith("+1.00 [")  # there is one loss
     assert not transfer.startswith("+1.00")
-    assert number == "10"
+
+
+def test_a_difference_between_losses_is_none_within_them():
+    """Entropy rises with one loss and falls with the other, as robust accuracy does."""
+    draw = np.random.default_rng(1)
+    rows = []
+    for loss, sign in (("ard", 1), ("saad", -1)):
+        for seed in range(5):
+            for place, chain in enumerate((loss, f"{loss}, 1 assistant", f"{loss}, 2 assistants")):
+                noise = draw.normal(size=3) * 0.001 * (place > 0)
+                row = {"chain": chain, "seed": seed, "test_accuracy": 0.9, "verdict": ""}
+                row["autoattack"] = 0.5 + sign * 0.1 * (place > 0) + noise[0]
+                row["entropy"] = 1.0 + sign * 0.1 * (place > 0) + noise[1]
+                rows.append({**row, "transfer": 0.5 + noise[2]})
+    _, accounts = robust_chains.table(rows)
+    pooled, within = (float(cell.split()[0]) for cell in accounts[1][1:])
+    assert pooled > 0.6
+    assert abs(within) < 0.5
 
 
 def test_changes_that_are_all_alike_have_no_correlation():

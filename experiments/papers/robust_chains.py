@@ -134,38 +134,43 @@ def _direct(chain: str) -> str:
 
 def _accounts(found: list[Row]) -> list[Line]:
     """Correlations of the changes that assistants make, with intervals over seeds."""
-    seeds = sorted({row["seed"] for row in found})
+    names = ("autoattack", "entropy", "transfer")
     by_place = {(row["chain"], row["seed"]): row for row in found}
-    changes: dict[int, list[list[float]]] = {seed: [] for seed in seeds}
+    changes: dict[Any, list[list[float]]] = {}  # by seed and loss
     for (chain, seed), row in by_place.items():
         base = by_place.get((_direct(chain), seed))
-        if chain in (_direct(chain), _ALONE) or base is None:
+        if chain == _direct(chain) or base is None:
             continue
-        names = ("autoattack", "entropy", "transfer")
         change = [row[name] - base[name] for name in names]
         if np.isfinite(change).all():
-            changes[seed].append(change)
-    lines: list[Line] = [["change of", "correlation with that of robust accuracy", "changes"]]
+            changes.setdefault((seed, _direct(chain)), []).append(change)
+    arrays = {place: np.array(each) for place, each in changes.items()}
+    means = {
+        loss: np.concatenate([own for (_, of), own in arrays.items() if of == loss]).mean(0)
+        for _, loss in arrays
+    }
+    centered = {place: own - means[place[1]] for place, own in arrays.items()}
+    lines: list[Line] = [["change of", "correlation with that of robust accuracy", "within a loss"]]
     for place, title in ((1, "teacher's entropy"), (2, "transfer to the teacher")):
-        every = [np.array(changes[seed]) for seed in seeds if changes[seed]]
-        lines.append([title, _correlation(every, place), str(sum(map(len, every)))])
+        lines.append([title, _correlation(arrays, place), _correlation(centered, place)])
     return lines
 
 
-def _correlation(every: list[np.ndarray], place: int) -> str:
+def _correlation(arrays: dict[Any, np.ndarray], place: int) -> str:
     """Spearman's correlation, with a bootstrap interval that draws whole seeds."""
+    seeds = sorted({seed for seed, _ in arrays})
+    every = [
+        np.concatenate([own for (of, _), own in arrays.items() if of == seed]) for seed in seeds
+    ]
 
-    def of(seeds: list[np.ndarray]) -> float:
-        joined = np.concatenate(seeds)
+    def of(chosen: list[np.ndarray]) -> float:
+        joined = np.concatenate(chosen)
         if len(joined) < 3 or (np.ptp(joined, axis=0)[[0, place]] == 0).any():
             return float("nan")
         return float(stats.spearmanr(joined[:, 0], joined[:, place]).statistic)
 
-    if not every:
+    if not every or not np.isfinite(of(every)):
         return "–"
     draws = np.random.default_rng(0).integers(len(every), size=(2000, len(every)))
-    spread: Any = [of([every[i] for i in draw]) for draw in draws]
-    if not np.isfinite(of(every)):
-        return "–"
-    low, high = np.nanquantile(spread, [0.025, 0.975])
+    low, high = np.nanquantile([of([every[i] for i in draw]) for draw in draws], [0.025, 0.975])
     return f"{of(every):+.2f} [{low:+.2f}, {high:+.2f}]"
