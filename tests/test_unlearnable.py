@@ -303,6 +303,7 @@ def test_from_training_to_report(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the targeted DLR loss is not defined for 2 classes")
 def test_the_command_makes_the_study(tmp_path, capsys):
     _defend.run(["unlearnable", "--smoke", "--workdir", str(tmp_path)])
     assert "bad teacher, assistant: 32 test examples" in capsys.readouterr().out
