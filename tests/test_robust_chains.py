@@ -103,6 +103,8 @@ def test_options_of_the_command(capsys):
         {"dataset": "digits"},
         {"layers": "wide"},
         {"losses": ("mtard",)},
+        {"losses": ()},
+        {"losses": ("ard", "ard")},
         {"num_assistants": -1},
         {"epochs": 0},
         {"attack_steps": 0},

@@ -446,7 +446,63 @@ def test_other_numbers_are_other_losses():
     assert fingerprint(same) != fingerprint(LOSSES["rslad"])
 
 
+@pytest.mark.parametrize("confident", [10.0, 16.0, 18.0, 40.0, 80.0])
+def test_mart_is_exact_where_a_wrong_class_is_certain(confident):
+    """Its loss and gradient, against float64 from the logits' exponentials."""
+    z = np.zeros((1, 3))
+    z[0, 1] = confident
+    batch = Batch(jnp.zeros((1, 2)), jnp.array([0]), None, jnp.ones(1))
+
+    def loss(moved):
+        outputs = robust.Outputs(jnp.zeros((1, 3)), moved, jnp.zeros((1, 2)))
+        return robust.mart_loss(weight=0.0)(outputs, batch)[0]
+
+    found, gradient = jax.value_and_grad(loss)(jnp.asarray(z, jnp.float32))
+    powers = np.exp(z[0] - confident)
+    total = powers.sum()
+    expected = -np.log(powers[0] / total) - np.log((powers[0] + powers[2]) / total)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(gradient[0], [-1.5, 2, -0.5], atol=2e-3)
+
+
+def test_igdm_leaves_the_attack_its_own_loss_where_the_other_one_does():
+    def towards_the_first(logits, labels):
+        del labels
+        return logits[:, 0]
+
+    attack = functools.partial(attacks.fgsm, eps=EPS, loss=towards_the_first)
+    found = [
+        outputs_of(STUDENT, loss_fn, attack=attack)[1].adversarial_inputs
+        for loss_fn in (
+            robust.ard_loss(1.0, TEACHER),
+            robust.igdm_loss(1.0, TEACHER, loss=robust.ard_loss),
+        )
+    ]
+    np.testing.assert_array_equal(*found)
+    expected = np.clip(X + EPS * np.sign(STUDENT[:, 0].astype(float)), 0, 1)
+    np.testing.assert_allclose(found[0], expected, atol=1e-6)
+
+
 # Bad input
+
+
+def test_an_attack_that_would_not_climb_the_loss_is_named():
+    bound = functools.partial(PGD, loss=lambda logits, labels: logits[:, 0])
+    with pytest.raises(ValueError, match="an attack without a loss of its own, got PGD other"):
+        outputs_of(STUDENT, LOSSES["rslad"], attack=bound)
+    with pytest.raises(ValueError, match=r"an attack that takes a loss, got .*; pass one such as"):
+        outputs_of(STUDENT, LOSSES["trades"], attack=functools.partial(attacks.square, eps=EPS))
+
+
+def test_a_loss_of_another_kind_within_igdm_is_named():
+    with pytest.raises(ValueError, match=r"loss to take \(temperature, teacher\), got one that"):
+        robust.igdm_loss(1.0, TEACHER, loss=train.hard_loss)
+
+
+def test_a_robust_loss_within_on_adversarial_is_named():
+    loss_fn = robust.on_adversarial(robust.rslad_loss)(1.0, TEACHER)
+    with pytest.raises(ValueError, match="as they are, not within on_adversarial"):
+        outputs_of(STUDENT, loss_fn)
 
 
 @pytest.mark.parametrize("name", ["ard", "rslad", "igdm", "saad", "low temperature"])

@@ -112,7 +112,7 @@ def table(found: list[Row]) -> list[list[Line]]:
     """Each chain beside the one without an assistant, and which account explains the difference."""
     chains = list(dict.fromkeys(row["chain"] for row in found))
     heads = [head for title, _, _ in _QUANTITIES.values() for head in (title, "− no assistant")]
-    lines: list[Line] = [["student", *heads, "verdicts"]]
+    lines: list[Line] = [["student", *heads, "verdict, first seed"]]
     for chain in chains:
         own, base = (
             [row for row in found if row["chain"] == each] for each in (chain, _direct(chain))

@@ -1,8 +1,9 @@
 """One pure step, compiled for one device or many: `jit` over a mesh, `shard_map`, or `pmap`.
 
-All modes give the same result: the batch is split over the devices, the state is the same on all of
-them. `jit` is the one to use. The others run one program a device, in which the step reduces over
-the data axis itself: `quantized_psum` then sends gradients as 8-bit numbers.
+The batch is split over the devices, the state is the same on all of them, and all modes give the
+same result where nothing is of a device's own rows, as batch statistics are in the last two. `jit`
+is the one to use. The others run one program per device, in which the step reduces over the data
+axis itself: `quantized_psum` then sends gradients as 8-bit numbers.
 """
 
 from jdistill.parallel._devices import (

@@ -63,7 +63,13 @@ def igdm_loss(
     """
     _validate.function(loss=loss)
     teacher = network(teacher)
-    inner = loss(temperature, teacher)
+    try:
+        inner = loss(temperature, teacher)
+    except TypeError as error:
+        raise ValueError(
+            f"expected loss to take (temperature, teacher), got one that does not ({error}); pass "
+            "one such as robust.adaad_loss"
+        ) from None
     _validate.function(loss=inner)
     return _Igdm(
         loss=inner,
@@ -82,7 +88,7 @@ class _Igdm:
     def inner(self, student: LogitsFn, batch: Batch) -> tuple[LogitsFn, Any]:
         """What the other loss has the attack climb."""
         inner = getattr(self.loss, "inner", None)
-        return (student, losses.cross_entropy) if inner is None else inner(student, batch)
+        return (student, None) if inner is None else inner(student, batch)
 
     def __call__(self, outputs: Any, batch: Batch) -> Array:
         outputs = checked(outputs)

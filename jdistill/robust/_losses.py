@@ -60,14 +60,16 @@ def checked(outputs: Any) -> Outputs:
     if not isinstance(outputs, Outputs):
         raise ValueError(
             f"expected outputs with adversarial logits, got {type(outputs).__name__}; train with "
-            "make_train_step(..., objective=robust.adversarial(attack))"
+            "make_train_step(..., objective=robust.adversarial(attack)), and give losses of robust "
+            "as they are, not within on_adversarial"
         )
     return outputs
 
 
 def number(name: str, value: ArrayLike) -> Array:
     """A weight as an array; an error where it is below 0."""
-    _validate.non_negative(**{name: value})
+    named: dict[str, Any] = {name: value}
+    _validate.non_negative(**named)
     return jnp.asarray(value, jnp.float32)
 
 

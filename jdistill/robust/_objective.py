@@ -63,7 +63,10 @@ class Adversarial:
         settings = {}
         inner = getattr(loss_fn, "inner", None)
         if inner is not None:
-            network, settings["loss"] = inner(network, batch)
+            network, climbed = inner(network, batch)
+            if climbed is not None:
+                _check_free(self.attack)
+                settings["loss"] = climbed
         inputs = attacks.maximize(
             self.attack, network, _folded(keys, _CRAFTED), batch.inputs, batch.labels, **settings
         )
@@ -140,7 +143,8 @@ def adversarial(attack: Callable[..., Any], *, weight_perturbation: float = 0.0)
     * what the attack climbs, as a method `inner(student, batch) -> (network, loss)`: the attack
       then maximizes `loss(network(x), labels)`, given the student as a `LogitsFn`. The network is
       the student for most, and the loss may hold arrays of the batch, as a
-      `jax.tree_util.Partial`. Without it, it is the attack's own: cross-entropy with the labels.
+      `jax.tree_util.Partial`. Without the method, or for a loss of None, it is the attack's own:
+      cross-entropy with the labels.
     * `reflected = True`: it wants the student's logits on x - δ as well, where x' = x + δ.
 
     Args:
@@ -151,14 +155,15 @@ def adversarial(attack: Callable[..., Any], *, weight_perturbation: float = 0.0)
             One step of 1.25 · eps from a random start is fast adversarial training.
         weight_perturbation: γ of adversarial weight perturbation (AWP), at least 0; 0 is without.
             The loss is taken at weights moved up its own gradient, each kernel by γ times its norm,
-            and the gradient there updates the weights as they were. It takes one pass more. Static.
+            and the gradient there updates the weights as they were. It takes one pass more, and
+            over devices a sum in float32 of its own, whatever the `exchange` of the step. Static.
 
     Returns:
         The objective, a value: equal for the same attack and perturbation.
 
     Raises:
         ValueError: what cannot be called, or a perturbation below 0; and from the step, an attack
-            that is not of this kind.
+            that is not of this kind, or one with a loss bound where the training loss has its own.
 
     Example:
         >>> import functools
@@ -190,6 +195,21 @@ def adversarial(attack: Callable[..., Any], *, weight_perturbation: float = 0.0)
     _validate.scalar(weight_perturbation=weight_perturbation)
     _validate.non_negative(weight_perturbation=weight_perturbation)
     return Adversarial(attack, float(weight_perturbation))
+
+
+def _check_free(attack: Callable[..., Any]) -> None:
+    """An error for an attack that cannot climb the loss of training, or has its own bound."""
+    found = attacks.traits(attack)
+    if "loss" not in found.settings:
+        raise ValueError(
+            f"expected an attack that takes a loss, got {found.title}; pass one such as "
+            "attacks.pgd, since the training loss says what the attack climbs"
+        )
+    if "loss" in getattr(attack, "keywords", {}):
+        raise ValueError(
+            f"expected an attack without a loss of its own, got {found.title}; leave loss out, "
+            "since the training loss says what the attack climbs"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

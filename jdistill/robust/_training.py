@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jdistill import losses
@@ -100,8 +101,7 @@ class _Mart:
         outputs = checked(outputs)
         log_clean = losses.tempered_log_softmax(outputs.logits, self.temperature)
         log_attacked = losses.tempered_log_softmax(outputs.adversarial_logits, self.temperature)
-        runner_up = losses.largest_other(log_attacked, batch.labels)
-        boosted = -_of_label(log_attacked, batch.labels) - _log_complement(runner_up)
+        boosted = -_of_label(log_attacked, batch.labels) - _log_of_rest(log_attacked, batch.labels)
         uncertain = 1 - jnp.exp(_of_label(log_clean, batch.labels))
         divergence = kl(outputs.logits, outputs.adversarial_logits, self.temperature)
         return boosted + self.weight * divergence * uncertain
@@ -111,8 +111,9 @@ def _of_label(values: Array, labels: Array) -> Array:
     return jnp.take_along_axis(values, labels[:, None], axis=-1)[:, 0]
 
 
-def _log_complement(log_prob: Array) -> Array:
-    """`log(1 - p)` of `log p`, finite also where p rounds to 1."""
-    # Next to 1 the difference is below what float32 can tell apart.
-    log_prob = jnp.minimum(log_prob, -jnp.finfo(log_prob.dtype).eps)
-    return jnp.log(-jnp.expm1(log_prob))
+def _log_of_rest(log_probs: Array, labels: Array) -> Array:
+    """`log(1 - p)` of the likeliest class but the label: the sum of all others, in log space."""
+    classes = jnp.arange(log_probs.shape[-1])
+    others = jnp.where(labels[:, None] == classes[None], -jnp.inf, log_probs)
+    likeliest = jnp.argmax(others, axis=-1)[:, None] == classes[None]
+    return jax.nn.logsumexp(jnp.where(likeliest, -jnp.inf, log_probs), axis=-1)

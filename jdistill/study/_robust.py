@@ -91,7 +91,8 @@ class RobustRecipe:
     """The papers' network of the data set (WRN-34 and ResNet-18 for CIFAR-10), or two dense layers,
     512 and 256 units at width 1."""
     teacher_width: float = 0.5
-    """Width of the teacher, as a factor on the number of channels or units."""
+    """Width of the teacher, as a factor on the number of channels or units. Of an exported teacher it
+    must be that network's, since assistants lie between it and the students."""
     student_width: float = 0.125
     """Width of the students."""
     trades_weight: float = 2.0
@@ -118,6 +119,11 @@ class RobustRecipe:
         _validate.one_of(_SETTINGS, dataset=self.dataset)
         _validate.one_of(("convolutional", "dense"), layers=self.layers)
         _validate.sequence(losses=self.losses)
+        if not self.losses or len(set(self.losses)) < len(self.losses):
+            raise ValueError(
+                f"expected losses without repetition and not empty, got {self.losses}; name each "
+                "once"
+            )
         for loss in self.losses:
             _validate.one_of(_LOSSES, losses=loss)
         _validate.count(minimum=0, num_assistants=self.num_assistants)

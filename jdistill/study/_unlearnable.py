@@ -210,7 +210,8 @@ class LabelRule:
 
     def __call__(self, inputs: Array) -> Array:
         """Logits `[B, 2]` of inputs `[B, P, D]`."""
-        # Sums, so that no patch decides alone: an attack within the radius changes nothing.
+        # Sums, so that no patch decides alone: an attack changes nothing where the signal is above
+        # twice the number of patches times its radius, as it is by default.
         learnable, unlearnable = (jnp.sum(inputs[..., place], axis=-1) for place in (0, -1))
         sign = jnp.sign(learnable + unlearnable)
         if not self.sure:
