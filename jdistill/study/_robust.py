@@ -91,8 +91,8 @@ class RobustRecipe:
     """The papers' network of the data set (WRN-34 and ResNet-18 for CIFAR-10), or two dense layers,
     512 and 256 units at width 1."""
     teacher_width: float = 0.5
-    """Width of the teacher, as a factor on the number of channels or units. Of an exported teacher it
-    must be that network's, since assistants lie between it and the students."""
+    """Width of the teacher, as a factor on the number of channels or units. It must be that
+    of an exported teacher, since assistants lie between it and the students."""
     student_width: float = 0.125
     """Width of the students."""
     trades_weight: float = 2.0
