@@ -261,7 +261,7 @@ ROBUST_CHAIN_MNIST = RobustRecipe(
     epochs=8,
     batch_size=128,
     teacher_width=0.5,
-    student_width=0.25,
+    student_width=0.5,
     eps=0.3,
 )
 ROBUST_CHAIN_FASHION = RobustRecipe(
