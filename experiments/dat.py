@@ -71,7 +71,7 @@ class Options:
     train_steps: int = 7
     """Steps of PGD in training."""
     ways: tuple[str, ...] = tuple(WAYS)
-    """Which of the ways to train."""
+    """Names of the ways to train."""
     rates_per_way: int | None = None
     """Use only the first so many rates of each grid (none: all)."""
     output: str | None = None
@@ -79,7 +79,7 @@ class Options:
 
 
 def bytes_sent(text: str, num_devices: int) -> float:
-    """What a device sends in one run of a compiled program, by the usual (ring) algorithms.
+    """Bytes that a device sends in one run of a compiled program, by the usual (ring) algorithms.
 
     From the results of the collectives in XLA's text: all-reduce sends its result twice, the others
     once, each without the device's own share.
@@ -118,7 +118,7 @@ def compiled_text(
 
 
 class Prepared(NamedTuple):
-    """What all runs of a way share, so that it is compiled once."""
+    """Parts that all runs of a way share, so that they are compiled once."""
 
     step: train.TrainStep
     loss_fn: LossFn
@@ -153,7 +153,7 @@ def prepared(options: Options, digits: data.Dataset, way: Way) -> Prepared:
 
 
 def initial(options: Options, step: train.TrainStep, rate: float, seed: int) -> train.TrainState:
-    """Where a run starts."""
+    """State that a run starts from."""
     params, model_state = nets.init(_model(options), jax.random.key(seed), (8, 8, 1))
     return train.create_state(
         step,

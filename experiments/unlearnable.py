@@ -42,14 +42,14 @@ class Setting(NamedTuple):
 
     @property
     def title(self) -> str:
-        """What it is called in a heading."""
+        """Name in a heading."""
         attack = f"PGD, {self.attack_steps} steps" if self.attack_steps else "the paper's adversary"
         return f"{attack}, {self.epochs} epochs"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is trained, and where it lies."""
+    """Networks to train, and their folder."""
 
     shares: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2)
     """Probabilities that an example is unlearnable."""

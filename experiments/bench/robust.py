@@ -15,8 +15,8 @@ from experiments.bench.options import Options, command
 from experiments.bench.rows import Row
 from experiments.bench.subjects import Images, Params
 from experiments.bench.timing import AfterCall, Calls
-from experiments.bench.train import full_batches
-from jdistill import attacks, nets, parallel, robust, train
+from experiments.bench.train import full_batches, stepping
+from jdistill import attacks, nets, robust, train
 from jdistill.typing import Batch
 
 STEP, STEP_PEER = "step of adversarial training (PGD)", "PyTorch's step"
@@ -101,19 +101,7 @@ def _steps(
         nets.apply_fn(model), train.sgd(LEARNING_RATE), objective=robust.adversarial(attack)
     )
     state = train.create_state(step, jax.tree.map(jnp.asarray, params), jax.random.key(0))
-    compiled = parallel.compile_step(step)
-    loss_fn = robust.on_adversarial(train.hard_loss)(1.0)
-
-    def run(batches: Sequence[Batch]) -> np.ndarray:
-        nonlocal state
-        sums = []
-        for batch in batches:
-            state, metrics = compiled(state, batch, loss_fn)
-            sums.append(metrics)
-        jax.block_until_ready(state)
-        return np.array([float(one["loss"] / one["count"]) for one in jax.device_get(sums)])
-
-    return run
+    return stepping(step, state, robust.on_adversarial(train.hard_loss)(1.0))
 
 
 def _torch_steps(

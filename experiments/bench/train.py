@@ -16,7 +16,7 @@ from experiments.bench.rows import Row
 from experiments.bench.subjects import Images, Params
 from experiments.bench.timing import AfterCall, Calls
 from jdistill import attacks, data, losses, nets, parallel, train
-from jdistill.typing import Array, Batch, LogitsFn
+from jdistill.typing import Array, Batch, LogitsFn, LossFn
 
 STEP, STEP_PEER = "training step, dropout on", "PyTorch's training step"
 GRADIENT, GRADIENT_PEER = "input gradient and sign step in a scan", "PyTorch's gradient"
@@ -151,11 +151,11 @@ def our_training(
 
 
 def stepping(
-    step: train.TrainStep, state: train.TrainState
+    step: train.TrainStep, state: train.TrainState, loss_fn: LossFn | None = None
 ) -> Callable[[Sequence[Batch]], np.ndarray]:
     """Steps as `train.fit` takes them, from this state and then from where the last call ended."""
     compiled = parallel.compile_step(step)
-    loss_fn = train.hard_loss()
+    loss_fn = train.hard_loss() if loss_fn is None else loss_fn
 
     def run(batches: Sequence[Batch]) -> np.ndarray:
         nonlocal state
