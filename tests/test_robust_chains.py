@@ -35,11 +35,14 @@ def test_a_recipe_is_a_study(name):
     }
     # A teacher for all chains, and networks in a row that chains share wherever they are equal:
     # those of the CPU's recipe for MNIST all, so that its "no teacher" is the teacher itself.
-    assert len(own.trained_stages()) == {
-        "robust-chain-mnist": 1 + 2 * 3,
-        "robust-chain-fashion": 1 + 2 * (1 + 2 + 2) + 1,
-        "robust-chain-cifar10": 1 + 2 * 3 + 1,
-    }[name]
+    assert (
+        len(own.trained_stages())
+        == {
+            "robust-chain-mnist": 1 + 2 * 3,
+            "robust-chain-fashion": 1 + 2 * (1 + 2 + 2) + 1,
+            "robust-chain-cifar10": 1 + 2 * 3 + 1,
+        }[name]
+    )
     students = {stages[-1].model for stages in own.chains.values()}
     assert len(students) == 1
     small = recipe.smallest()
