@@ -5,7 +5,8 @@
 #                 compiles, then fewer (test-slow: those that take more than about ten seconds each,
 #                 whole runs of the commands among them)
 #   make lint     lint, format check and type check
-#   make docs     measures the attacks' costs and writes the table of docs/attacks.md
+#   make site     builds the documentation, docs/_build/html/index.html
+#   make attack-table  measures the attacks' costs and writes the table of docs/attacks.md
 #   make parity   the attacks beside other toolkits at full size; writes docs/parity.md
 #                 (parity-small: a few images and steps, minutes)
 #   make bench    the attacks' speed beside other toolkits; writes runs/bench-attacks.json
@@ -28,7 +29,7 @@ DEVICE_PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 DEVICE_OPTIONS ?=
 DEVICE_WHEELS := absl-py etils flatbuffers flax msgpack optax PyYAML rich typing_extensions
 
-.PHONY: demo test test-slow lint docs parity parity-small bench bench-lanes device \
+.PHONY: demo test test-slow lint site attack-table parity parity-small bench bench-lanes device \
 	device-reference device-wheels floor newest install clean reliability
 
 demo: .venv/installed
@@ -45,7 +46,10 @@ lint: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-docs: .venv/installed
+site: .venv/installed
+	.venv/bin/python -m sphinx -W --keep-going -j 2 -b html docs docs/_build/html $(SITE_OPTIONS)
+
+attack-table: .venv/installed
 	.venv/bin/python docs/make_attacks.py
 
 parity-small: .venv/peers

@@ -1,4 +1,4 @@
-"""Writes the table of attacks into `docs/attacks.md`; `make docs` runs it.
+"""Writes the table of attacks into `docs/attacks.md`; `make attack-table` runs it.
 
 Nothing in the table is typed by hand. The facts of an attack are those of `attacks.traits`, what it
 takes is read from its signature, the reference from its docstring; the rest is measured on two tiny
@@ -20,7 +20,7 @@ import numpy as np
 from jdistill import attacks, nets, norms
 
 PAGE = pathlib.Path(__file__).parent / "attacks.md"
-BEGIN, END = "<!-- The table is written by `make docs`. -->", "<!-- The end of the table. -->"
+BEGIN, END = "<!-- The table is written by `make attack-table`. -->", "<!-- The end of the table. -->"
 COLUMNS = (
     "attack",
     "in reports",

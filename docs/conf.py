@@ -1,0 +1,157 @@
+"""The site: `make site` builds it with warnings as errors.
+
+A public name that no page of `docs/api` documents is a warning, so is a link that leads nowhere.
+"""
+
+import importlib
+import pathlib
+import posixpath
+import re
+import tomllib
+from typing import Any
+
+import jax
+import sphinx.errors
+from sphinx.application import Sphinx
+
+import jdistill
+
+DOCS = pathlib.Path(__file__).parent
+ROOT = DOCS.parent
+with (ROOT / "pyproject.toml").open("rb") as file:
+    REPOSITORY = tomllib.load(file)["project"]["urls"]["Repository"]
+
+project = "jdistill"
+author = "The jdistill authors"
+copyright = author
+version = release = jdistill.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+# Pages of the repository that are pages of the site, too, by their names there.
+COPIES = {
+    "CHANGELOG.md": "copies/changelog.md",
+    "CONTRIBUTING.md": "copies/contributing.md",
+    "experiments/README.md": "copies/experiments.md",
+    "experiments/tpu/README.md": "copies/tpu.md",
+    **{
+        str(path.relative_to(ROOT)): f"copies/{path.name}"
+        for path in sorted((ROOT / "colab").glob("*.ipynb"))
+    },
+}
+exclude_patterns = ["_build", "_templates"]
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 4
+nb_execution_mode = "off"  # the notebooks keep their outputs
+nb_merge_streams = True
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+autosummary_generate = True
+autosummary_imported_members = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+default_role = "py:obj"  # a link where the name is one of the library's, else code
+maximum_signature_line_length = 88
+add_module_names = False
+python_use_unqualified_type_names = True
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+html_theme = "furo"
+html_title = f"jdistill {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_theme_options = {
+    "source_repository": f"{REPOSITORY}/",
+    "source_branch": "main",
+    "source_directory": "docs/",
+    "footer_icons": [],
+}
+
+
+def with_links_of_the_site(text: str, source: str, target: str) -> str:
+    """The text of the repository's file `source` as the page `target`, whose links lead on.
+
+    Links to pages of the site are made relative to it, those to other files of the repository lead
+    to the repository.
+    """
+
+    def rewritten(match: re.Match[str]) -> str:
+        label, link, anchor = match["label"], match["link"], match["anchor"] or ""
+        if re.match(r"\w+:|#", link):
+            return match[0]
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
+        if path in COPIES:
+            page = COPIES[path]
+        elif path.startswith("docs/"):
+            page = path.removeprefix("docs/")
+        else:
+            kind = "tree" if (ROOT / path).is_dir() else "blob"
+            return f"{label}({REPOSITORY}/{kind}/main/{path}{anchor})"
+        here = posixpath.dirname(target)
+        return f"{label}({posixpath.relpath(page, here or '.')}{anchor})"
+
+    pattern = r"(?P<label>\[(?:[^\[\]]|\[[^\]]*\])*\])\((?P<link>[^()\s#]+)(?P<anchor>#[^()\s]*)?\)"
+    return re.sub(pattern, rewritten, text)
+
+
+def copy_pages(app: Sphinx) -> None:
+    """Copies the pages of `COPIES` into the site's sources."""
+    del app
+    for source, target in COPIES.items():
+        text = (ROOT / source).read_text(encoding="utf-8")
+        if source.endswith(".md"):
+            text = with_links_of_the_site(text, source, target)
+        path = DOCS / target
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+
+
+def link_sources(app: Sphinx, name: str, content: list[str]) -> None:
+    """Makes the links of a page out of `docs` links of the site."""
+    if app.env.doc2path(name).suffix == ".md" and not name.startswith("copies/"):
+        content[0] = with_links_of_the_site(content[0], f"docs/{name}.md", f"{name}.md")
+
+
+def public_names() -> set[str]:
+    """Dotted names of all that is public."""
+    names = {f"jdistill.{name}" for name in jdistill.__all__ if name != "__version__"}
+    for module_name in sorted(names):
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError:
+            continue  # a name of another module, documented there
+        names |= {f"{module_name}.{name}" for name in module.__all__}
+    return names
+
+
+def check_reference(app: Sphinx, env: Any) -> None:
+    """Fails where a public name has no entry in the API reference."""
+    del app
+    documented = env.domaindata["py"]["objects"].keys() | env.domaindata["py"]["modules"].keys()
+    missing = public_names() - documented
+    if missing:
+        raise sphinx.errors.ExtensionError(
+            f"expected every public name in docs/api, got none of {', '.join(sorted(missing))}; "
+            "add them to the page of their module"
+        )
+
+
+def setup(app: Sphinx) -> None:
+    """Connects the functions above to the build."""
+    jax.config.update("jax_platforms", "cpu")
+    app.connect("builder-inited", copy_pages)
+    app.connect("source-read", link_sources)
+    app.connect("env-check-consistency", check_reference)
