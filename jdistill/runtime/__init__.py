@@ -12,6 +12,7 @@ from jdistill.runtime._jax import (
     is_main_process,
     programs,
 )
+from jdistill.runtime._machine import Machine, check_machine
 from jdistill.runtime._program import run_main
 from jdistill.runtime._progress import progress
 from jdistill.runtime._records import (
@@ -25,11 +26,13 @@ from jdistill.runtime._records import (
 from jdistill.runtime._shards import ShardFolder
 
 __all__ = [
+    "Machine",
     "ShardFolder",
     "add_cpu_flags",
     "append_jsonl",
     "atomic_write",
     "atomic_write_text",
+    "check_machine",
     "check_writable",
     "describe",
     "enable_compilation_cache",
