@@ -4,6 +4,7 @@ A public name that no page of `docs/api` documents is a warning, so is a link th
 """
 
 import importlib
+import inspect
 import pathlib
 import posixpath
 import re
@@ -126,15 +127,13 @@ def link_sources(app: Sphinx, name: str, content: list[str]) -> None:
 
 
 def public_names() -> set[str]:
-    """Dotted names of all that is public."""
-    names = {f"jdistill.{name}" for name in jdistill.__all__ if name != "__version__"}
-    for module_name in sorted(names):
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError:
-            continue  # a name of another module, documented there
-        names |= {f"{module_name}.{name}" for name in module.__all__}
-    return names
+    """Dotted names of all that is public: of the modules and what is in them."""
+    modules = {
+        f"jdistill.{name}" for name in jdistill.__all__ if inspect.ismodule(getattr(jdistill, name))
+    }
+    return modules | {
+        f"{module}.{name}" for module in modules for name in importlib.import_module(module).__all__
+    }
 
 
 def check_reference(app: Sphinx, env: Any) -> None:

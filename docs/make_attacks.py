@@ -20,7 +20,10 @@ import numpy as np
 from jdistill import attacks, nets, norms
 
 PAGE = pathlib.Path(__file__).parent / "attacks.md"
-BEGIN, END = "<!-- The table is written by `make attack-table`. -->", "<!-- The end of the table. -->"
+BEGIN, END = (
+    "<!-- The table is written by `make attack-table`. -->",
+    "<!-- The end of the table. -->",
+)
 COLUMNS = (
     "attack",
     "in reports",

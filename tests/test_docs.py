@@ -1,8 +1,6 @@
 """The pages of `docs/`: tables are what the code says and costs, examples print what is shown."""
 
-import contextlib
 import importlib.util
-import io
 import pathlib
 import re
 from typing import get_args
@@ -11,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jdistill import attacks, diagnose
+from jdistill import attacks, diagnose, report
 from jdistill.diagnose._verdict import Label
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
@@ -105,15 +103,6 @@ def test_the_page_is_written_between_its_marks(tmp_path, monkeypatch):
         make_attacks.main()
 
 
-def test_the_example_prints_what_it_says():
-    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
-    (shown,) = re.findall(r"It prints\n\n```text\n(.*?)```", PAGE, re.DOTALL)
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(code, {})
-    assert printed.getvalue() == shown
-
-
 def test_the_quirks_name_attacks():
     _, _, *lines = PAGE[PAGE.index("| attack | the reference's quirk |") :].splitlines()
     for line in lines:
@@ -128,22 +117,7 @@ def test_the_quirks_name_attacks():
             assert hasattr(attacks, name), name
 
 
-GUIDE = (DOCS / "honest-evaluation.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.slow
-def test_the_guide_prints_what_it_says():
-    # The later blocks need a trained run, or go on from these two.
-    blocks = re.findall(r"^```python\n(.*?)^```$", GUIDE, re.DOTALL | re.MULTILINE)
-    runnable = [block for block in blocks if "study.networks" not in block]
-    shown = re.findall(r"It prints\n\n```text\n(.*?)```", GUIDE, re.DOTALL)
-    assert len(runnable) == len(shown) == 2
-    names = {}
-    for code, expected in zip(runnable, shown, strict=True):
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(code, names)
-        assert printed.getvalue() == expected
+GUIDE = (DOCS / "guides/verdict.md").read_text(encoding="utf-8")
 
 
 def test_the_guide_knows_every_check():
@@ -161,3 +135,20 @@ def test_the_guide_knows_every_check():
     for label in get_args(Label):
         assert f"| `{label}` |" in GUIDE
     assert verdict.label == "no sign of masking"
+
+
+def test_the_examples_table_is_of_its_verdicts():
+    def cell(interval):
+        return f"{interval.value:.1%} [{interval.low:.1%}, {interval.high:.1%}]"
+
+    text = (DOCS / "example" / "README.md").read_text(encoding="utf-8")
+    names = {0: "teacher", 2: "student, 1 assistant"}
+    rows = [
+        f"| T = {row['temperature']:g}, {names[row['generation']]} | "
+        f"{cell(row['verdict'].worst_case)} | {cell(row['verdict'].naive)} | "
+        f"{cell(row['verdict'].clean)} | {row['verdict'].label} |"
+        for row in report.read_verdicts(DOCS / "example" / "verdicts.json")
+        if row["generation"] in names
+    ]
+    assert len(rows) == 6
+    assert "\n".join(rows) in text

@@ -29,7 +29,7 @@ from jdistill import _validate, evaluate, metrics, nets, runtime, train
 from jdistill import study as studies
 from jdistill.commands import _attack_options, _studies
 from jdistill.study import Trained, _workdir
-from jdistill.study._study import temperature_name
+from jdistill.study._study import Examples, temperature_name
 
 Row = dict[str, Any]
 
@@ -95,8 +95,8 @@ class Options(Chosen):
 
     attack: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint=_REQUIRED)] = ""
     """The attack: a function of jdistill.attacks; with --help, its options are explained too."""
-    num_examples: int = 100
-    """The first so many test examples are attacked."""
+    num_examples: int | None = None
+    """The first so many test examples are attacked (none: 100, or all where there are fewer)."""
     targets: Literal["none", "random", "least_likely", "next", "all"] = "none"
     """Class to reach: none (any but the label), a random one, the least likely at the clean input,
     the label + 1, or all others, one after another: K - 1 rows per example, which the intervals
@@ -110,7 +110,9 @@ class Options(Chosen):
 
     def check(self) -> None:
         """Name the number that is wrong, if there is one."""
-        _validate.count(num_examples=self.num_examples, batch_size=self.batch_size)
+        if self.num_examples is not None:
+            _validate.count(num_examples=self.num_examples)
+        _validate.count(batch_size=self.batch_size)
         _validate.count(minimum=0, key=self.key)
         _validate.within(0, 2**32 - 1, key=self.key)  # larger ones would repeat smaller ones
 
@@ -120,11 +122,7 @@ def run(arguments: Sequence[str]) -> None:
     options, settings = parse(arguments)
     folder, study, chosen = options.open("attack")
     examples = study.examples()
-    if options.num_examples > len(examples.test.labels):
-        raise ValueError(
-            f"expected num_examples <= {len(examples.test.labels)}, the test set of "
-            f"{examples.name}, got {options.num_examples}; pass fewer"
-        )
+    options = dataclasses.replace(options, num_examples=_num_examples(options, examples))
     _check(options, settings, chosen[0], examples.test.inputs.shape[1:])
     place = folder / "attacks" / folder_name(options, settings)
     if options.overwrite and place.exists():
@@ -136,7 +134,7 @@ def run(arguments: Sequence[str]) -> None:
             rows, arrays = _attacked(place, network, options, settings, examples.test, progress)
             _write(place, _stem(network, options), rows, arrays)
             tables[network.title] = rows
-        described = {"settings": settings, "num_examples": options.num_examples}
+        described: dict[str, Any] = {"settings": settings, "num_examples": options.num_examples}
         described |= {"attack": options.attack, "targets": options.targets, "key": options.key}
         runtime.write_json(place / "settings.json", {**described, **runtime.describe()})
     shown = ", ".join(f"{name}={value}" for name, value in settings.items())
@@ -223,6 +221,19 @@ def _description(attack: str) -> str:
         for name in sorted(_attack_options.ATTACKS)
     ]
     return "\n".join([__doc__ or "", "The attacks:", "", *listed, "", _NOT_HERE])
+
+
+def _num_examples(options: Options, examples: Examples) -> int:
+    """How many test examples are attacked."""
+    there = len(examples.test.labels)
+    if options.num_examples is None:
+        return min(100, there)
+    if options.num_examples > there:
+        raise ValueError(
+            f"expected num_examples <= {there}, the test set of {examples.name}, got "
+            f"{options.num_examples}; pass fewer"
+        )
+    return options.num_examples
 
 
 def folder_name(options: Options, settings: _attack_options.Settings) -> str:

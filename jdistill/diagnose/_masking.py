@@ -40,7 +40,7 @@ def masking(
     random noise, and transfer from a surrogate where there is one; the worst case is over all. The
     checks ask what the naive number rests on: gradients that are zero or do not say what the
     logits do, examples that another attack breaks although the naive one does not even at twice
-    the radius, an attack that fails in the whole box. `docs/honest-evaluation.md` explains each.
+    the radius, an attack that fails in the whole box. `docs/guides/verdict.md` explains each.
 
     This is a driver, a loop on the host; it cannot be called under `jit` or `vmap`. Each example
     keeps its own key: beyond ties and rounding nothing depends on `batch_size`.

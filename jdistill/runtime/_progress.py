@@ -7,7 +7,16 @@ from typing import Any, NamedTuple
 from jdistill.typing import Event
 
 _PLAIN_SECONDS = 30.0
+_WORTH_A_LINE = 1.0  # a verdict has twenty parts, of which small networks take no time
 _OVER_STAGES = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+_IN_A_CELL = 88  # columns of a notebook's output, which has no width of its own
+
+
+def _in_notebook() -> bool:
+    """Whether output goes to the cells of a notebook (Jupyter, Colab)."""
+    ipython: Any = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return getattr(shell, "kernel", None) is not None
 
 
 class Progress:
@@ -19,7 +28,10 @@ class Progress:
         self._bar: Any = None
         self._stage: str | None = None
         self._started = self._told = 0.0
-        self._terminal = sys.stderr.isatty()
+        self._notebook = _in_notebook()
+        # In a notebook stderr is a red box, and it is kept with the results.
+        self._file = sys.stdout if self._notebook else sys.stderr
+        self._terminal = self._notebook or sys.stderr.isatty()
         if self._terminal:
             try:
                 import tqdm  # noqa: F401
@@ -29,7 +41,10 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        if self._notebook and self._bar is not None and error is None:
+            self._bar.set_description_str("done", refresh=False)
+            self._bar.set_postfix_str("", refresh=False)
         self.close()
 
     def __call__(self, event: Event) -> None:
@@ -64,26 +79,28 @@ class Progress:
     def close(self) -> None:
         """End the bar and the stage, if there is one."""
         self._place = None
-        self._end_stage()
+        self._end_stage(last=True)
 
     def say(self, line: str) -> None:
         """Print a line without breaking a bar."""
         if self._bar is not None:
-            self._bar.write(line, file=sys.stderr)
+            self._bar.write(line, file=self._file)
         else:
             self._line(line)
 
-    def _end_stage(self) -> None:
-        """A bar over many stages stays from one to the next."""
-        if self._bar is not None and self._place is None:
+    def _end_stage(self, *, last: bool = False) -> None:
+        """A bar over many stages stays from one to the next, as any bar of a notebook."""
+        stays = self._place is not None or (self._notebook and not last)
+        if self._bar is not None and not stays:
             self._bar.close()
             self._bar = None
-        if not self._terminal and self._stage is not None:
-            self._line(f"{self._stage}: {time.monotonic() - self._started:.1f} s")
+        seconds = time.monotonic() - self._started
+        if not self._terminal and self._stage is not None and seconds >= _WORTH_A_LINE:
+            self._line(f"{self._stage}: {seconds:.1f} s")
         self._stage = None
 
     def _line(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=self._file, flush=True)
 
     def _show(self, event: Event, done: int, total: int) -> None:
         """Set the bar, which is over all stages where it is known how many there are."""
@@ -99,6 +116,9 @@ class Progress:
             shown = {"this": f"{done}/{total}", **shown}
             options = {"bar_format": _OVER_STAGES}
             total = self._place.num_stages
+        elif self._notebook:
+            options = {"bar_format": _OVER_STAGES}
+            self._rewind(done, total)
         if "unit" in event:
             options["unit"] = event["unit"]
         if self._bar is None:
@@ -107,8 +127,9 @@ class Progress:
             self._bar = tqdm(
                 total=total,
                 initial=first,
-                file=sys.stderr,
-                dynamic_ncols=True,
+                file=self._file,
+                dynamic_ncols=not self._notebook,
+                ncols=_IN_A_CELL if self._notebook else None,
                 **options,
             )
         self._bar.set_description_str(f"{self._stage:<28}", refresh=False)
@@ -116,6 +137,13 @@ class Progress:
             self._bar.set_postfix(shown, refresh=False)
         self._bar.total = total
         self._bar.update(max(0.0, position - self._bar.n))
+
+    def _rewind(self, done: int, total: int) -> None:
+        """Let the bar of one stage serve the next; its time is that of all."""
+        if self._bar is not None and (done < self._bar.n or total != self._bar.total):
+            started = self._bar.start_t
+            self._bar.reset(total)
+            self._bar.start_t = started
 
 
 class _Place(NamedTuple):
@@ -147,8 +175,9 @@ def progress() -> Progress:
     """A progress bar for any callback of the library.
 
     On a terminal a bar with the stage, how far it is, and the time left (with tqdm); elsewhere a
-    plain line per stage, and one every half a minute of a long one. Of a study it is one bar over
-    all stages. `say(line)` prints a line beside it, and `prefix` is put before each stage's name.
+    plain line per stage that took a second, and one every half a minute of a long one. Of a study
+    it is one bar over all stages, and in a notebook, on stdout, one for whatever comes. `say(line)`
+    prints a line beside it, and `prefix` is put before each stage's name.
 
     Returns:
         A context manager that is the callback.

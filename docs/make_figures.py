@@ -1,17 +1,24 @@
-"""Draw the figures of docs/findings.md from the tables in experiments/results."""
+"""Draw the figures of the pages from tables: `python docs/make_figures.py`.
+
+Those of docs/findings.md are of the tables in experiments/results, those of docs/gallery.md are the
+report's own, of docs/example.
+"""
 
 import csv
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jdistill import metrics
+from jdistill import metrics, report
 from jdistill.report._figures import INK, _look, report_style
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
+EXAMPLE, IMAGES = ROOT / "docs" / "example", ROOT / "docs" / "images"
 
 _TICKS = (1.0, 5.0, 20.0, 100.0)
 
@@ -25,6 +32,7 @@ def main() -> None:
     draw("chains", chains("mandal2023-robustness-digits"))
     draw("chains-mnist", chains("mandal2023-multistep-mnist-half"))
     draw("standardized", standardized())
+    example()
 
 
 def read(name: str) -> list[Row]:
@@ -88,6 +96,21 @@ def standardized() -> Any:
     return figure
 
 
+def example() -> None:
+    """The report's figures of docs/example, on white, as GitHub's dark pages need."""
+    with tempfile.TemporaryDirectory() as folder:
+        for path in EXAMPLE.glob("*.csv"):
+            shutil.copy(path, folder)
+        shutil.copy(EXAMPLE / "verdicts.json", folder)
+        report.write_report(folder)
+        for path in sorted((pathlib.Path(folder) / "figures").glob("*.svg")):
+            svg = path.read_text()
+            body = svg.index(">", svg.index("<svg")) + 1
+            paper = '<rect width="100%" height="100%" fill="#ffffff"/>'
+            target = IMAGES / f"example-{path.name}"
+            target.write_text(svg[:body] + paper + svg[body:])
+
+
 def _panels(number: int) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
@@ -125,7 +148,7 @@ def draw(name: str, figure: Any) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
-    figure.savefig(ROOT / "docs" / "images" / f"{name}.png", dpi=160, metadata={"Software": None})
+    figure.savefig(IMAGES / f"{name}.png", dpi=160, metadata={"Software": None})
 
 
 if __name__ == "__main__":
