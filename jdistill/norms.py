@@ -18,6 +18,18 @@ from jdistill import _order, _validate
 from jdistill._jax import jit
 from jdistill.typing import AnyArray, Array, ArrayLike, Bounds, Norm
 
+__all__ = [
+    "ascend",
+    "distance",
+    "flatten",
+    "into_ball_and_box",
+    "normalize",
+    "per_example",
+    "project",
+    "random_start",
+    "steepest",
+]
+
 
 def per_example(value: ArrayLike, like: AnyArray) -> Array:
     """A scalar or `[B]` value shaped `[B, 1, …]`, to broadcast against `like [B, ...]`.
@@ -177,7 +189,7 @@ def ascend(
     For linf and l2 this is `inputs + length · steepest(gradient)`, which may leave the box. For
     l1 that would change one entry, and nothing at all once this entry is at its bound. So the
     step is the best one within the box: the entry of the largest gradient moves to its bound,
-    then the next one, until the length is used up,
+    then the next one, until the length is used up::
 
         argmax_d ⟨gradient, d⟩   with ‖d‖₁ <= length and inputs + d in the box.
 

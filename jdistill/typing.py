@@ -13,14 +13,37 @@ from typing import Any, Literal, NamedTuple, Protocol, Required, TypedDict
 import jax
 import numpy as np
 
+__all__ = [
+    "AnyArray",
+    "ApplyFn",
+    "Array",
+    "ArrayLike",
+    "AttackFn",
+    "Batch",
+    "Bounds",
+    "Callback",
+    "Event",
+    "LogitsFn",
+    "LossFn",
+    "Metrics",
+    "Norm",
+    "PyTree",
+    "StepFn",
+]
+
+#: Array of JAX, `jax.Array`: what the library's functions return.
 Array = jax.Array
-# What the functions take that return an `Array`.
+#: Array of JAX or NumPy: what functions take that return an `Array`.
 AnyArray = jax.Array | np.ndarray
-Norm = Literal["linf", "l2", "l1", "l0"]
+#: Array, or number that JAX makes one of.
 ArrayLike = jax.typing.ArrayLike
+#: Name of a norm.
+Norm = Literal["linf", "l2", "l1", "l0"]
+#: Any nesting of tuples, lists, dictionaries, and registered classes whose leaves are arrays.
 PyTree = Any
-# Of one input: `(low, high)`, each a number or an array that broadcasts against the input.
+#: Valid values of one input, `(low, high)`: numbers, or arrays that broadcast against the input.
 Bounds = tuple[ArrayLike, ArrayLike]
+#: Measures by their names.
 Metrics = dict[str, Array]
 
 

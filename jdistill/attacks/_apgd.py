@@ -56,6 +56,8 @@ def apgd(
 ) -> AttackResult:
     """Auto-PGD: projected gradient ascent with momentum and an adaptive step size.
 
+    Each step is::
+
         z  = project(x + η · steepest(∂ loss / ∂x))
         x' = project(x + α (z - x) + (1 - α) (x - x₋₁)),     α = 1 at first, then 0.75
 

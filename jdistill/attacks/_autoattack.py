@@ -58,11 +58,13 @@ def autoattack(
 ) -> AttackResult:
     """AutoAttack: APGD-CE, APGD-T, FAB-T and Square, one after another, on the survivors.
 
-    | version | attacks, in this order |
-    |---|---|
-    | `standard` | `apgd-ce`, `apgd-t` on 9 classes, `fab-t` on 9 classes, `square`, 5000 queries |
-    | `plus` | `apgd-ce` and `apgd-dlr` with 5 starts, `fab` with 5, `square`, `apgd-t`, `fab-t` |
-    | `rand` | `apgd-ce`, `apgd-dlr`: for random defenses, as `attacks.expectation` of 20 draws |
+    ==========  ===================================================================================
+    version     attacks, in this order
+    ==========  ===================================================================================
+    `standard`  `apgd-ce`, `apgd-t` on 9 classes, `fab-t` on 9 classes, `square`, 5000 queries
+    `plus`      `apgd-ce` and `apgd-dlr` with 5 starts, `fab` with 5, `square`, `apgd-t`, `fab-t`
+    `rand`      `apgd-ce`, `apgd-dlr`: for random defenses, as `attacks.expectation` of 20 draws
+    ==========  ===================================================================================
 
     All of 100 steps. For l1, `standard` gives `apgd-ce` 5 starts and `apgd-t` 5 classes, and there
     is no `square`. Fewer classes than aimed at are all aimed at. Below four classes the targeted

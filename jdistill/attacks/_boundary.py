@@ -54,7 +54,7 @@ def boundary(
     Each query tells whether a point is adversarial, and nothing else of the network is used: no
     gradient and no logit, so nothing about these can mask it. From an adversarial point `x'` at
     distance `d = ‖x' - x‖`, found at random and moved to the boundary by bisection, every try is
-    a step on the sphere around the input and one towards the input:
+    a step on the sphere around the input and one towards the input::
 
         η ~ N(0, I), without its part along x' - x, scaled to the length δ · d
         s = clip(x + (x' - x + η) / √(1 + δ²))

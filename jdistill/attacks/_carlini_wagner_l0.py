@@ -38,7 +38,7 @@ def carlini_wagner_l0(
     """Fewest changed pixels, by giving up those that an L2 attack has least use for.
 
     All pixels may change at first. A round minimizes, in the variable `w` with
-    `x' = mid + half · tanh(w)` and over the pixels that may change,
+    `x' = mid + half · tanh(w)` and over the pixels that may change::
 
         ‖x' - x‖² + c · max(0, z_y - max_{i≠y} z_i + κ)
 

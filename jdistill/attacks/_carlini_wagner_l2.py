@@ -41,7 +41,8 @@ def carlini_wagner_l2(
 ) -> AttackResult:
     """Smallest L2 perturbation by Adam on a margin, with a search over its weight.
 
-    In the variable `w` with `x' = mid + half · tanh(w)`, which keeps `x'` inside the box, minimize
+    In the variable `w` with `x' = mid + half · tanh(w)`, which keeps `x'` inside the box, look for
+    the minimum of::
 
         ‖x' - x‖² / (high - low)² + c · max(0, z_y - max_{i≠y} z_i + κ)
 

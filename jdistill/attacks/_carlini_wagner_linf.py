@@ -39,7 +39,8 @@ def carlini_wagner_linf(
 ) -> AttackResult:
     """Smallest Linf perturbation by Adam on a margin and the entries above a falling threshold.
 
-    In the variable `w` with `x' = mid + half · tanh(w)`, which keeps `x'` inside the box, minimize
+    In the variable `w` with `x' = mid + half · tanh(w)`, which keeps `x'` inside the box, look for
+    the minimum of::
 
         Σ_i max(|x'_i - x_i| - τ, 0) / (high - low) + c · max(0, z_y - max_{i≠y} z_i + κ)
 

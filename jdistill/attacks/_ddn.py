@@ -37,7 +37,7 @@ def ddn(
 
     From `δ = 0` and the radius `ε = initial_norm`, each step turns `δ` along the loss's gradient
     and then sets its length apart from its direction, shorter after a success and longer after a
-    failure:
+    failure::
 
         δ ← δ + α · g / ‖g‖              α from step_size down to step_size / 100, by a cosine
         ε ← ε · (1 - γ) or ε · (1 + γ)   where x + δ was adversarial, or was not

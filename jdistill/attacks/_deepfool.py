@@ -48,14 +48,14 @@ def deepfool(
     """Small perturbation by steps to the nearest boundary of the linearized network.
 
     At each iterate every candidate class `k` has the boundary `z_k = z_y` of the linearized
-    logits. The step `r` leads straight to the nearest one; `q` is the dual of the attack's norm:
+    logits. The step `r` leads straight to the nearest one; `q` is the dual of the attack's norm::
 
         k = argmin_k (z_y - z_k) / ‖∇z_k - ∇z_y‖_q        w = ∇z_k - ∇z_y
         r = (z_y - z_k) / ‖w‖_q · steepest(w)              (l2: w / ‖w‖₂, linf: sign(w))
 
     The steps are summed without the overshoot, the sum is kept inside the box, so that a feature
     at its bound does not pile them up, and each iterate is the input plus the whole sum times
-    `1 + overshoot`:
+    `1 + overshoot`::
 
         s ← clip(s + r, low - x, high - x)        x' = clip(x + (1 + overshoot) · s, low, high)
 

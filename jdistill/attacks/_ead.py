@@ -38,11 +38,11 @@ def ead(
 ) -> AttackResult:
     """Small L1 perturbation by accelerated gradient steps that set small entries to zero.
 
-    With `f(x') = max(0, z_y - max_{i≠y} z_i + κ)`, look for `x'` of small
+    With `f(x') = max(0, z_y - max_{i≠y} z_i + κ)`, look for `x'` of small::
 
         c · f(x') + ‖x' - x‖₂² + β · ‖x' - x‖₁
 
-    inside the box, in units of its width, by steps (FISTA) from `x' = v = x`, for `k = 0, 1, …`:
+    inside the box, in units of its width, by steps (FISTA) from `x' = v = x`, for `k = 0, 1, …`::
 
         x'_new = S_β(v - α_k · ∂(c · f(v) + ‖v - x‖₂²)/∂v)       α_k = learning_rate · √(1 - k/n)
         v      = x'_new + k / (k + 3) · (x'_new - x')

@@ -48,6 +48,8 @@ def spsa(
 ) -> AttackResult:
     """SPSA: Adam on the margin, along gradients estimated from random differences of it.
 
+    Each step is::
+
         g = mean over v of (f(x + δ v) - f(x - δ v)) / 2δ · v,     v random signs
         x ← project(x + step_size · Adam(g / ‖g‖₂))
 
@@ -62,7 +64,7 @@ def spsa(
 
     Args:
         logits_fn: inputs `[B, ...]` to logits `[B, K]`; it is never differentiated.
-        key: one key, or `[B]` keys. Step `t` draws its `s`-th direction from `fold_in(fold_in(
+        key: one key, or `[B]` keys. Step `t` draws direction `s` from `fold_in(fold_in(
             example's key, t), s)`.
         inputs: `[B, ...]` float inside `bounds`.
         labels: `[B]` int, the true classes.
@@ -141,6 +143,8 @@ def nes(
 ) -> AttackResult:
     """NES: projected gradient steps along gradients estimated by antithetic Gaussian sampling.
 
+    Each step is::
+
         g = mean over u of (f(x + σ u) - f(x - σ u)) / 2σ · u,     u normal
         v ← decay · v + g / ‖g‖₂
         x ← project(x + step_size · steepest(v))
@@ -154,7 +158,7 @@ def nes(
 
     Args:
         logits_fn: inputs `[B, ...]` to logits `[B, K]`; it is never differentiated.
-        key: one key, or `[B]` keys. Step `t` draws its `s`-th direction from `fold_in(fold_in(
+        key: one key, or `[B]` keys. Step `t` draws direction `s` from `fold_in(fold_in(
             example's key, t), s)`.
         inputs: `[B, ...]` float inside `bounds`.
         labels: `[B]` int, the true classes.

@@ -51,7 +51,7 @@ def fab(
 
     The linearized boundary nearest to the iterate is a hyperplane. The iterate `x` and the input
     `x₀` are both projected onto it within the box, by `d` and `d₀`, and the step leads between the
-    two, a little beyond the boundary; a point that is adversarial is then drawn towards the input:
+    two, a little beyond the boundary; a point that is adversarial is then drawn towards the input::
 
         α  = min(‖d‖ / (‖d‖ + ‖d₀‖), alpha_max)
         x' = clip((1 - α) (x + η d) + α (x₀ + η d₀))

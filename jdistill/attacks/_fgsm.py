@@ -33,6 +33,8 @@ def fgsm(
 ) -> AttackResult:
     """Fast gradient (sign) method: one full step along the steepest direction of the loss.
 
+    The result is::
+
         x' = clip(x + eps · sign(∂ loss / ∂x))        (linf; the unit gradient for l2)
 
     For l1 the step is the best one within the box (`jdistill.norms.ascend`): the features of

@@ -40,7 +40,7 @@ def fmn(
 ) -> AttackResult:
     """Smallest perturbation in any of four norms, by steps in a ball that shrinks and grows.
 
-    From `δ = 0`, each step first sets the radius `ε` and then moves `δ` inside the ball:
+    From `δ = 0`, each step first sets the radius `ε` and then moves `δ` inside the ball::
 
         ε ← min(ε (1 - γ), ‖δ*‖)               where x + δ is adversarial; δ* is the best so far
             ε (1 + γ)                          where it is not, but an adversarial was seen

@@ -55,7 +55,7 @@ def hop_skip_jump(
     """Smallest perturbation by gradients estimated at the boundary, from decisions alone.
 
     Each query tells whether a point is adversarial, `φ = 1`, or not, `φ = -1`; nothing else of the
-    network is used. From an adversarial point, found at random, an example goes round and round:
+    network is used. From an adversarial point, found at random, an example goes round and round::
 
         1. bisection towards the input, until a share θ of the way is left: a point x_t at the
            boundary, at distance d_t (linf: the change is clipped instead of scaled)

@@ -103,7 +103,7 @@ def jsma(
     """Jacobian-based saliency map attack: the fewest features, two at a time, each by `theta`.
 
     With `F = output(logits)`, a target class `t` and `theta > 0`, each step adds `theta` to the
-    pair of features `(p, q)` that raises `F_t` and lowers the others most,
+    pair of features `(p, q)` that raises `F_t` and lowers the others most::
 
         α = ∂F_t/∂x_p + ∂F_t/∂x_q,   β = Σ_{j≠t} (∂F_j/∂x_p + ∂F_j/∂x_q),
         maximize -α · β   over pairs with α > 0 and β < 0

@@ -22,7 +22,7 @@ def maximize(
     Every example takes all steps: none is frozen at its first success, none left out because it is
     wrong already, and nothing is judged or verified. So the passes are the steps' alone, and the
     loss may be any that the attack takes. It may also hold arrays `[B, ...]`, such as the clean
-    logits, which elsewhere it must not:
+    logits, which elsewhere it must not::
 
         clean = jax.lax.stop_gradient(logits_fn(inputs))
         loss = jax.tree_util.Partial(lambda clean, logits, labels: kl(logits, clean), clean)

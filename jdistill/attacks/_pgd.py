@@ -43,6 +43,8 @@ def pgd(
 ) -> AttackResult:
     """Projected gradient descent on a loss, inside a ball around each input.
 
+    Each step is::
+
         x ← project(x + step_size · steepest(∂ loss / ∂x))
 
     For l1 the steepest direction within the ball alone changes one feature, and nothing once that
@@ -143,6 +145,8 @@ def bim(
 ) -> AttackResult:
     """Basic iterative method: FGSM in small steps, from the input itself.
 
+    Each step is::
+
         x ← project(x + step_size · sign(∂ loss / ∂x))        (linf; for l2 and l1 as in `pgd`)
 
     That is `pgd` without a random start. Each example stops at its first success.
@@ -214,6 +218,8 @@ def mim(
     trace: bool = False,
 ) -> AttackResult:
     """Momentum iterative method: FGSM in small steps along the accumulated gradient.
+
+    Each step is::
 
         v ← decay · v + g / ‖g‖₁,    g = ∂ loss / ∂x
         x ← project(x + step_size · sign(v))        (linf; v / ‖v‖₂ for l2; for l1 as in `pgd`)

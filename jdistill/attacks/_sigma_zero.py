@@ -37,7 +37,8 @@ def sigma_zero(
 ) -> AttackResult:
     """σ-zero: fewest changed entries, by Adam on a smooth l0 norm and an adaptive threshold.
 
-    With `u = δ / (high - low)` and `h` the margin, `max_{i≠y} z_i - z_y`, each step from `δ = 0` is
+    With `u = δ / (high - low)` and `h` the margin, `max_{i≠y} z_i - z_y`, each step, the first from
+    `δ = 0`, is::
 
         d ← -∂h/∂x                           where x + δ is not adversarial
             (1 - w) · ∂/∂u Σ u² / (u² + σ)   where it is; w = max(u · ∂h/∂x, 0), its largest entry 1

@@ -44,6 +44,8 @@ def universal(
 ) -> AttackResult:
     """One perturbation that breaks as many of the inputs as it can, by stochastic gradients.
 
+    The perturbation δ and its steps are::
+
         maximize over ‖δ‖ <= eps:   Σ_b min(loss(clip(x_b + δ)), loss_cap)
         δ ← project(δ + step_size · steepest(gradient over a batch))
 

@@ -18,6 +18,8 @@ def expectation(
 ) -> LogitsFn:
     """Expectation over transformation: the mean logits of a random network, as a `logits_fn`.
 
+    With `n` draws of the transformation::
+
         z̄(x) = 1/n · Σ_d z(key_d, x),     key_d = fold_in(key, d)
 
     Its gradient is the mean of the draws' gradients. A `logits_fn` is a pure function, so the

@@ -15,6 +15,7 @@ from jdistill.data._types import (
 )
 from jdistill.typing import Callback
 
+#: Names of the data sets that `load` knows.
 NAMES = ("digits", "mnist", "fashion_mnist", "cifar10")
 
 _NOTE_JPEG = "; the prepared images went through JPEG, so their values are not the original set's"

@@ -28,6 +28,8 @@ def feature_loss(
 ) -> LossFn:
     """A student loss with a distance between features, against a teacher that sees each batch.
 
+    The loss is::
+
         base(T, teacher) + w · Σ over layers of d(features, teacher's features)
 
     Student and teacher are networks whose outputs are a mapping with `"logits"` and `"features"`,
@@ -93,6 +95,8 @@ def relation_loss(
     base: Callable[..., LossFn] | None = online_loss,
 ) -> LossFn:
     """A student loss with relations between tokens (TinyMIM), against a teacher of each batch.
+
+    The loss is::
 
         base(T, teacher) + w · (KL of Q-K relations + KL of V-V relations)
 

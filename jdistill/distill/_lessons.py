@@ -138,6 +138,8 @@ def periods(
 def annealed(temperature: float, progress: float) -> float:
     """Temperature that falls from `T` to 1 in equal steps, a `temperature_schedule`.
 
+    The temperature is::
+
         T + (1 - T) · progress
 
     Args:

@@ -22,6 +22,8 @@ def decoupled_loss(
 ) -> LossFn:
     """The decoupled distillation loss (DKD), against a teacher that labels each batch.
 
+    The loss is::
+
         (1 - λ) · s · (α · TCKD + β · NCKD) + λ · H(y, softmax(z)),    s = T² or 1
 
     TCKD is the divergence of the label's probability against the rest, NCKD that of the other
@@ -73,6 +75,8 @@ def dist_loss(
     gamma: ArrayLike = 2.0,
 ) -> LossFn:
     """The correlation loss DIST, against a teacher that labels each batch.
+
+    The loss is::
 
         (1 - λ) · s · (β · inter + γ · intra) + λ · H(y, softmax(z)),    s = T² or 1
 

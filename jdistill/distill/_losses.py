@@ -20,6 +20,8 @@ def soft_loss(
 ) -> LossFn:
     """The distillation loss against the batch's soft labels (offline: `batch.targets`).
 
+    The loss is::
+
         (1 - λ) · s · H(q, softmax(z / T)) + λ · H(y, softmax(z)),    s = T² or 1
 
     with `H(q, p) = -Σ_k q_k log p_k`, a sum over classes; the step takes the mean over the batch.
@@ -90,6 +92,8 @@ def standardized_loss(
 ) -> LossFn:
     """The distillation loss on standardized logits, against a teacher that labels each batch.
 
+    The loss is::
+
         (1 - λ) · KL(softmax(s(z_t) / T) || softmax(s(z) / T)) + λ · H(y, softmax(z))
 
     with `s` the logits' standardization over classes (`losses.standardize`). With `λ = 0` neither
@@ -129,6 +133,8 @@ def standardized_loss(
 
 def hard_label_loss(temperature: ArrayLike, *, hard_weight: ArrayLike = 0.0) -> LossFn:
     """The distillation loss against the class that the teacher predicts (offline).
+
+    The loss is::
 
         (1 - λ) · H(argmax q, softmax(z)) + λ · H(y, softmax(z))
 
@@ -193,6 +199,8 @@ def through_token(
     student_loss: Callable[..., LossFn], *, hard_weight: float = 0.5
 ) -> Callable[..., LossFn]:
     """The student loss of a transformer with a distillation token: each head has a teacher.
+
+    The loss is::
 
         (1 - λ) · l(z_distillation, batch) + λ · H(y, softmax(z_class))
 

@@ -27,6 +27,8 @@ def several_teachers_loss(
 ) -> LossFn:
     """The distillation loss against several teachers, each with its weight on each example.
 
+    The loss is::
+
         (1 - λ) · s · Σ_m w_m · H(softmax(z_m / T), softmax(z / T)) + λ · H(y, softmax(z))
 
     with `s = T²` or 1, and `H` a sum over classes. Since the weights sum to 1, it is the loss
@@ -78,6 +80,8 @@ def several_teachers_loss(
 
 def confidence_weights(teacher_logits: AnyArray, labels: ArrayLike) -> Array:
     """Weights of teachers by how sure each is of the true label (CA-MKD), of each example.
+
+    Of teacher `m` of `M`, with loss `L_m`, the weight is::
 
         w_m = (1 - softmax_m(L)) / (M - 1),     L_m = H(y, softmax(z_m))
 

@@ -25,7 +25,7 @@ class CleanMeasures(NamedTuple):
     Attributes:
         accuracy: `[R]` intervals over the `N` examples.
         correct: `[R, N]` bool.
-        mean_abs_logit: `[R]`, mean |z| over examples and classes, without those at `-inf`: the
+        mean_abs_logit: `[R]`, mean ``|z|`` over examples and classes, without those at `-inf`: the
             logits' scale.
         sensitivity_logits: `[R]`, see `metrics.sensitivity_logits`.
         log10_sensitivity_softmax: `[R]`, log10 of the mean over examples, see

@@ -47,7 +47,7 @@ def transfer_matrix(
     boundary transfers poorly: give it a margin to pass (`confidence` of `carlini_wagner_l2`).
 
     Args:
-        networks: a stack, or a list of `logits_fn`s of the same inputs and classes whose
+        networks: a stack, or a list of `logits_fn` of the same inputs and classes whose
             architectures may differ: the generations of a chain.
         inputs: `[N, ...]` float, inside the attack's bounds.
         labels: `[N]` int in `0..K-1`.

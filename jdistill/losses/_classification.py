@@ -93,7 +93,7 @@ def soft_margin(logits: AnyArray, labels: ArrayLike, softness: ArrayLike = 1.0) 
     """The margin with a soft maximum, `τ · log sum_{i≠y} exp(z_i / τ) - z_y`.
 
     The temperature is the example's own, set by the spread of its logits, and no gradient passes
-    through it:
+    through it::
 
         τ = softness · (max z - mean z) / (4 + log(K - 1))
 
@@ -140,6 +140,8 @@ def soft_margin(logits: AnyArray, labels: ArrayLike, softness: ArrayLike = 1.0) 
 def dlr(logits: AnyArray, labels: ArrayLike) -> Array:
     """Difference of logits ratio: the margin over the gap from the first logit to the third.
 
+    The loss is::
+
         (max_{i≠y} z_i - z_y) / (z_(1) - z_(3)),     z_(1) >= z_(2) >= z_(3) the sorted logits
 
     Neither the scale of the logits nor a shift changes it, so it cannot saturate. Its gradient is
@@ -171,6 +173,8 @@ def dlr(logits: AnyArray, labels: ArrayLike) -> Array:
 
 def targeted_dlr(logits: AnyArray, labels: ArrayLike, targets: ArrayLike) -> Array:
     """Difference of logits ratio towards a target, with another denominator than `dlr`.
+
+    The loss is::
 
         (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2)
 

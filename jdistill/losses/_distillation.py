@@ -21,6 +21,8 @@ def decoupled_kl(
 ) -> Array:
     """Decoupled distillation loss (DKD): the label's share and the other classes, apart.
 
+    The loss is::
+
         α · KL((p_y, 1 - p_y) || (q_y, 1 - q_y)) + β · KL(p̂ || q̂)
 
     with `p` the teacher's and `q` the student's `softmax(z / T)`, and `p̂`, `q̂` the same over the
@@ -139,6 +141,8 @@ def inter_class_distance(
 ) -> Array:
     """The first part of DIST: the correlation of each example's probabilities over the classes.
 
+    The loss is::
+
         1 - ρ(softmax(z / T), softmax(z_t / T))
 
     It is 0 where the student's probabilities are a linear function of the teacher's. Shifts of the
@@ -179,6 +183,8 @@ def intra_class_distance(
     temperature: ArrayLike = 1.0,
 ) -> Array:
     """The second part of DIST: the correlation of each class's probabilities over the examples.
+
+    The loss is::
 
         1 - mean_k ρ(softmax(z / T)_k, softmax(z_t / T)_k)
 

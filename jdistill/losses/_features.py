@@ -50,6 +50,8 @@ def hint(features: AnyArray, teacher_features: AnyArray) -> Array:
 def attention_transfer(features: AnyArray, teacher_features: AnyArray) -> Array:
     """Squared distance of two attention maps: where in the image the features are large.
 
+    The loss is::
+
         || Q / ||Q|| - Q_t / ||Q_t|| ||²,     Q = sum over channels of features²
 
     The map has one value a pixel, so that student and teacher may have different numbers of
@@ -110,6 +112,8 @@ def relation_kl(
     num_heads: int,
 ) -> Array:
     """Divergence of relations between tokens from the teacher's, of each head.
+
+    The loss is::
 
         mean over heads and tokens i of KL(R_t,i || R_i),     R = softmax(a bᵀ / sqrt d)
 

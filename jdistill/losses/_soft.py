@@ -40,6 +40,8 @@ def kl_divergence(logits: AnyArray, targets: AnyArray, *, temperature: ArrayLike
 def standardize(logits: AnyArray) -> Array:
     """Logits with mean 0 and standard deviation 1 over each example's classes.
 
+    The result is::
+
         (z - mean z) / sqrt(mean (z - mean z)²)
 
     Neither the scale of the logits nor a shift changes it. Where all logits of an example are equal
@@ -87,6 +89,8 @@ def standardize(logits: AnyArray) -> Array:
 
 def standardized_kl(logits: AnyArray, teacher_logits: AnyArray, *, temperature: ArrayLike) -> Array:
     """Divergence of a student from its teacher where both have standardized logits.
+
+    The loss is::
 
         KL(softmax(standardize(z_t) / T) || softmax(standardize(z_s) / T))
 

@@ -2,10 +2,10 @@
 
 The two sensitivities are different quantities, and both papers call theirs "sensitivity":
 
-* `sensitivity_logits`: mean |∂(sum of the logits)/∂x|, what Mandal & Gao's released code
+* `sensitivity_logits`: mean ``|∂(sum of the logits)/∂x|``, what Mandal & Gao's released code
   computes. It grows with the scale of the logits, so it grows with the training temperature.
-* `log10_sensitivity_softmax`: mean |∂ softmax(z)_k/∂x_d|, Papernot et al.'s. On most examples it
-  collapses with the training temperature, to below 1e-40 and far beyond the range of float32:
+* `log10_sensitivity_softmax`: mean ``|∂ softmax(z)_k/∂x_d|``, Papernot et al.'s. On most examples
+  it collapses with the training temperature, to below 1e-40 and far beyond the range of float32:
   gradient masking.
 
 Statistics come in three kinds: over examples (`proportion`, a Wilson interval), over the same

@@ -48,6 +48,8 @@ def top1_agreement(logits: AnyArray, other: AnyArray) -> Any:
 def linear_cka(features: AnyArray, other: AnyArray) -> float:
     """Linear centered kernel alignment of two representations of the same examples.
 
+    Of representations `X` and `Y`::
+
         ||Yᵀ X||² / (||Xᵀ X|| · ||Yᵀ Y||),     each column of X and Y less its mean
 
     with Frobenius norms. Neither a rotation or reflection of either's features, nor a factor on all

@@ -32,6 +32,8 @@ class Calibration(NamedTuple):
 def calibration(logits: ArrayLike, labels: ArrayLike, *, num_bins: int = 15) -> Calibration:
     """Expected calibration error, log-likelihood, Brier score and mean confidence.
 
+    With `B_m` the examples of bin `m`::
+
         ECE = Σ_m |B_m| / N · |accuracy(B_m) - confidence(B_m)|
 
     with the examples in `num_bins` bins of equal width by their largest probability. An example

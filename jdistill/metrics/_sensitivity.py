@@ -14,13 +14,13 @@ from jdistill._jax import full_precision, jit, logits_shape
 from jdistill.nets import callable_logits_fn
 from jdistill.typing import AnyArray, Array, ArrayLike, LogitsFn
 
-# log10 of the edges of Papernot et al. 2016: 0, 1e-40, …, 1e-5, 1e-3, 1; and, so that
-# every example has a bin, what lies above.
+#: log10 of the edges of Papernot et al. 2016: 0, 1e-40, …, 1e-5, 1e-3, 1; and, so that
+#: every example has a bin, what lies above.
 SENSITIVITY_EDGES = (-math.inf, -40, -35, -30, -25, -20, -15, -10, -5, -3, 0, math.inf)
 
 
 def sensitivity_logits(logits_fn: LogitsFn, inputs: AnyArray) -> Array:
-    """Mean over the entries of the input of |∂ (sum over k of z_k) / ∂x|, per example.
+    """Mean over the entries of the input of ``|∂ (sum over k of z_k) / ∂x|``, per example.
 
     Args:
         logits_fn: inputs `[B, ...]` to logits `[B, K]`.
@@ -67,9 +67,9 @@ def _sensitivity_logits(logits_fn: LogitsFn, inputs: AnyArray) -> Array:
 def log10_sensitivity_softmax(
     logits_fn: LogitsFn, inputs: AnyArray, *, temperature: ArrayLike = 1.0
 ) -> Array:
-    """log10 of the mean over classes and input entries of |∂ softmax(z / T)_k / ∂x_d|, per example.
+    """log10 of the mean over classes and inputs of ``|∂ softmax(z / T)_k / ∂x_d|``, per example.
 
-    Computed wholly in log space,
+    Computed wholly in log space::
 
         ∂p_k/∂x = p_k Σ_{j≠k} p_j (∂z_k/∂x - ∂z_j/∂x) / T,
 

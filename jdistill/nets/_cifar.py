@@ -143,7 +143,7 @@ class PlainNet(nn.Module):
     """Plain convolutional network by its number of convolutions: 2, 4, 6, 8, or 10.
 
     The teachers, assistants, and students of Mirzadeh et al. 2020 (TAKD) on CIFAR-10. Channels,
-    with `|` for a 2x2 max-pool:
+    with `|` for a 2x2 max-pool::
 
         2:   16 | 16 |
         4:   16 16 | 32 32 |

@@ -15,8 +15,8 @@ def stack(trees: Iterable[PyTree]) -> PyTree:
     """Stack pytrees of one structure along a new leading axis.
 
     Args:
-        trees: `R` pytrees (variables, `logits_fn`s, training states), alike in structure and in
-            the shapes of their leaves; at least one.
+        trees: `R` pytrees (variables, training states, each a `logits_fn`), alike in structure and
+            in the shapes of their leaves; at least one.
 
     Returns:
         One pytree of that structure, every leaf `[R, ...]`.

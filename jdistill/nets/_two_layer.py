@@ -11,6 +11,8 @@ from jdistill.typing import Array
 class TwoLayer(nn.Module):
     """Two-layer network of patches that does not see their last number.
 
+    The logit of class `c` is::
+
         z_c(x) = Σ_p Σ_m relu(<w_cm, x_p>)^q
 
     Attributes:

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 from jdistill import _validate
 from jdistill.typing import PyTree
 
+#: Name of the mesh's axis over which a batch is split.
 DATA_AXIS = "data"
 
 

@@ -56,6 +56,8 @@ class QuantizedSum:
 def quantized_psum(*, block_size: int = 256) -> QuantizedSum:
     """An exchange for `train.make_train_step` that sends gradients as 8-bit numbers.
 
+    Every device sends::
+
         s = max |g| / 127,    q = ⌊g / s⌋ + [u < g / s - ⌊g / s⌋],    u uniform,    E[s q] = g
 
     The flattened gradient is cut into blocks, each with a scale s in float32 beside its numbers q.

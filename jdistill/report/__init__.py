@@ -1,8 +1,10 @@
 """Results as files: tables as CSV, figures as SVG, and a report as one HTML page.
 
-    report.from_evaluation(result, verdicts=[verdict], names=["mine"])    # all of it in one call
+In one call, or piece by piece::
 
-    report.write_table("runs/mnist/curves.csv", "curves", rows)          # or piece by piece
+    report.from_evaluation(result, verdicts=[verdict], names=["mine"])
+
+    report.write_table("runs/mnist/curves.csv", "curves", rows)
     report.write_verdicts("runs/mnist/verdicts.json", verdicts)
     report.write_report("runs/mnist")
     print(report.summary(rows))                                # the results for the terminal

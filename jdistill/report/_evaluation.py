@@ -134,7 +134,7 @@ def from_evaluation(
         result: what `evaluate.evaluate` has measured of `R` networks.
         verdicts: of `diagnose.masking`: one per network (None for those not judged), or by name;
             a single one for a single network.
-        names: `[R]`, texts or `NetworkName`s; None numbers the networks.
+        names: `[R]`, texts or `NetworkName` values; None numbers the networks.
         folder: where to write; it is made.
         dataset: the name of the data, for networks named by a text.
         config: settings to show on the page.

@@ -17,14 +17,14 @@ _LEGEND = (
 def summary(rows: Iterable[Row], *, width: int = 108) -> str:
     """The results as a plain-text table for a terminal.
 
-    One line per temperature and generation: test accuracy, mean |logit|, log10 of the softmax
+    One line per temperature and generation: test accuracy, mean ``|logit|``, log10 of the softmax
     sensitivity, the share of examples whose input gradient is exactly zero, the success rate of
     every attack and, for minimum-norm attacks, the mean and median distance of their successes.
     With several seeds each entry is their mean, ± how far the furthest seed lies from it.
 
     Args:
         rows: of results.
-        width: Columns of the terminal. A table that is wider continues below itself.
+        width: columns of the terminal. A table that is wider continues below itself.
 
     Returns:
         Lines of text, without a final newline.

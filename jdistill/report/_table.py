@@ -43,8 +43,9 @@ COLUMNS = (
     "mean_queries",
 )
 # Rows may also name the chain of their network (`chain`), where there are several of a data set.
-# What rows may say of their attack: fields of `jdistill.attacks.Traits`. A report of rows that lack
-# them, or of an attack that is not known, is neutral where it would need them.
+
+#: What rows may say of their attack: fields of `jdistill.attacks.Traits`. A report of rows that
+#: lack them, or of an attack that is not known, is neutral where it would need them.
 FACTS = ("title", "access", "follows", "minimum_norm", "handicap", "freedom")
 _TEXT = frozenset(
     {
@@ -198,6 +199,7 @@ _FORMATS = {
         optional=("chain", "baseline_chain", "title"),
     ),
 }
+#: Columns of every kind of table, by the kind: `"results"`, `"curves"`, …
 TABLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {kind: form.columns for kind, form in _FORMATS.items()}
 )

@@ -24,6 +24,8 @@ from jdistill.typing import Array, ArrayLike, Batch, LogitsFn, LossFn
 def ard_loss(temperature: ArrayLike, teacher: LogitsFn, *, hard_weight: ArrayLike = 0.0) -> LossFn:
     """The loss of ARD: the student answers the attack as the teacher answers the clean input.
 
+    The loss is::
+
         (1 - λ) · T² · KL(softmax(z_t(x) / T) || softmax(z(x') / T)) + λ · H(y, softmax(z(x)))
 
     The attack climbs the cross-entropy with the labels. Without an attack it is distillation.
@@ -81,6 +83,8 @@ def iad_loss(
 ) -> LossFn:
     """The loss of IAD-I, which trusts the teacher less where it is itself misled by the attack.
 
+    The loss is::
+
         (1 - λ) · (T² · KL(softmax(z_t(x) / T) || softmax(z(x') / T)) + (1 - a) · KL(p(x) || p(x')))
             + λ · H(y, p(x)),    a = p_t(y | x')^β,    p = softmax(z)
 
@@ -133,6 +137,8 @@ def rslad_loss(
     temperature: ArrayLike, teacher: LogitsFn, *, robust_weight: ArrayLike = 5 / 6
 ) -> LossFn:
     """The loss of RSLAD: the teacher's soft labels of clean inputs, for the attack as well.
+
+    The loss is::
 
         ω · KL(p_t(x) || p(x')) + (1 - ω) · KL(p_t(x) || p(x)),    x' = argmax KL(p_t(x) || p(x'))
 
@@ -187,6 +193,8 @@ def adaad_loss(
     temperature: ArrayLike, teacher: LogitsFn, *, robust_weight: ArrayLike = 1.0
 ) -> LossFn:
     """The loss of AdaAD: the attack looks for where student and teacher differ most.
+
+    The loss is::
 
         ω · KL(p_t(x') || p(x')) + (1 - ω) · KL(p_t(x) || p(x)),    x' = argmax KL(p_t(x') || p(x'))
 
@@ -254,9 +262,11 @@ def low_temperature_loss(
 ) -> LossFn:
     """The loss of low-temperature distillation (LTD): adversarial training on soft labels.
 
+    The loss is::
+
         H(q, p(x')),    x' = argmax H(q, p(x')),    q = softmax(z_t(x) / T),    p = softmax(z)
 
-    or, within TRADES,
+    or, within TRADES::
 
         H(q, p(x)) + β · KL(p(x) || p(x')),    x' = argmax KL(p(x) || p(x'))
 

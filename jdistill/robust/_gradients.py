@@ -31,6 +31,8 @@ def igdm_loss(
 ) -> LossFn:
     """The loss of IGDM: another one, and the teacher's change across the input.
 
+    The loss is::
+
         loss + γ · KL(softmax(z_t(x + δ) - z_t(x - δ)) || softmax(z(x + δ) - z(x - δ)))
 
     where `x' = x + δ` is what the attack of the other loss leads to. The difference stands for the
@@ -120,13 +122,15 @@ def saad_loss(
 ) -> LossFn:
     """The loss of SAAD: what the teacher is sure of under attack counts little.
 
+    The loss is::
+
         w · (KL(p_t(x') || p(x')) + γ · change) + β · (1 - w / max w) · KL(p_t(x) || p(x))
         w = s · (H(p_t(x')) - min H)
 
     with the entropy H of the teacher's prediction, minimum and maximum over the batch, `change` the
     term of `igdm_loss`, and `p = softmax(z / T)`. The weights are of the whole batch, on however
     many devices it lies. The attack climbs `KL(q || p(x'))`, with q the teacher's prediction at x
-    where the label's logit follows its own linear approximation:
+    where the label's logit follows its own linear approximation::
 
         q = softmax((z_t(x) + c · e_y · ⟨∇ z_t(x)_y, x' - x⟩) / T)
 

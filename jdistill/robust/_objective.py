@@ -128,6 +128,8 @@ class Adversarial:
 def adversarial(attack: Callable[..., Any], *, weight_perturbation: float = 0.0) -> Adversarial:
     """The objective of adversarial training and of robust distillation, for `make_train_step`.
 
+    With `x'` the adversarial example::
+
         x' = argmax inner loss over the ball around x,    loss = loss_fn((z(x), z(x'), x'), batch)
 
     In each step the attack runs against the student as it is, in evaluation mode (running batch

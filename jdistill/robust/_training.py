@@ -14,6 +14,8 @@ from jdistill.typing import Array, ArrayLike, Batch, LogitsFn, LossFn
 def trades_loss(temperature: ArrayLike = 1.0, *, weight: ArrayLike = 6.0) -> LossFn:
     """The loss of TRADES: right on clean inputs, and the same prediction all around them.
 
+    The loss is::
+
         H(y, p(x)) + β · KL(p(x) || p(x')),    x' = argmax KL(p(x) || p(x')),    p = softmax(z / T)
 
     The attack climbs the divergence, and gradients flow into both predictions. At `β = 0` it is
@@ -62,6 +64,8 @@ class _Trades:
 
 def mart_loss(temperature: ArrayLike = 1.0, *, weight: ArrayLike = 5.0) -> LossFn:
     """The loss of MART, which asks more of examples that are misclassified without an attack.
+
+    The loss is::
 
         -log p_y(x') - log(1 - max_{k ≠ y} p_k(x')) + λ · KL(p(x) || p(x')) · (1 - p_y(x))
 

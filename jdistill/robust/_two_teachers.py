@@ -20,6 +20,8 @@ def two_teachers_loss(
 ) -> LossFn:
     """The distillation loss of MTARD: a clean teacher for clean inputs, a robust one for others.
 
+    The loss is::
+
         (1 - ω) · H(softmax(z_c(x) / T_c), softmax(z(x) / T))
             + ω · H(softmax(z_r(x') / T_r), softmax(z(x') / T))
 

@@ -37,15 +37,24 @@ class _TerminatedError(KeyboardInterrupt):
 def run_main(main: Callable[..., int | None], *args: Any, **kwargs: Any) -> None:
     """Runs a program's main function and ends the process as a command should end.
 
-    | `main` | exit code | on stderr |
-    |---|---|---|
-    | returns None or 0 | 0: `run_main` returns | |
-    | returns another number | that number | |
-    | is stopped by Ctrl-C / by SIGTERM | 130 / 143 | how to go on, or the exception's own text |
-    | raises ValueError, OSError, FloatingPointError or ImportError | 2 | `error: …`, one line |
-    | raises anything else | 1 | the traceback: a bug |
+    =================================  ======================  ==================================
+    `main`                             exit code               on stderr
+    =================================  ======================  ==================================
+    returns None or 0                  0: `run_main` returns   nothing
+    returns another number             that number             nothing
+    is stopped by Ctrl-C / by SIGTERM  130 / 143               how to go on, or the exception's
+                                                               own text
+    raises ValueError, OSError,        2                       `error: …`, one line
+    FloatingPointError or ImportError
+    raises anything else               1                       the traceback: a bug
+    =================================  ======================  ==================================
 
     With `JDISTILL_DEBUG=1` in the environment, the third and fourth show their traceback first.
+
+    Args:
+        main: the program; returns its exit code, or None for 0.
+        *args: its arguments.
+        **kwargs: its keyword arguments.
 
     SIGTERM ends the process within about 15 seconds, also in the middle of a compilation or of a
     long computation, from which Python cannot be called back: then without cleaning up, which no

@@ -1,5 +1,7 @@
 """Studies: own data, networks, and losses, from training to a report, in one resumable call.
 
+In short::
+
     study = Study(data=..., chains={"no assistant": [stage] * 2, "1 assistant": [stage] * 3}, ...)
     tables = run(study, "runs/mine")
 
@@ -24,6 +26,7 @@ from jdistill.study._study import Stage, Study, smoke
 from jdistill.study._training import Trained
 from jdistill.study._unlearnable import UnlearnableRecipe
 
+#: Studies that the command `jdistill defend` knows, by name.
 RECIPES: dict[str, Recipe | DeitRecipe | EdgeRecipe | RobustRecipe | UnlearnableRecipe] = {
     **_recipes.RECIPES,
     **_deit.RECIPES,

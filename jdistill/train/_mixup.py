@@ -58,6 +58,8 @@ class Mixup:
 def mixup(alpha: float = 1.0) -> Mixup:
     """Mixup, with one view for teacher and student ("function matching").
 
+    Each example is mixed with another::
+
         x̃ = λ x_i + (1 - λ) x_j,    λ ~ Beta(α, α)
         loss_i = λ loss(outputs(x̃), y_i, q_i) + (1 - λ) loss(outputs(x̃), y_j, q_j)
 

@@ -12,6 +12,8 @@ def sgd(
 ) -> optax.GradientTransformation:
     """Nesterov momentum SGD as Keras does it, the optimizer of the released recipe.
 
+    Each step is::
+
         lr_t = lr / (1 + decay · t)
         v ← momentum · v - lr_t · g
         w ← w + momentum · v - lr_t · g

@@ -98,7 +98,7 @@ class Method:
 
     Fields that are arrays lead with `[B]` or are scalars; a step may compute anything for examples
     that are done, the loop leaves them as they are. Nothing in a state is a PRNG key: draws are
-    `fold_in`s of the example's key by the event's number.
+    `fold_in` of the example's key by the event's number.
 
     Attributes:
         norm: of the result's distance.
