@@ -46,6 +46,7 @@ COPIES = {
         for path in sorted((ROOT / "colab").glob("*.ipynb"))
     },
 }
+templates_path = ["_templates"]
 exclude_patterns = ["_build", "_templates"]
 
 myst_enable_extensions = ["dollarmath"]
@@ -148,9 +149,31 @@ def check_reference(app: Sphinx, env: Any) -> None:
         )
 
 
+def name_unions(
+    app: Sphinx,
+    what: str,
+    name: str,
+    thing: Any,
+    options: Any,
+    signature: str | None,
+    returns: str | None,
+) -> tuple[str, str] | None:
+    """Says `ArrayLike` where autodoc spells out the union that it is."""
+    del app, what, name, thing, options
+    if signature is None:
+        return None
+    unions = [
+        r"(?:~?[\w.]+\.)?Array \| (?:~?[\w.]+\.)?ndarray(?: \| ~?[\w.]+)* \| complex",
+        r"~?[\w.]*ArrayLike",
+    ]
+    found = [re.sub("|".join(unions), "ArrayLike", each or "") for each in (signature, returns)]
+    return found[0], found[1]
+
+
 def setup(app: Sphinx) -> None:
     """Connects the functions above to the build."""
     jax.config.update("jax_platforms", "cpu")
     app.connect("builder-inited", copy_pages)
     app.connect("source-read", link_sources)
+    app.connect("autodoc-process-signature", name_unions)
     app.connect("env-check-consistency", check_reference)
