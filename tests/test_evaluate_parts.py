@@ -578,20 +578,6 @@ def test_a_set_of_one_class_is_refused():
         call(INPUTS[:0], LABELS[:0])
 
 
-def test_seeds_of_the_same_thing():
-    shares = [metrics.proportion(right, 100) for right in (90, 92, 94, 50, 60)]
-    groups = [(1.0, "student")] * 3 + [(20.0, "student")] * 2
-    found = evaluate.over_seeds(shares, groups)
-    assert list(found) == [(1.0, "student"), (20.0, "student")]
-    assert found[1.0, "student"] == metrics.seed_interval([0.90, 0.92, 0.94])
-    assert found[20.0, "student"] == metrics.seed_interval([0.5, 0.6])
-    assert found == evaluate.over_seeds(np.array([share.value for share in shares]), groups)
-    with pytest.raises(ValueError, match="at least 2 seeds of each group, got one of 'b'; train"):
-        evaluate.over_seeds([0.1, 0.2, 0.3], ["a", "a", "b"])
-    with pytest.raises(ValueError, match="one group for each of the values, got 1 for 2"):
-        evaluate.over_seeds([0.1, 0.2], ["a"])
-
-
 # One network, several, or a stack
 
 

@@ -367,32 +367,7 @@ def test_a_folder_is_a_dict(made, tmp_path):
 
 
 @pytest.mark.parametrize("vmapped", [False, True], ids=["looped", "vmapped"])
-def test_each_host_does_its_share(vmapped):
-    shards, options = {}, {"key": KEY, "stage": "pgd", "vmapped": vmapped, "num_hosts": 2}
-    share = functools.partial(
-        evaluate.attack_shards, STACK, INPUTS, LABELS, PLAN, shards=shards, **options
-    )
-    done, names = [], []
-    for host in range(2):
-        done.append(share(host=host))
-        names.append(set(shards) - set().union(*names))
-    assert done == [len(of_host) for of_host in names] == ([4, 2] if vmapped else [3, 3])
-    assert sum(done) == R * NUM_BATCHES
-    assert share(host=0) == 0  # it is all there
-    kept = dict(shards)
-    assert_same(run(shards, vmapped=vmapped), run(vmapped=vmapped))
-    assert all(shards[name] is kept[name] for name in kept)
-
-
-def test_a_host_that_is_none_is_refused():
-    for host, num_hosts in ((2, 2), (-1, 2), (0, 0)):
-        with pytest.raises(ValueError, match="host"):
-            evaluate.attack_shards(
-                STACK, INPUTS, LABELS, PLAN, shards={}, key=KEY, host=host, num_hosts=num_hosts
-            )
-
-
-def test_hosts_of_one_job_read_what_the_others_did(monkeypatch):
+def test_hosts_of_one_job_read_what_the_others_did(monkeypatch, vmapped):
     from jax.experimental import multihost_utils
 
     shards, waited = {}, []
@@ -400,14 +375,17 @@ def test_hosts_of_one_job_read_what_the_others_did(monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda *_: 1)
     monkeypatch.setattr(multihost_utils, "sync_global_devices", waited.append)
     with pytest.raises(FileNotFoundError, match="shards of all hosts, got none"):
-        run(shards)
-    assert len(shards) == R * NUM_BATCHES // 2
+        run(shards, vmapped=vmapped)
+    done = dict(shards)
+    assert len(done) == (2 if vmapped else 3)  # a batch of the stack, or of each network
     monkeypatch.setattr(jax, "process_index", lambda *_: 0)
-    outcome = run(shards)
+    outcome = run(shards, vmapped=vmapped)
     assert len(shards) == R * NUM_BATCHES
     assert len(waited) == 2
     monkeypatch.undo()
-    assert_same(outcome, run())
+    assert_same(outcome, run(vmapped=vmapped))
+    assert_same(run(shards, vmapped=vmapped), outcome)
+    assert all(shards[name] is kept for name, kept in done.items())  # read, and not written again
 
 
 @pytest.mark.parametrize("driver", [False, True], ids=["attack", "autoattack"])

@@ -11,15 +11,14 @@ several hosts share the work.
 
 `evaluate` does it all; its parts are public: `clean`, `under_attack`, `distances`,
 `transfer_matrix`; and what needs no further run: `worst_case`, `accuracy_against_eps`,
-`accuracy_against_steps`, `accuracy_against_queries`, `over_seeds`. `agreement` compares a student
-with its teacher.
+`accuracy_against_steps`, `accuracy_against_queries`. `agreement` compares a student with its
+teacher.
 """
 
 from jdistill.evaluate._agreement import Agreement, agreement
 from jdistill.evaluate._attack import (
     AttackOutcome,
     AttackPlan,
-    attack_shards,
     summarize,
     under_attack,
 )
@@ -33,7 +32,6 @@ from jdistill.evaluate._curves import (
 )
 from jdistill.evaluate._distances import distance_plans, distances
 from jdistill.evaluate._evaluate import Budget, Evaluation, evaluate
-from jdistill.evaluate._seeds import over_seeds
 from jdistill.evaluate._transfer import TransferMatrix, transfer_matrix
 
 __all__ = [
@@ -49,12 +47,10 @@ __all__ = [
     "accuracy_against_queries",
     "accuracy_against_steps",
     "agreement",
-    "attack_shards",
     "clean",
     "distance_plans",
     "distances",
     "evaluate",
-    "over_seeds",
     "summarize",
     "transfer_matrix",
     "under_attack",

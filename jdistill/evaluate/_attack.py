@@ -19,6 +19,7 @@ from jdistill.attacks._core.problem import example_keys
 from jdistill.evaluate import _shards
 from jdistill.evaluate._runs import (
     Announcer,
+    Place,
     Runs,
     Unit,
     check_inputs,
@@ -151,14 +152,16 @@ def under_attack(
         >>> outcome.success.tolist(), list(shards)
         ([[True, True]], ['fgsm/network-0/00000', 'fgsm/network-0/00001'])
     """
-    _check_words(stage, shard_name)
+    _validate.text(stage=stage)
+    if shard_name is not None:
+        _validate.text(shard_name=shard_name)
     job = _job(stack, inputs, labels, plan, key, targets, temperature, vmapped, callback, names)
     if shards is None:
-        pieces = job.work(None, stage, 0, 1).pieces
+        pieces = job.work(None, stage, 0, 1)
     else:
         kept = job.shards(shards, shard_name or stage, names)
         host, num_hosts = jax.process_index(), jax.process_count()
-        pieces = job.work(kept, stage, host, num_hosts).pieces
+        pieces = job.work(kept, stage, host, num_hosts)
         if num_hosts > 1:
             pieces = _of_all_hosts(job.units, kept)
     piece, known = joined(pieces), attacks.traits(plan.attack)
@@ -169,58 +172,6 @@ def under_attack(
         eps=known.eps,
     )
     return outcome._replace(traits=known, predictions=np.asarray(piece.predictions))
-
-
-def attack_shards(
-    stack: LogitsFn,
-    inputs: np.ndarray,
-    labels: np.ndarray,
-    plan: AttackPlan,
-    *,
-    shards: Store,
-    host: int,
-    num_hosts: int,
-    key: Array | None = None,
-    targets: np.ndarray | None = None,
-    temperature: ArrayLike = 1.0,
-    vmapped: bool | None = None,
-    callback: Callback | None = None,
-    stage: str = "attack",
-    shard_name: str | None = None,
-    names: Sequence[str] | None = None,
-) -> int:
-    """One host's share of `under_attack`, for hosts that know nothing of each other.
-
-    Each of `num_hosts` programs does every `num_hosts`-th shard. Once all are done,
-    `under_attack` with the same arguments reads the shards and computes nothing.
-
-    Args:
-        stack: as the other arguments not named here, that of `under_attack`.
-        inputs: `[N, ...]`.
-        labels: `[N]`.
-        plan: the attack.
-        shards: where to keep the results; the same for all hosts.
-        host: which share, from 0.
-        num_hosts: of how many.
-        key: for random attacks.
-        targets: `[N]` int.
-        temperature: of the test.
-        vmapped: the same on all hosts.
-        callback: told of this host's share.
-        stage: a name for the callback.
-        shard_name: the attack's; None takes `stage`.
-        names: `[R]`, the networks' names.
-
-    Returns:
-        How many shards were computed; the others of the share were there.
-
-    Raises:
-        ValueError: as `under_attack`; a host outside `0..num_hosts-1`.
-    """
-    _check_words(stage, shard_name)
-    job = _job(stack, inputs, labels, plan, key, targets, temperature, vmapped, callback, names)
-    kept = job.shards(shards, shard_name or stage, names)
-    return job.work(kept, stage, host, num_hosts).num_computed
 
 
 def summarize(
@@ -282,12 +233,6 @@ def summarize(
     )
 
 
-def _check_words(stage: str, shard_name: str | None) -> None:
-    _validate.text(stage=stage)
-    if shard_name is not None:
-        _validate.text(shard_name=shard_name)
-
-
 class _Job(NamedTuple):
     """The checked arguments of `under_attack`."""
 
@@ -303,9 +248,9 @@ class _Job(NamedTuple):
 
     def work(
         self, kept: Shards | None, stage: str, host: int, num_hosts: int
-    ) -> _shards.Progressed:
-        """One host's share, read or computed."""
-        units = _shards.share(self.units, host, num_hosts)
+    ) -> dict[Place, Piece]:
+        """One host's share, read or computed: the units of its index modulo the hosts' number."""
+        units = self.units[host::num_hosts]
         compute = self.runs.computer(self.attacked, *self.columns, eager=True)
         announcer = self.runs.announcer(stage, units)
         if not self.runs.vmapped and (kept is not None or self.runs.callback is not None):

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jdistill import _entries, _validate
+from jdistill import _entries
 from jdistill._entries import Store
 from jdistill.attacks import AttackResult
 from jdistill.evaluate._runs import Place, Unit
@@ -63,22 +63,14 @@ class Shards(NamedTuple):
         self.store.pop(self.names[place] + _PART, None)
 
 
-class Progressed(NamedTuple):
-    """The pieces at hand, and how many of them were computed and not read."""
-
-    pieces: dict[Place, Piece]
-    num_computed: int
-
-
 def work(
     units: Iterable[Unit],
     compute: Callable[[Unit], Mapping[Place, Piece]],
     shards: Shards | None,
     announce: Callable[[Unit], None],
-) -> Progressed:
+) -> dict[Place, Piece]:
     """Read the units' shards, and compute and keep those that are not there."""
     pieces: dict[Place, Piece] = {}
-    num_computed = 0
     for unit in units:
         known = {place: shards.read(place) if shards else None for place in unit.places}
         if None in known.values():
@@ -88,19 +80,6 @@ def work(
                     if shards:
                         shards.write(place, piece)
                     known[place] = piece
-                    num_computed += 1
         pieces |= {place: piece for place, piece in known.items() if piece is not None}
         announce(unit)
-    return Progressed(pieces, num_computed)
-
-
-def share(units: list[Unit], host: int, num_hosts: int) -> list[Unit]:
-    """One host's units: those of its index modulo the number of hosts."""
-    _validate.count(num_hosts=num_hosts)
-    _validate.count(minimum=0, host=host)
-    if host >= num_hosts:
-        raise ValueError(
-            f"expected host in 0..{num_hosts - 1}, got {host}; number the hosts from 0, as "
-            "jax.process_index() does"
-        )
-    return units[host::num_hosts]
+    return pieces
