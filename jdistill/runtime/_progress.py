@@ -9,7 +9,9 @@ from jdistill.typing import Event
 _PLAIN_SECONDS = 30.0
 _WORTH_A_LINE = 1.0  # a verdict has twenty parts, of which small networks take no time
 _OVER_STAGES = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-_IN_A_CELL = 88  # columns of a notebook's output, which has no width of its own
+# A notebook's output has no width of its own, and each change of the bar is a message to it.
+_IN_A_CELL = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+_CELL_OPTIONS = {"bar_format": _IN_A_CELL, "ncols": 88, "mininterval": 0.5}
 
 
 def _in_notebook() -> bool:
@@ -43,8 +45,8 @@ class Progress:
 
     def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
         if self._notebook and self._bar is not None and error is None:
-            self._bar.set_description_str("done", refresh=False)
-            self._bar.set_postfix_str("", refresh=False)
+            self._bar.bar_format = _IN_A_CELL.replace("<{remaining}", "")
+            self._bar.set_description_str(f"{'done':<36}", refresh=False)
         self.close()
 
     def __call__(self, event: Event) -> None:
@@ -117,7 +119,6 @@ class Progress:
             options = {"bar_format": _OVER_STAGES}
             total = self._place.num_stages
         elif self._notebook:
-            options = {"bar_format": _OVER_STAGES}
             self._rewind(done, total)
         if "unit" in event:
             options["unit"] = event["unit"]
@@ -128,11 +129,10 @@ class Progress:
                 total=total,
                 initial=first,
                 file=self._file,
-                dynamic_ncols=not self._notebook,
-                ncols=_IN_A_CELL if self._notebook else None,
-                **options,
+                **(_CELL_OPTIONS if self._notebook else {"dynamic_ncols": True, **options}),
             )
-        self._bar.set_description_str(f"{self._stage:<28}", refresh=False)
+        width = 36 if self._notebook else 28
+        self._bar.set_description_str(f"{self._stage:<{width}}", refresh=False)
         if shown:
             self._bar.set_postfix(shown, refresh=False)
         self._bar.total = total
