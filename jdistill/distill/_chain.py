@@ -88,14 +88,25 @@ def initial_weights(
         start: a state to go on from, from an earlier run of this function.
         batch_size: examples a step, at least 1.
         callback: see `train.fit`.
-        mode: likewise.
-        devices: likewise.
+        mode: see `train.fit`.
+        devices: see `train.fit`.
 
     Returns:
         The state; use its `params` and `model_state`.
 
     Raises:
         ValueError: as `train.fit`.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> model = nn.Dense(2)
+        >>> step = train.make_train_step(nets.apply_fn(model), train.sgd(0.5))
+        >>> params, _ = nets.init(model, jax.random.key(0), (2,))
+        >>> inputs, labels = np.eye(2, dtype=np.float32), np.arange(2)
+        >>> state = initial_weights(step, params, (inputs, labels), jax.random.key(0))
+        >>> first = Generation(step=step, params=state.params, num_epochs=5)
+        >>> first.num_epochs, int(state.step)
+        (5, 1)
 
     References:
         Carlini & Wagner, released code `train_models.py`; Mandal & Gao 2023 keep it.
@@ -181,6 +192,18 @@ def chain(
         ValueError: no generation, numbers out of range, or a `start` in which a generation that
             is not the last is unfinished; and as `train.fit`.
         FloatingPointError: a generation that has diverged.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> model = nn.Dense(2)
+        >>> step = train.make_train_step(nets.apply_fn(model), train.sgd(0.5))
+        >>> params, _ = nets.init(model, jax.random.key(0), (2,))
+        >>> inputs, labels = np.eye(2, dtype=np.float32), np.arange(2)
+        >>> generation = Generation(step=step, params=params, num_epochs=20)
+        >>> teacher, assistant, student = chain(
+        ...     [generation] * 3, (inputs, labels), jax.random.key(0), temperature=20.0)
+        >>> train.predict(train.logits_fn(step, student), inputs).argmax(axis=1).tolist()
+        [0, 1]
 
     References:
         Mandal & Gao 2023, "Improving Defensive Distillation using Teacher Assistant", released
@@ -363,6 +386,16 @@ def _one_key(key: Array) -> Array:
 
 def stage_name(generation: int, num_generations: int) -> str:
     """Name of a generation in a chain of that many: `teacher`, `assistant 1`, `student`.
+
+    Args:
+        generation: its number, from 0.
+        num_generations: of the chain, the teacher included; at least 1.
+
+    Returns:
+        The name, as events of `chain` have it in `stage`.
+
+    Raises:
+        ValueError: numbers out of range.
 
     Example:
         >>> [stage_name(g, 3) for g in range(3)]

@@ -84,6 +84,15 @@ def clean(
 
     Raises:
         ValueError: as `evaluate`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> linear = lambda weights, x: x @ weights
+        >>> weights = (jnp.eye(2), -jnp.eye(2))
+        >>> stack = nets.stack([nets.callable_logits_fn(linear, w) for w in weights])
+        >>> measures = clean(stack, np.eye(2, dtype=np.float32), np.arange(2))
+        >>> [share.value for share in measures.accuracy], measures.mean_abs_logit.tolist()
+        ([1.0, 0.0], [0.5, 0.5])
     """
     refuse_tracers(stack, inputs, labels)
     runs = Runs.of(stack, temperature, vmapped, callback)

@@ -215,6 +215,21 @@ def pictures(result: evaluate.Evaluation, place: int) -> dict[str, np.ndarray] |
     Returns:
         What `write_picture_grid` takes; None where the inputs are no images of 1 or 3 channels,
         first or last, or no attack was in l2.
+
+    Raises:
+        ValueError: `result` is no evaluation, or has no such place.
+
+    Example:
+        >>> import functools
+        >>> import jax.numpy as jnp
+        >>> from jdistill import attacks, nets
+        >>> pixels = lambda weights, x: x.reshape(len(x), 4) @ weights
+        >>> net = nets.callable_logits_fn(pixels, jnp.eye(4)[:, :2])
+        >>> attack = functools.partial(attacks.fgsm, eps=1.5, norm="l2")
+        >>> x = np.eye(2, 4, dtype=np.float32).reshape(2, 2, 2, 1)
+        >>> result = evaluate.evaluate(net, x, np.arange(2), attacks={"fgsm": attack})
+        >>> pictures(result, 0)["adversarial"].shape
+        (2, 2, 2, 1)
     """
     _check_evaluation(result)
     _validate.count(minimum=0, place=place)

@@ -40,6 +40,18 @@ def read_tables(folder: PathLike) -> dict[str, list[dict[str, Any]]]:
         FileNotFoundError: there is no `results.csv`.
         ValueError: a table or a verdict is not as it was written, or is about a network that has no
             row in `results.csv`.
+
+    Example:
+        >>> import functools, tempfile
+        >>> import jax.numpy as jnp, numpy as np
+        >>> from jdistill import attacks, evaluate, nets, report
+        >>> net = nets.callable_logits_fn(lambda w, x: x @ w, jnp.eye(2))
+        >>> fgsm = functools.partial(attacks.fgsm, eps=0.6)
+        >>> x, y, folder = np.eye(2, dtype=np.float32), np.arange(2), tempfile.mkdtemp()
+        >>> result = evaluate.evaluate(net, x, y, attacks={"fgsm": fgsm})
+        >>> written = report.from_evaluation(result, names=["mine"], folder=folder)
+        >>> [row["success_rate"] for row in read_tables(folder)["results"]]
+        [1.0]
     """
     where = as_path(folder)
     rows: dict[str, list[dict[str, Any]]] = {}

@@ -32,17 +32,25 @@ def write_picture_grid(
         pictures: `clean [P, H, W, C]` and `adversarial [P, H, W, C]` floats in the box of the
             data, `labels [P]` and `predictions [P]` (on the adversarial examples) class indices,
             `distance [P]` (inf where the attack found nothing); or the path of an .npz of them.
-        path: The file to write.
-        max_examples: How many of the examples to show, the first ones.
-        attack: The attack's name, for the row's label.
-        norm: The norm of `distance`.
+        path: the file to write.
+        max_examples: how many of the examples to show, the first ones.
+        attack: the attack's name, for the row's label.
+        norm: the norm of `distance`.
 
     Returns:
         The path.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
-        ValueError: An array is missing, or its shape does not fit the others'.
+        ValueError: an array is missing, or its shape does not fit the others'.
+
+    Example:
+        >>> import tempfile
+        >>> clean = np.zeros((2, 4, 4, 1))
+        >>> arrays = {"clean": clean, "adversarial": clean + 0.1, "labels": np.array([0, 1]),
+        ...           "predictions": np.array([3, 1]), "distance": np.array([0.4, np.inf])}
+        >>> write_picture_grid(arrays, tempfile.mkdtemp() + "/pictures.png", norm="l2").name
+        'pictures.png'
     """
     _validate.count(max_examples=max_examples)
     _validate.text(attack=attack, norm=norm)

@@ -31,6 +31,24 @@ def summary(rows: Iterable[Row], *, width: int = 108) -> str:
 
     Raises:
         ValueError: a bad row; or there is no row.
+
+    Example:
+        >>> import functools
+        >>> import jax.numpy as jnp, numpy as np
+        >>> from jdistill import attacks, evaluate, nets, report
+        >>> net = nets.callable_logits_fn(lambda w, x: x @ w, jnp.eye(2))
+        >>> fgsm = functools.partial(attacks.fgsm, eps=0.6)
+        >>> x, y = np.eye(2, dtype=np.float32), np.arange(2)
+        >>> result = evaluate.evaluate(net, x, y, attacks={"fgsm": fgsm})
+        >>> rows = report.tables([(result, [report.NetworkName("toy")])])["results"]
+        >>> print(summary(rows))
+        toy: 2 test examples, 1 seed
+        <BLANKLINE>
+                      test     mean  softmax     zero        FGSM
+        T  network  acc. %  |logit|  log10 S  grad. %  linf 0.6 %
+        -  -------  ------  -------  -------  -------  ----------
+        1  teacher     100    0.500    −0.71        0         100
+        ...
     """
     _validate.count(width=width)
     found = networks(rows)

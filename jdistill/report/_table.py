@@ -212,10 +212,10 @@ def write_table(path: PathLike, kind: str, rows: Iterable[Row]) -> epath.Path:
     blank, in the columns that may be.
 
     Args:
-        path: The file to write; its folder is made.
-        kind: What the rows are, a key of `TABLES`: "results", "curves", "transfer",
+        path: the file to write; its folder is made.
+        kind: what the rows are, a key of `TABLES`: "results", "curves", "transfer",
             "sensitivity", "calibration", "agreement", "deployment", "distances" or "comparisons".
-        rows: One mapping per row with the columns `TABLES[kind]`; where they name an attack, a
+        rows: one mapping per row with the columns `TABLES[kind]`; where they name an attack, a
             `title` that readers know it by may stand beside it. Rates, shares and their ends are in
             [0, 1], distances in units of the input; a share of the teacher's parameters may be
             above 1.
@@ -224,7 +224,7 @@ def write_table(path: PathLike, kind: str, rows: Iterable[Row]) -> epath.Path:
         The path.
 
     Raises:
-        ValueError: A column lacks or is one too many, a number is none or out of its range, or two
+        ValueError: a column lacks or is one too many, a number is none or out of its range, or two
             rows describe the same thing. Nothing is written.
 
     Example:
@@ -250,16 +250,25 @@ def read_table(path: PathLike, kind: str) -> list[dict[str, Any]]:
     """Reads what `write_table` wrote: numbers as int and float, blanks as None.
 
     Args:
-        path: The CSV file.
-        kind: What its rows are, a key of `TABLES`.
+        path: the CSV file.
+        kind: what its rows are, a key of `TABLES`.
 
     Returns:
         One dictionary a row, in the file's order.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A column is missing or unknown, a cell of a number column is no number or out
+        FileNotFoundError: there is no such file.
+        ValueError: a column is missing or unknown, a cell of a number column is no number or out
             of its range, or two rows describe the same thing; the message names the line.
+
+    Example:
+        >>> import tempfile
+        >>> row = dict(dataset="digits", temperature=20.0, seed=0, generation=1, ece=0.01,
+        ...            nll=0.04, brier=0.02, mean_confidence=0.98, num_examples=360)
+        >>> path = write_table(tempfile.mkdtemp() + "/calibration.csv", "calibration", [row])
+        >>> [found] = read_table(path, "calibration")
+        >>> found["temperature"], found["num_examples"]
+        (20.0, 360)
     """
     form = _format(kind)
     source = as_path(path)

@@ -27,6 +27,20 @@ def write_verdicts(path: PathLike, verdicts: Iterable[Row]) -> epath.Path:
     Raises:
         ValueError: a network is not named, a value is no verdict, or two verdicts are about the
             same network and radius. Nothing is written.
+
+    Example:
+        >>> import tempfile
+        >>> from jdistill import diagnose, metrics
+        >>> share = metrics.proportion(4, 8)
+        >>> verdict = diagnose.Verdict(  # `diagnose.masking` makes them
+        ...     label="no sign of masking", reason="nothing was found", naive=share,
+        ...     worst_case=share, clean=share, eps=0.1, norm="linf", num_examples=8,
+        ...     num_nonfinite=0, attacks=(), checks=(), budget="PGD")
+        >>> row = {"dataset": "mine", "temperature": 1.0, "seed": 0, "generation": 0}
+        >>> path = tempfile.mkdtemp() + "/verdicts.json"
+        >>> _ = write_verdicts(path, [{**row, "verdict": verdict}])
+        >>> read_verdicts(path)[0]["verdict"].label
+        'no sign of masking'
     """
     rows = sorted(_checked(verdicts, "verdicts"), key=_key)
     plain = [{**row, "verdict": row["verdict"].as_dict()} for row in rows]
@@ -46,6 +60,12 @@ def read_verdicts(path: PathLike) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is no JSON, or as `write_verdicts`; the message names the file.
+
+    Example:
+        >>> import tempfile
+        >>> path = write_verdicts(tempfile.mkdtemp() + "/verdicts.json", [])  # none was judged
+        >>> read_verdicts(path)
+        []
     """
     source = as_path(path)
     try:

@@ -79,7 +79,10 @@ def _count(event: str, **_: Any) -> None:
 
 
 def programs() -> dict[str, int]:
-    """Programs since `enable_compilation_cache`: `compiled`, and read `from_cache`.
+    """Numbers of programs since `enable_compilation_cache`.
+
+    Returns:
+        How many were `compiled`, and how many read `from_cache`; empty before that call.
 
     Example:
         >>> sorted(programs()) in ([], ["compiled", "from_cache"])
@@ -104,6 +107,12 @@ def add_cpu_flags() -> bool:
         process on an unknown flag: on a jaxlib that refused it (0.7 does) or could not be asked,
         beside an accelerator's plugin (which parses `XLA_FLAGS` with an XLA of its own), after a
         backend has started, or where `XLA_FLAGS` already sets it.
+
+    Example:
+        >>> jax.device_count() > 0  # the first computation: JAX reads its flags
+        True
+        >>> add_cpu_flags()  # too late
+        False
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if CPU_FLAG in flags or not _only_cpu() or _backend_started():
@@ -136,6 +145,9 @@ def _backend_started() -> bool:
 
 def is_main_process() -> bool:
     """Whether this process is the one that writes and talks (number 0). Starts the backend.
+
+    Returns:
+        True of one process of a job, and of any process that is alone.
 
     Example:
         >>> is_main_process()

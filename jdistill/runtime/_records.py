@@ -61,8 +61,20 @@ def check_writable(
 def atomic_write(path: PathLike, content: bytes) -> None:
     """Writes a file that is, at any moment, the old one or the new one, whole.
 
+    Args:
+        path: the file, local or `gs://…`; its folder must exist.
+        content: what it will hold.
+
     Raises:
+        ValueError: the content is no bytes.
         OSError: the file cannot be written; the old one stays.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "weights.bin"
+        >>> atomic_write(path, bytes([1, 2, 3]))
+        >>> len(path.read_bytes())
+        3
     """
     _validate.instance((bytes, bytearray), "bytes", content=content)
     with _files.replacing(path) as stream:
@@ -72,7 +84,12 @@ def atomic_write(path: PathLike, content: bytes) -> None:
 def atomic_write_text(path: PathLike, text: str) -> None:
     """Writes a text file that is, at any moment, the old one or the new one, whole.
 
+    Args:
+        path: the file, local or `gs://…`; its folder must exist.
+        text: what it will hold, in UTF-8.
+
     Raises:
+        ValueError: `text` is no text.
         OSError: the file cannot be written; the old one stays.
 
     Example:
@@ -97,6 +114,13 @@ def write_json(path: PathLike, content: Any) -> None:
     Raises:
         ValueError: the content is not JSON-able; nothing is written.
         OSError: the file cannot be written; the old one stays.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "run.json"
+        >>> write_json(path, {"accuracy": np.float32(0.5), "order": np.arange(3)})
+        >>> json.loads(path.read_text())
+        {'accuracy': 0.5, 'order': [0, 1, 2]}
     """
     atomic_write_text(path, _dumps(content, indent=2) + "\n")
 
@@ -106,6 +130,10 @@ def append_jsonl(path: PathLike, record: Mapping[str, Any]) -> None:
 
     A last line that a killed process left half-written is dropped first: glued to it, the new
     record would be lost as well. One process writes a file.
+
+    Args:
+        path: the file, local or `gs://…`; its folder must exist.
+        record: what JSON can hold, see `write_json`.
 
     Raises:
         ValueError: the record is not JSON-able; nothing is written.
@@ -143,12 +171,26 @@ def _drop_half_line(file: Any) -> None:
 
 
 def read_jsonl(path: PathLike) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file; none if there is no file.
+    """The records of a JSON-lines file, such as a workdir's `metrics.jsonl`.
 
     A last line without its newline was half-written when its process was killed: it is left out.
 
+    Args:
+        path: the file, local or `gs://…`.
+
+    Returns:
+        The records in their order; none if there is no file.
+
     Raises:
         ValueError: another line is not JSON.
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/metrics.jsonl"
+        >>> for epoch in (1, 2):
+        ...     append_jsonl(path, {"epoch": epoch})
+        >>> [record["epoch"] for record in read_jsonl(path)]
+        [1, 2]
     """
     source = _files.as_path(path)
     if not source.exists():

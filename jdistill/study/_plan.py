@@ -178,6 +178,12 @@ def plan(
     Raises:
         ValueError: no such topology.
         ImportError: the package `libtpu` is missing.
+
+    Example:
+        It needs `pip install 'jdistill[tpu-plan]'`, and takes minutes:
+
+        >>> from jdistill.study import RECIPES, plan
+        >>> print(plan(RECIPES["digits"].study(), "v5e:1x1"))  # doctest: +SKIP
     """
     slice_ = tpu.topology(topology)
     examples = study.examples()

@@ -68,6 +68,19 @@ def run(
         FloatingPointError: a network has diverged.
         ModuleNotFoundError: a package that the report needs is missing.
         ImportError: one that exports need is.
+
+    Example:
+        >>> import functools, tempfile
+        >>> import flax.linen as nn
+        >>> from jdistill import study, train
+        >>> examples = np.eye(2, dtype=np.float32), np.arange(2)
+        >>> stage = study.Stage(model=nn.Dense(2), optimizer=train.sgd(0.5), num_epochs=20)
+        >>> fgsm = functools.partial(attacks.fgsm, eps=0.6)
+        >>> mine = study.Study(
+        ...     data=(examples, examples), chains=[stage] * 2, attacks={"fgsm": fgsm}, name="mine")
+        >>> tables = study.run(mine, tempfile.mkdtemp())
+        >>> [(row["generation"], row["success_rate"]) for row in tables.rows["results"]]
+        [(0, 1.0), (1, 1.0)]
     """
     report.check_packages()
     _validate.instance(Study, "a Study", remedy="pass study.Study(...)", study=study)
@@ -106,9 +119,9 @@ def train(
 
     Args:
         study: what to train.
-        workdir: as of `run`, like the other arguments.
-        parallel: likewise.
-        recipe: likewise.
+        workdir: the folder, as of `run`.
+        parallel: how training is spread over the devices, as of `run`.
+        recipe: kept in the workdir, as of `run`.
 
     Returns:
         All trained networks of the workdir, as of `networks`.
@@ -117,6 +130,18 @@ def train(
         ValueError: the workdir belongs to another study.
         OSError: it cannot be written, or another job writes it.
         FloatingPointError: a network has diverged.
+
+    Example:
+        >>> import functools, tempfile
+        >>> import flax.linen as nn
+        >>> from jdistill import study, train
+        >>> examples = np.eye(2, dtype=np.float32), np.arange(2)
+        >>> stage = study.Stage(model=nn.Dense(2), optimizer=train.sgd(0.5), num_epochs=20)
+        >>> fgsm = functools.partial(attacks.fgsm, eps=0.6)
+        >>> mine = study.Study(
+        ...     data=(examples, examples), chains=[stage] * 2, attacks={"fgsm": fgsm}, name="mine")
+        >>> [network.title for network in study.train(mine, tempfile.mkdtemp())]
+        ['T=1, seed 0, generation 0', 'T=1, seed 0, generation 1']
     """
     with _begun(study, workdir, parallel, recipe, measures=False) as job, job.timed():
         return job.train()
@@ -226,6 +251,19 @@ def write_report(workdir: _files.PathLike) -> epath.Path:
         FileNotFoundError: there are no tables of a study.
         ValueError: a table is not as the run wrote it.
         ModuleNotFoundError: a package that the report needs is missing.
+
+    Example:
+        >>> import functools, tempfile
+        >>> import flax.linen as nn
+        >>> from jdistill import study, train
+        >>> examples = np.eye(2, dtype=np.float32), np.arange(2)
+        >>> stage = study.Stage(model=nn.Dense(2), optimizer=train.sgd(0.5), num_epochs=20)
+        >>> fgsm = functools.partial(attacks.fgsm, eps=0.6)
+        >>> mine = study.Study(
+        ...     data=(examples, examples), chains=[stage] * 2, attacks={"fgsm": fgsm}, name="mine")
+        >>> workdir = study.run(mine, tempfile.mkdtemp()).workdir
+        >>> study.write_report(workdir).name
+        'report.html'
     """
     folder = _files.as_path(workdir)
     _workdir.check_seal(folder)
@@ -316,9 +354,25 @@ def load(workdir: _files.PathLike) -> Tables:
     Args:
         workdir: of `run`.
 
+    Returns:
+        The tables and the page.
+
     Raises:
         FileNotFoundError: there is no finished study.
         ValueError: a table is not as the run wrote it.
+
+    Example:
+        >>> import functools, tempfile
+        >>> import flax.linen as nn
+        >>> from jdistill import study, train
+        >>> examples = np.eye(2, dtype=np.float32), np.arange(2)
+        >>> stage = study.Stage(model=nn.Dense(2), optimizer=train.sgd(0.5), num_epochs=20)
+        >>> fgsm = functools.partial(attacks.fgsm, eps=0.6)
+        >>> mine = study.Study(
+        ...     data=(examples, examples), chains=[stage] * 2, attacks={"fgsm": fgsm}, name="mine")
+        >>> workdir = study.run(mine, tempfile.mkdtemp()).workdir
+        >>> [row["test_accuracy"] for row in study.load(workdir).rows["results"]]
+        [1.0, 1.0]
     """
     folder = _files.as_path(workdir)
     _workdir.check_seal(folder)
@@ -340,10 +394,10 @@ def networks(
     Args:
         study: that was run.
         workdir: where.
-        chains: the networks of these chains, up to their students; empty: of all. Likewise
-        temperatures: of these training temperatures,
-        seeds: of these seeds, and
-        generations: of these generations; 0 is the teacher.
+        chains: the networks of these chains, up to their students; none named: of all.
+        temperatures: of these training temperatures; none named: of all.
+        seeds: of these seeds; none named: of all.
+        generations: of these generations, where 0 is the teacher; none named: of all.
         step: as they were after this training step; None: when they were finished.
 
     Returns:
@@ -353,6 +407,21 @@ def networks(
         ValueError: the workdir belongs to another study; a chain, temperature, seed, or generation
             that it does not have; a network that is not finished.
         FileNotFoundError: no workdir, or no checkpoint of that step.
+
+    Example:
+        >>> import functools, tempfile
+        >>> import flax.linen as nn
+        >>> from jdistill import study, train
+        >>> examples = np.eye(2, dtype=np.float32), np.arange(2)
+        >>> stage = study.Stage(model=nn.Dense(2), optimizer=train.sgd(0.5), num_epochs=20)
+        >>> fgsm = functools.partial(attacks.fgsm, eps=0.6)
+        >>> mine = study.Study(
+        ...     data=(examples, examples), chains=[stage] * 2, attacks={"fgsm": fgsm}, name="mine")
+        >>> workdir = tempfile.mkdtemp()
+        >>> _ = study.train(mine, workdir)
+        >>> [student] = study.networks(mine, workdir, generations=[1])
+        >>> student.logits_fn(examples[0]).argmax(axis=1).tolist()
+        [0, 1]
     """
     folder = _files.as_path(workdir)
     config = _workdir.read_config(folder)

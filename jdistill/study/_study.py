@@ -530,6 +530,12 @@ def smoke(study: Study) -> Study:
     Two temperatures, one seed, one epoch, 64 training and 32 test examples, 8 for each attack; of
     the attacks' own settings `num_steps`, `num_searches`, `num_restarts` are small.
 
+    Args:
+        study: any study.
+
+    Returns:
+        The small study.
+
     Example:
         >>> from jdistill import nets, train
         >>> stage = Stage(model=nets.digits_net(), optimizer=train.sgd(0.05), num_epochs=30)

@@ -54,6 +54,18 @@ def fit(
         ValueError: shapes that do not fit, labels outside `0..K-1`, values that are not finite,
             counts out of range.
         FloatingPointError: the loss of an epoch is not finite.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> from jdistill import train
+        >>> model = nn.Dense(2)
+        >>> step = train.make_train_step(nets.apply_fn(model), train.sgd(0.5))
+        >>> params, _ = nets.init(model, jax.random.key(0), (2,))
+        >>> state = train.create_state(step, params, jax.random.key(1))
+        >>> inputs, labels = np.eye(2, dtype=np.float32), np.arange(2)
+        >>> state = train.fit(step, state, (inputs, labels), train.hard_loss(), num_epochs=20)
+        >>> train.predict(train.logits_fn(step, state), inputs).argmax(axis=1).tolist()
+        [0, 1]
     """
     _validate.count(minimum=0, num_epochs=num_epochs)
     _validate.count(batch_size=batch_size)
@@ -162,6 +174,10 @@ def predict(logits_fn: LogitsFn, inputs: np.ndarray, *, batch_size: int = 512) -
 
     Returns:
         `[N, K]` float, on the host.
+
+    Raises:
+        ValueError: inputs or logits that are not finite, a network that does not return `[B, K]`,
+            a batch size below 1.
 
     Example:
         >>> predict(lambda x: 2 * x, np.ones((3, 2), np.float32), batch_size=2).shape

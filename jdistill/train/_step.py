@@ -309,6 +309,16 @@ def create_state(
         ValueError: a hyperparameter that the optimizer does not have, a learning rate that is not
             above 0, a decay below 0, or a key that is not a Threefry key (others draw differently
             on another number of devices).
+
+    Example:
+        >>> import flax.linen as nn
+        >>> from jdistill import nets, train
+        >>> step = train.make_train_step(nets.apply_fn(nn.Dense(2)), train.sgd(0.5))
+        >>> params, _ = nets.init(nn.Dense(2), jax.random.key(0), (4,))
+        >>> state = train.create_state(
+        ...     step, params, jax.random.key(1), hyperparams={"learning_rate": 0.1})
+        >>> int(state.step), round(float(state.opt_state.hyperparams["learning_rate"]), 3)
+        (0, 0.1)
     """
     check_step(step)
     _validate.arrays(params=params)
