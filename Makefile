@@ -27,6 +27,7 @@ PIP_OPTIONS := --quiet --disable-pip-version-check
 # The accelerator's own Python, whose JAX knows the accelerator.
 DEVICE_PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 DEVICE_OPTIONS ?=
+SITE_BUILDER ?= html
 DEVICE_WHEELS := absl-py etils flatbuffers flax msgpack optax PyYAML rich typing_extensions
 
 .PHONY: demo test test-slow lint site attack-table parity parity-small bench bench-lanes device \
@@ -47,7 +48,7 @@ lint: .venv/installed
 	.venv/bin/mypy
 
 site: .venv/installed
-	.venv/bin/python -m sphinx -W --keep-going -j 2 -b html docs docs/_build/html $(SITE_OPTIONS)
+	.venv/bin/python -m sphinx -W --keep-going -j 2 -b $(SITE_BUILDER) docs docs/_build/$(SITE_BUILDER)
 
 attack-table: .venv/installed
 	.venv/bin/python docs/make_attacks.py

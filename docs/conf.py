@@ -51,6 +51,10 @@ exclude_patterns = ["_build", "_templates"]
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
+myst_html_meta = {
+    "description": "Defensive distillation through teacher assistants in JAX and Flax, and the "
+    "evidence of what its robustness is worth."
+}
 nb_execution_mode = "off"  # the notebooks keep their outputs
 nb_merge_streams = True
 
@@ -73,7 +77,7 @@ copybutton_prompt_is_regexp = True
 html_theme = "furo"
 html_title = f"jdistill {release}"
 html_static_path = ["_static"]
-html_css_files = ["site.css"]
+html_favicon = "_static/icon.svg"
 html_theme_options = {
     "source_repository": f"{REPOSITORY}/",
     "source_branch": "main",
@@ -109,8 +113,11 @@ def with_links_of_the_site(text: str, source: str, target: str) -> str:
 
 
 def copy_pages(app: Sphinx) -> None:
-    """Copies the pages of `COPIES` into the site's sources."""
+    """Copies the pages of `COPIES` into the site's sources; drops pages of names that are gone."""
     del app
+    for stub in (DOCS / "api" / "generated").glob("*.rst"):
+        if stub.stem not in public_names():
+            stub.unlink()
     for source, target in COPIES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         if source.endswith(".md"):
@@ -170,10 +177,22 @@ def name_unions(
     return found[0], found[1]
 
 
+def level_captions(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any
+) -> None:
+    """Gives the captions of the navigation, which are headings, the level that these must have."""
+    del app, page, template, doctree
+    tree = context.get("furo_navigation_tree", "")
+    context["furo_navigation_tree"] = tree.replace(
+        'role="heading"', 'role="heading" aria-level="2"'
+    )
+
+
 def setup(app: Sphinx) -> None:
     """Connects the functions above to the build."""
     jax.config.update("jax_platforms", "cpu")
-    app.connect("builder-inited", copy_pages)
+    app.connect("builder-inited", copy_pages, priority=100)  # before autosummary
     app.connect("source-read", link_sources)
     app.connect("autodoc-process-signature", name_unions)
+    app.connect("html-page-context", level_captions, priority=900)  # after the theme
     app.connect("env-check-consistency", check_reference)
