@@ -1,16 +1,21 @@
 """The conventions that hold for the whole library, checked on its source and its signatures."""
 
 import ast
+import difflib
 import functools
 import importlib
 import inspect
+import itertools
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
-from jdistill import attacks, losses, metrics, nets, norms
+import jdistill
+from jdistill import attacks
+from tests import api
 
 ROOT = pathlib.Path(__file__).parents[1] / "jdistill"
 # Modules import those of lower levels only; inside a level they do not know each other.
@@ -105,53 +110,236 @@ def test_foreign_frameworks_have_none(package):
     assert not [p for p in FILES if any(n.split(".")[0] == package for n in imports(p))]
 
 
-def functions(module):
-    names = getattr(module, "__all__", None) or [
-        name
-        for name, value in vars(module).items()
-        if not name.startswith("_") and getattr(value, "__module__", "") == module.__name__
-    ]
-    return {
-        f"{module.__name__}.{name}": getattr(module, name)
-        for name in names
-        if inspect.isfunction(getattr(module, name))
-    }
-
-
+PUBLIC = api.public()
+FUNCTIONS = {name: value for name, value in PUBLIC.items() if api.is_function(value)}
+CLASSES = {name: value for name, value in PUBLIC.items() if api.is_class(value)}
 ATTACKS = {  # the others there are wrappers and settings for them
     name: function
-    for name, function in functions(attacks).items()
-    if inspect.signature(function).return_annotation is attacks.AttackResult
+    for name, function in FUNCTIONS.items()
+    if name.startswith("attacks.")
+    and inspect.signature(function).return_annotation is attacks.AttackResult
 }
-PUBLIC = (
-    functions(attacks) | functions(losses) | functions(metrics) | functions(norms) | functions(nets)
-)
 
 
 def test_the_functions_were_found():
     # An attack without an annotation would be one of these.
-    tools = {"autoattack_names", "bpda", "cost", "expectation", "maximize", "softmax_at", "traits"}
-    assert {name.rpartition(".")[2] for name in functions(attacks).keys() - ATTACKS.keys()} == tools
-    assert {"jdistill.attacks.pgd", "jdistill.losses.margin", "jdistill.norms.project"} <= set(
-        PUBLIC
+    tools = {"autoattack_names", "bpda", "cost", "expectation", "maximize", "softmax", "softmax_at"}
+    others = {name for name in FUNCTIONS if name.startswith("attacks.")} - ATTACKS.keys()
+    assert {name.rpartition(".")[2] for name in others} == tools | {"traits"}
+    assert {"attacks.pgd", "losses.margin", "norms.project", "study.run"} <= FUNCTIONS.keys()
+    assert {"typing.LogitsFn", "nets.ConvNet", "checkpoint.Checkpointer"} <= CLASSES.keys()
+    assert len(FUNCTIONS) > 170
+    assert len(CLASSES) > 60
+    assert {module.partition(".")[0] for module in PUBLIC} == {
+        module for module, level in LEVELS.items() if 0 <= level < 6 and module[0] != "_"
+    }
+
+
+def test_the_public_interface_is_the_one_written_down():
+    """It changes on purpose alone: `python -m tests.api` writes it anew, for the diff to show."""
+    kept, found = (text.splitlines() for text in (api.PATH.read_text(), api.text()))
+    diff = list(difflib.unified_diff(kept, found, "tests/fixtures/api.txt", "the sources", n=3))
+    assert not diff, "\n".join(["run `python -m tests.api` if this is meant:", *diff])
+
+
+@pytest.mark.parametrize("module", api.modules().values(), ids=api.modules())
+def test_all_that_is_public_is_in_all(module):
+    def place(name):  # as isort has it
+        return 0 if name.isupper() else 1 if name[0].isupper() else 2, name
+
+    assert module.__all__ == sorted(module.__all__, key=place)
+    assert len(set(module.__all__)) == len(module.__all__)
+    assert not [name for name in module.__all__ if not hasattr(module, name)]
+    here = {  # defined in the module or its files
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and (inspect.isclass(value) or callable(value))
+        and f"{getattr(value, '__module__', '')}.".startswith(f"{module.__name__}.")
+    }
+    assert here - {*module.__all__} == set()
+
+
+def test_the_package_has_its_modules():
+    modules = {f"jdistill.{name}" for name in api.modules()}
+    assert {f"jdistill.{module_of(path)}" for path in FILES} - modules == {
+        f"jdistill.{module}" for module in LEVELS if module[0] == "_" or LEVELS[module] > 5
+    }
+    assert jdistill.__all__ == sorted(
+        jdistill.__all__, key=lambda name: (not name[0].isupper(), name)
     )
-    assert len(PUBLIC) > 25
+    assert all(hasattr(jdistill, name) for name in jdistill.__all__)
 
 
-@pytest.mark.parametrize("function", PUBLIC.values(), ids=PUBLIC)
-def test_docstrings_say_what_goes_in_and_out(function):
-    doc = inspect.getdoc(function)
+def owner_and_parameters():
+    """Each public function and method with the parameters that a caller passes."""
+    for name, function in FUNCTIONS.items():
+        yield name, function, list(inspect.signature(function).parameters.values())
+    for name, value in CLASSES.items():
+        for entry in api.members(api.node_of(value)):
+            if isinstance(entry, ast.FunctionDef):
+                method = inspect.getattr_static(value, entry.name)
+                if isinstance(method, property):
+                    method = method.fget
+                method = getattr(method, "__func__", method)  # of a class method
+                parameters = inspect.signature(method).parameters.values()
+                yield f"{name}.{entry.name}", method, list(parameters)[1:]
+
+
+CALLABLES = {name: (function, parameters) for name, function, parameters in owner_and_parameters()}
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+def test_all_is_annotated(name):
+    function, parameters = CALLABLES[name]
+    assert [each.name for each in parameters if each.annotation is each.empty] == []
+    assert inspect.signature(function).return_annotation is not inspect.Signature.empty
+
+
+# Those with several options by position: arrays that go together; what is called as JAX's or
+# Flax's function of that name; two names, and two places, that need no words.
+SEVERAL_BY_POSITION = {
+    "data.batches": "labels targets",
+    "nets.conv_general_dilated": "lhs_dilation rhs_dilation dimension_numbers feature_group_count "
+    "batch_group_count precision preferred_element_type",
+    "nets.max_pool": "window_shape strides padding",
+    "runtime.initialize": "coordinator_address num_processes process_id",
+    "attacks.autoattack_names": "version norm",
+    "parallel.compile_step": "mode devices",
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_options_are_given_by_name(name):
+    """Of the arguments that have a default, one at most can be given by its position."""
+    options = [
+        each.name
+        for each in inspect.signature(FUNCTIONS[name]).parameters.values()
+        if each.kind is each.POSITIONAL_OR_KEYWORD and each.default is not each.empty
+    ]
+    if name in SEVERAL_BY_POSITION:
+        assert options == SEVERAL_BY_POSITION[name].split()
+    else:
+        assert len(options) < 2
+
+
+def sections(doc):
+    """The sections of a docstring in Google's style, by name, and what is before them."""
+    parts = re.split(r"^([A-Z][a-z]+):\n(?=    )", doc, flags=re.MULTILINE)
+    names = parts[1::2]
+    assert len(set(names)) == len(names)
+    order = ["Args", "Attributes", "Returns", "Yields", "Raises", "Example", "References"]
+    assert names == [name for name in order if name in names], "another section, or another order"
+    return {"": parts[0], **dict(zip(names, parts[2::2], strict=True))}
+
+
+def described(section):
+    """The names that a section describes."""
+    return set(re.findall(r"^    (\*{0,2}\w+):", section, flags=re.MULTILINE))
+
+
+def check_summary(doc):
     assert doc
-    first = doc.splitlines()[0]
-    assert first.endswith((".", ":"))
-    assert ">>> " in doc
-    for section in ("Args:", "Returns:", "Example:"):
-        assert f"\n{section}\n" in doc, f"no {section}"
-    described = doc[doc.index("\nArgs:\n") : doc.index("\nReturns:\n")]
-    for name, parameter in inspect.signature(function).parameters.items():
-        stars = {parameter.VAR_KEYWORD: r"**", parameter.VAR_POSITIONAL: "*"}
-        name = stars.get(parameter.kind, "") + name
-        assert f"\n    {name}:" in described, f"{name} is not described"
+    summary = doc.split("\n\n")[0]
+    assert summary.endswith(".")
+    assert summary.count("\n") == 0, "a summary is one line"
+
+
+def raises(node):
+    """Whether the function raises in its own lines, or checks an argument there."""
+    return any(
+        isinstance(each, ast.Raise)
+        or (isinstance(each, ast.Attribute) and ast.unparse(each.value) == "_validate")
+        for each in ast.walk(node)
+    )
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_docstrings_say_what_goes_in_and_out(name):
+    function = FUNCTIONS[name]
+    doc = inspect.getdoc(function)
+    check_summary(doc)
+    parts = sections(doc)
+    signature = inspect.signature(function)
+    if signature.parameters:
+        stars = {inspect.Parameter.VAR_KEYWORD: "**", inspect.Parameter.VAR_POSITIONAL: "*"}
+        arguments = {stars.get(p.kind, "") + p.name for p in signature.parameters.values()}
+        assert described(parts.get("Args", "")) == arguments
+    if signature.return_annotation not in (None, "None"):
+        assert {"Returns", "Yields"} & parts.keys(), "no Returns"
+    if raises(api.node_of(function)):
+        assert "Raises" in parts, "no Raises"
+    assert ">>> " in parts.get("Example", ""), "no Example"
+
+
+def fields(value):
+    """The names of a class's public fields."""
+    return {
+        ast.unparse(entry.target)
+        for entry in api.members(api.node_of(value))
+        if isinstance(entry, ast.AnnAssign)
+    }
+
+
+def fields_with_texts(value):
+    """The fields that have a text of their own below them, which a command shows as its help."""
+    body = api.node_of(value).body
+    return {
+        ast.unparse(entry.target)
+        for entry, below in itertools.pairwise(body)
+        if isinstance(entry, ast.AnnAssign)
+        and isinstance(below, ast.Expr)
+        and isinstance(below.value, ast.Constant)
+    }
+
+
+RETURNED = set().union(  # classes that functions or other classes give, and nobody else makes
+    *(
+        re.findall(r"[A-Z]\w+", ast.unparse(node.returns))
+        for node in map(api.node_of, FUNCTIONS.values())
+        if node.returns
+    ),
+    *(
+        re.findall(r"[A-Z]\w+", ast.unparse(entry.annotation))
+        for value in CLASSES.values()
+        for entry in api.members(api.node_of(value))
+        if isinstance(entry, ast.AnnAssign)
+    ),
+)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_docstrings_of_classes_say_what_they_hold(name):
+    value = CLASSES[name]
+    doc = inspect.getdoc(value)
+    check_summary(doc)
+    parts = sections(doc)
+    if getattr(value, "_is_protocol", False):  # what is called, and what comes back
+        parameters = {*inspect.signature(value.__call__).parameters} - {"self"}
+        assert described(parts.get("Args", "")) == parameters
+        assert "Returns" in parts or inspect.signature(value.__call__).return_annotation is None
+    elif own := fields(value):
+        texts = fields_with_texts(value)
+        assert described(parts.get("Attributes", "")) == own - texts
+    else:
+        assert "Args" in parts
+    if name.rpartition(".")[2] not in RETURNED:
+        assert ">>> " in parts.get("Example", ""), "no Example"
+
+
+@pytest.mark.parametrize("name", [name for name in CALLABLES if name not in FUNCTIONS])
+def test_docstrings_of_methods_say_what_goes_in(name):
+    method, parameters = CALLABLES[name]
+    own = name.rpartition(".")[2]
+    if own in ("__call__", "__init__"):
+        return  # the class says it
+    doc = inspect.getdoc(method)
+    check_summary(doc)
+    parts = sections(doc)
+    if "Args" in parts or len(parameters) > 1:
+        assert described(parts.get("Args", "")) == {each.name for each in parameters}
+    if raises(api.node_of(method)):
+        assert "Raises" in parts, "no Raises"
 
 
 @pytest.mark.parametrize("function", ATTACKS.values(), ids=ATTACKS)

@@ -30,6 +30,11 @@ class Restored(NamedTuple):
         step: the number that the checkpoint was saved under.
         state: the state, bit for bit as it was saved.
         metadata: the JSON-able mapping that was saved beside it, `{}` where there was none.
+
+    Example:
+        >>> restored = Restored(step=3, state={"w": 1.0}, metadata={"epoch": 1})
+        >>> restored.metadata["epoch"]
+        1
     """
 
     step: int
@@ -194,8 +199,8 @@ class Checkpointer:
         (renamed to `damaged-<step>`) by the next `save`.
 
         Args:
-            like: a pytree of the structure, shapes and dtypes saved: a fresh state, or its
-                `jax.ShapeDtypeStruct`s. A leaf's sharding, where it has one, is given to the
+            like: a pytree of the structure, shapes and dtypes saved: a fresh state, or one
+                of `jax.ShapeDtypeStruct` leaves. A leaf's sharding, where it has one, is given to the
                 restored leaf.
 
         Returns:

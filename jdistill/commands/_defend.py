@@ -123,7 +123,8 @@ def _command(default: _studies.AnyRecipe) -> Any:
     def command(recipe: shown = values, run: Options = Options()) -> tuple[Any, Options]:
         return kind(**vars(recipe)), run
 
-    command.__doc__ = f"{kind.__doc__} Data set: {default.dataset}."
+    summary, _, rest = kind.__doc__.partition("\n")
+    command.__doc__ = f"{summary} Data set: {default.dataset}.\n{rest}"
     return command
 
 

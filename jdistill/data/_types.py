@@ -15,6 +15,12 @@ class Split(NamedTuple):
     Attributes:
         inputs: `[N, H, W, C]` float32 in [0, 1].
         labels: `[N]` int32 in `0..K-1`.
+
+    Example:
+        >>> split = Split(np.zeros((4, 8, 8, 1), np.float32), np.arange(4, dtype=np.int32))
+        >>> inputs, labels = split
+        >>> inputs.shape, labels.tolist()
+        ((4, 8, 8, 1), [0, 1, 2, 3])
     """
 
     inputs: np.ndarray
@@ -36,6 +42,12 @@ class Dataset(NamedTuple):
         checksum: short hash of every image and label, split by split. Equal checksums mean the
             same examples in the same order and the same splits.
         note: one sentence on how the splits were made, for a report.
+
+    Example:
+        >>> from jdistill import data
+        >>> digits = data.load("digits")
+        >>> digits.train.inputs.shape, digits.num_classes
+        ((1197, 8, 8, 1), 10)
     """
 
     name: str

@@ -43,6 +43,15 @@ class Generation:
         temperature_schedule: `(T, progress) -> temperature` of its loss and its soft labels, epoch
             by epoch, with `T` that of the chain, and a progress of 0 in the first epoch and 1 in
             the last: `annealed` for one. None is `T`.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> step = train.make_train_step(nets.apply_fn(nn.Dense(2)), train.sgd(0.5))
+        >>> params, _ = nets.init(nn.Dense(2), jax.random.key(0), (4,))
+        >>> teacher = Generation(step=step, params=params, num_epochs=50)
+        >>> student = dataclasses.replace(teacher, hyperparams={"learning_rate": 0.1})
+        >>> student.num_epochs, dict(student.hyperparams)
+        (50, {'learning_rate': 0.1})
     """
 
     step: TrainStep

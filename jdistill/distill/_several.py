@@ -10,10 +10,16 @@ from jdistill.typing import LogitsFn
 
 
 class Several(NamedTuple):
-    """Outputs of several teachers for the same inputs.
+    """Outputs of several teachers for the same inputs, as `together` gives them to losses.
 
     Attributes:
         each: what each returns: logits `[B, K]`, or a pytree with them.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> outputs = Several((jnp.zeros((4, 10)), jnp.ones((4, 10))))
+        >>> [logits.shape for logits in outputs.each]
+        [(4, 10), (4, 10)]
     """
 
     each: tuple[Any, ...]

@@ -45,6 +45,13 @@ class AttackPlan(NamedTuple):
             `functools.partial(attacks.pgd, eps=0.1)`.
         num_examples: the first so many examples are attacked; None attacks all.
         batch_size: examples at a time.
+
+    Example:
+        >>> import functools
+        >>> pgd = functools.partial(attacks.pgd, eps=0.1, num_steps=40)
+        >>> plan = AttackPlan(pgd, num_examples=1000)
+        >>> plan.num_examples, attacks.traits(plan.attack).eps
+        (1000, 0.1)
     """
 
     attack: AttackFn
@@ -75,7 +82,8 @@ class AttackOutcome(NamedTuple):
         norm: of the distances; None where that is not known (see `attacks.Traits`).
         eps: the attack's radius; None for a minimum-norm attack.
         traits: the attack's facts; None of an outcome that was made by hand.
-        predictions: `[R, M]`, the classes of the returned inputs; likewise.
+        predictions: `[R, M]` int, the classes that the network sees in the returned inputs; None of
+            an outcome that was made by hand.
     """
 
     success: np.ndarray
@@ -191,6 +199,9 @@ def summarize(
 
     Returns:
         The outcome, on the host.
+
+    Raises:
+        ValueError: leaves of another shape, a negative or NaN radius, no `AttackResult`.
 
     Example:
         >>> import jax.numpy as jnp

@@ -18,7 +18,7 @@ class Curve(NamedTuple):
         robust_accuracy: `[J]`, the share of examples not broken within the budget; never rises.
         low: `[J]`, the lower end of its Wilson interval.
         high: `[J]`, the upper end.
-        num_examples: of how many examples.
+        num_examples: the examples that the shares are of.
     """
 
     x: np.ndarray

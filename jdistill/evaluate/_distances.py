@@ -34,6 +34,9 @@ def distance_plans(
     Returns:
         The plans by norm, for `distances` and `evaluate`.
 
+    Raises:
+        ValueError: counts below 1, bounds whose lower end is not below the upper.
+
     Example:
         >>> list(distance_plans(num_steps=50))
         ['l0', 'l2', 'linf']

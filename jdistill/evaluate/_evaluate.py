@@ -21,7 +21,18 @@ from jdistill.typing import Array, ArrayLike, Callback, LogitsFn, Norm
 
 
 class Budget(NamedTuple):
-    """Budget of an attack: move an input by at most `eps` in a norm."""
+    """Budget of an attack: move an input by at most `eps` in a norm.
+
+    Attributes:
+        norm: of the change.
+        eps: the largest change, at least 0, in units of the input.
+
+    Example:
+        >>> budget = Budget("linf", 0.1)
+        >>> worst_cases = {budget: 0.4}  # as `Evaluation.worst_case` has them
+        >>> worst_cases["linf", 0.1]
+        0.4
+    """
 
     norm: Norm
     eps: float

@@ -143,6 +143,9 @@ def log10_mean(log10_values: ArrayLike) -> float:
     Returns:
         A float; `-inf` where all are 0.
 
+    Raises:
+        ValueError: no values, or not one column of numbers.
+
     Example:
         >>> log10_mean([-40.0, -40.0])
         -40.0

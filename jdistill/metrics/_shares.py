@@ -11,7 +11,13 @@ from jdistill.typing import AnyArray, ArrayLike
 
 
 class Interval(NamedTuple):
-    """A share with its confidence interval."""
+    """A share, or another mean, with its confidence interval.
+
+    Attributes:
+        value: the share itself, in `[0, 1]`.
+        low: the lower end of the interval.
+        high: the upper end.
+    """
 
     value: float
     low: float
@@ -70,7 +76,13 @@ def check_confidence(confidence: float) -> None:
 
 
 class Robustness(NamedTuple):
-    """How far inputs had to be moved; the first two say little without the third."""
+    """How far inputs had to be moved; mean and median say little without the success rate.
+
+    Attributes:
+        mean: of the distances of the successes; NaN without one.
+        median: of the distances of the successes; NaN without one.
+        success_rate: share of all examples, with its interval.
+    """
 
     mean: float
     median: float
@@ -134,6 +146,9 @@ def predicts(logits: AnyArray | np.ndarray) -> Any:
     Returns:
         `[...]` bool.
 
+    Raises:
+        ValueError: logits that are not float.
+
     Example:
         >>> predicts(np.array([[2.0, -np.inf], [2.0, np.inf], [np.nan, 1.0]])).tolist()
         [True, False, False]
@@ -156,6 +171,9 @@ def correct(logits: AnyArray | np.ndarray, labels: ArrayLike) -> Any:
 
     Returns:
         `[...]` bool; False where `predicts` is.
+
+    Raises:
+        ValueError: logits that are not float, labels outside `0..K-1` or of another shape.
 
     Example:
         >>> correct(np.array([[2.0, 1.0], [1.0, 1.0], [np.nan, 1.0]]), np.array([0, 1, 1])).tolist()

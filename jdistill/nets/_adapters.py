@@ -271,6 +271,9 @@ def nnx_model(make: Callable[..., Any]) -> tuple[Callable[..., Any], ApplyFn]:
         `(init, apply_fn)`: `init(key, shape)` gives `(params, model_state)`, nested dicts of
         arrays. `apply_fn` is equal for the same `make`, so that a compiled step is shared.
 
+    Raises:
+        ValueError: `make` is no function.
+
     Example:
         >>> from flax import nnx
         >>> init, apply_fn = nnx_model(lambda rngs: nnx.Linear(3, 10, rngs=rngs))

@@ -24,6 +24,9 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     Returns:
         The mesh, with the axis `"data"`.
 
+    Raises:
+        ValueError: no devices, or what is no device.
+
     Example:
         >>> make_mesh(jax.devices()[:1]).shape["data"]
         1
@@ -43,6 +46,9 @@ def replicate(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
     Returns:
         The same tree, its arrays on these devices.
 
+    Raises:
+        ValueError: no devices, or leaves that are no arrays.
+
     Example:
         >>> replicate(jnp.zeros(3), jax.devices()[:1]).sharding.is_fully_replicated
         True
@@ -60,6 +66,10 @@ def split(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
 
     Returns:
         The same tree, its arrays on these devices.
+
+    Raises:
+        ValueError: no devices, leaves that are no arrays, rows whose
+            number is not a multiple of that of the devices.
 
     Example:
         >>> split(jnp.zeros((4, 3)), jax.devices()[:1]).shape
@@ -140,6 +150,9 @@ def example_indices(num_rows: int, axis_name: str | None) -> jax.Array:
 
     Returns:
         `[num_rows]` int32.
+
+    Raises:
+        ValueError: a negative number of rows.
 
     Example:
         >>> example_indices(3, None).tolist()

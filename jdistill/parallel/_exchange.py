@@ -18,7 +18,7 @@ class QuantizedSum:
     """The exchange that `quantized_psum` makes.
 
     Attributes:
-        block_size: see there.
+        block_size: numbers of the gradient that share a scale.
     """
 
     block_size: int = 256

@@ -48,6 +48,9 @@ def barrier(name: str) -> None:
     Args:
         name: of the place, the same in every process.
 
+    Raises:
+        ValueError: the name is no text.
+
     Example:
         >>> barrier("tables written")
     """

@@ -26,6 +26,10 @@ def pad_batch(batch: Batch, multiple: int) -> Batch:
     Returns:
         The batch, padded with copies of its first row.
 
+    Raises:
+        ValueError: no `Batch`, one without rows or a mask, or with columns of different lengths; a
+            multiple below 1.
+
     Example:
         >>> batch = Batch(np.zeros((3, 2)), np.zeros(3, int), None, np.ones(3))
         >>> pad_batch(batch, 4).mask.tolist()

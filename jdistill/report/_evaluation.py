@@ -25,11 +25,16 @@ class NetworkName(NamedTuple):
     """The columns that name a network in every table.
 
     Attributes:
-        dataset: that it was trained on.
-        temperature: of its training.
-        seed: of its run.
-        generation: 0 is the teacher.
-        chain: empty where there is one chain.
+        dataset: the data that it was trained on.
+        temperature: T of its training, above 0.
+        seed: of its run, from 0.
+        generation: its place in its chain; 0 is the teacher.
+        chain: the name of its chain, empty where there is one chain.
+
+    Example:
+        >>> student = NetworkName("digits", temperature=20.0, generation=1)
+        >>> student.columns()
+        {'dataset': 'digits', 'temperature': 20.0, 'seed': 0, 'generation': 1}
     """
 
     dataset: str

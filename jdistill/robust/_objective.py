@@ -25,6 +25,16 @@ class Outputs(NamedTuple):
         adversarial_inputs: `[B, ...]`, without a gradient.
         reflected_logits: `[B, K]`, on x - δ, for losses with `reflected = True`; else None.
         axis_name: the mapped axis that the batch is split over; None where the rows are all.
+
+    Example:
+        >>> from jdistill import losses
+        >>> def clean_and_robust(outputs: Outputs, batch: Batch):  # a loss for `adversarial`
+        ...     of = lambda logits: losses.cross_entropy(logits, batch.labels)
+        ...     return of(outputs.logits) + of(outputs.adversarial_logits)
+        >>> x, z = jnp.zeros((1, 3)), jnp.zeros((1, 2))
+        >>> batch = Batch(x, jnp.array([0]), targets=None, mask=jnp.ones(1))
+        >>> round(float(clean_and_robust(Outputs(z, z, x), batch)[0]), 3)
+        1.386
     """
 
     logits: Array
@@ -39,8 +49,8 @@ class Adversarial:
     """The objective that `adversarial` makes.
 
     Attributes:
-        attack: see there.
-        weight_perturbation: likewise.
+        attack: see `adversarial`.
+        weight_perturbation: see `adversarial`.
     """
 
     attack: Callable[..., Any]

@@ -34,7 +34,7 @@ class ShardFolder(MutableMapping[str, Mapping[str, np.ndarray]]):
         (['pgd/network-0/00000'], [True, False])
     """
 
-    def __init__(self, path: PathLike):
+    def __init__(self, path: PathLike) -> None:
         self.path = _files.as_path(path)
 
     def __getitem__(self, name: str) -> Mapping[str, np.ndarray]:

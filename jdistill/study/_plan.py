@@ -58,9 +58,9 @@ class Plan(NamedTuple):
     """Estimates of all programs of a study on a topology.
 
     Attributes:
-        topology: for which.
-        rows: the programs.
-        notes: what is not in them.
+        topology: the slice of TPUs, with what is known of its chips.
+        rows: one for each program: its name, size, memory, operations, calls, and seconds.
+        notes: what the rows leave out, one sentence each.
     """
 
     topology: Topology

@@ -11,7 +11,14 @@ from jdistill.study._study import Stage, Study
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Train teacher, assistants and student at each temperature, attack all of them, report."""
+    """Train teacher, assistants and student at each temperature, attack all of them, report.
+
+    Example:
+        >>> recipe = Recipe(dataset="digits", network="digits_net", temperatures=(1.0, 20.0))
+        >>> study = recipe.study()
+        >>> [len(stages) for stages in study.chains.values()], list(study.attacks)[:2]
+        ([2, 3], ['fgsm', 'pgd'])
+    """
 
     dataset: Literal["digits", "mnist", "fashion_mnist", "cifar10"]
     """Name of the data set."""

@@ -149,7 +149,18 @@ class Stage:
         return apply if _is_apply_fn(apply) else _PlainApply(apply)
 
     def init(self, key: Array, shape: Sequence[int]) -> tuple[PyTree, PyTree]:
-        """Freshly drawn weights, and the model state."""
+        """Freshly drawn weights, and the model state.
+
+        Args:
+            key: PRNG key.
+            shape: of one input.
+
+        Returns:
+            `(params, model_state)`.
+
+        Raises:
+            ValueError: the model's own `init` gives something else.
+        """
         if not isinstance(self.model, tuple):
             return nets.init(self.model, key, tuple(shape))
         init, apply = _pair(self.model)
@@ -395,7 +406,12 @@ class Study:
                 )
 
     def lesson(self, stage: Stage, number: int) -> Lesson:
-        """What a stage of a chain learns from, and how."""
+        """What a stage of a chain learns from, and how.
+
+        Args:
+            stage: one of a chain's.
+            number: its place in the chain, from 0.
+        """
         return lesson_of(
             stage,
             number,

@@ -63,8 +63,8 @@ class TrainStep:
         optimizer: the optimizer.
         axis_name: the mapped axis to reduce over, or None.
         augment: see `make_train_step`.
-        objective: likewise.
-        exchange: likewise.
+        objective: see `make_train_step`.
+        exchange: see `make_train_step`.
     """
 
     apply_fn: ApplyFn
@@ -204,6 +204,10 @@ def make_train_step(
     Returns:
         The step, `(state, batch, loss_fn) -> (state, metrics)`. Metrics are sums over the batch:
         `loss`, `correct`, `count`.
+
+    Raises:
+        ValueError: an `apply_fn` that does not take `train` and `key`, such as a module; no
+            optimizer of optax; what is no function in the place of one.
 
     Example:
         >>> from jdistill import nets, train

@@ -19,18 +19,31 @@ _SMALLEST = 16  # fewer rows are not worth a program of their own
 
 
 class EnsembleState(NamedTuple):
-    """State of a run, example by example: arrays on the host, `[N]` and `[N, ...]`.
+    """State of a run of `ensemble` or `autoattack`, which goes on from it: arrays on the host.
 
     Attributes:
         inputs: `[N, ...]`, the point that it is left with.
         success: `[N]` bool.
         distance: `[N]`, `inf` before the first attack.
         queries: `[N]` int32, of all attacks run on it.
-        gradients: `[N]` int32, likewise.
+        gradients: `[N]` int32, of all attacks run on it.
         broken_by: `[N]` int32, the index of the attack whose point it is, -1 if none.
         attacks_done: `[N]` int32, how many attacks it has been through.
         of: `[16]` uint8, a hash of the examples, the keys and the settings that it belongs to.
         part: `[P]` uint8, how far the batch is that was running; empty between two batches.
+
+    Example:
+        >>> import functools
+        >>> from jdistill import attacks
+        >>> run = functools.partial(
+        ...     attacks.ensemble, lambda x: x @ jnp.eye(2), None, jnp.eye(2), jnp.arange(2),
+        ...     attacks=[functools.partial(attacks.fgsm, eps=0.6)])
+        >>> states = []
+        >>> result = run(callback=lambda event: states.append(event["state"]))
+        >>> states[-1].success.tolist(), states[-1].broken_by.tolist()
+        ([True, True], [0, 0])
+        >>> run(start=states[-1]).success.tolist()  # all is done
+        [True, True]
     """
 
     inputs: np.ndarray

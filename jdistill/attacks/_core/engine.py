@@ -45,7 +45,12 @@ from jdistill.typing import Array, Norm
 
 
 class Passes(NamedTuple):
-    """Forward and backward passes of one example."""
+    """Passes of one example through the network, as `cost` counts them.
+
+    Attributes:
+        forward: evaluations of the logits.
+        backward: gradients; none of them is counted as a forward pass as well.
+    """
 
     forward: int
     backward: int

@@ -118,6 +118,9 @@ def traits(attack: Callable[..., Any]) -> Traits:
         The traits. Of a callable from elsewhere, what its signature and its bound settings say,
         and cautious values otherwise.
 
+    Raises:
+        ValueError: `attack` is no function.
+
     Example:
         >>> import functools
         >>> from jdistill import attacks
