@@ -200,8 +200,8 @@ class Checkpointer:
 
         Args:
             like: a pytree of the structure, shapes and dtypes saved: a fresh state, or one
-                of `jax.ShapeDtypeStruct` leaves. A leaf's sharding, where it has one, is given to the
-                restored leaf.
+                of `jax.ShapeDtypeStruct` leaves. A leaf's sharding, where it has one, is given to
+                the restored leaf.
 
         Returns:
             Step, state and metadata; None where there is no checkpoint, or none that is whole.

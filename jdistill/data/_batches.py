@@ -9,7 +9,7 @@ from jdistill.typing import Batch
 
 
 def num_batches(num_examples: int, batch_size: int) -> int:
-    """How many batches hold all examples, the last one padded.
+    """Number of batches that hold all examples, the last one padded.
 
     Args:
         num_examples: N, at least 0.

@@ -33,7 +33,7 @@ def masking(
     batch_size: int = 256,
     callback: Callback | None = None,
 ) -> Verdict:
-    """Whether the usual attack's robust accuracy is to be believed: the gradient-masking verdict.
+    """Verdict on gradient masking: whether the usual attack's robust accuracy is to be believed.
 
     The usual (naive) attack is PGD-40 on the cross-entropy at T = 1 from one random start. Beside
     it run the same at the training temperature and on the margin, APGD-DLR, APGD-T, Square, FGSM,

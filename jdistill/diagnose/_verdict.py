@@ -59,7 +59,7 @@ class Attempt:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Whether a network's robust accuracy under the usual attack is to be believed, and why.
+    """Verdict on a network's robust accuracy: whether it is to be believed, and why.
 
     Attributes:
         label: `"masked"`: gradients hide examples that are there; do not trust the naive number.

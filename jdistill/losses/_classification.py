@@ -64,7 +64,7 @@ def soft_cross_entropy(
 
 
 def margin(logits: AnyArray, labels: ArrayLike) -> Array:
-    """How far the best other class is above the given one, `max_{i≠y} z_i - z_y`.
+    """Margin of the best other class over the given one, `max_{i≠y} z_i - z_y`.
 
     Positive where the example is misclassified. It grows with the scale of the logits but its
     gradient never saturates, which is why distillation at a high temperature cannot hide it.

@@ -10,7 +10,7 @@ from jdistill.typing import ArrayLike
 
 
 class Calibration(NamedTuple):
-    """How a network's probabilities fit what happens, over `num_examples` examples.
+    """Fit of a network's probabilities to what happens, over `num_examples` examples.
 
     Attributes:
         ece: expected calibration error, in `[0, 1]`.

@@ -162,7 +162,7 @@ def log10_mean(log10_values: ArrayLike) -> float:
 def zero_gradient(
     logits_fn: LogitsFn, inputs: AnyArray, labels: ArrayLike, *, temperature: ArrayLike = 1.0
 ) -> Array:
-    """Whether the input gradient of the cross-entropy is exactly zero, per example.
+    """Zeros among the input gradients of the cross-entropy: where one is exactly 0, per example.
 
     Where it is, FGSM and PGD on the cross-entropy have nothing to follow, and their failure says
     nothing about the network.
@@ -213,7 +213,7 @@ def _zero_gradient(
 
 
 class Histogram(NamedTuple):
-    """How many examples lie in each bin; the counts and `num_nonfinite` add up to all of them.
+    """Numbers of examples in bins; the counts and `num_nonfinite` add up to all of them.
 
     Attributes:
         edges: `[J + 1]`, rising; bin `j` is `edges[j] <= value < edges[j + 1]`.

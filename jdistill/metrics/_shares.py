@@ -76,7 +76,7 @@ def check_confidence(confidence: float) -> None:
 
 
 class Robustness(NamedTuple):
-    """How far inputs had to be moved; mean and median say little without the success rate.
+    """Distances that inputs had to be moved; they say little without the success rate.
 
     Attributes:
         mean: of the distances of the successes; NaN without one.

@@ -118,7 +118,7 @@ def unstack(tree: PyTree) -> list[PyTree]:
 
 
 def stack_size(tree: PyTree) -> int:
-    """How many networks a stack holds.
+    """Number of networks that a stack holds.
 
     Args:
         tree: A `logits_fn` pytree whose every leaf is `[R, ...]`.

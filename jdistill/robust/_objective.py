@@ -17,7 +17,7 @@ _CRAFTED, _ADVERSARIAL, _REFLECTED = 2**31 - 4, 2**31 - 5, 2**31 - 6
 
 
 class Outputs(NamedTuple):
-    """What a loss gets from `adversarial`, in the place of the student's outputs.
+    """Outputs that a loss gets from `adversarial`, in the place of the student's alone.
 
     Attributes:
         logits: `[B, K]`, on the clean inputs x.

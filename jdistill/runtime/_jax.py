@@ -144,7 +144,7 @@ def _backend_started() -> bool:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes and talks (number 0). Starts the backend.
+    """Main process, number 0, or not: that process alone writes and talks. Starts the backend.
 
     Returns:
         True of one process of a job, and of any process that is alone.

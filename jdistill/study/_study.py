@@ -406,7 +406,7 @@ class Study:
                 )
 
     def lesson(self, stage: Stage, number: int) -> Lesson:
-        """What a stage of a chain learns from, and how.
+        """Teachers, loss, and schedule of a stage of a chain.
 
         Args:
             stage: one of a chain's.
@@ -500,7 +500,11 @@ class Study:
         return [stage for stage in found.values() if stage.frozen is None]
 
     def describe(self, examples: Examples) -> dict[str, Any]:
-        """What the study computes, as JSON-able content; grows along temperatures and chains."""
+        """JSON-able content of all that the study computes; it grows along temperatures and chains.
+
+        Args:
+            examples: those of the study.
+        """
         plans = {**self.attacks, **{f"distance {n}": plan for n, plan in self.distances.items()}}
         held_out = {}
         if examples.validation is not None:
