@@ -230,7 +230,10 @@ def sections(doc):
     assert len(set(names)) == len(names)
     order = ["Args", "Attributes", "Returns", "Yields", "Raises", "Example", "References"]
     assert names == [name for name in order if name in names], "another section, or another order"
-    return {"": parts[0], **dict(zip(names, parts[2::2], strict=True))}
+    texts = dict(zip(names, parts[2::2], strict=True))
+    lines = "\n".join(texts.values()).splitlines()
+    assert not [line for line in lines if line and not line.startswith("    ")], "text after one"
+    return {"": parts[0], **texts}
 
 
 def described(section):

@@ -51,15 +51,15 @@ def run_main(main: Callable[..., int | None], *args: Any, **kwargs: Any) -> None
 
     With `JDISTILL_DEBUG=1` in the environment, the third and fourth show their traceback first.
 
-    Args:
-        main: the program; returns its exit code, or None for 0.
-        *args: its arguments.
-        **kwargs: its keyword arguments.
-
     SIGTERM ends the process within about 15 seconds, also in the middle of a compilation or of a
     long computation, from which Python cannot be called back: then without cleaning up, which no
     file needs. With processes on several hosts, an error ends this one at once; JAX's orderly end
     would wait for those that may be the reason.
+
+    Args:
+        main: the program; returns its exit code, or None for 0.
+        *args: its arguments.
+        **kwargs: its keyword arguments.
 
     Raises:
         SystemExit: with the exit code, unless that is 0.
