@@ -535,7 +535,7 @@ plans: distances evaluate.attacks
 one share: dropout_rate drop_path_rate train.sgd.momentum nets.momentum
 run keys: keys
 one from 0: attacks.autoattack.eps attacks.universal.eps attacks.universal.step_size
-    evaluate.summarize.eps evaluate.worst_case.eps train.sgd.decay
+    evaluate.summarize.eps evaluate.worst_case.eps train.sgd.decay min_free_gib
 inputs: data.inputs distill.inputs evaluate.clean.inputs evaluate.agreement.inputs metrics.inputs
     train.inputs
 soft: data.targets losses.targets

@@ -55,6 +55,7 @@ def check_machine(*, min_free_gib: float = 1.0) -> Machine:
         The machine; `print` it.
 
     Raises:
+        ValueError: `min_free_gib` is no number of at least 0.
         RuntimeError: there is a TPU or an NVIDIA GPU, and JAX runs on the CPU although nobody asked
             for it (`JAX_PLATFORMS=cpu`, or `CUDA_VISIBLE_DEVICES` that names no GPU).
         MemoryError: less memory is free.
@@ -64,6 +65,7 @@ def check_machine(*, min_free_gib: float = 1.0) -> Machine:
         >>> machine.num_devices >= 1
         True
     """
+    _validate.scalar(min_free_gib=min_free_gib)
     _validate.non_negative(min_free_gib=min_free_gib)
     device = jax.devices()[0]
     machine = Machine(
