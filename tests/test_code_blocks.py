@@ -2,7 +2,8 @@
 
 A page's blocks run in their order, in one process and one empty folder, as a reader would who
 follows the page: Python in one namespace, shell commands in that folder. What follows "It prints"
-is what they print. A comment before a block says otherwise:
+is what they print; Python that begins with the name of a file is that file. A comment before a
+block says otherwise:
 
     <!-- parsed: full scale -->     too long for a test, or needs what the machine lacks (`REASONS`)
     <!-- about: 25 -->              each number printed may be that far from the one shown
@@ -37,13 +38,15 @@ def runs(page):
 PAGES_WITH_CODE = [page for page in PAGES if code(page)]
 # The page's blocks, each after a line that tells their outputs apart, in one process.
 RUNNER = """
-import json, subprocess, sys
+import json, pathlib, re, subprocess, sys
 names = {"__name__": "__main__"}
 with open(sys.argv[1]) as file:
     program = json.load(file)
 for number, (language, text, place) in enumerate(program):
     print(f"{sys.argv[2]} {number}", flush=True)
-    if language == "python":
+    if language == "python" and (file := re.match(r"# (\\w+\\.py)\\n", text)):
+        pathlib.Path(file[1]).write_text(text)
+    elif language == "python":
         exec(compile(text, place, "exec"), names)
     else:
         shell = ["bash", "-euo", "pipefail", "-c", text]
