@@ -8,12 +8,14 @@ import inspect
 import pathlib
 import posixpath
 import re
+import sys
 import tomllib
 from typing import Any
 
 import jax
 import sphinx.errors
 from sphinx.application import Sphinx
+from sphinx.pycode import ModuleAnalyzer
 
 import jdistill
 
@@ -177,6 +179,20 @@ def name_unions(
     return found[0], found[1]
 
 
+def document_constants(
+    app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]
+) -> None:
+    """Gives a constant the `#:` comment of the private file that its package has it from."""
+    del app, thing, options
+    package, _, constant = name.rpartition(".")
+    if what != "data":
+        return
+    for module in [each for each in sys.modules if each.startswith(f"{package}._")]:
+        found = ModuleAnalyzer.for_module(module).find_attr_docs().get(("", constant))
+        if found:
+            lines[:] = found
+
+
 def level_captions(
     app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any
 ) -> None:
@@ -194,5 +210,6 @@ def setup(app: Sphinx) -> None:
     app.connect("builder-inited", copy_pages, priority=100)  # before autosummary
     app.connect("source-read", link_sources)
     app.connect("autodoc-process-signature", name_unions)
+    app.connect("autodoc-process-docstring", document_constants)
     app.connect("html-page-context", level_captions, priority=900)  # after the theme
     app.connect("env-check-consistency", check_reference)
