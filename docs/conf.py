@@ -5,6 +5,7 @@ A public name that no page of `docs/api` documents is a warning, so is a link th
 
 import importlib
 import inspect
+import json
 import pathlib
 import posixpath
 import re
@@ -114,6 +115,15 @@ def with_links_of_the_site(text: str, source: str, target: str) -> str:
     return re.sub(pattern, rewritten, text)
 
 
+def folded(notebook: str) -> str:
+    """The notebook with cells folded that Colab shows as a form."""
+    content = json.loads(notebook)
+    for cell in content["cells"]:
+        if cell["metadata"].get("cellView") == "form":
+            cell["metadata"]["tags"] = ["hide-input"]
+    return json.dumps(content, indent=1, ensure_ascii=False)
+
+
 def copy_pages(app: Sphinx) -> None:
     """Copies the pages of `COPIES` into the site's sources; drops pages of names that are gone."""
     del app
@@ -124,6 +134,8 @@ def copy_pages(app: Sphinx) -> None:
         text = (ROOT / source).read_text(encoding="utf-8")
         if source.endswith(".md"):
             text = with_links_of_the_site(text, source, target)
+        else:
+            text = folded(text)
         path = DOCS / target
         path.parent.mkdir(exist_ok=True)
         if not path.exists() or path.read_text(encoding="utf-8") != text:
