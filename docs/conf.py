@@ -179,7 +179,7 @@ def name_unions(
     signature: str | None,
     returns: str | None,
 ) -> tuple[str, str] | None:
-    """Says `ArrayLike` where autodoc spells out the union that it is."""
+    """Says `ArrayLike` where autodoc spells out the union, and writes defaults as Python."""
     del app, what, name, thing, options
     if signature is None:
         return None
@@ -188,7 +188,8 @@ def name_unions(
         r"~?[\w.]*ArrayLike",
     ]
     found = [re.sub("|".join(unions), "ArrayLike", each or "") for each in (signature, returns)]
-    return found[0], found[1]
+    defaults = re.sub(r"<(?:function|class) '?([\w.]+)[^>]*>", r"\1", found[0])
+    return defaults.replace("<factory>", "..."), found[1]
 
 
 def document_constants(

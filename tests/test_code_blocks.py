@@ -59,6 +59,8 @@ PARSERS = {"defend": _defend.parse, "attack": _attack.parse}
 
 @pytest.mark.parametrize("page", PAGES)
 def test_languages_and_comments_are_known(page):
+    fences = re.findall(r"^```.*$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+    assert not len(fences) % 2, "a block is not closed"
     for block in blocks(page):
         assert block.language in CODE | OTHERS, f"{page}:{block.line}: {block.language}"
         if block.comment and block.language in CODE:
