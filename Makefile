@@ -6,6 +6,8 @@
 #                 whole runs of the commands among them)
 #   make lint     lint, format check and type check
 #   make site     builds the documentation, docs/_build/html/index.html
+#   make notebooks  executes colab/*.py and writes the notebooks beside them, about seven minutes
+#                 (NOTEBOOKS=quickstart: one; NOTEBOOKS=--smoke: at the least sizes, nothing is written)
 #   make attack-table  measures the attacks' costs and writes the table of docs/attacks.md
 #   make parity   the attacks beside other toolkits at full size; writes docs/parity.md
 #                 (parity-small: a few images and steps, minutes)
@@ -30,7 +32,7 @@ DEVICE_OPTIONS ?=
 SITE_BUILDER ?= html
 DEVICE_WHEELS := absl-py etils flatbuffers flax msgpack optax PyYAML rich typing_extensions
 
-.PHONY: demo test test-slow lint site attack-table parity parity-small bench bench-lanes device \
+.PHONY: demo test test-slow lint site notebooks attack-table parity parity-small bench bench-lanes device \
 	device-reference device-wheels floor newest install clean reliability
 
 demo: .venv/installed
@@ -49,6 +51,9 @@ lint: .venv/installed
 
 site: .venv/installed
 	.venv/bin/python -m sphinx -W --keep-going -j 2 -b $(SITE_BUILDER) docs docs/_build/$(SITE_BUILDER)
+
+notebooks: .venv/installed
+	.venv/bin/python colab/make_notebooks.py $(NOTEBOOKS)
 
 attack-table: .venv/installed
 	.venv/bin/python docs/make_attacks.py

@@ -1,71 +1,42 @@
-"""The notebooks run from top to bottom in a fresh kernel, and are stored clean."""
+"""The notebooks: source and stored notebook agree, and run from top to bottom in a fresh kernel."""
 
-import gc
-import os
 import pathlib
 import re
 import subprocess
 import sys
-import warnings
+import tomllib
+import types
 
 import jax
 import pytest
 
 nbformat = pytest.importorskip("nbformat")
-nbclient = pytest.importorskip("nbclient")
-jupyter_client = pytest.importorskip("jupyter_client")
-kernelspec = pytest.importorskip("jupyter_client.kernelspec")
+for needed in ("nbclient", "jupyter_client", "jupytext"):
+    pytest.importorskip(needed)
 
-FOLDER = pathlib.Path(__file__).parents[1] / "colab"
-NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+from colab import make_notebooks  # noqa: E402
 
-all_notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+ROOT = pathlib.Path(__file__).parents[1]
+NAMES = ["attack_your_model", "break_distillation", "quickstart", "temperature_sweep"]
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 
-
-class ThisInterpreter(jupyter_client.AsyncKernelManager):
-    """A kernel that is the interpreter of the tests, whatever kernels a machine has registered."""
-
-    @property
-    def kernel_spec(self):
-        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        return kernelspec.KernelSpec(argv=command, display_name="tests", language="python")
+each = pytest.mark.parametrize(
+    # Each may run on a worker of its own.
+    "name",
+    [pytest.param(name, marks=pytest.mark.xdist_group(f"notebook {name}")) for name in NAMES],
+)
 
 
-def read(path):
-    return nbformat.read(path, as_version=4)
+def stored(name):
+    return nbformat.read(ROOT / "colab" / f"{name}.ipynb", as_version=4)
 
 
-def execute(notebook, folder):
-    """Run the cells in a kernel of its own, with one device and nothing from the user's home."""
-    environment = {
-        **os.environ,
-        "JDISTILL_SMOKE": "1",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-        "IPYTHONDIR": str(folder / ".ipython"),
-        "MPLCONFIGDIR": str(folder / ".matplotlib"),
-    }
-    # Where it takes more than five seconds, matplotlib says on stderr that it lists the fonts.
-    listing = [sys.executable, "-c", "import matplotlib.font_manager"]
-    subprocess.run(listing, env=environment, check=True, capture_output=True)
-    work = folder / "work"
-    work.mkdir()
-    client = nbclient.NotebookClient(
-        notebook,
-        kernel_manager_class=ThisInterpreter,
-        timeout=600,  # a cell, against a hang
-        resources={"metadata": {"path": str(work)}},
-    )
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        patch.setenv("JUPYTER_RUNTIME_DIR", str(folder / ".jupyter"))
-        # Jupyter's own affairs: sockets left to the garbage collector, calls that age.
-        warnings.simplefilter("ignore", ResourceWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
-        client.execute(env=environment)
-        del client
-        gc.collect()  # while the sockets' warnings are still ignored
-    return work
+def source(name):
+    return make_notebooks.notebook_of(ROOT / "colab" / f"{name}.py")
+
+
+def code(notebook):
+    return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def outputs(notebook):
@@ -73,83 +44,220 @@ def outputs(notebook):
 
 
 def printed(notebook):
-    streams = [output for output in outputs(notebook) if output.output_type == "stream"]
-    return "".join(output.text for output in streams if output.name == "stdout")
+    return "".join(o.text for o in outputs(notebook) if o.get("name") == "stdout")
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-    """Each notebook after a run, made once."""
-    runs = {}
+def test_every_notebook_is_here():
+    assert [path.stem for path in make_notebooks.SOURCES] == NAMES
+    assert sorted(path.stem for path in (ROOT / "colab").glob("*.ipynb")) == NAMES
 
-    def run(path):
-        if path not in runs:
-            notebook = read(path)
-            runs[path] = notebook, execute(notebook, tmp_path_factory.mktemp(path.stem))
-        return runs[path]
+
+@each
+def test_the_notebook_has_the_cells_of_its_source(name):
+    def parts(notebook):
+        return [(c.id, c.cell_type, c.source, c.metadata) for c in notebook.cells]
+
+    notebook = stored(name)
+    nbformat.validate(notebook)
+    assert parts(notebook) == parts(source(name)), f"make notebooks NOTEBOOKS={name}"
+    assert notebook.metadata == source(name).metadata
+
+
+@each
+def test_what_colab_needs_to_know_is_in_the_metadata(name):
+    assert stored(name).metadata == {
+        "accelerator": "TPU",
+        "colab": {"gpuType": "V5E1", "provenance": []},
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+
+
+@each
+def test_the_stored_outputs_are_those_of_a_whole_run(name):
+    notebook = stored(name)
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+    assert not make_notebooks.problems(notebook)
+    text = nbformat.writes(notebook)
+    # Not those of this machine alone: no absolute path of any.
+    assert not re.findall(r"[\"'\s(](?:/(?:home|root|tmp|work|Users|usr|var)/|[A-Z]:\\\\)", text)
+    assert "\r" not in printed(notebook)
+    assert not [o for o in outputs(notebook) if "widget" in str(o.get("data", {}).keys())]
+    assert any("image/png" in output.get("data", {}) for output in outputs(notebook))
+    # The shortest runs of the tests are not what readers should see.
+    assert "done   " in printed(notebook)
+    assert len(printed(notebook)) > 1000
+
+
+@each
+def test_addresses_are_the_projects(name):
+    notebook = stored(name)
+    text = "\n".join(cell.source for cell in notebook.cells)
+    owner = REPOSITORY.removeprefix("https://github.com/")
+    badge = (
+        "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+        f"(https://colab.research.google.com/github/{owner}/blob/main/colab/{name}.ipynb)"
+    )
+    assert badge in notebook.cells[0].source
+    assert f'REPOSITORY = "{REPOSITORY}"' in code(notebook)[0]
+    addresses = re.findall(r"github\.com/([\w-]+/[\w-]+)", text)
+    assert set(addresses) == {owner}
+    for path in re.findall(rf"{re.escape(REPOSITORY)}/blob/main/([\w./-]+)", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_all_begin_with_the_same_two_cells():
+    first, *others = [code(stored(name))[:2] for name in NAMES]
+    assert all(cells == first for cells in others)
+    assert "runtime.check_machine(" in first[1]
+
+
+@pytest.fixture
+def install(monkeypatch, tmp_path):
+    """Runs the install cell where `missing` modules are not there; gives the calls of pip."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("JDISTILL_SMOKE", raising=False)
+    cell = code(stored("quickstart"))[0]
+
+    def run(missing, repository=None):
+        calls = []
+
+        def called(command, check):
+            assert check
+            assert command[:5] == [sys.executable, "-m", "pip", "install", "--quiet"]
+            assert command[5] == "-c"
+            calls.append((command[7:], pathlib.Path(command[6]).read_text().splitlines()))
+
+        monkeypatch.setattr(subprocess, "run", called)
+        monkeypatch.setattr(
+            "importlib.util.find_spec", lambda name: None if name in missing else types
+        )
+        text = cell if repository is None else cell.replace(REPOSITORY, repository)
+        exec(compile(text, "install", "exec"), {"__name__": "__main__"})
+        return calls
 
     return run
 
 
-@pytest.mark.slow
-@all_notebooks
-def test_notebook_runs(path, executed):
-    notebook, _ = executed(path)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            assert cell.execution_count, cell.id
-    assert not [output for output in outputs(notebook) if output.output_type == "error"]
-    errors = [o.text for o in outputs(notebook) if o.get("name") == "stderr"]
-    assert not errors, errors
+def test_nothing_is_installed_where_nothing_is_missing(install):
+    assert install(()) == []
+
+
+def test_the_library_is_installed_alone_and_beside_fixed_versions(install, tmp_path):
+    ((command, constraints),) = install({"jdistill"}, "https://github.com/someone/jdistill")
+    assert command == ["--no-deps", "jdistill @ git+https://github.com/someone/jdistill"]
+    assert f"jax=={jax.__version__}" in constraints
+    (tmp_path / "jdistill-0.1.0-py3-none-any.whl").touch()
+    ((command, _),) = install({"jdistill"})
+    assert command == ["--no-deps", "jdistill-0.1.0-py3-none-any.whl"]
+
+
+def test_only_what_is_missing_is_installed_and_never_jax(install):
+    ((command, constraints),) = install({"tyro", "PIL", "jax", "tensorflow"})
+    assert command == ["pillow", "tyro"]
+    assert f"jax=={jax.__version__}" in constraints
+
+
+@pytest.mark.skipif("/OWNER/" not in REPOSITORY, reason="the repository has an address")
+def test_without_wheel_and_address_one_sentence_says_what_to_do(install):
+    with pytest.raises(RuntimeError, match=r"^expected a wheel .* got none; upload one .*above$"):
+        install({"jdistill"})
+
+
+def test_what_is_needed_is_what_the_project_declares():
+    namespace = {}
+    lines = re.search(r"NEEDED = \{.*?\n\}", code(stored("quickstart"))[0], re.DOTALL)[0]
+    exec(lines, namespace)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["study"]]
+    names = {re.match(r"[\w-]+", requirement)[0] for requirement in declared}
+    # Colab has JAX and NumPy; TFDS is only for the sets that `data.load` reads prepared.
+    assert set(namespace["NEEDED"].values()) == names - {"jax", "numpy", "tensorflow-datasets"}
+
+
+def test_a_bar_leaves_its_last_line():
+    bar = "\r  0%|   | a\r 50%|#  | ab\rdone|###| c\n\nfound\n"
+    assert make_notebooks.collapsed(bar) == "done|###| cb\n\nfound\n"
+    stream = {"output_type": "stream", "name": "stdout"}
+    pieces = [nbformat.NotebookNode(**stream, text=text) for text in ("\r 1|", "\r22|", "\n")]
+    picture = nbformat.NotebookNode(output_type="display_data", data={}, metadata={})
+    found = make_notebooks.joined([*pieces, picture, nbformat.NotebookNode(**stream, text="b")])
+    assert [output.get("text") for output in found] == ["22|\n", None, "b\n"]
+
+
+def test_what_must_not_be_kept_is_named():
+    def with_output(**output):
+        cell = nbformat.v4.new_code_cell("x", outputs=[nbformat.v4.new_output(**output)])
+        return make_notebooks.problems(nbformat.v4.new_notebook(cells=[cell]))
+
+    stream = {"output_type": "stream", "name": "stdout"}
+    assert not with_output(**stream, text="runs/mine")
+    assert with_output(**stream, text=f"at {ROOT}/runs")
+    assert with_output(**stream, text="x" * make_notebooks.MOST_BYTES)
+    assert with_output(output_type="stream", name="stderr", text="W0000 something")
+    assert with_output(output_type="error", ename="E", evalue="no", traceback=[])
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    """Each notebook after a run at the least sizes, and its folder; made once."""
+    runs = {}
+
+    def run(name, *, again=False):
+        if name not in runs or again:
+            folder = runs[name][1] if again else tmp_path_factory.mktemp(name)
+            notebook = source(name)
+            make_notebooks.execute(
+                notebook,
+                folder,
+                {
+                    "JDISTILL_SMOKE": "1",
+                    "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+                },
+            )
+            runs[name] = notebook, folder
+        return runs[name]
+
+    return run
+
+
+# What a run of each prints, whatever the numbers.
+PRINTED = {
+    "attack_your_model": r"worst case +\S+% +\S+% +\S+%\n(.|\n)*function/report\.html",
+    "break_distillation": r"PGD on the margin +\S+% +\S+%\n(.|\n)*The distilled network\n",
+    "quickstart": r"20 +teacher(.|\n)*T = 20, student behind an assistant(.|\n)*Estimate: ",
+    "temperature_sweep": r" 20 +1 (.|\n)*rho_adv \(l2\), with an (.|\n)*/report\.html",
+}
+NUM_PICTURES = dict(zip(NAMES, (1, 3, 2, 2), strict=True))
 
 
 @pytest.mark.slow
-def test_quickstart_shows_a_table_two_plots_and_a_verdict(executed):
-    notebook, work = executed(FOLDER / "quickstart.ipynb")
-    text = printed(notebook)
-    rows = re.findall(r"^ +(1|20)  (teacher|assistant 1|student) .*%", text, re.MULTILINE)
-    assert rows == [
-        (t, name) for t in ("1", "20") for name in ("teacher", "assistant 1", "student")
-    ]
-    images = [output for output in outputs(notebook) if "image/png" in output.get("data", {})]
-    assert len(images) == 2
-    assert (work / "pictures.png").exists()
-    assert re.search(r"FGSM succeeds on \d+% of the images", text)
+@pytest.mark.floor
+@each
+def test_notebook_runs(name, executed):
+    notebook, _ = executed(name)
+    assert not make_notebooks.problems(notebook)
+    assert re.search(PRINTED[name], printed(notebook)), printed(notebook)
+    pictures = [o for o in outputs(notebook) if "image/png" in o.get("data", {})]
+    assert len(pictures) == NUM_PICTURES[name]
 
 
-@all_notebooks
-def test_notebook_is_stored_clean(path):
-    notebook = read(path)
-    nbformat.validate(notebook)
-    ids = [cell.id for cell in notebook.cells]
-    assert len(set(ids)) == len(ids)
-    assert set(notebook.metadata) <= {"colab", "kernelspec", "language_info"}
-    assert notebook.metadata.language_info == {"name": "python"}
-    for cell in notebook.cells:
-        assert not cell.metadata
-        if cell.cell_type == "code":
-            assert not cell.outputs
-            assert cell.execution_count is None
-            compile(cell.source, cell.id, "exec")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(NAMES[0], marks=pytest.mark.xdist_group(f"notebook {NAMES[0]}"))],
+)
+def test_a_second_run_trains_nothing_and_finds_the_same(name, executed):
+    first, folder = executed(name)
 
+    def files():
+        kept = [*folder.rglob("checkpoints/**/*"), *folder.rglob("shards/**/*.npz")]
+        return {path: path.stat().st_mtime_ns for path in kept if path.is_file()}
 
-@all_notebooks
-def test_notebook_names_the_repository_once(path):
-    """One constant holds the address; the badge, which cannot read it, agrees with it."""
-    notebook = read(path)
-    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
-    (address,) = re.findall(
-        r'^REPOSITORY = "https://github\.com/([^"]+)"  # placeholder', code, re.M
-    )
-    assert code.count("github.com") == 1
-    (badge,) = re.findall(r"colab\.research\.google\.com/github/(\S+?)/blob/", path.read_text())
-    assert badge == address
-
-
-@all_notebooks
-def test_install_cell_upgrades_nothing(path):
-    notebook = read(path)
-    (install,) = [cell.source for cell in notebook.cells if "pip" in cell.source]
-    assert not re.search(r"--upgrade|-U\b|--force-reinstall|--pre\b|>=|~=", install)
-    assert '"--no-deps", f"jdistill @ git+{REPOSITORY}"' in install
-    assert "if not SMOKE:" in install
+    before = files()
+    assert len(before) > 10
+    second, _ = executed(name, again=True)
+    assert files() == before
+    table = r"correct(.|\n)*?worst case.*"
+    assert re.search(table, printed(first))[0] == re.search(table, printed(second))[0]
