@@ -129,19 +129,6 @@ def test_names_and_verdicts_that_do_not_fit_are_named(result, tmp_path):
         report.tables([(result, [NetworkName("a")])])
 
 
-def test_progress_is_a_line_per_stage_where_there_is_no_terminal(capsys):
-    from jdistill import runtime
-
-    with runtime.progress() as bar:
-        bar.begin(3, 7, prefix="T=1, ", num_parts=2)
-        for done in (1, 2):
-            bar({"event": "evaluate", "stage": "pgd", "done": done, "total": 2})
-        bar.say("between")
-    first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("3/7 T=1, pgd: ")
-    assert second == "between"
-
-
 def test_pictures_of_channels_first_and_last_are_the_same():
     images = RNG.uniform(0, 1, (6, 1, 4, 5)).astype(np.float32)
     weights = jnp.asarray(RNG.normal(size=(20, 3)), jnp.float32)

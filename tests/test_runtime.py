@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jdistill import _files, runtime
-from jdistill.runtime import _flags, _jax
+from jdistill.runtime import _flags, _jax, _progress
 
 CONVOLUTION_FLAG = (
     "--xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
@@ -586,3 +586,36 @@ runtime.run_main(main)
     last = int(["3", *output.split()][-1])
     steps = sorted(int(path.name) for path in tmp_path.iterdir())
     assert steps[-1] >= last  # what was said to be saved is
+
+
+def test_progress_is_a_line_per_stage_where_there_is_no_terminal(capsys, monkeypatch):
+    """Stages with a prefix have one line, others one per part; what took no time has none."""
+    clock = iter(range(1000))
+    slow = SimpleNamespace(monotonic=lambda: next(clock))
+    monkeypatch.setattr(_progress, "time", slow)
+
+    def evaluate(bar, *parts):
+        for part in parts:
+            for done in (1, 2):
+                bar({"event": "evaluate", "stage": part, "done": done, "total": 2})
+
+    with runtime.progress() as bar:
+        bar.begin(1, 3)
+        evaluate(bar, "T=1, teacher", "T=1, student")
+        bar.begin(2, 3, prefix="T=1, ", num_parts=2)
+        evaluate(bar, "fgsm", "pgd")
+        bar.say("between")
+        monkeypatch.setattr(_progress, "time", SimpleNamespace(monotonic=lambda: 1000))
+        bar.begin(3, 3, prefix="T=2, ", num_parts=2)
+        evaluate(bar, "fgsm", "pgd")
+    lines = [line.partition(": ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["1/3 T=1, teacher", "1/3 T=1, student", "between", "2/3 T=1"]
+
+
+def test_progress_of_a_command_names_each_part(capsys, monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(_progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with runtime.progress() as bar:
+        bar.prefix = "student, "
+        bar({"event": "evaluate", "stage": "pgd", "done": 2, "total": 2})
+    assert capsys.readouterr().err.startswith("student, pgd: ")

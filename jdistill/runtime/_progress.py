@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from jdistill.typing import Event
 
 _PLAIN_SECONDS = 30.0
-_WORTH_A_LINE = 1.0  # a verdict has twenty parts, of which small networks take no time
+_WORTH_A_LINE = 1.0  # of what is read from disk there would be many
 _OVER_STAGES = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 # A notebook's output has no width of its own, and each change of the bar is a message to it.
 _IN_A_CELL = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
@@ -73,13 +73,19 @@ class Progress:
     def begin(
         self, number: int, num_stages: int | None = None, *, prefix: str = "", num_parts: int = 1
     ) -> None:
-        """Begin stage `number`, from 1, which has parts that their `stage`s name."""
+        """Begin stage `number`, from 1, which has parts that their `stage`s name.
+
+        With a `prefix` it is the stage that has a line of its own without a terminal; without one
+        each part has.
+        """
+        self._end_place()
         self.prefix = prefix
         if num_stages is not None:
-            self._place = _Place(number, num_stages, num_parts, [])
+            self._place = _Place(number, num_stages, num_parts, [], time.monotonic())
 
     def close(self) -> None:
         """End the bar and the stage, if there is one."""
+        self._end_place()
         self._place = None
         self._end_stage(last=True)
 
@@ -96,10 +102,21 @@ class Progress:
         if self._bar is not None and not stays:
             self._bar.close()
             self._bar = None
-        seconds = time.monotonic() - self._started
-        if not self._terminal and self._stage is not None and seconds >= _WORTH_A_LINE:
-            self._line(f"{self._stage}: {seconds:.1f} s")
+        if self._stage is not None and not (self.prefix and self._place):
+            self._tell(self._stage, self._started)
         self._stage = None
+
+    def _end_place(self) -> None:
+        """Tell of the stage whose parts had no lines of their own."""
+        if self._place is not None and self.prefix and self._place.parts:
+            name = f"{self._place.number}/{self._place.num_stages} {self.prefix.rstrip(', ')}"
+            self._tell(name, self._place.started)
+
+    def _tell(self, name: str, started: float) -> None:
+        """A line without a terminal, for what took long enough."""
+        seconds = time.monotonic() - started
+        if not self._terminal and seconds >= _WORTH_A_LINE:
+            self._line(f"{name}: {seconds:.1f} s")
 
     def _line(self, text: str) -> None:
         print(text, file=self._file, flush=True)
@@ -153,6 +170,7 @@ class _Place(NamedTuple):
     num_stages: int
     num_parts: int
     parts: list[str]
+    started: float
 
     def part(self, name: str) -> None:
         """A part is at work."""
