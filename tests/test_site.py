@@ -115,6 +115,7 @@ def test_a_public_name_without_a_page_fails_the_build(site):
     page = folder / "docs/api/norms.md"
     text = page.read_text()
     page.write_text(text.replace("   project\n", ""))
+    shutil.rmtree(folder / "docs/api/generated")
     done = subprocess.run(
         [sys.executable, "-m", "sphinx", "-q", "-b", "dummy", "docs", "broken"],
         cwd=folder,
