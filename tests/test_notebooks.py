@@ -15,6 +15,7 @@ for needed in ("nbclient", "jupyter_client", "jupytext"):
     pytest.importorskip(needed)
 
 from colab import make_notebooks  # noqa: E402
+from jdistill import runtime  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = ["attack_your_model", "break_distillation", "quickstart", "temperature_sweep"]
@@ -184,6 +185,50 @@ def test_a_bar_leaves_its_last_line():
     picture = nbformat.NotebookNode(output_type="display_data", data={}, metadata={})
     found = make_notebooks.joined([*pieces, picture, nbformat.NotebookNode(**stream, text="b")])
     assert [output.get("text") for output in found] == ["22|\n", None, "b\n"]
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    shell = types.SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+
+
+def several_stages(bar):
+    for stage, total in (("accuracy", 10), ("pgd", 4)):
+        for done in range(1, total + 1):
+            bar({"event": "evaluate", "stage": stage, "done": done, "total": total})
+    bar.say("between")
+
+
+def of_a_study(bar):
+    for number in (1, 2):
+        bar.begin(number, 2, prefix=f"T={number}, ")
+        bar({"event": "evaluate", "stage": "clean", "done": 1, "total": 1})
+    bar.say("between")
+
+
+@pytest.mark.parametrize("events", [several_stages, of_a_study])
+def test_in_a_notebook_a_bar_is_one_line_of_stdout(events, kernel, capsys):
+    with runtime.progress() as bar:
+        events(bar)
+    out, err = capsys.readouterr()
+    assert err == ""
+    *before, last = make_notebooks.collapsed(out).splitlines()
+    assert before == ["between"]
+    assert re.fullmatch(r"done +100%\|█+\| \d\d:\d\d", last)
+
+
+def stopped(bar):
+    several_stages(bar)
+    raise KeyboardInterrupt
+
+
+def test_a_bar_that_was_stopped_does_not_say_done(kernel, capsys):
+    with pytest.raises(KeyboardInterrupt), runtime.progress() as bar:
+        stopped(bar)
+    *before, last = make_notebooks.collapsed(capsys.readouterr().out).splitlines()
+    assert before == ["between"]
+    assert last.startswith("pgd ")
 
 
 def test_what_must_not_be_kept_is_named():
