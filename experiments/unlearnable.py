@@ -55,10 +55,10 @@ class Options:
     """Probabilities that an example is unlearnable."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds of examples, initial weights, and order."""
-    settings: tuple[tuple[int, int], ...] = ((0, 20),)
+    settings: tuple[tuple[int, int], ...] = ((0, 10), (0, 20))
     """Ways of training at every share: pairs of the steps of PGD (0: the paper's adversary) and
     epochs."""
-    others: tuple[tuple[int, int], ...] = ((0, 10), (0, 40), (10, 40))
+    others: tuple[tuple[int, int], ...] = ((0, 40), (10, 40))
     """Further ones, at the last share alone."""
     workdir: str = "runs/unlearnable"
     """Folder of the trained networks."""

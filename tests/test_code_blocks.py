@@ -27,7 +27,7 @@ from tests.pages import CODE, OTHERS, PAGES, ROOT, blocks, code
 
 REASONS = ("full scale", "cloud", "installs", "in a checkout", "after a run at full scale")
 # Those of which a run is over in some seconds, of small networks or none.
-QUICK = {"README.md", "docs/attacks.md", "docs/guides/your_model.md", "docs/guides/your_data.md"}
+QUICK = {"docs/attacks.md", "docs/guides/bounds.md"}
 
 
 def runs(page):

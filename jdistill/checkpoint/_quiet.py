@@ -16,10 +16,14 @@ class _OrbaxFilter(logging.Filter):
     """
 
     threshold = logging.WARNING
+    # A warning on any machine that is busy; a short epoch is no mistake.
+    chatter = "Waiting for previous save to complete"
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record is loud enough, or not Orbax's at all."""
-        return record.levelno >= self.threshold or "orbax" not in record.pathname
+        if "orbax" not in record.pathname:
+            return True
+        return record.levelno >= self.threshold and self.chatter not in str(record.msg)
 
 
 _orbax_filter = _OrbaxFilter()
