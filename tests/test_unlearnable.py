@@ -1,9 +1,11 @@
 """Unlearnable examples: data, network, teachers, and the recipe from training to report."""
 
+import csv
 import dataclasses
 import functools
 import itertools
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import unlearnable as experiment
-from jdistill import attacks, nets, study, train
+from jdistill import attacks, metrics, nets, study, train
 from jdistill.commands import _defend
 from jdistill.nets._two_layer import TwoLayer
 from jdistill.study import RECIPES, UnlearnableRecipe
@@ -344,3 +346,37 @@ def test_the_experiments_rows_are_of_each_chains_student(tmp_path):
         assert 0 <= row["robust_accuracy"] <= row["clean_accuracy"] <= 1
     text = experiment.table(rows)
     assert f"| labels alone | {100 * by_chain['labels alone']['clean_accuracy']:.1f} |" in text
+
+
+def test_the_findings_are_those_of_the_table():
+    root = pathlib.Path(__file__).parents[1]
+    with (root / "experiments/results/unlearnable.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["share"] == "0.2"]
+
+    def left(steps, epochs, chain):
+        found = {
+            row["seed"]: 100 * float(row["robust_accuracy"])
+            for row in rows
+            if (row["attack_steps"], row["epochs"], row["chain"]) == (steps, epochs, chain)
+        }
+        assert len(found) == 5
+        return np.array([found[seed] for seed in sorted(found)])
+
+    page = (root / "docs/findings.md").read_text(encoding="utf-8")
+    section = page[page.index("## Teachers that are sure") : page.index("## On CIFAR-10: 18")]
+    section = " ".join(section.split())
+    good, bad = (left("0", "10", f"{kind} teacher") for kind in ("good", "bad"))
+    gap = metrics.seed_interval(bad - good)
+    half = f"{good.mean():.1f} and {bad.mean():.1f}%"
+    assert f"{half} ({gap.value:.1f} [{gap.low:.1f}, {gap.high:.1f}])".replace("-", "−") in section
+    good, behind = left("0", "20", "good teacher"), left("0", "20", "bad teacher, assistant")
+    gap = metrics.seed_interval(behind - good)
+    assert f"leaves its student {good.mean():.1f}%" in section
+    assert f"behind one keeps {behind.mean():.1f}%" in section
+    assert f"({gap.value:.1f} [{gap.low:.1f}, {gap.high:.1f}])".replace("-", "−") in section
+    assert (behind == good).sum() == 4
+    for epochs, chain in (("20", "bad teacher"), ("40", "bad teacher, assistant")):
+        assert not left("0", epochs, chain).any()
+    assert (
+        np.ptp([left("10", "40", f"{kind} teacher") for kind in ("good", "bad")], axis=0).max() == 0
+    )
