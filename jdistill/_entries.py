@@ -57,9 +57,9 @@ def read(
         return entry
     if not strict:
         return None
-    found = _fingerprint.differences(json.loads(text), json.loads(_text(settings)))
+    found = _fingerprint.differences(json.loads(text), json.loads(_text(settings)), "this run's")
     raise ValueError(
-        f"expected shard {name!r} to be of this run, got one with {'; '.join(found[:5])}; pass "
+        f"expected shard {name!r} to be of this run, got one whose {'; '.join(found[:5])}; pass "
         "the settings that it was made with, or delete the shard, and it is computed again"
     )
 

@@ -3,7 +3,9 @@
 A network or a loss is its weights, its settings, and the code of its functions and classes, those
 of its own module that it calls by name included: an edited function under the same name is another
 one, and so is one whose globals hold other arrays or numbers. The code of other modules is not
-followed, nor are lists and objects among globals, which may count calls.
+followed, nor are lists and objects among globals, which may count calls. What is the user's goes
+by its qualified name without the module, so that the same file is the same study as a program
+(`__main__`), by import, and under another file name; what a library has goes by its full name.
 """
 
 import contextlib
@@ -11,11 +13,14 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import itertools
 import json
+import math
 import re
+import sys
 import threading
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -107,15 +112,119 @@ def fingerprint(value: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def differences(one: Any, other: Any, name: str = "") -> list[str]:
-    """Where two descriptions differ, as `"attack.settings.eps 0.1, not 0.2"`."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        found = []
-        for entry in sorted({*one, *other}):
-            inner = f"{name}.{entry}" if name else entry
-            found += differences(one.get(entry), other.get(entry), inner)
-        return found
-    return [] if one == other else [f"{name} {_short(one)}, not {_short(other)}"]
+def differences(one: Any, other: Any, whose: str, name: str = "") -> list[str]:
+    """Where two descriptions differ, as `"attack.settings.eps is 0.1, this run's 0.2"`.
+
+    What differs alike in several places is said once.
+
+    Args:
+        one: a description.
+        other: another one.
+        whose: the other's, such as `"this run's"`.
+        name: of what is described.
+    """
+    places: dict[tuple[str, str], list[tuple[str, ...]]] = {}
+    for place, said in _differences(one, other, whose, (name,) if name else ()):
+        last = place[-1] if place and not place[-1].startswith("[") else ""
+        places.setdefault((last, said), []).append(place)
+    return [f"{_joined(alike)} {said}".strip() for (_, said), alike in places.items()]
+
+
+def _differences(
+    one: Any, other: Any, whose: str, place: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Each place where two descriptions differ, and what is to be said of it."""
+    if one == other:
+        return
+    names = _name(one), _name(other)
+    if names[0] == names[1] or None in names:
+        if isinstance(one, dict) and isinstance(other, dict):
+            for entry in sorted({*one, *other}):
+                inner = (*place, str(entry))
+                yield from _differences(one.get(entry), other.get(entry), whose, inner)
+            return
+        both_lists = isinstance(one, list) and isinstance(other, list) and len(one) == len(other)
+        if both_lists and max(len(_text(one)), len(_text(other))) > _LONGEST:
+            for index, pair in enumerate(zip(one, other, strict=True)):
+                yield from _differences(*pair, whose, (*place, f"[{index}]"))
+            return
+    if _hashed(one) and _hashed(one) == _hashed(other):
+        what = "other numbers" if "[" in _hashed(one) else "other code or settings"
+        yield place, f"has {what} than {whose} ({_hashed(one)})"
+        return
+    texts = _cut(_text(one), _text(other))
+    if None not in names:
+        shown = [_INNER.sub("", text) for text in (_text(one), _text(other))]
+        texts = texts if shown[0] == shown[1] else _cut(*shown)
+    yield place, f"is {texts[0]}, {whose} {texts[1]}"
+
+
+# Parts of a place that say nothing to who wrote the code.
+_SILENT = frozenset({"function", "class", "holds", "refers"})
+
+
+def _joined(places: Sequence[tuple[str, ...]]) -> str:
+    """Places of one last part: as one with all that differ in brackets, or the first of them."""
+    places = list(
+        dict.fromkeys(
+            tuple(part for part in place[:-1] if part not in _SILENT) + place[-1:]
+            for place in places
+        )
+    )
+    first, more = places[0], f" (and alike in {len(places) - 1} more)" if places[1:] else ""
+    if all(len(place) == len(first) for place in places):
+        parts = [tuple(dict.fromkeys(column)) for column in zip(*places, strict=True)]
+        if math.prod(map(len, parts)) == len(places):
+            first = tuple(f"({', '.join(each)})" if each[1:] else each[0] for each in parts)
+            more = ""
+    return ".".join(first).replace(".[", "[") + more
+
+
+def _name(value: Any) -> str | None:
+    """Name of the function or the class that a description is of; None of anything else."""
+    if isinstance(value, str):
+        return _hashed(value)
+    if isinstance(value, dict):
+        for kind in ("function", "class"):
+            inner = value.get(kind)
+            if inner is not None:
+                return _name(inner) or (inner if isinstance(inner, str) else None)
+    return None
+
+
+def _hashed(value: Any) -> str:
+    """What stands before the hash in the description of an array or a function."""
+    found = _HASHED.match(value) if isinstance(value, str) else None
+    return found[1] if found else ""
+
+
+_HASHED = re.compile(r"^(.+) [0-9a-f]{16}$")
+_LONGEST = 80
+# In the name of a function, what is private to its library or says that it is in another one.
+_INNER = re.compile(r"(?<=\w)\.(?:_\w+|<locals>)(?=\.)")
+
+
+def _text(value: Any) -> str:
+    """A description as text, in one order; of a function or a class its name."""
+    name = _name(value)
+    if name:
+        return repr(name)
+    if isinstance(value, (dict, list)):
+        return json.dumps(value, sort_keys=True)
+    return repr(value)
+
+
+def _cut(one: str, other: str) -> tuple[str, str]:
+    """Two texts, long ones around the first difference."""
+    pairs = enumerate(zip(one, other, strict=False))
+    differ = next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
+    start = max(0, differ - 30) if max(len(one), len(other)) > _LONGEST else 0
+
+    def cut(text: str) -> str:
+        end = start + _LONGEST
+        return f"{'…' if start else ''}{text[start:end]}{'…' if end < len(text) else ''}"
+
+    return cut(one), cut(other)
 
 
 def _array(value: Any) -> Any:
@@ -144,25 +253,45 @@ def _unwrapped(value: Any) -> Any:
     return value
 
 
-def _function(function: Any) -> str:
-    """A function's name; of one from elsewhere also a hash of what it does and closes over."""
-    module = _MOVED.sub(r"\1", function.__module__)
-    name = f"{module}.{function.__qualname__}"
-    if name.startswith("jdistill.") and "<" not in name:
+def _function(function: Any) -> Any:
+    """A function's name; of one from elsewhere also its code, and what it closes over by name."""
+    library = _is_library(function)
+    module = _MOVED.sub(r"\1", function.__module__ or "")
+    name = f"{module}.{function.__qualname__}" if library else function.__qualname__
+    if name.startswith("jdistill.") and "<" not in name and library:
         return name
-    defaults = (function.__defaults__, function.__kwdefaults__)
-    inside = [_code(function.__code__), describe(defaults)]
-    for cell in function.__closure__ or ():
+    inside = [_code(function.__code__)]
+    holds = {each: describe(value) for each, value in _defaults(function).items()}
+    for variable, cell in zip(
+        function.__code__.co_freevars, function.__closure__ or (), strict=True
+    ):
         with contextlib.suppress(ValueError):  # a variable that has no value yet
             held = cell.cell_contents
             # Schedules of optax turn the numbers of steps that they close over into floats at
             # their first call, and are the same after it.
-            whole = _is_library(function) and type(held) is int
-            inside.append(describe(float(held) if whole else held))
-    inside.append([[variable, describe(held)] for variable, held in captured(function)])
-    if not _is_library(function):
+            holds[variable] = describe(float(held) if library and type(held) is int else held)
+    defaults = enumerate(function.__defaults__ or ())
+    said = {f"defaults[0][{index}]": describe(value) for index, value in defaults}
+    said |= {f"defaults[1][{each!r}]": held for each, held in holds.items()} | holds
+    refers: dict[str, Any] = {}  # beside those
+    for variable, held in captured(function):
+        if variable in said and describe(held) == said[variable]:
+            continue
+        free = (f"{variable} {n}" if n > 1 else variable for n in itertools.count(1))
+        refers[next(each for each in free if each not in refers)] = describe(held)
+    if not library:
         inside.append([describe(each) for each in _called(function)])
-    return f"{name} {fingerprint(inside)}"
+    short = f"{name} {fingerprint(inside)}"
+    more = {"holds": holds, "refers": refers}
+    found = {"function": short, **{kind: held for kind, held in more.items() if held}}
+    return found if len(found) > 1 else short
+
+
+def _defaults(function: Any) -> dict[str, Any]:
+    """The defaults of a function's arguments."""
+    code, values = function.__code__, function.__defaults__ or ()
+    named = code.co_varnames[code.co_argcount - len(values) : code.co_argcount]
+    return {**dict(zip(named, values, strict=True)), **(function.__kwdefaults__ or {})}
 
 
 def _called(function: Any) -> list[Any]:
@@ -205,7 +334,7 @@ def _class(kind: type) -> Any:
             continue
         parts[name] = describe(value)
     return {
-        "class": _plain(kind),
+        "class": kind.__qualname__,
         "code": parts,
         "bases": [describe(base) for base in kind.__bases__],
     }
@@ -230,10 +359,21 @@ def _object(value: Any) -> Any:
 
 
 def _plain(value: Any) -> str:
-    """A value's `repr` without addresses in memory."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    """A value's `repr` without addresses in memory, and without the user's modules."""
+    own = "" if _is_library(type(value)) else type(value).__module__
+    text = re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    return _DOTTED.sub(lambda found: _without_module(found[0], own), text)
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+# Not within a name, nor a number.
+_DOTTED = re.compile(r"(?<![\w.])[A-Za-z_]\w*(?:\.\w+)+")
+
+
+def _without_module(dotted: str, own: str) -> str:
+    """A dotted name without its module, which is `own` or another one that is no library."""
+    parts = dotted.split(".")
+    for number in range(len(parts) - 1, 0, -1):
+        module = ".".join(parts[:number])
+        if module == own or (module in sys.modules and not f"{module}.".startswith(LIBRARIES)):
+            return ".".join(parts[number:])
+    return dotted

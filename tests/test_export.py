@@ -291,11 +291,15 @@ def test_temperature_is_part_of_a_network(tmp_path, student):
 
 
 def test_another_model_is_refused(tmp_path, folder):
-    with pytest.raises(ValueError, match=r"hidden \[8, 8\], not \[16, 16\].*leave the model out"):
+    with pytest.raises(
+        ValueError, match=r"hidden is \[8, 8\], the written one's \[16, 16\].*leave the model out"
+    ):
         export.load(folder, nets.ConvNet(features=((8, 8),), hidden=(8, 8)))
-    with pytest.raises(ValueError, match=r"shift 0.25, not 0.5"):
+    with pytest.raises(ValueError, match=r"shift is 0.25, the written one's 0.5"):
         export.load(folder, nets.digits_net(width=0.25, shift=0.25))
-    with pytest.raises(ValueError, match=r"got one with kind 'linen', not 'ConvNet'; leave"):
+    with pytest.raises(
+        ValueError, match=r"got one whose kind is 'linen', the written one's 'ConvNet'; leave"
+    ):
         export.load(folder, Mine())
     blank = nets.callable_logits_fn(linear, {"kernel": jnp.ones((64, 3)), "bias": jnp.ones(3)})
     with pytest.raises(ValueError, match=r"expected a model with the weights .* and absent here"):

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import json
 import os
 import subprocess
 import sys
 import textwrap
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ import optax
 import pytest
 from flax import linen, nnx
 
-from jdistill import _fingerprint, attacks, losses, nets
+from jdistill import _fingerprint, attacks, losses, nets, train
 
 
 class Scaled:
@@ -75,7 +77,7 @@ def test_an_object_is_its_class_and_what_it_holds():
 def test_every_process_finds_the_same():
     code = """
         import jax, numpy as np
-        from jdistill import _fingerprint, attacks, losses, nets
+        from jdistill import _fingerprint, attacks, losses, nets, train
         model = nets.digits_net()
         params, _ = nets.init(model, jax.random.key(0), (8, 8, 1))
         net = nets.logits_fn(model, jax.tree.map(np.zeros_like, {"params": params}))
@@ -310,3 +312,201 @@ def test_an_optimizer_is_the_same_after_it_was_used(schedule):
         == _fingerprint.fingerprint(optax.adamw(schedule()))
     )
     assert before != _fingerprint.fingerprint(optax.adamw(2e-3))
+
+
+# The same file as a program, by import, and under another name.
+
+
+FILE = """
+import dataclasses, enum, functools
+import jax, jax.numpy as jnp, numpy as np
+from flax import linen, nnx
+from jdistill import losses, nets
+
+class Kind(enum.Enum):
+    ONE = 1
+
+def act(x):
+    return jnp.tanh(x)
+
+class Linen(linen.Module):
+    activation: object = act
+    kind: object = Kind.ONE
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(3)(self.activation(x))
+
+class Base(nnx.Module):
+    def __init__(self, rngs):
+        self.layer, self.kind = nnx.Linear(4, 3, rngs=rngs), Kind.ONE
+    def __call__(self, x):
+        return act(self.layer(x))
+
+class Nnx(Base):
+    pass
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    scale: float = 2.0
+    def __call__(self, logits, labels):
+        return self.scale * losses.margin(logits, labels)
+
+@jax.tree_util.register_pytree_node_class
+class Node:
+    def tree_flatten(self):
+        return (np.zeros(3), np.ones(2)), (Kind.ONE, Linen, Loss(), act)
+    @classmethod
+    def tree_unflatten(cls, _, leaves):
+        return cls()
+
+class Slots:
+    __slots__ = ()
+
+@functools.wraps(act)
+def wrapped(x):
+    return act(x) + 1
+
+@functools.wraps(losses.margin)
+def mine(logits, labels):
+    return 2 * losses.margin(logits, labels)
+
+NUMPY = np.zeros((1, 4), np.float32)
+MADE = {
+    "function": act,
+    "wrapper": wrapped,
+    "wrapper of the library's": mine,
+    "linen": Linen(),
+    "linen with weights": nets.logits_fn(Linen(), Linen().init(jax.random.key(0), NUMPY)),
+    "nnx": nets.nnx_model(Nnx),
+    "nnx with weights": nets.nnx_logits_fn(Nnx(nnx.Rngs(0))),
+    "dataclass": Loss(),
+    "class": Loss,
+    "method": Loss().__call__,
+    "pytree": Node(),
+    "object": Slots(),
+    "set": {Kind.ONE, Loss},
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def of_modules():
+    """What a file makes as each of three modules."""
+    made = []
+    for name in ("__main__", "package.first", "second"):
+        space = types.ModuleType(name)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, name, space)
+            exec(FILE, space.__dict__)
+            described = {n: _fingerprint.describe(each) for n, each in space.MADE.items()}
+        made.append(described)
+    return made
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "function",
+        "wrapper",
+        "wrapper of the library's",
+        "linen",
+        "linen with weights",
+        "nnx",
+        "nnx with weights",
+        "dataclass",
+        "class",
+        "method",
+        "pytree",
+        "object",
+        "set",
+    ],
+)
+def test_the_users_code_is_the_same_from_any_module(of_modules, name):
+    one, *others = (made[name] for made in of_modules)
+    assert all(other == one for other in others)
+    assert "__main__" not in json.dumps(one)
+    assert "package" not in json.dumps(of_modules[1][name])
+
+
+def test_the_librarys_code_goes_by_its_full_name_and_a_wrapper_of_it_does_not(of_modules):
+    assert _fingerprint.describe(losses.margin) == "jdistill.losses.margin"
+    assert of_modules[0]["wrapper of the library's"].startswith("margin ")
+
+
+# What is said of two that differ.
+
+
+def said(one, other, name=""):
+    one, other = (json.loads(json.dumps(_fingerprint.describe(each))) for each in (one, other))
+    return _fingerprint.differences(one, other, "this study's", name)
+
+
+def scaled_by(number):
+    return lambda logits, labels: number * losses.margin(logits, labels)
+
+
+def at_step(number=1):
+    return lambda logits, labels, step=number: losses.margin(logits, labels)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "place", "values"),
+    [
+        (train.sgd(0.05), train.sgd(0.1), "learning_rate", ("0.05", "0.1")),
+        (optax.adam(1e-3), optax.adam(1e-2), "step_size", ("-0.001", "-0.01")),
+        (
+            optax.adam(optax.cosine_decay_schedule(1e-3, 9)),
+            optax.adam(optax.cosine_decay_schedule(2e-3, 9)),
+            "init_value",
+            ("0.001", "0.002"),
+        ),
+        (scaled_by(1.0), scaled_by(2.0), "number", ("1.0", "2.0")),
+        (at_step(1), at_step(2), "step", ("1", "2")),
+        ({"eps": [*range(50), 1]}, {"eps": [*range(50), 2]}, "eps[50]", ("1", "2")),
+        (
+            {"loss": losses.margin},
+            {"loss": losses.cross_entropy},
+            "loss",
+            ("margin'", "cross_entropy'"),
+        ),
+    ],
+    ids=["sgd", "adam", "schedule", "closure", "default", "list", "name"],
+)
+def test_a_number_that_differs_is_shown(one, other, place, values):
+    (text,) = said(one, other)
+    before, found = text.split(" is ")
+    assert before.endswith(place)
+    mine, theirs = found.split(", this study's ")
+    assert mine.endswith(values[0])
+    assert theirs.endswith(values[1])
+
+
+def test_code_that_differs_is_said_without_equal_texts():
+    (text,) = said(lambda z: z, lambda z: z + 1, "loss")
+    assert text.startswith("loss has other code or settings than this study's (")
+    assert text.endswith("<lambda>)")
+    (text,) = said(np.zeros(3), np.ones(3), "weights")
+    assert text == "weights has other numbers than this study's (float64[3])"
+
+
+def test_long_texts_are_shown_around_their_first_difference():
+    (text,) = said("a" * 200 + "0.05" + "b" * 200, "a" * 200 + "0.1" + "b" * 200, "rates")
+    mine, theirs = text.removeprefix("rates is ").split(", this study's ")
+    assert "a0.05b" in mine
+    assert "a0.1b" in theirs
+    assert max(len(mine), len(theirs)) < 90
+
+
+def test_what_differs_alike_is_said_once():
+    def stages(rate, *more):
+        return {f"stage {n}": {"rate": each} for n, each in enumerate((rate, rate, rate, *more))}
+
+    assert said(stages(0.1), stages(0.2), "chain") == [
+        "chain.(stage 0, stage 1, stage 2).rate is 0.1, this study's 0.2"
+    ]
+    assert said(stages(0.1, 1), stages(0.2, 2), "chain")[1:] == [
+        "chain.stage 3.rate is 1, this study's 2"
+    ]
+    assert said({"a": {"rate": 1}, "rate": 1}, {"a": {"rate": 2}, "rate": 2}) == [
+        "a.rate (and alike in 1 more) is 1, this study's 2"
+    ]

@@ -147,10 +147,11 @@ def blank(folder: epath.Path, config: Mapping[str, Any], model: Any) -> Parts:
         nets.apply_fn(model)  # says so, where it is no module
         held = Parts(model, None).record()
         if record["kind"] in _NETWORKS and held != record:
-            different = _fingerprint.differences(held["kind"], record["kind"], "kind")
-            different = different or _fingerprint.differences(held, record)
+            whose = "the written one's"
+            different = _fingerprint.differences(held["kind"], record["kind"], whose, "kind")
+            different = different or _fingerprint.differences(held, record, whose)
             raise ValueError(
-                f"expected the model that was written to {folder}, got one with "
+                f"expected the model that was written to {folder}, got one whose "
                 f"{'; '.join(different)}; leave the model out"
             )
     key, shape = jax.random.key(0), config["input_shape"]

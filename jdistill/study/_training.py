@@ -378,10 +378,10 @@ class _Log:
             _workdir.forget_epochs(self._log, self._labels, after=epoch)
         if found is not None:
             held = {name: found.metadata.get(name) for name in self._identity}
-            if different := _fingerprint.differences(held, self._identity):
+            if different := _fingerprint.differences(held, self._identity, "this study's"):
                 raise ValueError(
                     f"expected a checkpoint of this study in {self._checkpointer.directory}, got "
-                    f"one with {different[0]}; delete it, or choose another workdir"
+                    f"one whose {different[0]}; delete it, or choose another workdir"
                 )
             if best := found.metadata.get("best"):
                 self._best = best[0], best[1]

@@ -244,10 +244,12 @@ def refuse_difference(
             f"expected the chain {missing[0]!r} of the workdir {folder} among the chains, got "
             f"{', '.join(wanted['chains'])}; add it, or choose another workdir"
         )
-    found = _fingerprint.differences(held, json.loads(json.dumps(_within(wanted, held))))
+    given = json.loads(json.dumps(_within(wanted, held)))
+    found = _fingerprint.differences(held, given, "this study's")
     if found:
         raise ValueError(
-            f"expected the study of the workdir {folder}, got one with {'; '.join(found[:3])}; "
+            f"expected the study of the workdir {folder}, got another: in the workdir "
+            f"{'; '.join(found[:3])}; "
             "choose another workdir, or the same value (only temperatures, seeds, and chains may "
             "extend a workdir)"
         )
