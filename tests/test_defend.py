@@ -135,7 +135,7 @@ def test_a_workdir_is_extended_and_other_settings_are_refused(finished, tmp_path
     assert (workdir / "results.csv").read_bytes() == before
     message = fails(["defend", *SMOKE, "--workdir", str(workdir), "--eps", "0.3"], capsys)
     assert "eps" in message
-    assert "0.2, not 0.3" in message
+    assert "0.2, this study's 0.3" in message
 
 
 def test_the_report_is_made_again_from_the_tables(finished, tmp_path, capsys):
@@ -249,6 +249,45 @@ def test_a_study_of_ones_own(tmp_path, capsys):
     commands.run(["defend", str(file), "--workdir", str(tmp_path / "other"), "--smoke"])
     file.write_text("study = 3")
     assert "to define `study`" in fails(["defend", str(file)], capsys)
+
+
+# In another process, whose `sys.path` and modules are its own.
+def defends(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "jdistill", "defend", *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_file_imports_what_lies_beside_it(tmp_path):
+    beside, elsewhere = tmp_path / "beside", tmp_path / "elsewhere"
+    beside.mkdir()
+    elsewhere.mkdir()
+    (beside / "my_parts.py").write_text(STUDY)
+    (beside / "my_study.py").write_text("from my_parts import make as study\n")
+    done = defends(elsewhere, beside / "my_study.py", "--workdir", "run", "--smoke")
+    assert done.returncode == 0, done.stderr
+
+
+def test_errors_of_a_file_name_its_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    file, part = tmp_path / "my_study.py", tmp_path / "my_wrong_part.py"
+
+    def said(text):
+        file.write_text(text)
+        return fails(["defend", str(file), "--workdir", str(tmp_path / "run")], capsys)
+
+    assert f"{file}, line 2: ModuleNotFoundError: No module" in said("\nimport not_there_at_all\n")
+    assert f"{file}, line 3: KeyError: 'a'" in said("def study():\n    pass\n    {}['a']\n")
+    assert f"{file}, line 2: SyntaxError" in said("x = 1\ny = = 2\n")
+    text = "from jdistill.study import Study\nstudy = Study(data=None, chains={})\n"
+    assert f"{file}, line 2: expected at least one chain" in said(text)
+    part.write_text("import numpy as np\n\nx = np.zeros(3).reshape(2)\n")
+    assert f"{part}, line 3: cannot reshape" in said("import my_wrong_part\n")
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ def edited(params, inputs):
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"batch_size": 8}, "batch_size 16, not 8"),
+        ({"batch_size": 8}, "in the workdir batch_size is 16, this study's 8"),
         ({"data": blobs(seed=1)}, "dataset_checksum"),
         ({"attacks": {"pgd": PGD._replace(num_examples=4), "deepfool": MARGIN}}, "num_examples"),
         ({"attacks": {"pgd": PGD}}, "deepfool"),
@@ -537,6 +537,11 @@ def test_bad_stages(options, message):
     ("own", "message"),
     [
         ((blobs()[0], (255 * blobs()[1][0], blobs()[1][1])), "test inputs, for pgd"),
+        (((255 * blobs()[0][0], blobs()[0][1]), blobs()[1]), "training inputs, for pgd"),
+        (
+            (blobs()[0], (255 * blobs()[1][0], blobs()[1][1]), blobs()[1]),
+            r"validation inputs, for pgd, in \[0, 1\]",
+        ),
         ((blobs()[0], (blobs()[1][0], np.full(24, 3))), "test labels"),
         ((blobs()[0], (blobs()[1][0], np.full(24, 1))), "class"),
     ],
@@ -545,6 +550,20 @@ def test_data_that_attacks_cannot_take_is_refused_before_training(tmp_path, own,
     with pytest.raises(ValueError, match=message):
         study.run(dataclasses.replace(SMALL, data=own), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("boxes", [[(0.0, 255.0)], [(-np.inf, np.inf)], [(0.0, 1.0), (0.0, 255.0)]])
+def test_training_inputs_that_an_attack_would_take_are_not_refused(boxes):
+    inputs = np.linspace(0, 1, 48, dtype=np.float32).reshape(12, 4)
+    labels = np.arange(12) % 3
+    plans = {
+        str(number): functools.partial(attacks.pgd, eps=0.1, bounds=bounds)
+        for number, bounds in enumerate(boxes)
+    }
+    own = dataclasses.replace(
+        SMALL, data=((255 * inputs, labels), (inputs, labels)), attacks=plans, transfer=()
+    )
+    study._run._check_examples(own, own.examples())
 
 
 def test_other_examples_of_a_data_set_are_another_study(tmp_path):

@@ -1,12 +1,14 @@
 """Studies from recipes, files, and workdirs; and the paths of workdirs."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -82,8 +84,10 @@ def extended(recipe: AnyRecipe, folder: epath.Path) -> AnyRecipe:
 def in_file(path: str) -> Study | Made:
     """The `study` of a file: a study, or a function that returns one.
 
+    What lies beside the file can be imported, as where Python runs it.
+
     Raises:
-        ValueError: it has no such thing, or cannot be run.
+        ValueError: it has no such thing, or cannot be run; names the line.
         FileNotFoundError: there is no file.
     """
     file = pathlib.Path(path).expanduser()
@@ -96,8 +100,12 @@ def in_file(path: str) -> Study | Made:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    folder = str(file.resolve().parent)
+    if folder not in sys.path:  # and it stays: functions may import when they are called
+        sys.path.insert(0, folder)
     sys.modules[file.stem] = module  # where its functions say that they are from
-    spec.loader.exec_module(module)
+    with _lines_named(file):
+        spec.loader.exec_module(module)
     found = getattr(module, "study", None)
     if not isinstance(found, Study) and not callable(found):
         raise ValueError(
@@ -107,9 +115,36 @@ def in_file(path: str) -> Study | Made:
     return found
 
 
+@contextlib.contextmanager
+def _lines_named(file: pathlib.Path) -> Iterator[None]:
+    """Context in which errors say where in the user's files they come from."""
+    try:
+        yield
+    except Exception as error:
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise ValueError(f"{_line(error, file)}: {kind}{error}") from error
+
+
+def _line(error: Exception, file: pathlib.Path) -> str:
+    """File and line of the innermost code that lies beside a file."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}"
+    folder, found = file.resolve().parent, str(file)
+    for frame in traceback.extract_tb(error.__traceback__):
+        there = pathlib.Path(frame.filename).resolve()
+        inside = there.relative_to(folder).parts if there.is_relative_to(folder) else None
+        if inside and "site-packages" not in inside and not there.is_relative_to(_LIBRARY):
+            found = f"{frame.filename}, line {frame.lineno}"
+    return found
+
+
+_LIBRARY = pathlib.Path(__file__).resolve().parents[1]
+
+
 def made(found: Study | Made, path: str, options: Mapping[str, Any]) -> Source:
     """The study of a file."""
-    study = found(**options) if callable(found) else found
+    with _lines_named(pathlib.Path(path).expanduser()):
+        study = found(**options) if callable(found) else found
     if not isinstance(study, Study):
         raise ValueError(
             f"expected study() in {path} to return a jdistill.study.Study, got "

@@ -342,10 +342,36 @@ def _check_examples(study: Study, examples: Examples) -> None:
         _validate.class_indices(split.labels, name=f"{name} labels", **checked)
     plans = {**study.attacks, **{f"distance {norm}": p for norm, p in study.distances.items()}}
     check_classes(inputs, labels, plans)
-    for name, plan in plans.items():
-        bounds = attacks.traits(plan.attack).settings.get("bounds")
-        if bounds is not None:
-            _validate.inputs_in_box(inputs, bounds, name=f"test inputs, for {name},")
+    boxes = {
+        name: bounds
+        for name, plan in plans.items()
+        if (bounds := attacks.traits(plan.attack).settings.get("bounds")) is not None
+    }
+    for name, bounds in boxes.items():
+        _validate.inputs_in_box(inputs, bounds, name=f"test inputs, for {name},")
+    _check_learned(examples, boxes)
+
+
+def _check_learned(examples: Examples, boxes: Mapping[str, Any]) -> None:
+    """Refuse examples to learn from that are not of the test examples' kind: in no attack's box.
+
+    One box that holds them is enough: a box that is narrower by design is no mistake.
+    """
+    learned = {"training": examples.train, "validation": examples.validation}
+    for which, split in learned.items():
+        if split is None:
+            continue
+        errors = []
+        for name, bounds in boxes.items():
+            try:
+                _validate.inputs_in_box(split.inputs, bounds, name=f"{which} inputs, for {name},")
+            except ValueError as error:
+                errors.append(error)
+            else:
+                break
+        else:
+            if errors:
+                raise errors[0]
 
 
 def load(workdir: _files.PathLike) -> Tables:
