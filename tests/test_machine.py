@@ -19,6 +19,9 @@ def files(root, content):
     return root
 
 
+GROUPS = "sys/kernel/iommu_groups"
+
+
 @pytest.mark.parametrize(
     ("content", "environment", "expected"),
     [
@@ -32,8 +35,20 @@ def files(root, content):
         ({}, {"TPU_ACCELERATOR_TYPE": "v5e-1", "COLAB_TPU_1VM": ""}, ["TPU_ACCELERATOR_TYPE"]),
         ({"dev/vfio/vfio": ""}, {}, []),
         ({"dev/vfio/0": "", "dev/vfio/vfio": ""}, {}, ["/dev/vfio/0"]),
-        ({"dev/vfio/0": "", "sys/bus/pci/devices/a/vendor": "0x8086\n"}, {}, []),
-        ({"dev/vfio/0": "", "sys/bus/pci/devices/a/vendor": "0x1ae0\n"}, {}, ["/dev/vfio/0"]),
+        ({"dev/vfio/0": "", f"{GROUPS}/0/devices/a/vendor": "0x8086\n"}, {}, []),
+        ({"dev/vfio/0": "", f"{GROUPS}/0/devices/a/vendor": "0x1ae0\n"}, {}, ["/dev/vfio/0"]),
+        # Network cards of Google's cloud have its vendor too, and are no TPUs.
+        (
+            {
+                "dev/vfio/0": "",
+                f"{GROUPS}/0/devices/a/vendor": "0x10de\n",
+                f"{GROUPS}/1/devices/b/vendor": "0x1ae0\n",
+            },
+            {},
+            [],
+        ),
+        ({"dev/nvidia0": ""}, {"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, []),
+        ({}, {"COLAB_TPU_1VM": "0"}, []),
     ],
 )
 def test_accelerators_are_found_by_their_devices(content, environment, expected, tmp_path):

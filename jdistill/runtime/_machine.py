@@ -77,6 +77,7 @@ def check_machine(*, min_free_gib: float = 1.0) -> Machine:
     )
     # JAX's own types do not know its settings.
     asked = getattr(jax.config, "jax_platforms", None) or ""
+    asked = asked or getattr(jax.config, "jax_platform_name", None) or ""
     return judged(machine, accelerators(), asked, min_free_gib)
 
 
@@ -92,9 +93,10 @@ def judged(machine: Machine, found: list[str], asked: str, min_free_gib: float) 
     if machine.platform == "cpu" and found and asked.split(",")[0] != "cpu":
         raise RuntimeError(
             f"expected JAX to run on the accelerator of this machine ({', '.join(found)}), got the "
-            "CPU; restart the runtime, and undo what was installed over its JAX (another jax, "
-            "jaxlib, libtpu, or TensorFlow for TPUs), or set JAX_PLATFORMS=cpu before JAX is "
-            "imported to use the CPU on purpose"
+            "CPU; install JAX for it, such as `pip install 'jax[cuda13]'` or, on Colab, restart the "
+            "runtime and undo what was installed over its JAX (another jax, jaxlib, libtpu, or "
+            "TensorFlow for TPUs); to use the CPU on purpose, set JAX_PLATFORMS=cpu before JAX is "
+            "imported (%env JAX_PLATFORMS=cpu in a notebook)"
         )
     if machine.free_bytes is not None and machine.free_bytes < min_free_gib * _GIB:
         raise MemoryError(
@@ -115,16 +117,17 @@ def accelerators(
         environment: None is that of the process.
     """
     environment = os.environ if environment is None else environment
-    found = [name for name in _TPU_VARIABLES if environment.get(name)]
+    found = [name for name in _TPU_VARIABLES if environment.get(name, "0") not in ("", "0")]
     found += _paths(root, "dev/accel[0-9]*")
     # Groups of devices that are passed through, which need not be TPUs.
-    groups = _paths(root, "dev/vfio/[0-9]*")
-    vendors = [_text(path) for path in root.glob("sys/bus/pci/devices/*/vendor")]
-    if not vendors or _GOOGLE in vendors:
-        found += groups
-    # Set to nothing, or to -1, it hides them on purpose.
+    for group in _paths(root, "dev/vfio/[0-9]*"):
+        members = f"sys/kernel/iommu_groups/{group.rpartition('/')[2]}/devices/*/vendor"
+        vendors = {_text(path) for path in root.glob(members)}
+        if not vendors or _GOOGLE in vendors:
+            found.append(group)
+    # Set to nothing, to -1, or as Slurm does where a job has none, it hides them on purpose.
     visible = environment.get("CUDA_VISIBLE_DEVICES", "all").strip()
-    if visible and not visible.startswith("-"):
+    if visible and not visible.startswith(("-", "NoDevFiles")):
         found += _paths(root, "dev/nvidia[0-9]*")
     return found
 
