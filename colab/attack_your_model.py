@@ -59,7 +59,10 @@ def missing(packages):
 def pip_install(*arguments):
     """Install beside what is there, every version of which is fixed."""
     plain = re.compile(r"\d+(\.\d+)*((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?(\+[\w.]+)?")
-    there = {each.metadata["Name"]: each.version for each in importlib.metadata.distributions()}
+    there = {}
+    for each in importlib.metadata.distributions():
+        name = re.sub(r"[-_.]+", "-", each.metadata["Name"] or "").lower()
+        there.setdefault(name, each.version)  # of copies Python imports the first
     fixed = [f"{name}=={v}\n" for name, v in there.items() if name and plain.fullmatch(v)]
     with tempfile.TemporaryDirectory() as folder:
         constraints = pathlib.Path(folder, "constraints.txt")
@@ -70,11 +73,12 @@ def pip_install(*arguments):
 
 if not SMOKE:
     if missing({"jdistill": "jdistill"}):
-        wheels = sorted(glob.glob("jdistill-*.whl"))
-        if not wheels and "/OWNER/" in REPOSITORY:
+        wheels = sorted(glob.glob("jdistill-*.whl"), key=os.path.getmtime)
+        if not wheels and "/OWN" + "ER/" in REPOSITORY:  # the address is not fixed yet
             raise RuntimeError(
                 "expected a wheel jdistill-*.whl in the working directory, got none; upload one "
-                "(Files, at the left), or put the repository's address into REPOSITORY above"
+                "(Files, at the left) that `pip wheel --no-deps .` made in a checkout, or put the "
+                "repository's address into REPOSITORY above"
             )
         # Without dependencies: the runtime's own JAX, built for its device, stays as it is.
         pip_install("--no-deps", wheels[-1] if wheels else f"jdistill @ git+{REPOSITORY}")

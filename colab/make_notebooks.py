@@ -10,6 +10,7 @@ outputs. A notebook runs in a fresh kernel of this interpreter, on the CPU, in a
 
 import argparse
 import gc
+import hashlib
 import os
 import pathlib
 import subprocess
@@ -49,6 +50,13 @@ def notebook_of(source: pathlib.Path) -> Any:
         cell.id = f"cell-{number:02d}"
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     return notebook
+
+
+def run_of(notebook: Any, *, smoke: bool) -> dict[str, Any]:
+    """What the outputs of a notebook are of: the code of its cells, and whether at least sizes."""
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    digest = hashlib.blake2b("\0".join(code).encode(), digest_size=8).hexdigest()
+    return {"code": digest, "smoke": smoke}
 
 
 def execute(notebook: Any, folder: pathlib.Path, environment: Mapping[str, str]) -> pathlib.Path:
@@ -150,12 +158,12 @@ def make(source: pathlib.Path, *, smoke: bool) -> list[str]:
     # Cold, so that the time is that of a reader's first run.
     with tempfile.TemporaryDirectory() as folder:
         environment = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/programs"}
-        execute(
-            notebook, pathlib.Path(folder), environment | ({"JDISTILL_SMOKE": "1"} if smoke else {})
-        )
+        environment["JDISTILL_SMOKE"] = "1" if smoke else "0"
+        execute(notebook, pathlib.Path(folder), environment)
     seconds = time.monotonic() - started
     # What the kernel says of itself is not the notebook's.
-    notebook.metadata = notebook_of(source).metadata
+    fresh = notebook_of(source)
+    notebook.metadata = {**fresh.metadata, "jdistill": run_of(fresh, smoke=smoke)}
     found = problems(notebook)
     size = len(nbformat.writes(notebook))
     print(f"{source.stem}: {seconds:.0f} s, {size / 1000:.0f} kB", *found, sep="\n  ", flush=True)

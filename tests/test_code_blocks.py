@@ -20,9 +20,10 @@ import sys
 
 import jax
 import pytest
+import tyro
 
 from jdistill import commands
-from jdistill.commands import _attack, _defend
+from jdistill.commands import _attack, _defend, _plan, _report, _verdict
 from tests.pages import CODE, OTHERS, PAGES, ROOT, blocks, code
 
 REASONS = ("full scale", "cloud", "installs", "in a checkout", "after a run at full scale")
@@ -54,13 +55,70 @@ for number, (language, text, place) in enumerate(program):
     sys.stdout.flush()
 """
 MARK = "==== block"
-PARSERS = {"defend": _defend.parse, "attack": _attack.parse}
+
+
+def parse_plan(arguments):
+    _, rest = tyro.cli(_plan.Options, args=arguments[1:], return_unknown_args=True)
+    if not arguments[0].endswith(".py"):
+        _defend.parse([arguments[0], *rest])
+
+
+def parse_plain(options):
+    """A parser of a command all of whose arguments are those of its options."""
+    return lambda arguments: tyro.cli(
+        options, args=arguments, config=(tyro.conf.OmitArgPrefixes,), console_outputs=False
+    )
+
+
+PARSERS = {
+    "defend": lambda arguments: arguments[0].endswith(".py") or _defend.parse(arguments),
+    "attack": _attack.parse,
+    "plan": parse_plan,
+    "report": parse_plain(_report.Options),
+    "verdict": parse_plain(_verdict.Options),
+}
+
+
+def readme_claims(printed):
+    """Distillation halves what FGSM finds, takes nothing from C&W, and is found out."""
+    form = r"^T=(\d+): FGSM fools (\d+)%, C&W (\d+)%$"
+    found = re.findall(form, printed, re.MULTILINE)
+    (plain, fgsm, cw), (distilled, less, other) = ([int(part) for part in row] for row in found)
+    assert (plain, distilled) == (1, 20)
+    assert less < fgsm / 2
+    assert min(cw, other) >= 99
+
+
+def tutorial_claims(printed):
+    """What the page says of the table's last three columns, and of the verdicts."""
+    rows = [line.split() for line in printed.splitlines() if re.search(r"(?: +-?[\d.]+){3}$", line)]
+    plain, *_, student = rows[0][-4:], rows[-1][-4:]
+    (zero, _, pgd, margin), (zeros, _, less, other) = (map(float, row) for row in (plain, student))
+    assert zero < 5
+    assert zeros > 50
+    assert less < pgd / 3
+    assert min(margin, other) > 85
+    assert len(re.findall(r"^T = 50, student .*: masked$", printed, re.MULTILINE)) == 2
+    assert re.search(r"exactly zero or not finite for", printed)
+    left = r"^(\w+): (\d+)% left by everything tried \((.*)\)$"
+    (_, none, masked), (_, half, label) = re.findall(left, printed, re.MULTILINE)
+    assert int(none) < 5
+    assert masked == "masked"
+    assert int(half) > 40
+    assert label in ("no sign of masking", "weak attack")
+
+
+CLAIMS = {"README.md": readme_claims, "docs/tutorial.md": tutorial_claims}
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_languages_and_comments_are_known(page):
-    fences = re.findall(r"^```.*$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+    text = (ROOT / page).read_text(encoding="utf-8")
+    fences = re.findall(r"^```.*$", text, re.MULTILINE)
     assert not len(fences) % 2, "a block is not closed"
+    # What these would hide from the tests.
+    assert not re.findall(r"^ +```(?:python|sh)|^ *~~~", text, re.MULTILINE)
+    assert not re.findall(r"prints:?\n+(?:<!--.*\n)?```text", re.sub("It prints\n", "", text))
     for block in blocks(page):
         assert block.language in CODE | OTHERS, f"{page}:{block.line}: {block.language}"
         if block.comment and block.language in CODE:
@@ -100,6 +158,8 @@ def test_blocks_run(page, tmp_path):
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     printed = re.split(rf"^{MARK} \d+\n", done.stdout, flags=re.MULTILINE)[1:]
     assert len(printed) == len(program)
+    if page in CLAIMS:
+        CLAIMS[page]("".join(printed))
     for block, found in zip(runs(page), printed, strict=True):
         if block.printed is not None:
             assert_prints(found, block.printed, block.tolerance, f"{page}:{block.line}")
@@ -144,11 +204,11 @@ def test_blocks_are_parsed(page):
 def lines_of(text):
     """The commands of a block as words, without comments and what they pipe to."""
     joined = re.sub(r"\\\n", " ", text)
-    for line in joined.splitlines():
+    for line in re.split(r"\n| && ", joined):
         words = shlex.split(line, comments=True)
         while words and re.fullmatch(r"\w+=\S*|\$|nohup|time", words[0]):
             words.pop(0)
-        for end in ("|", "&&", ">", "2>&1", "&"):
+        for end in ("|", ">", "2>&1", "&"):
             if end in words:
                 words = words[: words.index(end)]
         if words:
@@ -159,12 +219,14 @@ def check_command(words, place):
     """A program of the project exists, and the command `jdistill` knows the options."""
     if words[0] == "jdistill":
         name, arguments = words[1], words[2:]
-        assert name in commands._COMMANDS, f"{place}: {words}"
-        if name in PARSERS and "--help" not in arguments and not arguments[0].endswith(".py"):
+        assert set(PARSERS) == set(commands._COMMANDS)
+        if "--help" not in arguments:
             PARSERS[name](arguments)  # an unknown option or value is an error
     elif words[0] == "make":
         makefile = (ROOT / "Makefile").read_text()
         for target in (word for word in words[1:] if not re.search(r"=|^-", word)):
             assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), f"{place}: {words}"
+    elif words[0].endswith("python") and words[1].endswith(".py"):
+        assert (ROOT / words[1]).exists(), f"{place}: {words}"
     elif words[:2] == ["python", "-m"] and words[2].startswith("experiments"):
         assert importlib.util.find_spec(words[2]), f"{place}: {words}"

@@ -61,12 +61,15 @@ def test_the_notebook_has_the_cells_of_its_source(name):
     notebook = stored(name)
     nbformat.validate(notebook)
     assert parts(notebook) == parts(source(name)), f"make notebooks NOTEBOOKS={name}"
-    assert notebook.metadata == source(name).metadata
+    # The outputs are of these cells, and of a whole run.
+    run = make_notebooks.run_of(source(name), smoke=False)
+    assert notebook.metadata == {**source(name).metadata, "jdistill": run}
 
 
 @each
 def test_what_colab_needs_to_know_is_in_the_metadata(name):
-    assert stored(name).metadata == {
+    assert stored(name).metadata | {"jdistill": None} == {
+        "jdistill": None,
         "accelerator": "TPU",
         "colab": {"gpuType": "V5E1", "provenance": []},
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -86,7 +89,6 @@ def test_the_stored_outputs_are_those_of_a_whole_run(name):
     assert "\r" not in printed(notebook)
     assert not [o for o in outputs(notebook) if "widget" in str(o.get("data", {}).keys())]
     assert any("image/png" in output.get("data", {}) for output in outputs(notebook))
-    # The shortest runs of the tests are not what readers should see.
     assert "done   " in printed(notebook)
     assert len(printed(notebook)) > 1000
 
@@ -160,10 +162,34 @@ def test_only_what_is_missing_is_installed_and_never_jax(install):
     assert f"jax=={jax.__version__}" in constraints
 
 
-@pytest.mark.skipif("/OWNER/" not in REPOSITORY, reason="the repository has an address")
 def test_without_wheel_and_address_one_sentence_says_what_to_do(install):
     with pytest.raises(RuntimeError, match=r"^expected a wheel .* got none; upload one .*above$"):
-        install({"jdistill"})
+        install({"jdistill"}, "https://github.com/OWNER/jdistill")
+
+
+def test_an_address_put_everywhere_is_used(install):
+    """Also where all of `OWNER` is replaced, as CONTRIBUTING.md says."""
+    cell = code(stored("quickstart"))[0]
+    assert "OWNER" not in cell.replace("https://github.com/OWNER/jdistill", "")
+    ((command, _),) = install({"jdistill"}, "https://github.com/acme/jdistill")
+    assert command == ["--no-deps", "jdistill @ git+https://github.com/acme/jdistill"]
+
+
+def test_of_copies_the_version_that_python_imports_is_kept(install, tmp_path, monkeypatch):
+    for folder, name, version in (
+        ("a", "Typing_Extensions", "9.1"),
+        ("b", "typing-extensions", "1"),
+    ):
+        place = tmp_path / folder / f"{name}-{version}.dist-info"
+        place.mkdir(parents=True)
+        (place / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        )
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "a"), str(tmp_path / "b"), *sys.path])
+    ((_, constraints),) = install({"tyro"})
+    assert [line for line in constraints if "typing-ext" in line.lower()] == [
+        "typing-extensions==9.1"
+    ]
 
 
 def test_what_is_needed_is_what_the_project_declares():

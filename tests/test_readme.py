@@ -1,5 +1,6 @@
 """What README.md and the other texts say of the repository: links, files, addresses, numbers."""
 
+import csv
 import importlib.metadata
 import re
 import tomllib
@@ -32,6 +33,7 @@ def anchors(text):
 @pytest.mark.parametrize("name", TEXTS)
 def test_links_lead_somewhere(name):
     text = (ROOT / name).read_text(encoding="utf-8")
+    assert "[](" not in text, "a link without a text is empty on GitHub"
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"https?:", target):
             continue
@@ -51,9 +53,29 @@ def test_named_files_exist(name):
         assert (ROOT / path).exists(), path
 
 
-def test_image_is_a_picture():
+def test_the_picture_says_what_its_table_does():
     (path,) = re.findall(r"^!\[[^\]]+\]\(([^)]+)\)", README, re.MULTILINE)
-    assert (ROOT / path).read_bytes().startswith(b"\x89PNG\r\n")
+    assert "<svg" in (ROOT / path).read_text()[:500]
+    with (ROOT / "docs/example/results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+
+    def value(temperature, generation, attack, column="success_rate"):
+        (found,) = [
+            float(row[column])
+            for row in rows
+            if (float(row["temperature"]), row["generation"], row["attack"])
+            == (temperature, generation, attack)
+        ]
+        return 100 * found
+
+    caption = " ".join(README.split())
+    student, teacher = ((100, "2"), (1, "0"))
+    fgsm, pgd, margin = ("fgsm", "pgd", "pgd_margin")
+    assert f"{value(*student, fgsm):.1f}% and {value(*student, pgd):.0f}% of the ex" in caption
+    assert f"on {value(*teacher, fgsm):.1f}% and {value(*teacher, pgd):.0f}% against" in caption
+    assert f"on {value(*student, fgsm, 'zero_gradient_fraction'):.0f}% of the examples" in caption
+    assert f"on {value(*student, margin):.0f}% (against {value(*teacher, margin):.0f}%)" in caption
+    assert all(float(row["success_rate"]) == 1 for row in rows if "carlini" in row["attack"])
 
 
 def test_the_address_is_one():
