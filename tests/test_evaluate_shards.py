@@ -235,7 +235,9 @@ def test_attacks_that_close_over_different_numbers_differ():
         lambda f, key, x, y: attacks.fgsm(f, key, x, y, eps=0.1),
         lambda f, key, x, y: attacks.bim(f, key, x, y, eps=0.1),
     ):
-        with pytest.raises(ValueError, match=r"got one whose attack(\.eps is 0\.1| is | has other code)"):
+        with pytest.raises(
+            ValueError, match=r"got one whose attack(\.eps is 0\.1| is | has other code)"
+        ):
             run(shards, evaluate.AttackPlan(other))
 
 

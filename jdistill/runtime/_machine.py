@@ -93,8 +93,8 @@ def judged(machine: Machine, found: list[str], asked: str, min_free_gib: float) 
     if machine.platform == "cpu" and found and asked.split(",")[0] != "cpu":
         raise RuntimeError(
             f"expected JAX to run on the accelerator of this machine ({', '.join(found)}), got the "
-            "CPU; install JAX for it, such as `pip install 'jax[cuda13]'` or, on Colab, restart the "
-            "runtime and undo what was installed over its JAX (another jax, jaxlib, libtpu, or "
+            "CPU; install JAX for it, such as `pip install 'jax[cuda13]'`, or, on Colab, restart "
+            "the runtime and undo what was installed over its JAX (another jax, jaxlib, libtpu, or "
             "TensorFlow for TPUs); to use the CPU on purpose, set JAX_PLATFORMS=cpu before JAX is "
             "imported (%env JAX_PLATFORMS=cpu in a notebook)"
         )
