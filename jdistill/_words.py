@@ -100,6 +100,15 @@ def decimals(value: float) -> str:
     return f"{value:.2f}".replace("-", "−")
 
 
+def temperature(value: float) -> str:
+    """A temperature, in at most three digits that say something.
+
+    >>> temperature(30.0), temperature(2.5), temperature(482.34), temperature(1000.0)
+    ('30', '2.5', '482', '1000')
+    """
+    return f"{float(f'{value:.3g}'):g}"
+
+
 def count(amount: float, noun: str) -> str:
     """A count with its noun.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from urllib.parse import unquote
 
 import jax
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 
 from experiments.papers import robust_chains
-from jdistill import attacks, data, evaluate, export, losses, nets, robust, study, train
+from jdistill import attacks, data, evaluate, export, losses, nets, report, robust, study, train
 from jdistill.commands import _defend
-from jdistill.study import RECIPES, RobustRecipe, Stage, Study, _robust
+from jdistill.study import RECIPES, RobustRecipe, Stage, Study, _measure, _robust
 from jdistill.typing import Batch
+from tests.report_rows import make_rows
 
 ROBUST = [name for name, recipe in RECIPES.items() if isinstance(recipe, RobustRecipe)]
 FASHION = RECIPES["robust-chain-fashion"]
@@ -333,3 +335,41 @@ def test_a_difference_between_losses_is_none_within_them():
 def test_changes_that_are_all_alike_have_no_correlation():
     _, accounts = robust_chains.table(list(rows_of(np.zeros(5))))
     assert accounts[1][1] == "–"
+
+
+# What a report may call such networks
+
+
+def test_a_study_knows_which_networks_are_not_ordinary():
+    own = DENSE.study()
+    assert set(_measure.trainings(own).values()) == {"adversarial"}
+    assert _measure.trainings(RECIPES["digits"].study()) == {}
+    mixed = functools.partial(train.make_train_step, objective=train.mixup(1.0))
+
+    def weighted(apply_fn, state, loss_fn, batch, *more):
+        raise NotImplementedError
+
+    odd = functools.partial(train.make_train_step, objective=weighted)
+    model, optimizer = nets.digits_net(0.5), train.sgd(0.1)
+    stages = [
+        Stage(frozen=nets.callable_logits_fn(lambda x: x)),
+        Stage(model=model, optimizer=optimizer, make_step=mixed),
+        Stage(model=model, optimizer=optimizer, make_step=odd),
+    ]
+    study_of_all = dataclasses.replace(own, chains=stages, transfer=())
+    assert _measure.trainings(study_of_all) == {("", 0): "unknown", ("", 2): "custom"}
+
+
+@pytest.mark.parametrize("training", ["", "adversarial", "custom"])
+def test_a_robust_teacher_is_not_called_ordinary(training, tmp_path):
+    rows = make_rows()
+    for row in rows:
+        if training and row["generation"] == 0:
+            row["training"] = training
+    report.write_table(tmp_path / "results.csv", "results", rows)
+    page = report.write_report(tmp_path)["report"].read_text()
+    text = re.sub(r"<[^>]+>", "", page)
+    assert not training or "the ordinary network" not in text
+    assert ("No network known to be ordinarily trained was attacked." in text) == bool(training)
+    neutral = training == "adversarial"
+    assert ("Does distillation make networks robust" in text) == (not neutral)

@@ -142,7 +142,8 @@ def others(
     network, eps = problem.logits_fn, settings.eps
     budget: dict[str, Any] = {"eps": eps, "norm": settings.norm, "bounds": settings.box}
     automatic = budget | {"num_steps": NUM_AUTO_STEPS}
-    smaller, temperature = _thresholds.SMALLER_RADIUS, f"T = {_words.number(probe_temperature)}"
+    smaller = _thresholds.SMALLER_RADIUS
+    temperature = f"T = {_words.temperature(probe_temperature)}"
     num_targets = min(NUM_TARGETS, num_classes - 1)
     auto_title, auto_loss = ("DLR", losses.dlr) if num_classes >= 3 else ("margin", losses.margin)
     on_margin = descend(problem, settings, losses.margin, radius=eps)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from jdistill import metrics
-from jdistill._words import number, percent
+from jdistill._words import percent, temperature
 from jdistill.diagnose import _thresholds as limits
 from jdistill.diagnose._evidence import Evidence
 from jdistill.diagnose._verdict import Check
@@ -122,7 +122,7 @@ def temperature_probe(evidence: Evidence) -> Check:
     """The same attack on the cross-entropy at a temperature."""
     outcome, figures = _gap(evidence, evidence.broken_by("temperature"))
     figures["temperature"] = evidence.probe_temperature
-    name = f"the same attack at T = {number(evidence.probe_temperature)}"
+    name = f"the same attack at T = {temperature(evidence.probe_temperature)}"
     return Check(
         "temperature_probe",
         "The usual attack on the logits divided by T",

@@ -138,7 +138,7 @@ def _undefended(run: Run) -> Answer:
     plain = [net for net in run.found if net.is_ordinary]
     attacked = any(net.attacks for net in plain) or any(i.network in plain for i in run.judged)
     if not attacked:
-        return "not done", "No ordinarily trained network was attacked."
+        return "not done", "No network known to be ordinarily trained was attacked."
     return "passed", "The teacher at T = 1."
 
 
@@ -215,9 +215,13 @@ def _worst_case(run: Run) -> Answer:
 def _distances(run: Run) -> Answer:
     norms = {str(row["norm"]) for row in run.measures["distances"] if row["mean"] is not None}
     for net in run.found:
-        norms |= {key.norm for key, hit in net.attacks.items() if hit.mean_distance.known}
+        norms |= {
+            key.norm
+            for key, hit in net.attacks.items()
+            if key.eps is None and not key.has_no_norm and hit.mean_distance.known
+        }
     if not norms:
-        return "not done", "No distance was measured."
+        return "not done", "No distance of an attack without a bound was measured."
     return "passed", f"In {_words.join(sorted(_words.norm_name(norm) for norm in norms))}."
 
 

@@ -61,10 +61,10 @@ def verdict_of(network: Network, judged: Sequence[Judged]) -> Judged | None:
 
 
 def last_judged(judged: Sequence[Judged]) -> list[Judged]:
-    """Those on the first screen: the ordinary network, and each chain's last student."""
+    """Those on the first screen: the teacher at T = 1, and each chain's last student."""
     last = {(item.network.subject, item.network.temperature): item.network for item in judged}
     shown = list(last.values())
-    return [item for item in judged if item.network.is_ordinary or item.network in shown]
+    return [item for item in judged if item.network.is_reference or item.network in shown]
 
 
 def answer(network: Network, judged: Sequence[Judged]) -> Claim:
@@ -143,7 +143,8 @@ def elsewhere(network: Network, judged: Sequence[Judged]) -> dict[str, list[str]
     for item in last_judged(judged):
         other = item.network
         gravest = verdict_of(other, judged) == item
-        if gravest and other != network and not other.is_ordinary:
+        stands = not other.is_reference or (other.is_last and not other.is_ordinary)
+        if gravest and other != network and stands:
             found.setdefault(item.label, []).append(
                 f"T = {other.temperature:g}" if other.subject == network.subject else other.name
             )

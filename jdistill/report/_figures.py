@@ -75,7 +75,7 @@ _STYLE = {
     "text.parse_math": False,  # titles of attacks are text from outside
 }
 _MANY_POINTS = 14  # from here on markers hide the line
-_AXES = {"eps": "radius ε", "steps": "steps", "queries": "queries"}
+_AXES = {"eps": "radius ε", "steps": "steps (the start is 1)", "queries": "queries"}
 
 
 class Figure(NamedTuple):
@@ -97,7 +97,10 @@ def figures(
 ) -> dict[str, Figure]:
     """Every figure of a data set for which there is something to draw, by name."""
     curves = {
-        f"curve-{curve}": (f"Accuracy against {axis}", partial(_curves, rows["curves"], curve))
+        f"curve-{curve}": (
+            f"Accuracy against {axis.partition(' (')[0]}",
+            partial(_curves, rows["curves"], rows["distances"], curve),
+        )
         for curve, axis in _AXES.items()
     }
     draw: dict[str, tuple[str, Callable[[Sequence[Network]], Any]]] = {
@@ -131,7 +134,7 @@ def report_style(**more: Any) -> Iterator[None]:
 def network_look(
     temperatures: Sequence[float], temperature: float, generation: int
 ) -> dict[str, Any]:
-    """Color and line by temperature, marker by generation; ink for the ordinary network."""
+    """Color and line by temperature, marker by generation; ink for the teacher at T = 1."""
     look = _look(generation)
     if temperature == 1 and generation == 0:
         return {**look, "color": INK}
@@ -315,6 +318,8 @@ def _against_temperature(
         return None
     figure, cells = _panels(len(panels))
     generations = sorted({network.generation for network in found})
+    # Of temperatures that are not finished the last generation is not the chain's.
+    lines = {net.generation: net.line for net in sorted(found, key=lambda net: not net.is_last)}
     span = math.log10(temperatures[-1] / temperatures[0])
     for axes, panel in zip(cells, panels, strict=True):
         for number, (name, quantity) in enumerate(panel.quantities.items()):
@@ -336,7 +341,7 @@ def _against_temperature(
         if axes.get_subplotspec().is_first_col() or panel.ylabel != panels[0].ylabel:
             axes.set_ylabel(panel.ylabel)
     handles = [
-        _handle(label=_words.line_name(generation), markersize=5, **_look(generation))
+        _handle(label=lines[generation], markersize=5, **_look(generation))
         for generation in generations
     ]
     if dotted:
@@ -396,11 +401,17 @@ def _tick_labels(temperatures: Sequence[float]) -> list[str]:
     return labels
 
 
-def _curves(rows: Sequence[Row], curve: str, found: Sequence[Network]) -> Any:
+def _curves(
+    rows: Sequence[Row], distances: Sequence[Row], curve: str, found: Sequence[Network]
+) -> Any:
     """Accuracy under attack against its radius, steps, or queries; a panel per attack."""
     rows = [row for row in rows if row["curve"] == curve]
     keys = list(dict.fromkeys(attack_key(row) for row in rows))
     networks = shown(found)
+    made: dict[str, set[str]] = {}
+    beside = [attack_key({**row, "eps": None}) for row in distances]
+    for key in [*attack_keys(found), *beside]:
+        made.setdefault(key.norm, set()).add(key.name)
     drawn = {}
     for key in keys:
         lines = [
@@ -421,26 +432,43 @@ def _curves(rows: Sequence[Row], curve: str, found: Sequence[Network]) -> Any:
                 for end in ("mean", "low", "high")
             )
             color = network_look(temperatures, network.temperature, network.generation)["color"]
-            style = {"color": color, "linestyle": "--" if network.is_ordinary else "-"}
+            style = {"color": color, "linestyle": "--" if network.is_reference else "-"}
             marker = "" if len(x) > _MANY_POINTS else "o"
             axes.plot(x, mean, marker=marker, markersize=4.5, linewidth=1.7, zorder=3, **style)
             axes.lines[-1].set_gid(f"{curve} {key.attack} {_place(network)}")
             axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0, zorder=2)
         limit = _words.norm_name(key.norm) if curve == "eps" else key.limit
-        name = "everything" if key.attack == "worst_case" else key.name
+        name = key.name
+        if key.attack == "worst_case":  # of all attacks in the norm, which may be one
+            own_names = made.get(key.norm, set())
+            name = next(iter(own_names)) if len(own_names) == 1 else "everything"
         axes.set(title=f"{name} ({limit})", ylim=(-4, 104), xlabel=_AXES[curve])
         if axes.get_subplotspec().is_first_col():
             axes.set_ylabel("accuracy left (%)")
     handles = [
         _handle(
             color=network_look(temperatures, network.temperature, network.generation)["color"],
-            linestyle="--" if network.is_ordinary else "-",
+            linestyle="--" if network.is_reference else "-",
             label=_short(network),
         )
         for network in networks
     ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=9)
+    _legend(figure, handles)
     return figure
+
+
+def _legend(figure: Any, handles: Sequence[Any]) -> None:
+    """A legend above everything, in as many columns as the figure is wide enough for."""
+    columns = 3
+    while True:
+        legend = figure.legend(
+            handles=handles, loc="outside upper center", ncols=columns, fontsize=9
+        )
+        figure.draw_without_rendering()
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
+        columns -= 1
 
 
 def _points(rows: Sequence[Row], network: Network) -> dict[float, Stat]:
@@ -463,8 +491,8 @@ def _place(network: Network) -> str:
 def _short(network: Network) -> str:
     if not network.distilled:
         return network.name
-    line = _words.line_name(network.generation)
-    return ", ".join(filter(None, [network.chain, f"T = {network.temperature:g}", line]))
+    parts = [network.chain, f"T = {network.temperature:g}", network.line]
+    return ", ".join(filter(None, parts))
 
 
 def _panels(number: int, height: float = 2.6) -> tuple[Any, list[Any]]:

@@ -202,6 +202,7 @@ class Network:
         is_last: whether the chain ends here; the generations in between are its assistants.
         distilled: whether the rows are of distillation at all; else only names are known.
         attacks: those made on it, in the order of `attack_keys`.
+        training: one of `TRAININGS`; empty where it is the ordinary one.
     """
 
     dataset: str
@@ -218,6 +219,7 @@ class Network:
     log10_sensitivity_softmax: Stat
     zero_gradients: Stat
     attacks: dict[AttackKey, Attacked]
+    training: str = ""
 
     @property
     def subject(self) -> str:
@@ -232,13 +234,20 @@ class Network:
         return "student" if self.is_last else f"assistant {self.generation}"
 
     @property
+    def line(self) -> str:
+        """The role as a legend names it: a student with how many assistants."""
+        return _words.line_name(self.generation) if self.is_last else self.role
+
+    @property
     def name(self) -> str:
         """The network as a sentence names it."""
         if not self.distilled:
             return self.chain or self.dataset
         of_chain = f" of {self.chain}" if self.chain else ""
         if self.generation == 0:
-            who = "the ordinary network" if self.temperature == 1 else "the teacher"
+            who = self._name_of_first
+        elif not self.is_last:
+            who = f"the chain's {self.role}"
         elif self.generation == 1:
             who = "the student without an assistant"
         else:
@@ -246,9 +255,24 @@ class Network:
         return f"{who}{of_chain} at T = {self.temperature:g}"
 
     @property
-    def is_ordinary(self) -> bool:
-        """Whether it is an ordinarily trained network."""
+    def _name_of_first(self) -> str:
+        if self.is_ordinary:
+            return "the ordinary network"
+        # A chain of one network alone has nobody to teach.
+        who = "network" if self.is_last else "teacher"
+        if self.training == "adversarial":
+            return f"the adversarially trained {who}"
+        return f"the {who}" if self.training else "the teacher"
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether it is a teacher at T = 1, beside which others are shown, trained in any way."""
         return self.distilled and self.generation == 0 and self.temperature == 1
+
+    @property
+    def is_ordinary(self) -> bool:
+        """Whether it is an ordinarily trained network, as far as the rows know."""
+        return self.is_reference and not self.training
 
 
 @dataclass(frozen=True)
@@ -381,6 +405,7 @@ def _network(
         log10_sensitivity_softmax=stat(by_seed, "log10_sensitivity_softmax"),
         zero_gradients=stat(by_seed, "zero_gradient_fraction"),
         attacks={key: _attacked(key, by_attack[key]) for key in sorted(by_attack, key=_order)},
+        training=next((str(r["training"]) for r in rows if not blank(r.get("training"))), ""),
     )
 
 
@@ -446,8 +471,8 @@ def of_network(rows: Iterable[Row], network: Network) -> list[Row]:
 
 
 def shown(found: Sequence[Network]) -> list[Network]:
-    """The ordinary network, and the student of the longest chain at each temperature."""
-    return [net for net in found if net.is_ordinary or net.is_last]
+    """The teacher at T = 1, and the student of the longest chain at each temperature."""
+    return [net for net in found if net.is_reference or net.is_last]
 
 
 def attack_keys(found: Sequence[Network]) -> list[AttackKey]:

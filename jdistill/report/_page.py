@@ -209,7 +209,8 @@ def _model(
 
 def _title(found: Sequence[Network]) -> str:
     names = _words.join(list(dict.fromkeys(network.dataset for network in found)))
-    if any(network.generation for network in found):
+    neutral = any(network.training == "adversarial" for network in found)
+    if any(network.generation for network in found) and not neutral:
         return f"Does distillation make networks robust on {names}?"
     return f"How robust are networks on {names}?"
 
@@ -250,6 +251,9 @@ def _subject(
     effect = _claims.effect(made)
     if effect:
         answer.append(say(_sentences.EFFECTS, effect.case, **effect.fields))
+    drawn = _figures.figures(found, verdicts, rows)
+    hero = "verdict" if verdicts else "attacks"
+    sections, beside = _sections(found, made, rows), set(drawn) - {hero}
     warned = _claims.warnings(found, verdicts, rows["distances"])
     return {
         "title": title,
@@ -259,9 +263,9 @@ def _subject(
         "small": _small(found),
         "warnings": [say(_sentences.WARNINGS, each.case, **each.fields) for each in warned],
         "headline": _tables.headline(found, _claims.last_judged(verdicts)),
-        "figures": _figures.figures(found, verdicts, rows),
-        "hero": "verdict" if verdicts else "attacks",
-        "sections": [each for each in _sections(found, made, rows) if each.figures or each.tables],
+        "figures": drawn,
+        "hero": hero,
+        "sections": [each for each in sections if each.tables or set(each.figures) & beside],
         "evidence": _evidence(network, found, verdicts),
     }
 
@@ -311,7 +315,7 @@ def _sections(
             "The row crafts, the column is judged. A source clearly better than the diagonal shows "
             "that the attack there is weak.",
             (),
-            _tables.transfer(rows["transfer"]),
+            _tables.transfer(found, rows["transfer"]),
             "transfer.csv",
         ),
         Section(

@@ -85,11 +85,13 @@ LIMITS = {
     "black box": "An attack without gradients: none here is known to be one.",
     "test set": "The whole test set: the {who} saw at most {most:count} of {tested:count example}.",
     "norms": "Perturbations other than {norms}.",
-    "baseline": "A comparison with ordinary training: no teacher at T = 1 was measured.",
+    "baseline": "A comparison with ordinary training: no teacher at T = 1 that is known to be "
+    "trained so was measured.",
 }
 
 TERMS = {
-    "Ordinary network": "The teacher at T = 1.",
+    "Ordinary network": "The teacher at T = 1, where it was trained neither on adversarial "
+    "examples nor in a way that the rows do not tell.",
     "Usual attack": "PGD with 40 steps on the cross-entropy at T = 1, as papers usually report.",
     "Everything tried": "The share of the same examples that no attack of the verdict broke: an "
     "upper bound on what a better attack would leave.",

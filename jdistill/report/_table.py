@@ -47,10 +47,13 @@ COLUMNS = (
 #: What rows may say of their attack: fields of `jdistill.attacks.Traits`. A report of rows that
 #: lack them, or of an attack that is not known, is neutral where it would need them.
 FACTS = ("title", "access", "follows", "minimum_norm", "handicap", "freedom")
+#: What rows may say of how their network was trained (`training`): on adversarial examples, by an
+#: objective that is not the library's, or it came trained. Rows of ordinary training are without.
+TRAININGS = ("adversarial", "custom", "unknown")
 _TEXT = frozenset(
     {
         *("dataset", "chain", "baseline_chain", "teacher_chain", "attack", "norm", "curve"),
-        *("quantity", "test", "backend", "device", "export", *FACTS),
+        *("quantity", "test", "backend", "device", "export", "training", *FACTS),
     }
 )
 _TEXT -= {"minimum_norm"}
@@ -113,8 +116,9 @@ _FORMATS = {
         choices={
             "access": ("gradient", "scores", "decisions"),
             "follows": ("softmax", "logits"),
+            "training": TRAININGS,
         },
-        optional=("chain", *FACTS),
+        optional=("chain", "training", *FACTS),
         more=True,
     ),
     "curves": _Format(

@@ -1,7 +1,8 @@
 """The tables of the page: numbers as people read them, each with its range in small print."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from jdistill import _words
@@ -323,28 +324,38 @@ def distances(found: Sequence[Network], rows: Sequence[Row]) -> list[tuple[str, 
     ]
 
 
-def transfer(rows: Sequence[Row]) -> list[tuple[str, Table]]:
+def transfer(found: Sequence[Network], rows: Sequence[Row]) -> list[tuple[str, Table]]:
     """Success of what one generation's attack made on another one, by attack and temperature."""
     groups: dict[tuple[str, float, AttackKey], list[Row]] = {}
     for row in rows:
         key = (str(row.get("chain") or ""), float(row["temperature"]), attack_key(row))
         groups.setdefault(key, []).append(row)
+    lines = {(net.chain, net.temperature, net.generation): net.line for net in found}
     return [
-        (f"{key.name}, {key.limit}, T = {temperature:g}{', ' * bool(chain)}{chain}", _matrix(own))
+        (
+            f"{key.name}, {key.limit}, T = {temperature:g}{', ' * bool(chain)}{chain}",
+            _matrix(own, partial(_line, lines, chain, temperature)),
+        )
         for (chain, temperature, key), own in groups.items()
     ]
 
 
-def _matrix(rows: Sequence[Row]) -> Table:
+def _line(
+    lines: Mapping[tuple[str, float, int], str], chain: str, temperature: float, number: int
+) -> str:
+    return lines[chain, temperature, number]
+
+
+def _matrix(rows: Sequence[Row], line_name: Callable[[int], str]) -> Table:
     cells: dict[tuple[int, int], list[Row]] = {}
     for row in rows:
         where = (int(row["source_generation"]), int(row["target_generation"]))
         cells.setdefault(where, []).append(row)
     numbers = sorted({number for where in cells for number in where})
-    heads = [("Crafted on", "judged on"), *((_words.line_name(number), "") for number in numbers)]
+    heads = [("Crafted on", "judged on"), *((line_name(number), "") for number in numbers)]
     lines = []
     for source in numbers:
-        line = [Cell(_words.line_name(source))]
+        line = [Cell(line_name(source))]
         for target in numbers:
             own = cells.get((source, target))
             number = stat(own, "success_rate", file="transfer.csv") if own else None

@@ -15,11 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jdistill import __version__, _entries, _fingerprint, diagnose, evaluate, report, runtime
+from jdistill import (
+    __version__,
+    _entries,
+    _fingerprint,
+    diagnose,
+    evaluate,
+    report,
+    runtime,
+    train,
+)
 from jdistill.evaluate._agreement import agreement_of_logits
 from jdistill.report import NetworkName
-from jdistill.study._study import Examples, Study, at
+from jdistill.robust._objective import Adversarial
+from jdistill.study._study import Examples, Stage, Study, at
 from jdistill.study._training import Trained, chains_of
+from jdistill.train._mixup import Mixup
 
 Row = dict[str, Any]
 Measured = tuple[evaluate.Evaluation, list[NetworkName]]
@@ -138,12 +149,42 @@ def write_tables(
         return
     compared = _compared(study, examples, measured)
     tables = report.tables(measured, compared=compared, agreements=agreements)
+    trained = trainings(study)
+    for row in tables["results"]:
+        if found := trained.get((row.get("chain", ""), row["generation"])):
+            row["training"] = found
     for kind, rows in tables.items():
         path = folder / f"{kind}.csv"
         if rows or kind == "results":
             report.write_table(path, kind, rows)
         elif finished:  # of an earlier start, about what is no longer measured
             path.unlink(missing_ok=True)
+
+
+def trainings(study: Study) -> dict[tuple[str, int], str]:
+    """How the networks of a chain and generation were trained, where it was not ordinarily.
+
+    Adversarially, by an objective that is not the library's, or nobody says how. What mixes or
+    augments the examples is ordinary, as is any loss of the network's outputs.
+    """
+    longest = study.longest_chains()
+    found = {
+        (name if len(longest) > 1 else "", number): _training(stage)
+        for name, stages in longest.items()
+        for number, stage in enumerate(stages)
+    }
+    return {place: training for place, training in found.items() if training}
+
+
+def _training(stage: Stage) -> str:
+    if stage.frozen is not None:
+        return "unknown"
+    step: Any = stage.step()
+    if not isinstance(step, train.TrainStep):  # of the user's own
+        return "custom"
+    if isinstance(step.objective, Adversarial):
+        return "adversarial"
+    return "" if step.objective is None or isinstance(step.objective, Mixup) else "custom"
 
 
 def _name(examples: Examples, network: Trained) -> NetworkName:
@@ -237,7 +278,7 @@ def _verdicts(
 ) -> Iterator[Row]:
     """The verdicts on the student of each chain and on the teacher at T = 1, first seed.
 
-    That teacher, an ordinary network, is what transferred examples are crafted on.
+    That teacher is what transferred examples are crafted on, however it was trained.
     """
     first = [network for network in networks if network.seed == study.seeds[0]]
     places = study.students().values()
@@ -253,7 +294,7 @@ def _verdicts(
 
 
 def is_plain(study: Study, network: Trained) -> bool:
-    """True for an ordinary network: a teacher at T = 1, or one whose loss has no temperature."""
+    """True for what no distillation made: a teacher at T = 1, or whose loss has no temperature."""
     if network.generation or network.temperature == 1:
         return network.generation == 0
     chains = study.longest_chains()
@@ -266,7 +307,7 @@ def is_plain(study: Study, network: Trained) -> bool:
 
 
 def surrogate_of(network: Trained, plain: Sequence[Trained]) -> Trained | None:
-    """The ordinary network of the same seed that transferred examples are crafted on."""
+    """The plain network of the same seed that transferred examples are crafted on."""
     own = [one for one in plain if one.seed == network.seed and one.weights != network.weights]
     return own[0] if own else None
 
