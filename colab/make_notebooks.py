@@ -53,7 +53,7 @@ def notebook_of(source: pathlib.Path) -> Any:
 
 
 def run_of(notebook: Any, *, smoke: bool) -> dict[str, Any]:
-    """What the outputs of a notebook are of: the code of its cells, and whether at least sizes."""
+    """Source of a notebook's outputs: a hash of its cells' code, and whether it ran at least sizes."""
     code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     digest = hashlib.blake2b("\0".join(code).encode(), digest_size=8).hexdigest()
     return {"code": digest, "smoke": smoke}
@@ -137,7 +137,7 @@ def collapsed(text: str) -> str:
 
 
 def problems(notebook: Any) -> list[str]:
-    """What a notebook must not keep: errors, warnings, paths of the machine it ran on, its weight."""
+    """Faults of a notebook: errors, warnings, paths of the machine it ran on, too many bytes."""
     found = []
     for cell in notebook.cells:
         for output in cell.get("outputs", []):

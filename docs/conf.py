@@ -1,6 +1,7 @@
 """The site: `make site` builds it with warnings as errors.
 
-A public name that no page of `docs/api` documents is a warning, so is a link that leads nowhere.
+A public name that no page of `docs/api` documents ends the build; a link that leads nowhere is a
+warning.
 """
 
 import importlib
@@ -127,8 +128,9 @@ def folded(notebook: str) -> str:
 def copy_pages(app: Sphinx) -> None:
     """Copies the pages of `COPIES` into the site's sources; drops pages of names that are gone."""
     del app
+    names = public_names()
     for stub in (DOCS / "api" / "generated").glob("*.rst"):
-        if stub.stem not in public_names():
+        if stub.stem not in names:
             stub.unlink()
     for source, target in COPIES.items():
         text = (ROOT / source).read_text(encoding="utf-8")

@@ -113,7 +113,7 @@ def fingerprint(value: Any) -> str:
 
 
 def differences(one: Any, other: Any, whose: str, name: str = "") -> list[str]:
-    """Where two descriptions differ, as `"attack.settings.eps is 0.1, this run's 0.2"`.
+    """Differences of two descriptions, such as `"attack.settings.eps is 0.1, this run's 0.2"`.
 
     What differs alike in several places is said once.
 
@@ -193,7 +193,7 @@ def _name(value: Any) -> str | None:
 
 
 def _hashed(value: Any) -> str:
-    """What stands before the hash in the description of an array or a function."""
+    """Name before the hash in the description of an array or a function; empty without one."""
     found = _HASHED.match(value) if isinstance(value, str) else None
     return found[1] if found else ""
 
@@ -260,7 +260,9 @@ def _function(function: Any) -> Any:
     name = f"{module}.{function.__qualname__}" if library else function.__qualname__
     if name.startswith("jdistill.") and "<" not in name and library:
         return name
-    inside = [_code(function.__code__)]
+    inside: list[Any] = [_code(function.__code__)]
+    if function.__kwdefaults__:  # which take no value by position
+        inside.append(sorted(function.__kwdefaults__))
     holds = {each: describe(value) for each, value in _defaults(function).items()}
     for variable, cell in zip(
         function.__code__.co_freevars, function.__closure__ or (), strict=True

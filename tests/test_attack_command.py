@@ -388,7 +388,7 @@ def test_other_folders_and_other_data_are_refused(fresh, tmp_path):
     with pytest.raises(ValueError, match="its checksum is another"):
         run(fresh, *PGD)
     path.write_text(json.dumps(_workdir.sealed({**config, "study": study})))
-    with pytest.raises(ValueError, match="dataset_checksum '0', not"):
+    with pytest.raises(ValueError, match="dataset_checksum is '0', this study's"):
         run(fresh, *PGD)
     path.write_text(json.dumps(_workdir.sealed({**config, "recipe": None})))
     with pytest.raises(ValueError, match=r"made by `jdistill defend`.*study\.networks"):

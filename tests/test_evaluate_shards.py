@@ -269,7 +269,9 @@ def test_functions_are_told_apart_by_what_they_do():
     def recursive(n):
         return recursive(n - 1) if n else 0
 
-    assert "recursive" in describe(recursive)
+    described = describe(recursive)
+    assert "recursive" in described["function"]
+    assert described["holds"] == {"recursive": "cycle 1"}
     assert describe(attacks.pgd) == "jdistill.attacks._pgd.pgd"  # the version says the rest
     assert describe({"b", "a"}) == describe({"a", "b"})
     assert describe(jax.random.key(0)) == describe(jax.random.key(0)) != describe(jax.random.key(1))

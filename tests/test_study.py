@@ -808,7 +808,7 @@ def test_the_best_epoch_is_part_of_what_a_workdir_is(selected, finished, tmp_pat
     shutil.copytree(selected, tmp_path / "run")
     (own,) = BEST.chains.values()
     last = [dataclasses.replace(each, select="last") for each in own]
-    refused(dataclasses.replace(BEST, chains=last), "select 'best', not None")
+    refused(dataclasses.replace(BEST, chains=last), "select is 'best', this study's None")
     one, (inputs, labels), other = with_validation()
     refused(
         dataclasses.replace(BEST, data=(one, (inputs[::-1], labels[::-1]), other)),

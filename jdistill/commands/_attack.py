@@ -224,7 +224,7 @@ def _description(attack: str) -> str:
 
 
 def _num_examples(options: Options, examples: Examples) -> int:
-    """How many test examples are attacked."""
+    """Number of test examples that are attacked."""
     there = len(examples.test.labels)
     if options.num_examples is None:
         return min(100, there)

@@ -266,12 +266,12 @@ class Network:
 
     @property
     def is_reference(self) -> bool:
-        """Whether it is a teacher at T = 1, beside which others are shown, trained in any way."""
+        """True for a teacher at T = 1, beside which others are shown, trained in any way."""
         return self.distilled and self.generation == 0 and self.temperature == 1
 
     @property
     def is_ordinary(self) -> bool:
-        """Whether it is an ordinarily trained network, as far as the rows know."""
+        """True for an ordinarily trained network, as far as the rows know."""
         return self.is_reference and not self.training
 
 

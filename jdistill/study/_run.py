@@ -357,21 +357,21 @@ def _check_learned(examples: Examples, boxes: Mapping[str, Any]) -> None:
 
     One box that holds them is enough: a box that is narrower by design is no mistake.
     """
-    learned = {"training": examples.train, "validation": examples.validation}
-    for which, split in learned.items():
-        if split is None:
-            continue
-        errors = []
-        for name, bounds in boxes.items():
-            try:
-                _validate.inputs_in_box(split.inputs, bounds, name=f"{which} inputs, for {name},")
-            except ValueError as error:
-                errors.append(error)
-            else:
-                break
-        else:
-            if errors:
-                raise errors[0]
+    _check_in_a_box("training", examples.train.inputs, boxes)
+    if examples.validation is not None:
+        _check_in_a_box("validation", examples.validation.inputs, boxes)
+
+
+def _check_in_a_box(which: str, inputs: np.ndarray, boxes: Mapping[str, Any]) -> None:
+    errors = []
+    for name, bounds in boxes.items():
+        try:
+            _validate.inputs_in_box(inputs, bounds, name=f"{which} inputs, for {name},")
+            return
+        except ValueError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def load(workdir: _files.PathLike) -> Tables:
